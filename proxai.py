@@ -1,0 +1,5029 @@
+#!/usr/bin/env python3
+"""ProxAI: a local LLM proxy in one file. Any client protocol, any provider, nothing to install.
+
+    python proxai.py --demo                  try it without a key
+    python proxai.py --config config.toml    run it
+
+Two axes, everywhere: names, logs, errors, documentation.
+
+  protocol  what the bytes mean: openai_responses, openai_chat_completions, anthropic_messages
+  phase     where they are: inbound_request -> provider_request -> upstream_response -> outbound_response
+
+The request path decides the inbound protocol, the selected provider's `protocol` decides the wire
+format upstream; the name of a provider is a label. The same protocol on both sides passes through
+untouched, different ones go through one explicit pair, and nothing falls through silently.
+
+    client --bytes--> Server --RequestHead--> Pipeline --Exchange--> Upstream --bytes--> provider
+                        |          inbound_request | provider_request
+    client <--bytes-- Server <----bytes------ Pipeline <--payload--- Upstream <--bytes-- provider
+                               outbound_response | upstream_response
+
+Everything that decides or converts is a plain function over values; everything that waits is `async`
+and converts nothing. Data is pulled the whole way, so a slow reader slows the writer by not reading.
+
+Sections, each using only the ones above it (a test holds the file to that):
+
+   1  Names and limits
+   2  Errors
+   3  JSON
+   4  Configuration
+   5  Routing
+   6  HTTP grammar
+   7  Event streams
+   8  Providers
+   9  Translation
+  10  Observation
+  11  Logs
+  12  Upstream
+  13  Server
+  14  Pipeline
+  15  Demo provider
+  16  Command line
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import dataclasses
+import difflib
+import gc
+import hmac
+import ipaddress
+import json
+import logging
+import os
+import queue
+import re
+import signal
+import socket
+import ssl
+import sys
+import threading
+import time
+import tomllib
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, dataclass_transform
+from urllib.parse import unquote, urlsplit
+
+__all__ = ["Config", "ConfigError", "ProxyError", "load_config", "main"]
+__version__ = "0.1.0"
+
+
+
+# ============================================================================
+#  1  Names and limits
+# ============================================================================
+# The vocabulary and every number that is not a setting. Knows nothing else;
+# a limit states the precedent it was chosen by.
+
+Json = dict[str, Any]
+
+
+class Protocol(NamedTuple):
+    """What the bytes mean. `word` names it in code, `name` in configuration, logs and documents."""
+
+    word: str
+    name: str
+    alias: str  # in human log lines
+    title: str  # in messages to people
+    path: str  # where a provider of this protocol takes requests
+    wants: str  # the member that must be there beside `model`
+    wants_types: tuple[type, ...]
+
+
+RESPONSES = Protocol("responses", "openai_responses", "resp", "OpenAI Responses",
+                     "/v1/responses", "input", (str, list))
+CHAT = Protocol("chat", "openai_chat_completions", "chat", "OpenAI Chat Completions",
+                "/v1/chat/completions", "messages", (list,))
+MESSAGES = Protocol("messages", "anthropic_messages", "ant", "Anthropic Messages",
+                    "/v1/messages", "messages", (list,))
+PROTOCOLS = {p.name: p for p in (RESPONSES, CHAT, MESSAGES)}
+MODEL_PATHS = {path: p for p in PROTOCOLS.values() for path in (p.path, p.path.removeprefix("/v1"))}
+HEALTH_PATH = "/healthz"
+
+PHASES = ("inbound_request", "provider_request", "upstream_response", "outbound_response")
+APP_DIRECTORY = ".proxai"
+ANTHROPIC_VERSION = b"2023-06-01"
+USER_AGENT = b"ProxAI/" + __version__.encode()
+
+READ_BYTES = 256 << 10  # one read(): what asyncio's own recv() takes at most
+STREAM_LIMIT = 128 << 10  # StreamReader limit: reading pauses at twice this, so it bounds a stream's memory
+DISCARD_BYTES = 256 << 10  # an unread request body up to this is read away to keep the connection
+LINGER_SECS = 2.0  # how long a refused client may go on sending before the socket closes (nginx: 5)
+CHUNK_LINE_BYTES = 4096  # chunk size with extensions (hyper 16 KiB for all extensions, node 16 KiB)
+TRAILER_BYTES = 16 << 10  # trailers of a chunked body (node 16 KiB with the head)
+RESPONSE_HEAD_BYTES = 256 << 10  # providers with many cookies; aiohttp 8 KiB a line, node 16 KiB
+RESPONSE_HEAD_FIELDS = 256
+INTERIM_RESPONSES = 16  # 1xx answers before the final one
+FIELD_CACHE_LINES = 1024  # header lines kept parsed, see parse_field()
+FIELD_CACHE_BYTES = 256
+MODEL_CHARS = 1024  # a model name; bounds what a configured regular expression is run over
+ERROR_BODY_BYTES = 1 << 20  # of a provider's error answer
+ERROR_TEXT_CHARS = 4096  # of a provider's error text in a message to the client
+LOG_TEXT_CHARS = 300  # of a provider's error text in a log line
+CHECKED_RESPONSE_BYTES = 8 << 20  # a non-stream answer is held and checked up to this, then relayed
+INFLATE_FREE_BYTES = 1 << 20  # decompressed output that is never suspicious,
+INFLATE_RATIO = 200  # beyond it, output over input (JSON reaches about 40, a bomb 1030)
+IDLE_LINKS_PER_ORIGIN = 256  # kept-alive connections to one provider (httpx 20, Go 2, nginx 32-512)
+IDLE_LINK_SECS = 60.0  # vendors close idle connections after 60-400 s
+SWEEP_SECS = 5.0  # how often idle connections are looked over, and `wait` lines are written
+AFTER_TERMINAL_SECS = 5.0  # how long a provider may take to end a stream that is complete
+BACKLOG = 1024
+LOG_QUEUE_LINES = 10_000  # lines waiting for a blocked terminal before they are counted and dropped
+
+
+
+# ============================================================================
+#  2  Errors
+# ============================================================================
+# What a client is told: what happened, whose fault, what to do; and the only
+# code that renders it. Raised where it is noticed, caught at two edges: the
+# server (an HTTP body or an SSE event) and `main` (one line, exit 1).
+
+ABSENT: Any = object()
+
+# The closed set of `type` values (contract 6.2). It may only grow.
+INVALID_REQUEST = "invalid_request_error"
+INTERNAL = "internal_error"
+UPSTREAM_REQUEST = "upstream_request_error"
+UPSTREAM = "upstream_error"
+UPSTREAM_BODY_READ = "upstream_response_body_read_error"
+UPSTREAM_EMPTY = "upstream_error_body_empty"
+UPSTREAM_NON_JSON = "upstream_error_body_non_json"
+UPSTREAM_UNKNOWN_SHAPE = "upstream_error_body_unknown_shape"
+STREAM_TRANSLATION = "stream_translation_error"
+
+
+class ProxyError(Exception):
+    """Something a client is told; `fix` says what to do about it and ends the message.
+
+    `code` and `param` appear only where given (a param of None is rendered as null), `fields` are
+    extra header lines, `retry` False adds `x-should-retry: false`, which the official SDKs obey.
+    """
+
+    status, type = 500, INTERNAL
+
+    def __init__(self, message: str, *, fix: str = "", status: int = 0, type: str = "", code: str | None = None,
+                 param: Any = ABSENT, fields: Sequence[bytes] = (), retry: bool = True) -> None:
+        self.message = f"{message}; {fix}" if fix else message
+        super().__init__(self.message)
+        self.status = status or self.status
+        self.type = type or self.type
+        self.code, self.param, self.fields, self.retry = code, param, fields, retry
+
+    def payload(self) -> Json:
+        """The error object of the `json` format, keys in the order of the contract."""
+        out: Json = {"message": self.message, "type": self.type}
+        if self.code is not None:
+            out["code"] = self.code
+        if self.param is not ABSENT:
+            out["param"] = self.param
+        out["status"] = self.status
+        return out
+
+
+class RequestError(ProxyError):
+    """The client's fault: refused before anything was sent upstream."""
+
+    status, type = 400, INVALID_REQUEST
+
+
+class SetupError(ProxyError):
+    """A fault in the configuration that only a request brings to light; trying again cannot help."""
+
+    def __init__(self, message: str, **more: Any) -> None:
+        super().__init__(message, retry=False, **more)
+
+
+class UpstreamError(ProxyError):
+    """The provider's fault, or that of the way there."""
+
+    status, type = 502, UPSTREAM_REQUEST
+
+
+class ConfigError(Exception):
+    """Why the program cannot start: every fault of a configuration at once, one line each."""
+
+    def __init__(self, faults: Sequence[str], hint: str = "") -> None:
+        self.faults, self.hint = list(faults), hint
+        super().__init__("\n".join([*self.faults, *([hint] if hint else [])]))
+
+
+class FramingError(Exception):
+    """Bytes that are not the HTTP they claim to be; `status` is what a server answers them with."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+# Types of the vendors' own errors by status: translation-chat.md 1.8, shapes only.
+ANTHROPIC_TYPES = {400: "invalid_request_error", 401: "authentication_error", 402: "billing_error",
+                   403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+                   429: "rate_limit_error", 504: "timeout_error", 529: "overloaded_error"}
+OPENAI_TYPES = {401: ("authentication_error", "invalid_api_key"), 402: ("insufficient_quota", "insufficient_quota"),
+                403: ("permission_error", None), 413: ("invalid_request_error", "request_too_large"),
+                429: ("rate_limit_error", "rate_limit_exceeded"), 503: ("overloaded_error", "overloaded"),
+                504: ("server_error", "timeout"), 529: ("overloaded_error", "overloaded")}
+
+
+def native_error(error: ProxyError, protocol: Protocol) -> Json:
+    """The error body that the SDKs of `protocol` expect."""
+    status, client_fault = error.status, 400 <= error.status < 500
+    if protocol is MESSAGES:
+        kind = ANTHROPIC_TYPES.get(status, "invalid_request_error" if client_fault else "api_error")
+        return {"type": "error", "error": {"type": kind, "message": error.message}}
+    kind, code = OPENAI_TYPES.get(status, ("invalid_request_error" if client_fault else "server_error", None))
+    param = None if error.param is ABSENT else error.param
+    return {"error": {"message": error.message, "type": kind, "param": param,
+                      "code": error.code or code, "status": status}}
+
+
+def render_error(error: ProxyError, style: str, protocol: Protocol | None) -> tuple[bytes, bytes]:
+    """Content type and body of an error answer in the configured `style`: text, json or native.
+
+    Where the path named no protocol there is no native shape, and `json` is used.
+    """
+    if style == "text":
+        return b"text/plain; charset=utf-8", error.message.encode("utf-8", "replace")
+    if style == "native" and protocol:
+        return b"application/json", dump(native_error(error, protocol))
+    return b"application/json", dump({"error": error.payload()})
+
+
+def render_error_event(error: ProxyError, style: str, protocol: Protocol, sequence: int | None = None) -> bytes:
+    """The SSE event that tells a client of `protocol` that its stream has failed.
+
+    A Responses client always gets the top-level shape of its own protocol (contract 7.7).
+    """
+    if protocol is RESPONSES:
+        param = None if error.param is ABSENT else error.param
+        body: Json = {"type": "error", "sequence_number": sequence, "code": error.code,
+                      "message": error.message, "param": param}
+    elif style == "native":
+        body = native_error(error, protocol)
+        if protocol is CHAT:
+            return b"data: " + dump(body) + b"\n\n"
+    else:
+        body = {"type": "error", "error": error.payload()}
+    return b"event: error\ndata: " + dump(body) + b"\n\n"
+
+
+QUOTA_CODES = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
+
+
+def upstream_error(status: int, body: bytes, fields: Sequence[bytes] = ()) -> ProxyError:
+    """A provider's non-2xx answer as an error for the client (contract 6.3).
+
+    The message is the first of /error/message, /error, /detail, /message that exists; if that one is
+    no string, only a /detail list of objects is still tried. Nothing is invented.
+    """
+    text = body.decode("utf-8", "replace").strip()
+
+    def failed(kind: str, message: str, **more: Any) -> ProxyError:
+        retry = not (status == 402 or more.get("code") in QUOTA_CODES)
+        return UpstreamError(message, status=status, type=kind, fields=fields, retry=retry, **more)
+
+    if not text:
+        return failed(UPSTREAM_EMPTY, f"the provider answered {status} with an empty body")
+    shown = text if len(text) <= ERROR_TEXT_CHARS else text[:ERROR_TEXT_CHARS] + "..."
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return failed(UPSTREAM_NON_JSON, f"the provider answered {status} with a body that is not JSON: {shown}")
+    message = first_of(value, "/error/message", "/error", "/detail", "/message")
+    if not isinstance(message, str):
+        message = joined_detail(value)
+    if message is None:
+        return failed(UPSTREAM_UNKNOWN_SHAPE,
+                      f"the provider answered {status} with an error of unknown shape: {shown}")
+    code, more = first_of(value, "/error/code", "/code"), {}
+    if isinstance(code, str):
+        more["code"] = code
+    param = first_of(value, "/error/param", "/param")
+    if param is not ABSENT:
+        more["param"] = param
+    return failed(UPSTREAM, message, **more)
+
+
+def first_of(value: Any, *pointers: str) -> Any:
+    """The value at the first of the JSON `pointers` that exists, else ABSENT."""
+    for pointer in pointers:
+        at = value
+        for key in pointer[1:].split("/"):
+            at = at.get(key, ABSENT) if isinstance(at, dict) else ABSENT
+        if at is not ABSENT:
+            return at
+    return ABSENT
+
+
+def joined_detail(value: Any) -> str | None:
+    """The texts of a FastAPI-style `detail` list, joined; None where there are none."""
+    items = first_of(value, "/detail")
+    if not isinstance(items, list):
+        return None
+    texts = [item.get("msg", item.get("message")) for item in items if isinstance(item, dict)]
+    return "; ".join(t for t in texts if isinstance(t, str)) or None
+
+
+
+# ============================================================================
+#  3  JSON
+# ============================================================================
+# Strict reading, compact writing, and changing one member of a document by
+# position so that every other byte stays as it was. Knows no protocol.
+
+
+def refuse_constant(name: str) -> Any:
+    """Python reads NaN and Infinity; JSON does not know them (RFC 8259 6)."""
+    raise ValueError(f"{name} is not JSON")
+
+
+DECODER = json.JSONDecoder(parse_constant=refuse_constant)
+SPACE = re.compile(r"[ \t\n\r]*")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def load(raw: bytes) -> Any:
+    """The value of a UTF-8 JSON text; ValueError says what is wrong with it, and where."""
+    try:
+        return DECODER.decode(raw.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}") from None
+
+
+def dump(value: Any) -> bytes:
+    """`value` as compact UTF-8 JSON, keys in their order."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair has no UTF-8; as an escape it survives
+        return LONE_SURROGATE.sub(lambda m: f"\\u{ord(m[0]):04x}", text).encode("utf-8")
+
+
+def member_spans(text: str, name: str) -> list[tuple[int, int]]:
+    """Where the values of the top-level member `name` stand in `text`, a valid JSON object.
+
+    More than one span means the member is repeated, and readers differ in which one they take.
+    """
+    spans = []
+    at = SPACE.match(text, SPACE.match(text, 0).end() + 1).end()  # type: ignore[union-attr]
+    while text[at] != "}":
+        key, at = json.decoder.scanstring(text, at + 1)  # type: ignore[attr-defined]
+        start = SPACE.match(text, SPACE.match(text, at).end() + 1).end()  # type: ignore[union-attr]
+        _, end = DECODER.scan_once(text, start)  # type: ignore[attr-defined]
+        if key == name:
+            spans.append((start, end))
+        at = SPACE.match(text, end).end()  # type: ignore[union-attr]
+        if text[at] == ",":
+            at = SPACE.match(text, at + 1).end()  # type: ignore[union-attr]
+    return spans
+
+
+def may_repeat(raw: bytes, name: str) -> bool:
+    """Whether a look at the bytes leaves it open that the member `name` is there twice."""
+    # Any escape \u006x could spell a letter of `model`; those are rare, so they pay for the full look.
+    return raw.count(b'"%b"' % name.encode()) != 1 or b"\\u006" in raw
+
+
+def replace_member(raw: bytes, name: str, value: Any) -> bytes:
+    """`raw` with the value of its top-level member `name` replaced, and no other byte changed."""
+    text = raw.decode("utf-8")
+    for start, end in reversed(member_spans(text, name)):
+        text = text[:start] + dump(value).decode("utf-8") + text[end:]
+    return text.encode("utf-8")
+
+
+
+# ============================================================================
+#  4  Routing
+# ============================================================================
+# From a model name and an inbound protocol to a provider and a model name to
+# send. Pure; knows patterns and routes, does not know where routes come from.
+
+LOOKS_GLOB = re.compile(r"[*?]")
+LOOKS_REGEX = re.compile(r"^\^|\$$|[(\[|+\\]")
+NAMED_GROUP = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?<(?![=!])", re.DOTALL)
+TEMPLATE_PART = re.compile(r"\$(?:\$|\{([0-9A-Za-z_]+)\}|([0-9A-Za-z_]+))")
+
+
+class Route(NamedTuple):
+    """A compiled route."""
+
+    name: str | None
+    protocol: str | None  # the inbound protocol it is only for
+    pattern: re.Pattern[str]
+    regex: bool  # whether `upstream_model` is a template over the pattern's groups
+    provider: str
+    upstream_model: str | None
+
+
+class Decision(NamedTuple):
+    """Where a request goes; `model` is what the provider is asked for."""
+
+    provider: str
+    model: str
+    route: str | None
+
+
+def pattern_kind(kind: str, pattern: str) -> str:
+    """exact, glob or regex for a configured `match_kind`; auto looks at the pattern."""
+    if kind != "auto":
+        return kind
+    return "glob" if LOOKS_GLOB.search(pattern) else "regex" if LOOKS_REGEX.search(pattern) else "exact"
+
+
+def compile_pattern(kind: str, pattern: str) -> re.Pattern[str]:
+    """The regular expression for a route's pattern; re.error says what is wrong with it.
+
+    Exact and glob match whole names, regex searches; none minds case.
+    """
+    kind = pattern_kind(kind, pattern)
+    if kind == "regex":
+        source = NAMED_GROUP.sub(lambda m: "(?P<" if m[0] == "(?<" else m[0], pattern)
+        return re.compile(source, re.IGNORECASE)
+    source = glob_source(pattern) if kind == "glob" else re.escape(pattern)
+    return re.compile(rf"(?:{source})\Z", re.IGNORECASE | re.DOTALL)
+
+
+def glob_source(pattern: str) -> str:
+    """A glob as a regular expression: * ? [a-z] [!a-z] {a,b}; a backslash is only itself."""
+    out: list[str] = []
+    at = depth = 0
+    while at < len(pattern):
+        char = pattern[at]
+        at += 1
+        if char == "*":
+            out.append(".*" if not out or out[-1] != ".*" else "")
+        elif char == "?":
+            out.append(".")
+        elif char == "[":
+            end = pattern.find("]", at + (2 if pattern[at:at + 1] == "!" else 1))
+            if end < 0:
+                raise re.error("the [ has no ]", pattern, at - 1)
+            inside = re.sub(r"([\\\[\]&~|^])", r"\\\1", pattern[at:end].removeprefix("!"))
+            out.append(f"[{'^' if pattern[at] == '!' else ''}{inside}]")
+            at = end + 1
+        elif char == "{":
+            depth += 1
+            out.append("(?:")
+        elif char == "}" and depth:
+            depth -= 1
+            out.append(")")
+        elif char == "," and depth:
+            out.append("|")
+        else:
+            out.append(re.escape(char))
+    if depth:
+        raise re.error("the { has no }", pattern)
+    return "".join(out)
+
+
+def expand_template(template: str, match: re.Match[str]) -> str:
+    """`template` with $1, $name, ${name} and $$ filled in; a group that is not there is empty."""
+    def part(found: re.Match[str]) -> str:
+        name = found[1] or found[2]
+        if name is None:
+            return "$"
+        key: int | str = int(name) if name.isdigit() else name
+        known = key in match.re.groupindex or (isinstance(key, int) and key <= match.re.groups)
+        return (match[key] or "") if known else ""
+
+    return TEMPLATE_PART.sub(part, template)
+
+
+def compile_routes(routes: Iterable[Any]) -> list[Route]:
+    """The configured routes (see RouteConfig), ready to match."""
+    return [Route(r.name, r.request_protocol, compile_pattern(r.match_kind, r.model_pattern),
+                  pattern_kind(r.match_kind, r.model_pattern) == "regex", r.provider, r.upstream_model)
+            for r in routes]
+
+
+def rewrite_model(route: Route, match: re.Match[str], model: str) -> str:
+    """The name to send for `model`: a template replaces the span that a regex matched (contract 5.3)."""
+    if route.upstream_model is None:
+        return model
+    if not route.regex:
+        return route.upstream_model
+    return model[:match.start()] + expand_template(route.upstream_model, match) + model[match.end():]
+
+
+def choose(routes: Sequence[Route], defaults: Mapping[str, str], protocol: str, model: str) -> Decision:
+    """The first route that fits, else the protocol's default provider; SetupError if there is none.
+
+    A route whose pattern matches but whose guard does not is passed over, and named if nothing else
+    takes the request.
+    """
+    mismatch = None
+    for route in routes:
+        match = route.pattern.search(model)
+        if not match:
+            continue
+        if route.protocol in (None, protocol):
+            return Decision(route.provider, rewrite_model(route, match, model), route.name)
+        mismatch = mismatch or route
+    if mismatch:
+        named = f"route `{mismatch.name}`" if mismatch.name else "a route without a name"
+        raise SetupError(f"{named} matches the model {model}, but its request_protocol is {mismatch.protocol} and the"
+                         f" request's protocol is {protocol}", fix="remove request_protocol from the route, or change it")
+    if not defaults.get(protocol):
+        raise SetupError(f"no route takes the model {model} and routing.default_provider_names.{protocol} is not set",
+                         fix="set that key to the name of a provider, or add a route")
+    return Decision(defaults[protocol], model, None)
+
+
+
+# ============================================================================
+#  5  Configuration
+# ============================================================================
+# The dataclasses below are the only place where a setting, its type, default,
+# check and description stand: loading, the example file and the table of the
+# README are made from them. Knows TOML and files; does not know sockets.
+
+# -- kinds of values ---------------------------------------------------------
+
+REQUIRED: Any = dataclasses.MISSING
+
+
+class Kind(NamedTuple):
+    """How a TOML value is checked: `read` returns what is kept, or raises ValueError with what it must be."""
+
+    wants: str
+    read: Callable[[Any], Any]
+
+
+def expect(condition: bool, wants: str) -> None:
+    """Raise the ValueError that tells a person what a value must be."""
+    if not condition:
+        raise ValueError(f"must be {wants}")
+
+
+def whole(low: int, high: int = 1 << 62) -> Kind:
+    """A whole number in a range."""
+    wants = f"a whole number from {low} to {high}" if high < 1 << 62 else f"a whole number, {low} or more"
+
+    def read(value: Any) -> int:
+        expect(type(value) is int and low <= value <= high, wants)
+        return int(value)
+
+    return Kind(wants, read)
+
+
+def read_seconds(value: Any) -> float:
+    """A time limit; zero would mean `never` to some and `at once` to others, so it is refused."""
+    expect(type(value) in (int, float) and 0 < value <= 86400 * 366, SECONDS.wants)
+    return float(value)
+
+
+def read_boolean(value: Any) -> bool:
+    """A TOML boolean."""
+    expect(type(value) is bool, "true or false")
+    return bool(value)
+
+
+def read_text(value: Any) -> str:
+    """A string with something in it, without the blanks around it."""
+    expect(isinstance(value, str) and bool(value.strip()), "a non-empty string")
+    return str(value).strip()
+
+
+def read_secret(value: Any) -> str:
+    """A key that can stand in a header field: one that cannot would silently not be sent."""
+    key = read_text(value)
+    expect(key.isascii() and key.isprintable() and " " not in key, "printable ASCII without blanks")
+    return key
+
+
+def read_name(value: Any) -> str:
+    """A provider's name: compared without case, so kept in lower case; blank means none."""
+    expect(isinstance(value, str), "a string")
+    return str(value).strip().lower()
+
+
+def read_address(value: Any) -> str:
+    """An IP address literal, as a listener needs it."""
+    expect(isinstance(value, str), ADDRESS.wants)
+    try:
+        return str(ipaddress.ip_address(value.strip()))
+    except ValueError:
+        raise ValueError(f"must be {ADDRESS.wants}") from None
+
+
+def read_url(value: Any) -> str:
+    """An absolute http or https URL without its query, ending in a slash."""
+    text = read_text(value)
+    try:
+        url = urlsplit(text)
+        port = url.port
+    except ValueError as error:
+        raise ValueError(f"must be {URL.wants}: {error}") from None
+    expect(url.scheme in ("http", "https") and bool(url.hostname) and port != 0, URL.wants)
+    expect("@" not in url.netloc, f"{URL.wants}, without a user name in it")
+    expect(text.isascii() and text.isprintable() and " " not in text, f"{URL.wants}, in ASCII")
+    return f"{url.scheme}://{url.netloc}{url.path.rstrip('/')}/"
+
+
+def read_proxy(value: Any) -> str:
+    """A forward proxy's URL, or the word direct."""
+    text = read_text(value)
+    if text.lower() == "direct":
+        return "direct"
+    url = urlsplit(text)
+    expect(url.scheme in ("http", "https") and bool(url.hostname), PROXY.wants)
+    expect(url.path in ("", "/") and text.isascii(), PROXY.wants)
+    return text
+
+
+def read_origin(value: Any) -> str:
+    """A browser origin as the Origin header spells it."""
+    text = read_text(value).lower()
+    url = urlsplit(text)
+    expect(text == "null" or bool(url.scheme and url.netloc and not url.path), ORIGIN.wants)
+    return text
+
+
+def choice(*allowed: str) -> Kind:
+    """One of a few words."""
+    wants = "one of " + ", ".join(f'"{word}"' for word in allowed)
+
+    def read(value: Any) -> str:
+        expect(isinstance(value, str) and value in allowed, wants)
+        return str(value)
+
+    return Kind(wants, read)
+
+
+def several(kind: Kind) -> Kind:
+    """An array of values of one kind."""
+    def read(value: Any) -> tuple[Any, ...]:
+        expect(isinstance(value, list), f"an array; each item {kind.wants}")
+        return tuple(kind.read(item) for item in value)
+
+    return Kind(f"an array; each item {kind.wants}", read)
+
+
+BOOLEAN = Kind("true or false", read_boolean)
+TEXT = Kind("a non-empty string", read_text)
+SECRET = Kind("a non-empty string", read_secret)
+NAME = Kind("the name of a provider", read_name)
+SECONDS = Kind("a number of seconds, more than 0", read_seconds)
+ADDRESS = Kind('an IP address such as "127.0.0.1"', read_address)
+URL = Kind('an absolute URL such as "https://api.example.com/v1"', read_url)
+PROXY = Kind('"http://[user:password@]host:port", the same with https, or "direct"', read_proxy)
+ORIGIN = Kind('an origin such as "https://app.example.com", without a path', read_origin)
+PROTOCOL = choice(*PROTOCOLS)
+
+
+class Section(NamedTuple):
+    """A kind that is a table (`shape` one), an array of tables (`shape` list) or named tables (`shape` dict)."""
+
+    of: type
+    shape: str = "one"
+
+
+def setting(kind: Kind | Section, doc: str, default: Any = REQUIRED, *, example: Any = None, secret: bool = False) -> Any:
+    """A field of the schema: kind, description, default, and a value for the example file if that differs."""
+    more: Json = {"default": default}
+    if isinstance(kind, Section) and kind.shape == "one":
+        more = {"default_factory": kind.of}
+    elif isinstance(kind, Section):
+        more = {"default_factory": dict if kind.shape == "dict" else tuple}
+    return dataclasses.field(**more, repr=not secret, metadata={"kind": kind, "doc": doc, "example": example})
+
+
+# -- the schema --------------------------------------------------------------
+
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def schema(cls: type[T]) -> type[T]:
+    """A table of the configuration: frozen, so that what was checked stays what is used."""
+    return dataclasses.dataclass(frozen=True, slots=True, kw_only=True)(cls)
+
+
+@schema
+class ProviderConfig:
+    """One place to send requests to. Its name is a label; `protocol` decides the wire format."""
+
+    protocol: str = setting(PROTOCOL, "What the provider speaks.")
+    base_url: str = setting(URL, "Where it is. The path of the protocol is appended; a version that is there already"
+                                 " is not doubled.")
+    api_key: str | None = setting(SECRET, "The key, sent in the header the protocol wants. One of the three must be given.",
+                           None, secret=True)
+    api_key_env: str | None = setting(TEXT, "Environment variable that holds the key.", None, example="OPENAI_API_KEY")
+    api_key_file: str | None = setting(TEXT, "File that holds the key (~ is the home directory).", None,
+                                example="~/.config/openai.key")
+    compatibility: str = setting(choice("strict", "anthropic_compatible"), "Only for anthropic_messages:"
+                                 " anthropic_compatible fills members that the vendor always sends and others leave"
+                                 " out; strict leaves answers as they are.", "anthropic_compatible")
+    connect_timeout_secs: float = setting(SECONDS, "Limit for DNS, TCP, proxy and TLS handshake together.", 10.0)
+    read_idle_timeout_secs: float = setting(SECONDS, "Limit for silence: before the answer and between its bytes."
+                                            " Never for the whole answer.", 120.0)
+    proxy_url: str | None = setting(PROXY, "Forward proxy for this provider; \"direct\" ignores HTTPS_PROXY, HTTP_PROXY and"
+                             " ALL_PROXY.", None, example="http://user:password@proxy.example.com:3128")
+    ca_file: str | None = setting(TEXT, "PEM file of certificates to trust beside the system's.", None,
+                           example="/etc/ssl/company-ca.pem")
+
+
+@schema
+class RouteConfig:
+    """Sends the models that match to a provider. The first route that fits wins."""
+
+    name: str | None = setting(TEXT, "A name for logs and --route-override.", None)
+    request_protocol: str | None = setting(PROTOCOL, "Only for requests of this protocol.", None, example=RESPONSES.name)
+    match_kind: str = setting(choice("auto", "exact", "glob", "regex"), "How model_pattern is read, never minding case."
+                              " auto: * or ? make a glob; ^ in front, $ behind or any of ( [ | + \\ a regex; else exact.",
+                              "auto")
+    model_pattern: str = setting(TEXT, "Which models, as the client names them.")
+    provider: str = setting(NAME, "Where they go.")
+    upstream_model: str | None = setting(TEXT, "The model name to send instead; with a regex $1, ${name} and $$ work.", None,
+                                  example="gpt-5.5")
+
+
+@schema
+class DefaultsConfig:
+    """The provider of requests that no route takes, for each inbound protocol."""
+
+    openai_responses: str = setting(NAME, "For /v1/responses.", "")
+    openai_chat_completions: str = setting(NAME, "For /v1/chat/completions.", "")
+    anthropic_messages: str = setting(NAME, "For /v1/messages.", "")
+
+
+@schema
+class RoutingConfig:
+    """Which provider gets which request."""
+
+    default_provider_names: DefaultsConfig = setting(Section(DefaultsConfig), "Used when no route takes a request.")
+    routes: tuple[RouteConfig, ...] = setting(Section(RouteConfig, "list"), "Tried from the top.")
+
+
+@schema
+class ServerConfig:
+    """The listener that clients talk to, and its limits."""
+
+    host: str = setting(ADDRESS, "Address to listen on.", "127.0.0.1")
+    port: int = setting(whole(0, 65535), "Port to listen on; 0 takes a free one.", 18080)
+    api_keys: tuple[str, ...] = setting(several(SECRET), "Keys clients must send (Authorization: Bearer, x-api-key or"
+                                        " x-goog-api-key). None: no key is asked for.", (), secret=True)
+    allow_unauthenticated: bool = setting(BOOLEAN, "Allows a host that is not loopback without api_keys.", False)
+    allowed_hosts: tuple[str, ...] = setting(several(TEXT), "Host names beside loopback ones that requests to a"
+                                             " loopback listener may carry.", ())
+    cors_allow_origins: tuple[str, ...] = setting(several(ORIGIN), "Browser origins that may call; all others are"
+                                                  " refused.", ())
+    max_request_body_bytes: int = setting(whole(1), "Largest request body.", 52428800)
+    max_concurrent_requests: int = setting(whole(1), "Requests waiting for a provider's answer at one time; more"
+                                           " wait for their turn.", 64)
+    max_request_line_bytes: int = setting(whole(256), "Longest request line.", 8192)
+    max_head_bytes: int = setting(whole(1024), "Largest request head.", 65536)
+    max_headers: int = setting(whole(8), "Most header lines in a request.", 128)
+    max_sse_event_bytes: int = setting(whole(1024), "Largest event that is looked into; larger ones pass unseen.",
+                                       16777216)
+    head_timeout_secs: float = setting(SECONDS, "Limit for a request head once its first byte is there.", 30.0)
+    body_timeout_secs: float = setting(SECONDS, "Limit for silence within a request body.", 60.0)
+    keepalive_timeout_secs: float = setting(SECONDS, "How long an unused connection stays open.", 75.0)
+    write_timeout_secs: float = setting(SECONDS, "How long a client may take no bytes of its answer.", 300.0)
+    shutdown_grace_secs: float = setting(SECONDS, "How long open requests may go on after SIGTERM or Ctrl-C.", 30.0)
+    first_event_hold_secs: float = setting(SECONDS, "Translated streams: how long the 200 is held back for the first"
+                                           " event, so that an early failure keeps its status.", 10.0)
+    sse_keepalive_secs: float = setting(SECONDS, "Translated streams: a sign of life to the client after this much"
+                                        " silence.", 15.0)
+
+
+@schema
+class ToolCallsConfig:
+    """Watching tool calls that a provider streams."""
+
+    timeout_secs: float = setting(SECONDS, "Ends a stream whose tool-call arguments began and then stopped coming.",
+                                  120.0)
+
+
+@schema
+class TranslationConfig:
+    """Which pairs of protocols are translated."""
+
+    extended_pairs: bool = setting(BOOLEAN, "Adds anthropic_messages -> openai_chat_completions and"
+                                   " openai_chat_completions -> openai_responses.", False, example=True)
+
+
+@schema
+class ErrorsConfig:
+    """How errors are told to clients."""
+
+    format: str = setting(choice("text", "json", "native"), "text: the message; json: one shape for all; native: what"
+                          " the SDKs of the client's protocol expect.", "text", example="native")
+
+
+@schema
+class ThresholdsConfig:
+    """Colour of durations on a terminal."""
+
+    warn_ms: int = setting(whole(0), "Yellow from here.", 5000)
+    error_ms: int = setting(whole(0), "Red from here.", 15000)
+
+
+@schema
+class LoggingConfig:
+    """What is told on standard output."""
+
+    level: str = setting(choice("trace", "debug", "info", "warn", "error"), "Least important lines to print.", "info")
+    output_format: str = setting(choice("human", "json"), "Lines for people or for programs.", "human")
+    use_color: bool = setting(BOOLEAN, "Colour for human lines on a terminal, unless NO_COLOR is set.", True)
+    duration_thresholds: ThresholdsConfig = setting(Section(ThresholdsConfig), "Colour of durations.")
+
+
+@schema
+class CaptureConfig:
+    """Which phases of an exchange are written to files. This version does not write captures yet."""
+
+    inbound_request_enabled: bool = setting(BOOLEAN, "What the client sent.", False)
+    provider_request_enabled: bool = setting(BOOLEAN, "What was sent to the provider.", False)
+    upstream_response_enabled: bool = setting(BOOLEAN, "What the provider answered.", False)
+    outbound_response_enabled: bool = setting(BOOLEAN, "What the client got.", False)
+
+
+@schema
+class McpConfig:
+    """The control listener. This version does not open it yet."""
+
+    host: str = setting(ADDRESS, "Loopback address to listen on.", "127.0.0.1")
+    port: int = setting(whole(0, 65535), "Port to listen on.", 18081)
+
+
+@schema
+class Config:
+    """A whole configuration, checked."""
+
+    providers: dict[str, ProviderConfig] = setting(Section(ProviderConfig, "dict"), "")
+    routing: RoutingConfig = setting(Section(RoutingConfig), "")
+    server: ServerConfig = setting(Section(ServerConfig), "")
+    tool_calls: ToolCallsConfig = setting(Section(ToolCallsConfig), "")
+    translation: TranslationConfig = setting(Section(TranslationConfig), "")
+    error_responses: ErrorsConfig = setting(Section(ErrorsConfig), "")
+    logging: LoggingConfig = setting(Section(LoggingConfig), "")
+    capture: CaptureConfig = setting(Section(CaptureConfig), "")
+    mcp: McpConfig = setting(Section(McpConfig), "")
+
+
+# -- loading -----------------------------------------------------------------
+
+RECOVERY = ("compare the file with config.example.toml in the same directory, or move it away"
+            " to regenerate defaults")
+
+
+class Faults(list[str]):
+    """Everything that is wrong with a configuration; `flags` maps a key's path to the flag that set it."""
+
+    def __init__(self, flags: Mapping[str, str] | None = None) -> None:
+        super().__init__()
+        self.flags = flags or {}
+
+    def add(self, path: str, message: str) -> None:
+        """Note one fault, naming the key and, where a flag set it, the flag."""
+        flag = self.flags.get(path)
+        self.append(f"{path}: {message}" + (f" (from {flag})" if flag else ""))
+
+
+def load_config(text: str, source: str, *, environ: Mapping[str, str] = os.environ,
+                overrides: Callable[[Json], Sequence[Override]] = lambda tables: ()) -> Config:
+    """The configuration in a TOML `text`; ConfigError lists every fault with its full path and `source`.
+
+    `overrides` is given the tables and returns what is to be put in place of their values.
+    """
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError([f"{source}: not valid TOML: {error}"], RECOVERY) from None
+    flags = apply_overrides(tables, overrides(tables))
+    faults = Faults(flags)
+    config: Config = read_table(Config, tables, "", faults)
+    config = cross_check(config, faults, environ)
+    if faults:
+        raise ConfigError([f"{source}: {fault}" for fault in faults], RECOVERY)
+    return config
+
+
+def read_table(cls: Any, table: Any, path: str, faults: Faults) -> Any:
+    """An instance of the schema class `cls`; a faulty value is noted and its default stands in for it."""
+    if not isinstance(table, dict):
+        faults.add(path, f"must be a table ([{path}])")
+        table = {}
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    for key in table:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, 0.5)
+            hint = f"did you mean {near[0]}?" if near else "the keys here are " + ", ".join(known)
+            faults.add(join_path(path, key), f"unknown key; {hint}")
+    values = {}
+    for name, field in known.items():
+        here = join_path(path, name)
+        kind = field.metadata["kind"]
+        default = field.default if field.default is not REQUIRED else None
+        if isinstance(kind, Section):
+            if name in table:
+                values[name] = read_section(kind, table[name], here, faults)
+        elif name in table:
+            values[name] = read_value(kind, table[name], here, faults, default, field.repr)
+        elif field.default is REQUIRED:
+            faults.add(here, f"is missing; must be {kind.wants}")
+            values[name] = None
+    return cls(**values)
+
+
+def read_value(kind: Kind, value: Any, path: str, faults: Faults, default: Any, shown: bool) -> Any:
+    """One checked value, or `default` with the fault noted; secrets are never shown."""
+    try:
+        return kind.read(value)
+    except ValueError as error:
+        faults.add(path, f"{error}" + (f", is {short(value)}" if shown and not isinstance(value, dict) else ""))
+        return default
+
+
+def read_section(kind: Section, value: Any, path: str, faults: Faults) -> Any:
+    """The table, the tables of an array, or the named tables at `path`."""
+    if kind.shape == "one":
+        return read_table(kind.of, value, path, faults)
+    if kind.shape == "list":
+        if not isinstance(value, list):
+            faults.add(path, f"must be an array of tables ([[{path}]])")
+            return ()
+        return tuple(read_table(kind.of, item, f"{path}[{i}]", faults) for i, item in enumerate(value))
+    if not isinstance(value, dict):
+        faults.add(path, f"must be a table of tables ([{path}.<name>])")
+        return {}
+    named: Json = {}
+    for label, item in value.items():
+        name = label.strip().lower()
+        if not name or name in named:
+            faults.add(f"{path}.{label}", "a name must be non-empty and, without case, unique")
+        named[name] = read_table(kind.of, item, f"{path}.{label}", faults)
+    return named
+
+
+def join_path(path: str, key: str) -> str:
+    """The full path of `key` in the table at `path`."""
+    return f"{path}.{key}" if path else key
+
+
+def short(value: Any) -> str:
+    """A configuration value as a fault shows it."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def cross_check(config: Config, faults: Faults, environ: Mapping[str, str]) -> Config:
+    """Note what is wrong between settings, and return `config` with keys read from where they are kept."""
+    if not config.providers:
+        faults.add("providers", "at least one provider is needed ([providers.<name>])")
+    known = ", ".join(config.providers) or "none"
+    for protocol in PROTOCOLS:
+        name = getattr(config.routing.default_provider_names, protocol)
+        if name and name not in config.providers:
+            faults.add(f"routing.default_provider_names.{protocol}", f"no provider is named {name} (there are: {known})")
+    seen: set[str] = set()
+    for i, route in enumerate(config.routing.routes):
+        check_route(route, f"routing.routes[{i}]", seen, config.providers, faults)
+    check_listeners(config, faults)
+    providers = {name: with_key(provider, f"providers.{name}", faults, environ)
+                 for name, provider in config.providers.items()}
+    return dataclasses.replace(config, providers=providers)
+
+
+def check_route(route: RouteConfig, path: str, seen: set[str], providers: Mapping[str, Any], faults: Faults) -> None:
+    """Names are unique, the provider exists, the pattern compiles."""
+    if route.name in seen:
+        faults.add(f"{path}.name", f"`{route.name}` names an earlier route too; names must be unique")
+    if route.name:
+        seen.add(route.name)
+    if route.provider is not None and route.provider not in providers:
+        known = ", ".join(providers) or "none"
+        faults.add(f"{path}.provider", f"no provider is named {route.provider or '(blank)'} (there are: {known})")
+    if route.model_pattern:
+        try:
+            compile_pattern(route.match_kind, route.model_pattern)
+        except re.error as error:
+            faults.add(f"{path}.model_pattern", f"invalid route: the pattern {route.model_pattern} does not work: {error}")
+
+
+def check_listeners(config: Config, faults: Faults) -> None:
+    """A listener that others can reach needs keys; the control listener is never one (rulings 11 and 5)."""
+    server = config.server
+    if not (is_loopback(server.host) or server.api_keys or server.allow_unauthenticated):
+        faults.add("server.host", f"{server.host} can be reached from other machines: set server.api_keys, or"
+                                  " server.allow_unauthenticated = true if that is what you want")
+    if any(TEMPLATE_KEY.search(key) for key in server.api_keys):
+        faults.add("server.api_keys", "still holds a template key; replace it")
+    if not is_loopback(config.mcp.host):
+        faults.add("mcp.host", f"must be a loopback address, is {config.mcp.host}")
+
+
+def with_key(provider: ProviderConfig, path: str, faults: Faults, environ: Mapping[str, str]) -> ProviderConfig:
+    """`provider` with `api_key` read from the one place that was named, and `ca_file` known to be readable."""
+    sources = [s for s in ("api_key", "api_key_env", "api_key_file") if getattr(provider, s) is not None]
+    bad = any(fault.startswith(f"{path}.api_key") for fault in faults)
+    if len(sources) != 1 and not bad:
+        faults.add(f"{path}.api_key", "is missing; give api_key, api_key_env or api_key_file" if not sources
+                   else "give only one of " + ", ".join(sources))
+    key, where = provider.api_key, f"{path}.{sources[0]}" if sources else path
+    try:
+        if provider.api_key_env is not None and len(sources) == 1:
+            value = environ.get(provider.api_key_env)
+            if value is None:
+                raise ValueError(f"the environment variable {provider.api_key_env} is not set")
+            key = read_secret(value)
+        if provider.api_key_file is not None and len(sources) == 1:
+            key = read_secret(Path(provider.api_key_file).expanduser().read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        faults.add(where, f"no key from there: {reason}")
+    if provider.ca_file is not None:
+        try:
+            ssl.create_default_context(cafile=str(Path(provider.ca_file).expanduser()))
+        except (OSError, ValueError) as error:
+            faults.add(f"{path}.ca_file", f"cannot be used: {error}")
+    return dataclasses.replace(provider, api_key=key)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host`, a name or an address, can only be this machine."""
+    if host.lower().rstrip(".") == "localhost" or host.lower().endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+# A key that was never replaced: refused when a request would use it.
+TEMPLATE_KEY = re.compile(r"(?i)^<.*>$|your[-_ ]?(api[-_ ]?)?key|replace[-_ ]?me|change[-_ ]?me|\.\.\.$|^x{4,}$|xxxx")
+
+
+# -- overrides from the command line -----------------------------------------
+
+class Override(NamedTuple):
+    """A value that a flag puts in place of the file's; `at` is a path into the TOML tables."""
+
+    flag: str
+    at: tuple[str | int, ...]
+    value: Any  # None removes the key
+
+
+def apply_overrides(tables: Json, overrides: Sequence[Override]) -> dict[str, str]:
+    """Change `tables` in place; returns which flag is behind which path, for error messages."""
+    flags = {}
+    for flag, at, value in overrides:
+        here: Any = tables
+        for key in at[:-1]:
+            here = here.setdefault(key, {}) if isinstance(here, dict) else here[key]
+        if not isinstance(here, dict):
+            continue  # the file's own fault, reported with its path
+        if value is None:
+            here.pop(at[-1], None)
+        else:
+            here[at[-1]] = value
+        flags["".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in at)[1:]] = flag
+    return flags
+
+
+ROUTE_FIELDS = tuple(f.name for f in dataclasses.fields(RouteConfig) if f.name != "name")
+
+
+def route_override(spec: str, tables: Json) -> Override:
+    """The override that `--route-override ROUTE.FIELD=VALUE` asks for; ConfigError quotes what is wrong."""
+    flag = f"--route-override {spec}"
+
+    def fail(why: str) -> ConfigError:
+        return ConfigError([f"cannot apply {flag}: {why}"])
+
+    selector, equals, value = spec.partition("=")
+    route, dot, field = (part.strip() for part in selector.partition("."))
+    value = value.strip()
+    if not equals or not dot:
+        raise fail("the form is ROUTE.FIELD=VALUE")
+    if not route or not field:
+        raise fail("ROUTE and FIELD must both be non-empty")
+    if field not in ROUTE_FIELDS:
+        raise fail(f"the field {field} is not one of {', '.join(ROUTE_FIELDS)}")
+    routing = tables.get("routing")
+    routes = routing.get("routes") if isinstance(routing, dict) else None
+    found = [i for i, r in enumerate(routes if isinstance(routes, list) else [])
+             if isinstance(r, dict) and isinstance(r.get("name"), str) and r["name"].strip() == route]
+    if len(found) != 1:
+        raise fail(f"no route is named {route}" if not found else f"the route name {route} is not unique")
+    if field in ("request_protocol", "match_kind"):
+        value = value.lower()
+        allowed = (*PROTOCOLS, "") if field == "request_protocol" else ("auto", "exact", "glob", "regex")
+        if value not in allowed:
+            raise fail(f"{value or 'an empty value'} is not one of {', '.join(filter(None, allowed))}")
+    clears = field in ("request_protocol", "upstream_model") and not value
+    return Override(flag, ("routing", "routes", found[0], field), None if clears else value)
+
+
+# -- the example file and the documentation ----------------------------------
+
+KEY_HERE = "replace-me"
+EXAMPLE_PROVIDERS: dict[str, Json] = {
+    "openai": {"protocol": RESPONSES.name, "base_url": "https://api.openai.com/v1", "api_key": KEY_HERE},
+    "minimax_chat": {"protocol": CHAT.name, "base_url": "https://api.minimaxi.com/v1", "api_key": KEY_HERE},
+    "anthropic": {"protocol": MESSAGES.name, "base_url": "https://api.anthropic.com", "api_key": KEY_HERE,
+                  "compatibility": "strict"},
+}
+EXAMPLE_DEFAULTS = {RESPONSES.name: "openai", CHAT.name: "minimax_chat", MESSAGES.name: "anthropic"}
+EXAMPLE_ROUTES: list[Json] = [
+    {"name": "openai", "model_pattern": "gpt-*", "provider": "openai"},
+    {"name": "mimo_chat_ant", "model_pattern": "mimo-*", "provider": "anthropic"},
+    {"name": "minimax_chat", "model_pattern": "MiniMax-*", "provider": "minimax_chat"},
+]
+EXAMPLE_COMMENTED_ROUTES: list[Json] = [
+    {"name": "fast", "match_kind": "exact", "model_pattern": "fast", "provider": "openai",
+     "upstream_model": "gpt-5.5-mini"},
+    {"name": "mini", "match_kind": "regex", "model_pattern": r"^gpt-(?<major>\d+)-(?<minor>\d+)-mini$",
+     "provider": "openai", "upstream_model": "gpt-$major.$minor-mini"},
+]
+
+
+def toml_value(value: Any) -> str:
+    """`value` as TOML."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    if isinstance(value, str) and "\\" in value and "'" not in value:
+        return f"'{value}'"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def wrapped(text: str, width: int = 98) -> list[str]:
+    """`text` as comment lines."""
+    lines, line = [], "#"
+    for word in text.split():
+        if len(line) + len(word) >= width:
+            lines.append(line)
+            line = "#"
+        line += f" {word}"
+    return [*lines, line]
+
+
+def example_table(cls: Any, header: str, given: Json, *, brief: bool = False) -> list[str]:
+    """One table of the example file: every key under its description, unset ones commented out."""
+    lines = ["", *([] if brief else wrapped(cls.__doc__)), header]
+    for field in dataclasses.fields(cls):
+        kind, example = field.metadata["kind"], field.metadata["example"]
+        if isinstance(kind, Section) or (brief and field.name not in given):
+            continue
+        if not brief:
+            allowed = f" ({kind.wants})" if kind.wants.startswith("one of") else ""
+            lines += wrapped(field.metadata["doc"] + allowed)
+        if field.name in given:
+            lines.append(f"{field.name} = {toml_value(given[field.name])}")
+        elif field.default is None or field.default is REQUIRED:
+            lines.append(f"# {field.name} = {toml_value(example or field.name)}")
+        else:
+            lines.append(f"{field.name} = {toml_value(field.default if example is None else example)}")
+    return lines
+
+
+def example_toml() -> str:
+    """The text of config.example.toml, made from the schema."""
+    lines = wrapped("ProxAI configuration. Replace the keys of the providers you use, remove the others, and run:"
+                    " python proxai.py --config config.toml. Lines that start with # show settings that are not set.")
+    for i, (name, given) in enumerate(EXAMPLE_PROVIDERS.items()):
+        lines += example_table(ProviderConfig, f"[providers.{name}]", given, brief=i > 0)
+    lines += example_table(DefaultsConfig, "[routing.default_provider_names]", EXAMPLE_DEFAULTS)
+    for i, given in enumerate(EXAMPLE_ROUTES):
+        lines += example_table(RouteConfig, "[[routing.routes]]", given, brief=i > 0)
+    for given in EXAMPLE_COMMENTED_ROUTES:
+        sample = example_table(RouteConfig, "[[routing.routes]]", given, brief=True)
+        lines += ["", *(f"# {line}" for line in sample[1:])]
+    for field in dataclasses.fields(Config):
+        cls = field.metadata["kind"].of
+        if field.name in ("providers", "routing"):
+            continue
+        lines += example_table(cls, f"[{field.name}]", {})
+        for inner in dataclasses.fields(cls):
+            if isinstance(inner.metadata["kind"], Section):
+                lines += example_table(inner.metadata["kind"].of, f"[{field.name}.{inner.name}]", {})
+    return "\n".join(lines) + "\n"
+
+
+def settings_rows(cls: Any = Config, path: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """(key, default, what it must be, description) of every setting, for the table in the README."""
+    for field in dataclasses.fields(cls):
+        kind, here = field.metadata["kind"], join_path(path, field.name)
+        if isinstance(kind, Section):
+            yield from settings_rows(kind.of, here + {"one": "", "list": "[]", "dict": ".<name>"}[kind.shape])
+        else:
+            default = "required" if field.default is REQUIRED else "" if field.default is None \
+                else toml_value(field.default)
+            yield here, default, kind.wants, field.metadata["doc"]
+
+
+# -- the app directory -------------------------------------------------------
+
+class AppDirectory(NamedTuple):
+    """The directory of a run without --config; `created` tells whether its config.toml is new."""
+
+    path: Path
+    created: bool
+
+
+def app_directory(environ: Mapping[str, str]) -> Path:
+    """Where the app directory is: under HOME, else USERPROFILE, else what the system says."""
+    home = environ.get("HOME") or environ.get("USERPROFILE") or os.path.expanduser("~")
+    if not home or home == "~":
+        raise ConfigError(["there is no home directory for the app directory; set HOME, or use --config"])
+    return Path(home) / APP_DIRECTORY
+
+
+def bootstrap(environ: Mapping[str, str]) -> AppDirectory:
+    """Create what is missing of the app directory; what exists is never touched."""
+    base, created = app_directory(environ), False
+    try:
+        for folder in (base, base / "logs", base / "captures", base / "diagnostics"):
+            folder.mkdir(mode=0o700, parents=folder == base, exist_ok=True)
+        for name in ("config.example.toml", "config.toml"):
+            try:
+                handle = os.open(base / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)  # it will hold keys
+            except FileExistsError:
+                continue
+            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+                file.write(example_toml())
+            created = name == "config.toml"
+    except OSError as error:
+        raise ConfigError([f"cannot create the app directory {base}: {error.strerror}"]) from None
+    return AppDirectory(base, created)
+
+
+
+# ============================================================================
+#  6  HTTP grammar
+# ============================================================================
+# HTTP/1.1 heads, framing and bodies for both roles, as functions and machines
+# over bytes (RFC 9110, 9112). No socket, no protocol of ours. What is ambiguous
+# is a FramingError, never repaired: that is where requests are smuggled.
+
+# -- heads -------------------------------------------------------------------
+
+TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
+STATUS_LINE = re.compile(rb"HTTP/1\.([0-9]) ([1-9][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?")
+FIELD_LINE = re.compile(rb"(" + TOKEN + rb"):[ \t]*([\t\x20-\x7e\x80-\xff]*)")
+HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~!$&'()*+,;=%-]*)(?::[0-9]{0,5})?")
+ABSOLUTE_FORM = re.compile(rb"(?i)https?://([^/?#]+)([/?].*)?")
+BARE_LF = re.compile(rb"(?<!\r)\n")
+BARE_CR = re.compile(rb"\r(?!\n)")
+
+
+class Field(NamedTuple):
+    """One header line: the name in lower case, the value without blanks around it, the line as it came."""
+
+    name: bytes
+    value: bytes
+    line: bytes
+
+
+class RequestHead(NamedTuple):
+    """What a server needs to know of a request; `length` is None for a chunked body."""
+
+    method: bytes
+    path: str
+    query: str  # with its "?" when there is one
+    http11: bool
+    host: str  # without the port; "" when an HTTP/1.0 client sent none
+    fields: list[Field]
+    length: int | None
+    keep_alive: bool
+    expects_continue: bool
+
+
+class ResponseHead(NamedTuple):
+    """What a client needs to know of a response; `length` is None for chunked, -1 for "until the end"."""
+
+    status: int
+    fields: list[Field]
+    length: int | None
+    keep_alive: bool
+
+
+class HeadLimits(NamedTuple):
+    """How large a head may be."""
+
+    line_bytes: int = 8192
+    head_bytes: int = 65536
+    fields: int = 128
+
+
+field_cache: dict[bytes, Field] = {}
+
+
+def parse_field(line: bytes) -> Field:
+    """One header line; FramingError for anything but `token: value` in one line (9112 5).
+
+    Peers send the same lines with every request, so a line that was read once is not read again.
+    """
+    found = field_cache.get(line)
+    if found is not None:
+        return found
+    match = FIELD_LINE.fullmatch(line)
+    if match is None:
+        raise FramingError("a header line is malformed: " + field_fault(line))
+    field = Field(match[1].lower(), match[2].rstrip(b" \t"), line)
+    if len(line) <= FIELD_CACHE_BYTES:
+        if len(field_cache) >= FIELD_CACHE_LINES:
+            field_cache.clear()
+        field_cache[line] = field
+    return field
+
+
+def field_fault(line: bytes) -> str:
+    """What is wrong with a header line, in words that show none of it."""
+    if line[:1] in (b" ", b"\t"):
+        return "it starts with a blank (a folded line)"
+    name, colon, value = line.partition(b":")
+    if not colon:
+        return "it has no colon"
+    if not re.fullmatch(TOKEN, name):
+        return "its name has a blank or another forbidden character"
+    if b"\n" in value or b"\r" in value:
+        return "it has a bare CR or LF"
+    return "its value has a control character"
+
+
+def parse_fields(block: bytes, limits: HeadLimits) -> list[Field]:
+    """The header lines of a head, `block` being what stands between its first line and the empty one."""
+    if not block:
+        return []
+    lines = block.split(b"\r\n")
+    if len(lines) > limits.fields:
+        raise FramingError(f"more than {limits.fields} header lines", 431)
+    cached = field_cache.get
+    return [cached(line) or parse_field(line) for line in lines]
+
+
+def check_unfinished(data: bytes, limits: HeadLimits) -> None:
+    """Refuse the beginning of a request head that no further bytes could make right."""
+    line, found, _ = data.partition(b"\r\n")
+    if len(line) > limits.line_bytes:
+        raise FramingError(f"the request line is longer than {limits.line_bytes} bytes", 414)
+    if len(data) > limits.head_bytes:
+        raise FramingError(f"the request head is larger than {limits.head_bytes} bytes", 431)
+    if data[:1] == b"\x16":
+        raise FramingError("this looks like TLS; the proxy speaks plain HTTP, use http:// in the client's base URL")
+    if BARE_LF.search(data):
+        raise FramingError("a line ends in a bare LF")
+
+
+def parse_request_head(block: bytes, limits: HeadLimits) -> RequestHead:
+    """A request head without its final empty line; FramingError carries the status to answer with."""
+    if len(block) > limits.head_bytes:
+        raise FramingError(f"the request head is larger than {limits.head_bytes} bytes", 431)
+    line, _, rest = block.partition(b"\r\n")
+    if len(line) > limits.line_bytes:
+        raise FramingError(f"the request line is longer than {limits.line_bytes} bytes", 414)
+    match = REQUEST_LINE.fullmatch(line)
+    if match is None:
+        check_unfinished(block, limits)
+        raise FramingError("the request line is malformed")
+    method, target, major, minor = match.groups()
+    if major != b"1":
+        raise FramingError(f"HTTP/{major.decode()}.{minor.decode()} is not spoken here, use HTTP/1.1", 505)
+    http11 = minor != b"0"
+    fields = parse_fields(rest, limits)
+
+    host = connection = encoding = length = expect = None
+    for name, value, _ in fields:
+        if name == b"host":
+            host = once(host, value, "Host")
+        elif name == b"content-length":
+            length = once(length, value, "Content-Length")
+        elif name == b"transfer-encoding":
+            encoding = once(encoding, value, "Transfer-Encoding")
+        elif name == b"connection":
+            connection = value if connection is None else connection + b"," + value
+        elif name == b"expect":
+            expect = once(expect, value, "Expect")
+    if host is None and http11:
+        raise FramingError("the Host header is missing")
+    path, query, authority = split_target(target)
+    named = parse_host(host or b"")
+    if authority is not None:
+        named = parse_host(authority)  # 9112 3.2.2: an absolute target beats the Host header
+    return RequestHead(method, path, query, http11, named, fields,
+                       request_length(length, encoding, http11), persists(connection, http11),
+                       expects_continue(expect, http11))
+
+
+def once(seen: bytes | None, value: bytes, name: str) -> bytes:
+    """`value`, refusing a second one: which of two a peer means is anybody's guess."""
+    if seen is not None:
+        raise FramingError(f"there is more than one {name} header")
+    return value
+
+
+def split_target(target: bytes) -> tuple[str, str, bytes | None]:
+    """Path, query with "?", and the authority of an absolute-form target (9112 3.2)."""
+    authority = None
+    if not target.startswith(b"/"):
+        match = ABSOLUTE_FORM.fullmatch(target)
+        if match is None:  # asterisk-form and authority-form name no resource here
+            return target.decode("ascii"), "", None
+        authority, target = match[1], match[2] or b"/"
+        if target.startswith(b"?"):
+            target = b"/" + target
+    if b"#" in target:
+        raise FramingError("the request target has a fragment")
+    path, mark, query = target.decode("ascii").partition("?")
+    return path, mark + query, authority
+
+
+def parse_host(value: bytes) -> str:
+    """The name of a Host header without its port, in lower case."""
+    match = HOST.fullmatch(value)
+    if match is None:
+        raise FramingError("the Host header is malformed")
+    return match[1].decode("ascii").lower()
+
+
+def request_length(length: bytes | None, encoding: bytes | None, http11: bool) -> int | None:
+    """How long a request body is; None for chunked (9112 6.3)."""
+    if encoding is None:
+        return 0 if length is None else parse_length(length)
+    if length is not None:
+        raise FramingError("there are both Content-Length and Transfer-Encoding")
+    if not http11:
+        raise FramingError("HTTP/1.0 has no Transfer-Encoding")
+    if encoding.lower() != b"chunked":
+        raise FramingError("the only Transfer-Encoding understood here is a single chunked", 501)
+    return None
+
+
+def parse_length(value: bytes) -> int:
+    """A Content-Length: digits and nothing else."""
+    if not value.isdigit():  # bytes.isdigit() knows ASCII digits only
+        raise FramingError("the Content-Length is not a number")
+    if len(value) > 18:
+        raise FramingError("the Content-Length is beyond any limit", 413)
+    return int(value)
+
+
+def persists(connection: bytes | None, http11: bool) -> bool:
+    """Whether the connection goes on after this message (9112 9.3)."""
+    if connection is None:
+        return http11
+    options = {option.strip().lower() for option in connection.split(b",")}
+    return b"close" not in options and (http11 or b"keep-alive" in options)
+
+
+def expects_continue(expect: bytes | None, http11: bool) -> bool:
+    """Whether the client waits for a 100 before it sends the body (9110 10.1.1)."""
+    if expect is None or not http11:
+        return False
+    if expect.lower() != b"100-continue":
+        raise FramingError("the only Expect understood here is 100-continue", 417)
+    return True
+
+
+def parse_response_head(block: bytes) -> ResponseHead:
+    """A provider's response head without its final empty line, as strict as a request's."""
+    line, _, rest = block.partition(b"\r\n")
+    match = STATUS_LINE.fullmatch(line)
+    if match is None:
+        raise FramingError("the status line is malformed")
+    fields = parse_fields(rest, HeadLimits(fields=RESPONSE_HEAD_FIELDS))
+    http11, status = match[1] != b"0", int(match[2])
+    connection = encoding = length = None
+    for name, value, _ in fields:
+        if name == b"content-length":
+            length = once(length, value, "Content-Length")
+        elif name == b"transfer-encoding":
+            encoding = once(encoding, value, "Transfer-Encoding")
+        elif name == b"connection":
+            connection = value if connection is None else connection + b"," + value
+    if encoding is not None:
+        if length is not None:
+            raise FramingError("there are both Content-Length and Transfer-Encoding")
+        if encoding.lower() != b"chunked":
+            raise FramingError("the Transfer-Encoding is not chunked")
+    if status < 200 or status in (204, 304):
+        size: int | None = 0
+    elif encoding is not None:
+        size = None
+    else:
+        size = -1 if length is None else parse_length(length)
+    return ResponseHead(status, fields, size, size != -1 and persists(connection, http11))
+
+
+def field_value(fields: Iterable[Field], name: bytes) -> bytes | None:
+    """The value of the first field of that name."""
+    for field in fields:
+        if field.name == name:
+            return field.value
+    return None
+
+
+def nominated(fields: Sequence[Field]) -> frozenset[bytes]:
+    """The names that Connection headers declare to be for this hop only (9110 7.6.1)."""
+    return frozenset(option.strip().lower() for field in fields if field.name == b"connection"
+                     for option in field.value.split(b","))
+
+
+REASONS = {status.value: status.phrase.encode() for status in HTTPStatus} | {529: b"Overloaded"}
+
+
+def format_head(status: int, lines: Iterable[bytes]) -> bytes:
+    """A response head, final empty line included."""
+    first = b"HTTP/1.1 %d %b" % (status, REASONS.get(status, b""))
+    return b"\r\n".join((first, *lines, b"", b""))
+
+
+def http_date(at: float) -> bytes:
+    """A Unix time as the Date header writes it (9110 5.6.7), whatever the locale."""
+    year, month, day, hour, minute, second, weekday, *_ = time.gmtime(at)
+    days, months = "MonTueWedThuFriSatSun", "JanFebMarAprMayJunJulAugSepOctNovDec"
+    name, moon = days[3 * weekday:3 * weekday + 3], months[3 * month - 3:3 * month]
+    return f"{name}, {day:02d} {moon} {year} {hour:02d}:{minute:02d}:{second:02d} GMT".encode()
+
+
+# -- bodies ------------------------------------------------------------------
+
+class LengthDecoder:
+    """A body of a declared length: `feed` returns the payload in what came, `rest` is what lies behind it."""
+
+    __slots__ = ("finished", "left", "rest")
+
+    def __init__(self, length: int) -> None:
+        self.left, self.rest, self.finished = length, b"", length == 0
+
+    def feed(self, data: bytes) -> bytes:
+        """The part of `data` that belongs to the body."""
+        if len(data) < self.left:
+            self.left -= len(data)
+            return data
+        data, self.rest = data[:self.left], data[self.left:]
+        self.left, self.finished = 0, True
+        return data
+
+    def close(self) -> None:
+        """The peer has closed: an error unless the body is whole."""
+        if not self.finished:
+            raise FramingError(f"the connection closed {self.left} bytes before the end of the body")
+
+
+class EndDecoder:
+    """A body that ends with the connection."""
+
+    __slots__ = ("finished", "rest")
+
+    def __init__(self) -> None:
+        self.finished, self.rest = False, b""
+
+    def feed(self, data: bytes) -> bytes:
+        """All of it."""
+        return data
+
+    def close(self) -> None:
+        """The end."""
+        self.finished = True
+
+
+QUOTED = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"'
+CHUNK_EXTENSIONS = rb"(?:[ \t]*;[ \t]*" + TOKEN + rb"(?:[ \t]*=[ \t]*(?:" + TOKEN + rb"|" + QUOTED + rb"))?)*"
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:" + CHUNK_EXTENSIONS + rb")?\r\n")
+
+
+class ChunkDecoder:
+    """A chunked body (9112 7.1), strict: `feed` returns the payload in what came, `rest` is what lies behind.
+
+    Extensions and trailers are checked and dropped. Between feeds only an unfinished line is kept.
+    """
+
+    __slots__ = ("finished", "left", "line", "rest", "trailer_bytes", "trailers")
+
+    def __init__(self) -> None:
+        self.left = 0  # of the open chunk, its final CRLF included
+        self.line = b""  # an unfinished chunk line or trailer line
+        self.rest = b""
+        self.trailers = self.finished = False
+        self.trailer_bytes = 0
+
+    def feed(self, data: bytes) -> bytes:
+        """The payload in `data`; FramingError as soon as the bytes cannot be right."""
+        if self.line:
+            data, self.line = self.line + data, b""
+        out: list[bytes] = []
+        at = self.open_chunk(data, 0, out) if self.left else 0
+        size = len(data)
+        while at < size and not self.trailers:
+            match = CHUNK_LINE.match(data, at)
+            if match is None:
+                self.keep_line(data, at)
+                return b"".join(out)
+            at, length = match.end(), int(match[1], 16)
+            if length == 0:
+                self.trailers = True
+            elif data.startswith(b"\r\n", end := at + length):  # the whole chunk is here: the common case
+                out.append(data[at:end])
+                at = end + 2
+            else:
+                self.left = length + 2
+                at = self.open_chunk(data, at, out)
+        if self.trailers:
+            self.read_trailers(data, at)
+        return out[0] if len(out) == 1 else b"".join(out)
+
+    def open_chunk(self, data: bytes, at: int, out: list[bytes]) -> int:
+        """Take what `data` has of the chunk that `left` counts; returns where it ends."""
+        have = min(self.left, len(data) - at)
+        payload = min(have, max(self.left - 2, 0))
+        if payload:
+            out.append(data[at:at + payload])
+        if have > payload:  # bytes of the final CRLF
+            ending = data[at + payload:at + have]
+            if not b"\r\n"[2 - (self.left - payload):].startswith(ending):
+                raise FramingError("a chunk is longer than its size says")
+        self.left -= have
+        return at + have
+
+    def keep_line(self, data: bytes, at: int) -> None:
+        """Hold an unfinished chunk line back, unless it can never become one."""
+        line = data[at:]
+        if b"\n" in line or len(line) > CHUNK_LINE_BYTES or not re.match(rb"[0-9A-Fa-f]{1,15}(?:[ \t;\r]|$)", line):
+            raise FramingError("a chunk size is malformed")
+        self.line = line
+
+    def read_trailers(self, data: bytes, at: int) -> None:
+        """Check trailer lines up to the empty one, and set `rest` behind it."""
+        while not self.finished:
+            end = data.find(b"\r\n", at)
+            if end < 0:
+                self.line = data[at:]
+                if self.trailer_bytes + len(self.line) > TRAILER_BYTES:
+                    raise FramingError("the trailers are too large", 431)
+                if b"\n" in self.line:
+                    raise FramingError("a trailer line ends in a bare LF")
+                return
+            if end == at:
+                self.rest, self.finished = data[end + 2:], True
+                return
+            self.trailer_bytes += end + 2 - at
+            if self.trailer_bytes > TRAILER_BYTES:
+                raise FramingError("the trailers are too large", 431)
+            parse_field(data[at:end])
+            at = end + 2
+
+    def close(self) -> None:
+        """The peer has closed: an error unless the final chunk was there."""
+        if not self.finished:
+            raise FramingError("the connection closed before the final chunk")
+
+
+BodyDecoder = LengthDecoder | ChunkDecoder | EndDecoder
+
+
+def body_decoder(length: int | None) -> BodyDecoder:
+    """The machine for a body of that `length` as heads give it: None chunked, -1 until the end."""
+    return ChunkDecoder() if length is None else EndDecoder() if length < 0 else LengthDecoder(length)
+
+
+class Inflater:
+    """A gzip or deflate body that nobody asked for, unpacked with a limit on how much may come of how little."""
+
+    def __init__(self, coding: bytes) -> None:
+        self.coding, self.read, self.written = coding, 0, 0
+        # 32 + 15 takes gzip and zlib; "deflate" without the zlib wrapper exists in the wild
+        self.machine = zlib.decompressobj(32 + zlib.MAX_WBITS)
+
+    def feed(self, data: bytes) -> bytes:
+        """What `data` unpacks to; FramingError if it is damaged or a bomb."""
+        if not self.read and data and self.coding == b"deflate" and data[0] & 0x0F != 8:
+            self.machine = zlib.decompressobj(-zlib.MAX_WBITS)
+        self.read += len(data)
+        allowed = INFLATE_FREE_BYTES + INFLATE_RATIO * self.read - self.written
+        try:
+            out = self.machine.decompress(data, max(allowed, 1))
+        except zlib.error:
+            raise FramingError(f"the {self.coding.decode()} body is damaged") from None
+        if self.machine.unconsumed_tail:
+            raise FramingError(f"the {self.coding.decode()} body unpacks to more than {INFLATE_RATIO} times its size")
+        self.written += len(out)
+        return out
+
+    def close(self) -> None:
+        """The body is over: an error unless the compressed data is."""
+        if not self.machine.eof:
+            raise FramingError(f"the {self.coding.decode()} body is cut short")
+
+
+INFLATABLE = (b"gzip", b"x-gzip", b"deflate")
+
+
+
+# ============================================================================
+#  7  Event streams
+# ============================================================================
+# Bytes to server-sent events and back, by the WHATWG rules, at any split of
+# the bytes. No protocol is known here: a payload is text. Nothing waits.
+
+LINE_END = re.compile(r"\r\n|\n|\r")
+# Two line ends make a blank line. Atomic, so that one CRLF is never taken for two ends.
+BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
+BOM = b"\xef\xbb\xbf"
+
+
+class Event(NamedTuple):
+    """One server-sent event; `name` is `message` where the stream gave none."""
+
+    name: str
+    data: str
+
+
+class EventSplitter:
+    """Cuts a stream behind its last blank line, so that what is handed on holds whole events only.
+
+    `feed` returns the bytes up to there, unchanged; the unfinished tail waits. An event above `limit`
+    bytes is handed on in pieces, and `oversize` stays set until its end has passed.
+    """
+
+    __slots__ = ("limit", "oversize", "parts", "size")
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.parts: list[bytes] = []  # of the unfinished event, joined once
+        self.size = 0
+        self.oversize = False
+
+    def feed(self, data: bytes) -> bytes:
+        """All whole events that are complete with `data`, or b""."""
+        if not data:
+            return b""
+        # A blank line can begin up to three bytes (CR LF CR) before what is new.
+        before = b"".join(self.parts[-3:])[-3:] if self.parts else b""
+        cut = last_blank_line(before + data) - len(before)
+        if cut <= 0:
+            self.parts.append(data)
+            self.size += len(data)
+            return self.spill() if self.size > self.limit else b""
+        block = b"".join((*self.parts, data[:cut])) if self.parts else data[:cut]
+        rest = data[cut:]
+        self.parts, self.size = [rest] if rest else [], len(rest)
+        self.oversize = False
+        return block
+
+    def spill(self) -> bytes:
+        """Hand on a piece of an event that is too large to hold, but for the bytes a blank line may begin in."""
+        whole = b"".join(self.parts)
+        self.parts, self.size, self.oversize = [whole[-3:]], 3, True
+        return whole[:-3]
+
+    def close(self) -> bytes:
+        """The unfinished tail at the end of the stream."""
+        tail = b"".join(self.parts)
+        self.parts, self.size = [], 0
+        return tail
+
+
+def last_blank_line(data: bytes) -> int:
+    """The index behind the last blank line in `data`, 0 if there is none."""
+    if b"\r" not in data:
+        return data.rfind(b"\n\n") + 2 if b"\n\n" in data else 0
+    end = 0
+    for match in BLANK_LINE.finditer(data):
+        end = match.end()
+    return end
+
+
+def split_events(block: bytes) -> list[bytes]:
+    """The single events of a block of whole ones, each with its blank line."""
+    if b"\r" not in block:
+        frames = block.split(b"\n\n")
+        return [frame + b"\n\n" for frame in frames[:-1]] + ([frames[-1]] if frames[-1] else [])
+    out, at = [], 0
+    for match in BLANK_LINE.finditer(block):
+        out.append(block[at:match.end()])
+        at = match.end()
+    return out + ([block[at:]] if at < len(block) else [])
+
+
+def parse_event(frame: bytes) -> Event | None:
+    """The event in one frame; None where it has no data, as comments and bare retry lines have not."""
+    if frame.startswith(BOM):
+        frame = frame[3:]
+    name, data = "", []
+    for line in LINE_END.split(frame.decode("utf-8", "replace")):
+        key, _, value = line.partition(":")
+        if key == "data":
+            data.append(value.removeprefix(" "))
+        elif key == "event":
+            name = value.removeprefix(" ")
+    text = "\n".join(data)
+    return Event(name or "message", text) if text else None
+
+
+def format_event(name: str | None, data: bytes) -> bytes:
+    """An event as bytes; `data` is one line, as compact JSON is."""
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), data) if name else b"data: %b\n\n" % data
+
+
+
+# ============================================================================
+#  8  Providers
+# ============================================================================
+# From an accepted request to what a provider gets, and the quirks of providers
+# in what it answers: URL, headers, body. Pure; knows protocols and header
+# lines, does not know sockets or routes.
+
+# -- what the client asked for -----------------------------------------------
+
+class ModelRequest(NamedTuple):
+    """A request body that routing and translation can work with; `raw` is what the client sent."""
+
+    raw: bytes
+    body: Json
+    model: str
+
+
+def read_model_request(protocol: Protocol, raw: bytes) -> ModelRequest:
+    """Check what routing and translation need and nothing more (ruling 13), else a RequestError."""
+    try:
+        body = load(raw)
+    except ValueError as error:
+        raise RequestError(f"the body of {protocol.title} requests must be a JSON object with a non-empty `model`:"
+                           f" {error}") from None
+    if not isinstance(body, dict):
+        raise RequestError(f"the body of {protocol.title} requests must be a JSON object with a non-empty `model`")
+    model = body.get("model")
+    if not isinstance(model, str) or not model.strip():
+        raise RequestError(f"{protocol.title} requests need a non-empty `model`", param="model")
+    if len(model) > MODEL_CHARS or LONE_SURROGATE.search(model):
+        raise RequestError(f"`model` must be at most {MODEL_CHARS} characters of valid Unicode", param="model")
+    if may_repeat(raw, "model") and len(member_spans(raw.decode("utf-8"), "model")) > 1:
+        raise RequestError("`model` is there twice, and readers differ in which one they take", param="model")
+    wanted = body.get(protocol.wants)
+    if not isinstance(wanted, protocol.wants_types) and (protocol is not RESPONSES or wanted is not None):
+        types = " or ".join("a string" if t is str else "an array" for t in protocol.wants_types)
+        raise RequestError(f"{protocol.title} requests need `{protocol.wants}` to be {types}", param=protocol.wants)
+    return ModelRequest(raw, body, model.strip())
+
+
+def lift_system_items(body: Json) -> Json | None:
+    """A Responses body with its system items moved into `instructions`; None where there are none.
+
+    Responses providers know no system role in `input` (contract 4.1, rulings 14 and 15).
+    """
+    items = body.get("input")
+    if not isinstance(items, list):
+        return None
+    kept = [item for item in items if not (isinstance(item, dict) and item.get("role") == "system")]
+    if len(kept) == len(items):
+        return None
+    texts = [system_text(item.get("content")) for item in items if isinstance(item, dict) and item.get("role") == "system"]
+    texts = [text for text in texts if text]
+    out = {**body, "input": kept}
+    if texts:
+        before = body.get("instructions")
+        if isinstance(before, str) and before.strip():
+            texts.append(before)
+        out["instructions"] = "\n\n".join(texts)
+    return out
+
+
+def system_text(content: Any) -> str:
+    """The text of a system item's content: a string, or its text parts on lines of their own."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    return "\n".join(part["text"] for part in parts if isinstance(part, dict)
+                     and part.get("type") in ("input_text", "text") and isinstance(part.get("text"), str))
+
+
+def pass_through_body(protocol: Protocol, request: ModelRequest, model: str) -> bytes:
+    """The body for a provider of the client's own protocol: the client's bytes, but for the two reasons
+    of ruling 14, system items of Responses and a model that a route rewrites."""
+    lifted = lift_system_items(request.body) if protocol is RESPONSES else None
+    raw = request.raw if lifted is None else dump(lifted)
+    return raw if model == request.body["model"] else replace_member(raw, "model", model)
+
+
+# -- where it goes and with which headers ------------------------------------
+
+VERSION_SEGMENT = re.compile(r"v[0-9]+(?:(?:alpha|beta)[0-9]*)?")
+
+
+def join_target(base: str, path: str, query: str) -> str:
+    """The request target for a protocol's `path` under a provider's `base` path (contract 3.2, ruling 9).
+
+    A base that begins the path already is not doubled, nor is the version when one of the last two
+    segments of the base is a version (/api/v1, /v1beta/openai).
+    """
+    base, path = base.strip("/"), path.lstrip("/")
+    if not base:
+        return f"/{path}{query}"
+    if path == base or path.startswith(base + "/"):
+        path = path[len(base):].lstrip("/")
+    elif path.startswith("v1/") and any(VERSION_SEGMENT.fullmatch(s) for s in base.split("/")[-2:]):
+        path = path[3:]
+    return f"/{base}/{path}{query}" if path else f"/{base}{query}"
+
+
+HOP_BY_HOP = frozenset((b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te", b"trailer",
+                        b"transfer-encoding", b"upgrade", b"proxy-connection"))
+NOT_UPSTREAM = HOP_BY_HOP | {b"host", b"content-length", b"accept-encoding", b"expect", b"authorization",
+                             b"x-api-key", b"x-goog-api-key"}
+NOT_DOWNSTREAM = HOP_BY_HOP | {b"content-length", b"content-type"}
+ERROR_FIELDS = frozenset((b"retry-after", b"retry-after-ms", b"x-request-id", b"request-id", b"openai-processing-ms",
+                          b"x-should-retry"))
+ERROR_FIELD_PREFIXES = (b"x-ratelimit-", b"anthropic-ratelimit-")
+
+
+def auth_line(protocol: Protocol, key: str) -> bytes:
+    """The header line that carries a provider's key."""
+    form = b"x-api-key: %b" if protocol is MESSAGES else b"authorization: Bearer %b"
+    return form % key.encode("ascii")
+
+
+def provider_lines(fields: Sequence[Field], protocol: Protocol, fixed: Sequence[bytes], length: int) -> list[bytes]:
+    """The header lines of a provider request: the client's, but for those that belong to its own hop or
+    carry its keys, then ours. `fixed` holds the lines that are the same for each request (host, key)."""
+    dropped = NOT_UPSTREAM
+    names = set()
+    for field in fields:
+        names.add(field.name)
+    if b"connection" in names:
+        dropped = dropped | nominated(fields)
+    lines = [line for name, _, line in fields if name not in dropped]
+    lines += fixed
+    lines.append(b"content-length: %d" % length)
+    if b"content-type" not in names:
+        lines.append(b"content-type: application/json")
+    if b"user-agent" not in names:
+        lines.append(b"user-agent: " + USER_AGENT)
+    if b"accept" not in names:
+        lines.append(b"accept: */*")
+    if protocol is MESSAGES and b"anthropic-version" not in names:
+        lines.append(b"anthropic-version: " + ANTHROPIC_VERSION)
+    return lines
+
+
+def client_lines(fields: Sequence[Field], decoded: bool) -> list[bytes]:
+    """The header lines of a provider's 2xx answer that the client gets."""
+    dropped = NOT_DOWNSTREAM
+    for field in fields:
+        if field.name == b"connection":
+            dropped = dropped | nominated(fields)
+    if decoded:
+        dropped = dropped | {b"content-encoding"}
+    return [line for name, _, line in fields if name not in dropped]
+
+
+def error_lines(fields: Iterable[Field]) -> list[bytes]:
+    """The header lines of a provider's error that the client gets: when to retry, ids, rate limits."""
+    return [field.line for field in fields
+            if field.name in ERROR_FIELDS or field.name.startswith(ERROR_FIELD_PREFIXES)]
+
+
+def is_event_stream(content_type: bytes | None) -> bool:
+    """Whether a Content-Type says text/event-stream, in any case and with any parameter."""
+    return content_type is not None and content_type.partition(b";")[0].strip().lower() == b"text/event-stream"
+
+
+# -- gaps in Anthropic-compatible answers (contract 8) -----------------------
+# Only absent members are added; nothing is overwritten or removed. Each table
+# maps a place to the members it must have.
+
+NULLS: Callable[..., Json] = dict.fromkeys
+MESSAGE_GAPS = NULLS(("container", "stop_details", "stop_reason", "stop_sequence"))
+STOP_DETAILS_GAPS = NULLS(("category", "explanation"))
+USAGE_GAPS = NULLS(("cache_creation", "cache_creation_input_tokens", "cache_read_input_tokens", "inference_geo",
+                    "server_tool_use", "service_tier"))
+DELTA_USAGE_GAPS = NULLS(("cache_creation_input_tokens", "cache_read_input_tokens", "input_tokens", "server_tool_use"))
+SERVER_TOOL_GAPS = {"web_fetch_requests": 0, "web_search_requests": 0}  # Quirk(GLM 5.1): only one of the counters
+BLOCK_GAPS: dict[str, Json] = {
+    "text": {"citations": None},
+    "thinking": {"signature": ""},  # Quirk(MiniMax)
+    "tool_use": {"caller": {"type": "direct"}},  # Quirk(MiMo)
+}
+CITATION_GAPS = {
+    **dict.fromkeys(("char_location", "page_location", "content_block_location"), NULLS(("document_title", "file_id"))),
+    **dict.fromkeys(("web_search_result_location", "search_result_location"), NULLS(("title",))),
+}
+EDITOR_RESULT_GAPS = {
+    "text_editor_code_execution_str_replace_result": NULLS(("lines", "new_lines", "new_start", "old_lines", "old_start")),
+    "text_editor_code_execution_view_result": NULLS(("num_lines", "start_line", "total_lines")),
+    "text_editor_code_execution_tool_result_error": NULLS(("error_message",)),
+}
+
+
+def fill(target: Any, gaps: Mapping[str, Any]) -> bool:
+    """Add the members of `gaps` that the object `target` lacks; whether any was."""
+    if not isinstance(target, dict):
+        return False
+    missing = [key for key in gaps if key not in target]
+    for key in missing:
+        value = gaps[key]
+        target[key] = dict(value) if isinstance(value, dict) else value
+    return bool(missing)
+
+
+def fill_all(targets: Any, gaps: Mapping[str, Any]) -> bool:
+    """`fill` each object of a list."""
+    return any([fill(target, gaps) for target in targets]) if isinstance(targets, list) else False
+
+
+def fill_usage(usage: Any, gaps: Mapping[str, Any]) -> bool:
+    """The gaps of a usage object and of the server tool counters in it."""
+    changed = fill(usage, gaps)
+    return fill(usage.get("server_tool_use"), SERVER_TOOL_GAPS) | changed if isinstance(usage, dict) else changed
+
+
+def fill_message(message: Json) -> bool:
+    """The gaps of a whole message, its usage and its blocks."""
+    changed = fill(message, {"type": "message"}) | fill(message, MESSAGE_GAPS)
+    changed |= fill(message.get("stop_details"), STOP_DETAILS_GAPS)
+    changed |= fill_usage(message.get("usage"), USAGE_GAPS)
+    content = message.get("content")
+    for block in content if isinstance(content, list) else ():
+        changed |= fill_block(block)
+    return changed
+
+
+def fill_block(block: Any) -> bool:
+    """The gaps of a content block, by its type."""
+    if not isinstance(block, dict):
+        return False
+    kind, content = block.get("type"), block.get("content")
+    changed = fill(block, BLOCK_GAPS.get(kind, {})) if isinstance(kind, str) else False
+    if kind == "text" and isinstance(block.get("citations"), list):
+        for citation in block["citations"]:
+            if isinstance(citation, dict):
+                changed |= fill(citation, CITATION_GAPS.get(str(citation.get("type")), {}))
+    elif kind == "web_search_tool_result":
+        changed |= fill_all(content, {"page_age": None})
+    elif kind == "web_fetch_tool_result":
+        for item in content if isinstance(content, list) else [content]:
+            if isinstance(item, dict):
+                changed |= fill(item, {"retrieved_at": None})
+                changed |= fill(item.get("content"), NULLS(("citations", "title")))
+    elif kind == "tool_search_tool_result" and isinstance(content, dict) and "error_code" in content:
+        changed |= fill(content, {"error_message": None})
+    elif kind == "text_editor_code_execution_tool_result" and isinstance(content, dict):
+        changed |= fill(content, EDITOR_RESULT_GAPS.get(str(content.get("type")), {}))
+    return changed
+
+
+WHOLE_MESSAGE = ("id", "role", "model", "content", "usage")
+
+
+def fill_gaps_in_body(body: Any) -> bool:
+    """Fill an answer in place if it is a message; whether anything was added."""
+    if not (isinstance(body, dict) and body.get("role") == "assistant" and all(key in body for key in WHOLE_MESSAGE)):
+        return False
+    return fill_message(body)
+
+
+def fill_gaps_in_event(event: Any) -> bool:
+    """Fill the payload of a stream event in place; whether anything was added."""
+    if not isinstance(event, dict):
+        return False
+    kind = event.get("type")
+    if kind == "message_start" and isinstance(event.get("message"), dict):
+        return fill_message(event["message"])
+    if kind == "content_block_start":
+        return fill_block(event.get("content_block"))
+    if kind == "message_delta":
+        changed = fill(event.get("delta"), MESSAGE_GAPS)
+        if isinstance(event.get("delta"), dict):
+            changed |= fill(event["delta"].get("stop_details"), STOP_DETAILS_GAPS)
+        return fill_usage(event.get("usage"), DELTA_USAGE_GAPS) | changed
+    return False
+
+
+# Events that can have gaps; a frame with none of these words is not even parsed.
+GAP_MARKERS = (b"message_start", b"content_block_start", b"message_delta")
+
+
+def fill_gaps_in_block(block: bytes) -> bytes:
+    """A block of whole events with gaps filled; events without gaps keep their bytes."""
+    if not any(marker in block for marker in GAP_MARKERS):
+        return block
+    frames = split_events(block)
+    for i, frame in enumerate(frames):
+        if any(marker in frame for marker in GAP_MARKERS):
+            frames[i] = fill_gaps_in_frame(frame)
+    return b"".join(frames)
+
+
+def fill_gaps_in_frame(frame: bytes) -> bytes:
+    """One event, encoded anew if a gap was filled; a payload without `type` gets the event's name first."""
+    event = parse_event(frame)
+    if event is None:
+        return frame
+    try:
+        payload = load(event.data.encode("utf-8"))
+    except ValueError:
+        return frame
+    if isinstance(payload, dict) and "type" not in payload:
+        payload = {"type": event.name, **payload}
+    if not fill_gaps_in_event(payload):
+        return frame
+    return format_event(payload["type"], dump(payload))
+
+
+
+# ============================================================================
+#  9  Translation
+# ============================================================================
+# One explicit pair for each (inbound, provider) combination of different
+# protocols, and the only place that knows about pairs. Pure: payload to payload.
+
+
+class Pair(NamedTuple):
+    """The three functions of a pair, named by the way the data travels."""
+
+    request: Callable[[Json, Any], Json]
+    response: Callable[[Json, Any], Json]
+    stream: Callable[[Any], Any]
+
+
+PAIRS: dict[tuple[str, str], Pair] = {}
+
+
+def pair_for(inbound: Protocol, provider: Protocol) -> Pair | None:
+    """The pair to translate with, None for the same protocol; SetupError for a pair that is not there."""
+    if inbound is provider:
+        return None
+    pair = PAIRS.get((inbound.word, provider.word))
+    if pair is None:
+        raise SetupError(f"translation {inbound.name} -> {provider.name} is not implemented in this version",
+                         fix=f"send {inbound.title} requests to a provider whose protocol is {inbound.name}")
+    return pair
+
+
+
+# ============================================================================
+#  10  Observation
+# ============================================================================
+# What an exchange tells about itself without its content: hints of a request,
+# usage, outcome, the state of tool calls. Looks at payloads that pass by and
+# never changes them. Pure, but for the record of one exchange that it fills.
+
+# -- one exchange ------------------------------------------------------------
+
+class Observed:
+    """What was seen of a provider's answer, whole or streamed."""
+
+    __slots__ = ("cache_creation", "cached", "calls", "effort", "error_code", "error_message", "error_param", "failed",
+                 "finish", "incomplete_reason", "input", "items", "model", "output", "pending", "reasoning",
+                 "response_id", "seen", "sequence", "sources", "status", "terminal", "tier", "total")
+
+    def __init__(self) -> None:
+        self.response_id: str | None = None
+        self.model: str | None = None
+        self.tier: str | None = None
+        self.status: str | None = None
+        self.effort: str | None = None
+        self.incomplete_reason: str | None = None
+        self.error_code: str | None = None
+        self.error_message: str | None = None
+        self.error_param: Any = None
+        self.sequence: int | None = None
+        self.input = self.output = self.total = self.cached = self.cache_creation = self.reasoning = 0
+        self.items: dict[str, int] = {}
+        self.calls: dict[str, int] = {}
+        self.sources: dict[str, int] = {}
+        self.finish: dict[str, int] = {}
+        self.seen: set[Any] = set()  # items and calls that were counted
+        self.pending: dict[Any, float] = {}  # tool calls whose arguments are coming, with the time of the last part
+        self.terminal = self.failed = False
+
+    def count(self, table: dict[str, int], name: Any, key: Any) -> None:
+        """Count `name` once for each `key`; names come from the provider, so they are bounded."""
+        if key not in self.seen and len(self.seen) < 4096:
+            self.seen.add(key)
+            name = str(name)[:80]
+            table[name] = table.get(name, 0) + 1
+
+    def call(self, name: Any, source: str, key: Any) -> None:
+        """Count one tool call by name and by source."""
+        if isinstance(name, str) and name:
+            self.count(self.sources, source, ("source", key))
+            self.count(self.calls, name, ("call", key))
+
+    def fail(self, error: Any) -> None:
+        """Take the words of an error that came inside a stream or an answer."""
+        self.failed = True
+        if isinstance(error, dict):
+            code, message = error.get("code") or error.get("type"), error.get("message")
+            self.error_code = code if isinstance(code, str) else None
+            self.error_message = message[:LOG_TEXT_CHARS] if isinstance(message, str) else None
+            self.error_param = error.get("param")
+
+
+class Exchange:
+    """Everything about one request that is told afterwards, in the log and in headers."""
+
+    __slots__ = ("body", "chunks", "content_type", "down", "error", "head_at", "id", "inbound", "inbound_bytes",
+                 "last_byte_at", "method", "model", "observed", "outcome", "path", "phase", "provider",
+                 "provider_bytes", "provider_protocol", "rates", "route", "sse", "started", "status",
+                 "upstream_model")
+
+    def __init__(self, id: int, method: str, path: str, started: float) -> None:
+        self.id, self.method, self.path, self.started = id, method, path, started
+        self.phase = PHASES[0]
+        self.inbound: Protocol | None = None
+        self.provider_protocol: Protocol | None = None
+        self.provider = self.model = self.upstream_model = ""
+        self.route: str | None = None
+        self.body: Json | None = None  # of the provider request, for hints
+        self.inbound_bytes = self.provider_bytes = 0
+        self.status = self.down = self.chunks = 0
+        self.head_at = self.last_byte_at = 0.0
+        self.content_type, self.sse = "", False
+        self.rates: Sequence[Field] = ()
+        self.observed: Observed | None = None
+        self.outcome = ""  # end, closed, timeout, stream-error, unfinished-tool
+        self.error: str | None = None
+
+
+class RequestIds:
+    """Unique ids that sort by time: microseconds since 1970, counted on where two fall together."""
+
+    def __init__(self) -> None:
+        self.last = 0
+
+    def next(self) -> int:
+        """The next id."""
+        self.last = max(self.last + 1, time.time_ns() // 1000)
+        return self.last
+
+
+# -- answers -----------------------------------------------------------------
+
+def number(value: Any) -> int:
+    """A usage counter. Quirk(glm-5.1): some come as strings, some as null."""
+    if isinstance(value, str) and value.isdecimal() and len(value) < 16:
+        return int(value)
+    return int(value) if type(value) in (int, float) and 0 <= value < 1 << 53 else 0
+
+
+def mapping(value: Any) -> Json:
+    """`value` if it is an object, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def listing(value: Any) -> list[Any]:
+    """`value` if it is an array, else an empty one."""
+    return value if isinstance(value, list) else []
+
+
+def observe_openai_usage(seen: Observed, usage: Any) -> None:
+    """Token counts of both OpenAI protocols; `input` is without what the cache gave."""
+    if not isinstance(usage, dict):
+        return
+    sent = usage.get("input_tokens", usage.get("prompt_tokens"))
+    details = mapping(usage.get("input_tokens_details") or usage.get("prompt_tokens_details"))
+    more = mapping(usage.get("output_tokens_details") or usage.get("completion_tokens_details"))
+    seen.cached = number(details.get("cached_tokens"))
+    seen.input = max(number(sent) - seen.cached, 0)
+    seen.output = number(usage.get("output_tokens", usage.get("completion_tokens")))
+    seen.reasoning = number(more.get("reasoning_tokens"))
+    seen.total = number(usage.get("total_tokens"))
+
+
+def observe_messages_usage(seen: Observed, usage: Any) -> None:
+    """Token counts of Anthropic Messages; in streams later ones replace earlier ones."""
+    for attribute, key in (("input", "input_tokens"), ("output", "output_tokens"),
+                           ("cached", "cache_read_input_tokens"), ("cache_creation", "cache_creation_input_tokens")):
+        value = mapping(usage).get(key)
+        if value is not None:
+            setattr(seen, attribute, number(value))
+    for key, count in mapping(mapping(usage).get("server_tool_use")).items():
+        if number(count):
+            seen.sources["server_tool"] = max(seen.sources.get("server_tool", 0), number(count))
+            seen.calls[key.removesuffix("_requests")[:80]] = number(count)
+
+
+def observe_common(seen: Observed, body: Json) -> None:
+    """The members that all protocols name alike."""
+    for attribute, key in (("response_id", "id"), ("model", "model"), ("tier", "service_tier")):
+        value = body.get(key)
+        if isinstance(value, str) and value:
+            setattr(seen, attribute, value[:200])
+
+
+def observe_responses_item(seen: Observed, item: Any, index: Any) -> None:
+    """One output item, counted by its id or, where it has none, by kind and place."""
+    if not isinstance(item, dict) or not isinstance(item.get("type"), str):
+        return
+    kind = item["type"]
+    key = item.get("id") if isinstance(item.get("id"), str) else (kind, index)
+    seen.count(seen.items, kind, ("item", key))
+    if kind in ("function_call", "custom_tool_call"):
+        seen.call(item.get("name"), "function", key)
+    elif kind == "mcp_call" and item.get("name"):
+        seen.call(f"{item.get('server_label') or 'mcp'}/{item['name']}", "mcp", key)
+
+
+def observe_responses_object(seen: Observed, body: Json) -> None:
+    """A Response object, from a whole answer or from an event that carries one."""
+    observe_common(seen, body)
+    status, effort = body.get("status"), mapping(body.get("reasoning")).get("effort")
+    seen.status = status if isinstance(status, str) else seen.status
+    seen.effort = effort if isinstance(effort, str) else seen.effort
+    reason = mapping(body.get("incomplete_details")).get("reason")
+    seen.incomplete_reason = reason if isinstance(reason, str) else seen.incomplete_reason
+    observe_openai_usage(seen, body.get("usage"))
+    for index, item in enumerate(listing(body.get("output"))):
+        observe_responses_item(seen, item, index)
+    if body.get("error"):
+        seen.fail(body["error"])
+
+
+RESPONSES_TERMINAL = frozenset(("response.completed", "response.incomplete", "response.failed", "response.cancelled",
+                                "response.error", "error"))
+ARGUMENT_DELTAS = frozenset(("response.function_call_arguments.delta", "response.custom_tool_call_input.delta",
+                             "response.mcp_call_arguments.delta"))
+
+
+def observe_responses_event(seen: Observed, kind: str, event: Json, now: float) -> None:
+    """One event of a Responses stream."""
+    key = event.get("item_id") or event.get("output_index")
+    if kind in ARGUMENT_DELTAS:
+        seen.pending[key] = now
+    elif kind.endswith((".arguments.done", "_arguments.done", "_input.done")):
+        seen.pending.pop(key, None)
+    elif kind in ("response.output_item.added", "response.output_item.done"):
+        item = mapping(event.get("item"))
+        observe_responses_item(seen, item, event.get("output_index"))
+        if kind.endswith("done"):
+            seen.pending.pop(item.get("id"), None)
+            seen.pending.pop(event.get("output_index"), None)
+    elif isinstance(event.get("response"), dict):
+        observe_responses_object(seen, event["response"])
+    if kind in RESPONSES_TERMINAL:
+        seen.terminal = True
+        seen.pending.clear()
+        if kind in ("error", "response.error"):
+            seen.fail(event.get("error") if isinstance(event.get("error"), dict) else event)
+
+
+def observe_chat_object(seen: Observed, body: Json) -> None:
+    """A whole Chat Completion."""
+    observe_common(seen, body)
+    observe_openai_usage(seen, body.get("usage"))
+    for place, choice_ in enumerate(listing(body.get("choices"))):
+        choice_ = mapping(choice_)
+        observe_finish(seen, choice_.get("finish_reason"), place)
+        message = mapping(choice_.get("message"))
+        if message:
+            seen.count(seen.items, "message", ("item", place))
+        for index, call in enumerate(listing(message.get("tool_calls"))):
+            observe_chat_call(seen, mapping(call), (place, index))
+
+
+def observe_finish(seen: Observed, reason: Any, key: Any) -> None:
+    """A finish or stop reason, once for each choice."""
+    if isinstance(reason, str) and reason:
+        seen.count(seen.finish, reason, ("finish", key))
+
+
+def observe_chat_call(seen: Observed, call: Json, key: Any) -> None:
+    """One tool call of a Chat answer, or the first part of it."""
+    for kind, source in (("function", "tool"), ("custom", "custom_tool")):
+        seen.call(mapping(call.get(kind)).get("name"), source, key)
+
+
+def observe_chat_event(seen: Observed, kind: str, event: Json, now: float) -> None:
+    """One chunk of a Chat stream."""
+    observe_common(seen, event)
+    observe_openai_usage(seen, event.get("usage"))
+    for choice_ in listing(event.get("choices")):
+        choice_ = mapping(choice_)
+        place, delta = choice_.get("index", 0), mapping(choice_.get("delta"))
+        seen.count(seen.items, "message", ("item", place))
+        for position, call in enumerate(listing(delta.get("tool_calls"))):
+            call = mapping(call)
+            key = (place, call.get("index", position))
+            observe_chat_call(seen, call, key)
+            if any(mapping(call.get(k)).get(v) for k, v in (("function", "arguments"), ("custom", "input"))):
+                # Chat has no end of a call; the next one's first part is the end of this one.
+                for other in [k for k in seen.pending if k[0] == place and k != key]:
+                    del seen.pending[other]
+                seen.pending[key] = now
+        if choice_.get("finish_reason"):
+            observe_finish(seen, choice_["finish_reason"], place)
+            for other in [k for k in seen.pending if k[0] == place]:
+                del seen.pending[other]
+    if event.get("error"):
+        seen.fail(event["error"])
+        seen.terminal = True
+
+
+def observe_messages_object(seen: Observed, body: Json) -> None:
+    """A whole Anthropic message, or the beginning of a streamed one."""
+    observe_common(seen, body)
+    observe_messages_usage(seen, body.get("usage"))
+    tier = mapping(body.get("usage")).get("service_tier")
+    seen.tier = tier if isinstance(tier, str) else seen.tier
+    observe_finish(seen, body.get("stop_reason"), 0)
+    for index, block in enumerate(listing(body.get("content"))):
+        observe_messages_block(seen, mapping(block), index)
+    if body.get("type") == "error":
+        seen.fail(body.get("error"))
+
+
+def observe_messages_block(seen: Observed, block: Json, index: Any) -> None:
+    """One content block."""
+    kind = block.get("type")
+    if isinstance(kind, str):
+        seen.count(seen.items, kind, ("item", index))
+        if kind == "tool_use":
+            seen.call(block.get("name"), "tool", index)
+        elif kind in ("server_tool_use", "mcp_tool_use"):
+            seen.call(block.get("name"), "server_tool", index)
+
+
+def observe_messages_event(seen: Observed, kind: str, event: Json, now: float) -> None:
+    """One event of an Anthropic stream."""
+    index = event.get("index")
+    if kind == "message_start":
+        observe_messages_object(seen, mapping(event.get("message")))
+    elif kind == "content_block_start":
+        observe_messages_block(seen, mapping(event.get("content_block")), index)
+    elif kind == "content_block_delta":
+        if mapping(event.get("delta")).get("partial_json"):
+            seen.pending[index] = now
+    elif kind == "content_block_stop":
+        seen.pending.pop(index, None)
+    elif kind == "message_delta":
+        observe_messages_usage(seen, event.get("usage"))
+        observe_finish(seen, mapping(event.get("delta")).get("stop_reason"), 0)
+    elif kind in ("message_stop", "error"):
+        seen.terminal = True
+        seen.pending.clear()
+        if kind == "error":
+            seen.fail(event.get("error"))
+
+
+class Watcher(NamedTuple):
+    """How answers of one protocol are looked at: a frame with none of `markers` is not even parsed."""
+
+    markers: tuple[bytes, ...]
+    event: Callable[[Observed, str, Json, float], None]
+    whole: Callable[[Observed, Json], None]
+
+
+WATCHERS = {
+    "responses": Watcher((b"response.created", b"response.completed", b"response.incomplete", b"response.failed",
+                          b"response.cancelled", b"error", b"_arguments.", b"_input.", b"output_item."),
+                         observe_responses_event, observe_responses_object),
+    "chat": Watcher((b"[DONE]", b'"tool_calls"', b'"finish_reason":"', b'"finish_reason": "', b'"usage":{',
+                     b'"usage": {', b'"error"'), observe_chat_event, observe_chat_object),
+    "messages": Watcher((b"message_start", b"message_delta", b"message_stop", b"content_block_start",
+                         b"content_block_stop", b"partial_json", b"error"),
+                        observe_messages_event, observe_messages_object),
+}
+
+
+class StreamObserver:
+    """Watches a provider's stream beside its way to the client; `seen` is what it knows so far."""
+
+    __slots__ = ("markers", "opened", "seen", "splitter", "watch")
+
+    def __init__(self, protocol: Protocol, limit: int) -> None:
+        watcher = WATCHERS[protocol.word]
+        self.markers, self.watch = watcher.markers, watcher.event
+        self.splitter = EventSplitter(limit)
+        self.seen = Observed()
+        self.opened = False  # whether an event was parsed: the first tells the id and the model
+
+    def feed(self, data: bytes, now: float) -> bytes:
+        """Look at what became whole with `data`, and return it: a block of whole events, or b""."""
+        block = self.splitter.feed(data)
+        if block and not self.splitter.oversize:
+            self.look(block, now)
+        return block
+
+    def look(self, block: bytes, now: float) -> None:
+        """Parse the events of a block that have something to tell."""
+        markers = self.markers
+        if self.opened:
+            for marker in markers:
+                if marker in block:
+                    break
+            else:
+                return
+        for frame in split_events(block):
+            if self.opened and not any([marker in frame for marker in markers]):
+                continue
+            event = parse_event(frame)
+            if event is None:
+                continue
+            self.opened = True
+            if event.data == "[DONE]":
+                self.seen.terminal = True
+                self.seen.pending.clear()
+                continue
+            try:
+                payload = json.loads(event.data)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(payload, dict):
+                kind = payload.get("type")
+                self.watch(self.seen, kind if isinstance(kind, str) else event.name, payload, now)
+                if isinstance(payload.get("sequence_number"), int):
+                    self.seen.sequence = payload["sequence_number"]
+
+    def stall_at(self, timeout: float) -> float:
+        """When the tool call that has been silent longest has been so for `timeout` seconds."""
+        return min(self.seen.pending.values()) + timeout
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer was whole: its terminal event, or (Chat) the reason it finished."""
+        return self.seen.terminal or (bool(self.seen.finish) and self.watch is observe_chat_event)
+
+
+def observe_body(protocol: Protocol, body: Any) -> Observed:
+    """What a whole answer tells."""
+    seen = Observed()
+    if isinstance(body, dict):
+        WATCHERS[protocol.word].whole(seen, body)
+    return seen
+
+
+# -- hints of a request (contract 9.4) ---------------------------------------
+# Only presence and short values of known members, never content.
+
+def brief(value: Any) -> str:
+    """A value that may stand in a log line; longer or odder ones are only a question mark."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return text if isinstance(value, (str, bool, int)) and re.fullmatch(r"[\w.:/-]{1,48}", text) else "?"
+
+
+class Hint(NamedTuple):
+    """One token: shown when the member at `path` is there (`show` present), is true, or with its value."""
+
+    token: str
+    path: str
+    show: str = "present"  # present, true, value
+    unless: tuple[Any, ...] = ()
+
+
+RESPONSES_HINTS = (
+    Hint("bg", "background", "true"), Hint("conv", "conversation"), Hint("ptc", "parallel_tool_calls", "true"),
+    Hint("store", "store", "true"), Hint("mtc", "max_tool_calls", "value"), Hint("pck", "prompt_cache_key"),
+    Hint("prompt", "prompt"), Hint("pcr", "prompt_cache_retention", "value"), Hint("instr", "instructions"),
+    Hint("meta", "metadata"), Hint("sid", "safety_identifier"), Hint("temp", "temperature", "value"),
+    Hint("top_p", "top_p", "value"), Hint("tlp", "top_logprobs", "value"), Hint("tr", "truncation", "value"),
+    Hint("so:no-obf", "stream_options/include_obfuscation", "false"),
+    Hint("tier", "service_tier", "value", ("auto", "default")), Hint("rs", "reasoning/summary", "value", ("auto",)),
+    Hint("prev", "previous_response_id", "tail"), Hint("tc", "tool_choice", "choice"), Hint("", "include", "include"),
+    Hint("tv", "text/verbosity", "value"), Hint("tf", "text/format/type", "value", ("text",)),
+)
+CHAT_HINTS = (
+    Hint("ptc", "parallel_tool_calls", "true"), Hint("store", "store", "true"), Hint("pck", "prompt_cache_key"),
+    Hint("meta", "metadata"), Hint("sid", "safety_identifier"), Hint("temp", "temperature", "value"),
+    Hint("top_p", "top_p", "value"), Hint("tlp", "top_logprobs", "value"), Hint("logprobs", "logprobs", "true"),
+    Hint("n", "n", "value", (1,)), Hint("so:usage", "stream_options/include_usage", "true"),
+    Hint("so:no-obf", "stream_options/include_obfuscation", "false"),
+    Hint("tier", "service_tier", "value", ("auto", "default")), Hint("v", "verbosity", "value"),
+    Hint("tc", "tool_choice", "choice"), Hint("rf", "response_format/type", "value"),
+)
+MESSAGES_HINTS = (
+    Hint("container", "container"), Hint("meta", "metadata"), Hint("tier", "service_tier", "value"),
+    Hint("output_config", "output_config"), Hint("system", "system"), Hint("temp", "temperature", "value"),
+    Hint("top_k", "top_k", "value"), Hint("top_p", "top_p", "value"), Hint("stop", "stop_sequences"),
+    Hint("tc", "tool_choice", "choice"), Hint("think", "thinking/type", "thinking"),
+)
+HINTS = {"responses": RESPONSES_HINTS, "chat": CHAT_HINTS, "messages": MESSAGES_HINTS}
+
+# Category of a tool by its type; the order is the order of the token.
+TOOL_CATEGORIES: dict[str, tuple[tuple[str, str], ...]] = {
+    "responses": (("function", "f"), ("mcp", "mcp"), ("custom", "c"), ("web_search", "web"), ("file_search", "fs"),
+                  ("computer", "pc"), ("code_interpreter", "code"), ("image_generation", "img"), ("local_shell", "sh"),
+                  ("shell", "sh"), ("apply_patch", "patch"), ("namespace", "ns"), ("tool_search", "tool_search")),
+    "chat": (("function", "f"), ("custom", "c")),
+    "messages": (("custom", "c"), ("bash", "bash"), ("code_execution", "code"), ("memory", "mem"),
+                 ("text_editor", "edit"), ("web_fetch", "web_fetch"), ("web_search", "web"),
+                 ("tool_search", "tool_search")),
+}
+TOOL_ALIASES = {
+    "copy_path": "cp", "create_directory": "mkdir", "delete_path": "rm", "diagnostics": "diag", "edit_file": "e",
+    "fetch": "fetch", "find_path": "fd", "grep": "rg", "list_directory": "ls", "move_path": "mv", "now": "t",
+    "open": "o", "read_file": "r", "restore_file_from_disk": "restore", "save_file": "save", "skill": "sk",
+    "spawn_agent": "spawn", "terminal": "sh", "write_file": "w",
+}
+
+
+def tool_hint(protocol: Protocol, tools: Any) -> str | None:
+    """`tools[category:count(names)]`, categories in their fixed order."""
+    found: dict[str, list[Json]] = {}
+    for tool in listing(tools):
+        tool = mapping(tool)
+        kind = str(tool.get("type") or ("function" if protocol is not MESSAGES else "custom"))
+        category = next((c for t, c in TOOL_CATEGORIES[protocol.word] if kind.startswith(t)), "other")
+        found.setdefault(category, []).append(tool)
+    order = [*dict.fromkeys(c for _, c in TOOL_CATEGORIES[protocol.word]), "other"]
+    parts = []
+    for category in (c for c in order if c in found):
+        names = sorted({name for tool in found[category] if (name := tool_name(tool, category))})
+        count = len(found[category])
+        if names:
+            parts.append(f"{category}:{count}({','.join(names)})")
+        else:
+            parts.append(category if count == 1 else f"{category}:{count}")
+    return f"tools[{';'.join(parts)}]" if parts else None
+
+
+def tool_name(tool: Json, category: str) -> str | None:
+    """A tool's name as hints show it."""
+    if category == "mcp":
+        label = brief(tool.get("server_label") or "mcp")
+        access = {"always": "rw", "never": "ro"}.get(str(tool.get("require_approval")))
+        return f"{label}[{access}]" if access else label
+    name = tool.get("name") or mapping(tool.get("function")).get("name") or mapping(tool.get("custom")).get("name")
+    return TOOL_ALIASES.get(name, brief(name)) if isinstance(name, str) else None
+
+
+def choice_hint(value: Any) -> str:
+    """A tool_choice in a word: its mode, or kind and name of the tool it forces."""
+    if not isinstance(value, dict):
+        return brief(value)
+    kind = str(value.get("type"))
+    inner = mapping(value.get(kind))
+    if kind == "allowed_tools":
+        return f"allowed_tools:{len(listing(value.get('tools') or inner.get('tools')))}"
+    name = value.get("name") or inner.get("name")
+    return f"{brief(kind)}:{brief(name)}" if name else brief(kind)
+
+
+def render_hint(hint: Hint, value: Any) -> str | None:
+    """The token for a member's value, None where it has nothing to tell."""
+    if value is ABSENT or value is None or value in hint.unless or value in ("", [], {}):
+        return None
+    match hint.show:
+        case "present":
+            return hint.token
+        case "true" | "false":
+            return hint.token if value is (hint.show == "true") else None
+        case "value":
+            return f"{hint.token}:{brief(value)}"
+        case "tail":
+            return f"{hint.token}=...{brief(str(value)[-8:])}"
+        case "choice":
+            return f"{hint.token}:{choice_hint(value)}"
+        case "thinking":
+            return f"{hint.token}:{brief('legacy_enabled' if value == 'enabled' else value)}"
+    kinds = ["rsn.enc" if v == "reasoning.encrypted_content" else brief(v) for v in listing(value)]
+    return f"include[{','.join(kinds)}]" if kinds else None
+
+
+def request_hints(protocol: Protocol, body: Json) -> list[str]:
+    """The hint tokens of a provider request, in the order of the contract."""
+    tokens = [render_hint(hint, first_of(body, "/" + hint.path)) for hint in HINTS[protocol.word]]
+    return [token for token in (*tokens, tool_hint(protocol, body.get("tools"))) if token]
+
+
+def request_effort(protocol: Protocol, body: Json) -> str | None:
+    """The reasoning effort that a provider request asks for."""
+    if protocol is MESSAGES:
+        effort = mapping(body.get("output_config")).get("effort")
+        thinking = mapping(body.get("thinking")).get("type")
+        effort = effort or ("legacy_enabled" if thinking == "enabled" else thinking)
+    else:
+        effort = mapping(body.get("reasoning")).get("effort") or body.get("reasoning_effort")
+    return brief(effort) if effort else None
+
+
+def request_max_tokens(body: Json) -> int | None:
+    """The output limit that a provider request sets."""
+    for key in ("max_output_tokens", "max_completion_tokens", "max_tokens"):
+        if type(body.get(key)) is int:
+            return int(body[key])
+    return None
+
+
+
+# ============================================================================
+#  11  Logs
+# ============================================================================
+# What an operator reads: one line for people or one JSON object for programs
+# per event, never a body, a key, a query or a provider's URL. Rendering is
+# pure; writing happens on a thread of its own, for a paused terminal blocks.
+
+TRACE = 5
+LEVELS = {"trace": TRACE, "debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR}
+LEVEL_NAMES = {number_: name for name, number_ in LEVELS.items()}
+
+# -- fields of the events ----------------------------------------------------
+
+def base_fields(exchange: Exchange) -> Json:
+    """What each line about an exchange begins with."""
+    return {"request_id": str(exchange.id), "method": exchange.method, "path": exchange.path}
+
+
+def translation_name(exchange: Exchange) -> str:
+    """`a->b` where protocols differ, else nothing."""
+    a, b = exchange.inbound, exchange.provider_protocol
+    return f"{a.name}->{b.name}" if a and b and a is not b else ""
+
+
+def fwd_fields(exchange: Exchange) -> Json:
+    """The fields of `fwd`: a provider request is on its way (contract 9.4)."""
+    inbound, provider, body = exchange.inbound, exchange.provider_protocol, exchange.body or {}
+    assert inbound and provider
+    hints = request_hints(provider, body)
+    stream = body.get("stream")
+    return {
+        **base_fields(exchange),
+        "provider_request_bytes": exchange.provider_bytes,
+        "inbound_request_bytes": exchange.inbound_bytes,
+        "request_delta_bytes": exchange.provider_bytes - exchange.inbound_bytes,
+        "request_protocol": inbound.name, "provider": exchange.provider, "route_name": exchange.route,
+        "provider_protocol": provider.name, "translation": translation_name(exchange),
+        "request_protocol_alias": inbound.alias,
+        "translation_alias": f"{inbound.alias}->{provider.alias}" if inbound is not provider else "",
+        "provider_protocol_alias": provider.alias,
+        "model": exchange.upstream_model, "reasoning_effort": request_effort(provider, body),
+        "stream": stream if isinstance(stream, bool) else None, "max_output_tokens": request_max_tokens(body),
+        "request_hints": " ".join(hints), "request_hint_parts": hints,
+    }
+
+
+def end_fields(exchange: Exchange) -> Json:
+    """The fields of the line that closes an exchange (contract 9.5): the whole story in one."""
+    now = time.perf_counter()
+    seen, inbound, provider = exchange.observed, exchange.inbound, exchange.provider_protocol
+    fields: Json = {
+        **base_fields(exchange),
+        "request_protocol": inbound.name if inbound else None, "provider": exchange.provider or None,
+        "provider_protocol": provider.name if provider else None, "route_name": exchange.route,
+        "status": exchange.status,
+        "ttfb_ms": milliseconds(exchange.head_at - exchange.started) if exchange.head_at else None,
+        "duration_ms": milliseconds(now - exchange.started), "up": exchange.provider_bytes, "down": exchange.down,
+        "chunks": exchange.chunks, "avg_chunk_bytes": exchange.down // exchange.chunks if exchange.chunks else 0,
+        "ct": exchange.content_type or None, "sse": exchange.sse,
+        "model": (seen.model if seen and seen.model else exchange.upstream_model) or None,
+    }
+    if seen and provider:
+        fields |= observed_fields(seen, provider)
+    fields |= rate_fields(exchange.rates)
+    if exchange.error:
+        fields |= {"phase": exchange.phase, "err": exchange.error}
+    return fields
+
+
+def observed_fields(seen: Observed, provider: Protocol) -> Json:
+    """What a provider's answer told, as its protocol tells it."""
+    total = seen.total or seen.input + seen.output + seen.cached + seen.cache_creation
+    fields: Json = {
+        "response_id": seen.response_id[-8:] if seen.response_id else None, "service_tier": seen.tier, "tok": total,
+        "input": seen.input, "output": seen.output, "output_items": seen.items, "calls": seen.calls,
+        "calls_by_source": seen.sources,
+    }
+    if provider is MESSAGES:
+        fields |= {"cache_read": seen.cached, "cache_creation": seen.cache_creation,
+                   "stop_reason": next(iter(seen.finish), None), "stop_reasons": seen.finish}
+    elif provider is CHAT:
+        fields |= {"cache": seen.cached, "reasoning": seen.reasoning, "finish_reasons": seen.finish}
+    else:
+        fields |= {"cache": seen.cached, "reasoning": seen.reasoning, "reasoning_effort": seen.effort,
+                   "response_status": seen.status, "incomplete_reason": seen.incomplete_reason, "seq": seen.sequence}
+    if seen.error_code or seen.error_message:
+        fields |= {"error_code": seen.error_code, "error_message": seen.error_message, "error_param": seen.error_param}
+    return fields
+
+
+RATE_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+CODEX_NUMBERS = tuple(f"{window}-{what}" for window in ("primary", "secondary")
+                      for what in ("used-percent", "reset-after-seconds", "window-minutes"))
+
+
+def rate_fields(fields: Sequence[Field]) -> Json:
+    """The rate limits that a provider's headers tell, as numbers."""
+    values = {f.name.decode("ascii"): f.value.decode("latin-1") for f in fields if f.name.startswith((b"x-rate", b"x-codex"))}
+    out: Json = {}
+    for what in ("requests", "tokens"):
+        for kind in ("limit", "remaining"):
+            text = values.get(f"x-ratelimit-{kind}-{what}", "")
+            if text.isdecimal():
+                out[f"rate_limit_{kind}_{what}"] = int(text)
+        reset = re.findall(r"([0-9.]+)(ms|[smhd])", values.get(f"x-ratelimit-reset-{what}", ""))
+        if reset:
+            out[f"rate_limit_reset_{what}_ms"] = round(1000 * sum(decimal(n) * RATE_UNITS[u] for n, u in reset))
+    for name in (*CODEX_NUMBERS, "primary-over-secondary-limit-percent"):
+        text = values.get(f"x-codex-{name}", "")
+        if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
+            key = name.replace("-seconds", "-secs").replace("-limit-percent", "-percent").replace("-", "_")
+            out[f"codex_{key}"] = decimal(text)
+    return out
+
+
+def decimal(text: str) -> float:
+    """A number in a header; 0 where it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
+
+
+def milliseconds(secs: float) -> int:
+    """A duration as whole milliseconds."""
+    return round(secs * 1000)
+
+
+# -- lines for people --------------------------------------------------------
+
+def count_text(value: int) -> str:
+    """4096 -> 4.1K"""
+    for unit, size in (("M", 1_000_000), ("K", 1000)):
+        if value >= size:
+            return f"{value / size:.1f}{unit}"
+    return str(value)
+
+
+def bytes_text(value: int) -> str:
+    """2048 -> 2.0KB"""
+    for unit, size in (("GB", 1 << 30), ("MB", 1 << 20), ("KB", 1 << 10)):
+        if value >= size:
+            return f"{value / size:.1f}{unit}"
+    return f"{value}B"
+
+
+def secs_text(value: float) -> str:
+    """Milliseconds as seconds: 5500 -> 5.5s"""
+    return f"{value / 1000:.3f}".rstrip("0").rstrip(".") + "s"
+
+
+def span_text(secs: float) -> str:
+    """3723 -> 1h2m3s"""
+    left = round(secs)
+    parts = []
+    for unit, size in (("h", 3600), ("m", 60), ("s", 1)):
+        amount, left = divmod(left, size)
+        if amount:
+            parts.append(f"{amount}{unit}")
+    return "".join(parts) or "0s"
+
+
+def base36(value: int) -> str:
+    """`value` in base 36."""
+    digits = ""
+    while value or not digits:
+        value, digit = divmod(value, 36)
+        digits = "0123456789abcdefghijklmnopqrstuvwxyz"[digit] + digits
+    return digits
+
+
+def short_id(id: str) -> str:
+    """The last six characters of an id, of a number in base 36."""
+    return (base36(int(id)) if id.isdecimal() else id)[-6:]
+
+
+def printable(text: str) -> str:
+    """`text` with what could move a cursor or begin a new line as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+PAINT = {"red": "31", "green": "32", "yellow": "33", "blue": "34", "cyan": "36", "dim": "2", "bold": "1",
+         "bright_blue": "94", "grey": "90"}
+EVENT_PAINT = {"fwd": "cyan", "hdr": "blue", "wait": "yellow", "closed": "yellow", "end": "green", "listen": "green"}
+LEVEL_PAINT = {"info": "green", "warn": "yellow", "error": "red", "debug": "blue", "trace": "dim"}
+OUTPUT_ALIASES = {
+    "message": "m", "function_call": "fn", "custom_tool_call": "ct", "mcp_call": "mcp", "web_search_call": "web",
+    "file_search_call": "file", "computer_call": "comp", "code_interpreter_call": "code",
+    "image_generation_call": "img", "reasoning": "rsn", "tool_use": "tu", "server_tool_use": "stu", "text": "txt",
+    "thinking": "think",
+}
+
+
+class HumanLines:
+    """Renders events as lines for people (contract 9.3)."""
+
+    def __init__(self, color: bool, warn_ms: int = 5000, error_ms: int = 15000, details: bool = False) -> None:
+        self.color, self.warn_ms, self.error_ms = color, warn_ms, error_ms
+        self.details = details  # whether `hdr` of an answer that ends with a line of its own is shown
+
+    def paint(self, text: str, color: str, bold: bool = False) -> str:
+        """`text` in a colour, if there is colour."""
+        return f"\x1b[{'1;' if bold else ''}{PAINT[color]}m{text}\x1b[0m" if self.color else text
+
+    def render(self, at: float, level: str, event: str, fields: Json) -> str | None:
+        """The line; None for an event that people are not shown."""
+        if event == "hdr" and not self.details:
+            return None
+        parts = {"fwd": self.fwd_parts, "hdr": self.end_parts, "wait": self.wait_parts}.get(event)
+        if parts is None:
+            parts = self.end_parts if "duration_ms" in fields else self.plain_parts
+        clock = time.strftime("%H:%M:%S", time.localtime(at)) + f".{int(at % 1 * 1000):03d}"
+        name = self.paint(event, EVENT_PAINT.get(event, LEVEL_PAINT[level] if level != "info" else "green"), True)
+        head = f"{clock} {self.paint(f'{level.upper():>5}', LEVEL_PAINT[level], level in ('info', 'warn', 'error'))} {name} "
+        return head + "".join(f" {printable_paint(part)}" for part in parts(fields) if part)
+
+    def plain_parts(self, fields: Json) -> Iterator[str]:
+        """key=value for what has no layout of its own."""
+        for key, value in fields.items():
+            if value is not None and value != "":
+                yield f"{key}={value}"
+
+    def route_part(self, fields: Json) -> str:
+        """in->provider/out"""
+        inbound, outbound = (PROTOCOLS.get(fields.get(k) or "") for k in ("request_protocol", "provider_protocol"))
+        if not inbound or not outbound:
+            return inbound.alias if inbound else ""
+        provider = str(fields.get("provider")).removesuffix("_default")
+        return f"{inbound.alias}->{provider}/{outbound.alias}"
+
+    def fwd_parts(self, fields: Json) -> Iterator[str]:
+        """A provider request on its way."""
+        effort = fields.get("reasoning_effort")
+        yield fields["method"]
+        yield fields["path"]
+        yield f"↑{bytes_text(fields['provider_request_bytes'])}"
+        yield fields["model"] + (f"/{effort}" if effort else "")
+        yield self.route_part(fields)
+        yield "stream" if fields.get("stream") else ""
+        yield f"max={fields['max_output_tokens']}" if fields.get("max_output_tokens") else ""
+        yield from fields["request_hint_parts"]
+        yield f"req={short_id(fields['request_id'])}"
+
+    def wait_parts(self, fields: Json) -> Iterator[str]:
+        """A stream that is silent for now."""
+        yield f"idle={self.timed(fields['idle_ms'], span_text(fields['idle_ms'] / 1000))}"
+        yield f"dur={span_text(fields['duration_ms'] / 1000)}"
+        yield f"↓{bytes_text(fields['down'])}"
+        yield f"chunks={fields['chunks']}"
+        yield f"req={short_id(fields['request_id'])}"
+
+    def timed(self, ms: int, text: str) -> str:
+        """`text` in the colour of a duration."""
+        return self.paint(text, "red" if ms >= self.error_ms else "yellow" if ms >= self.warn_ms else "green",
+                          ms >= self.warn_ms)
+
+    def end_parts(self, fields: Json) -> Iterator[str]:
+        """The end of an exchange, good or bad."""
+        status = fields.get("status") or 0
+        if status:
+            yield self.paint(str(status), "green" if status < 300 else "yellow" if status < 400 else "red", True)
+        ttfb, duration = fields.get("ttfb_ms"), fields.get("duration_ms") or 0
+        if ttfb is not None:
+            yield self.timed(max(ttfb, duration), f"lat[{secs_text(ttfb)}/{secs_text(duration)}]")
+        else:
+            yield f"dur={self.timed(duration, secs_text(duration))}"
+        yield f"↑{bytes_text(fields['up'])}" if fields.get("up") else ""
+        yield f"↓{bytes_text(fields['down'])}" if fields.get("down") else ""
+        yield tokens_part(fields)
+        effort = fields.get("reasoning_effort")
+        yield (fields.get("model") or "") + (f"/{effort}" if effort else "")
+        yield self.route_part(fields)
+        yield (fields.get("ct") or "") if not fields.get("sse") else ""
+        yield f"stream[{fields['chunks']}/{bytes_text(fields['avg_chunk_bytes'])}]" if fields.get("sse") else ""
+        yield from self.outcome_parts(fields)
+        yield f"req={short_id(fields['request_id'])}"
+        yield fields.get("err") or ""
+
+    def outcome_parts(self, fields: Json) -> Iterator[str]:
+        """What the provider's answer told of itself."""
+        state = fields.get("response_status")
+        if state:
+            yield "state=" + self.paint(state, {"completed": "green", "failed": "red"}.get(state, "yellow"))
+        if fields.get("service_tier") not in (None, "default", "standard"):
+            yield f"tier={fields['service_tier']}"
+        yield f"inc={fields['incomplete_reason']}" if fields.get("incomplete_reason") else ""
+        yield f"err={fields['error_code']}" if fields.get("error_code") else ""
+        yield f"param={brief(fields['error_param'])}" if fields.get("error_param") else ""
+        yield rate_part(fields)
+        yield codex_part(fields)
+        yield f"resp=...{fields['response_id']}" if fields.get("response_id") else ""
+        yield f"seq={fields['seq']}" if fields.get("seq") is not None else ""
+        items = {k: v for k, v in (fields.get("output_items") or {}).items() if not k.startswith("stream_")}
+        if items and items not in ({"message": 1}, {"text": 1}):
+            yield f"out[{counts_text({OUTPUT_ALIASES.get(k, k): v for k, v in items.items()})}]"
+        calls = fields.get("calls")
+        if calls:
+            yield f"calls[{counts_text({TOOL_ALIASES.get(k, k): v for k, v in calls.items()})}]"
+
+
+def printable_paint(part: str) -> str:
+    """`part` without control characters but for our own colours."""
+    if part.isprintable():
+        return part
+    return "".join(p if i % 2 else printable(p) for i, p in enumerate(re.split(r"(\x1b\[[0-9;]*m)", part)))
+
+
+def counts_text(counts: Mapping[str, int]) -> str:
+    """fn:2,m:1"""
+    return ",".join(f"{name}:{count}" for name, count in counts.items())
+
+
+def tokens_part(fields: Json) -> str:
+    """tok[↑in ↓out Σtotal $cache ?reasoning $rREAD $wWRITE], zeros left out."""
+    signs = (("↑", "input"), ("↓", "output"), ("Σ", "tok"), ("$", "cache"), ("?", "reasoning"),
+             ("$r", "cache_read"), ("$w", "cache_creation"))
+    parts = [f"{sign}{count_text(fields[key])}" for sign, key in signs if fields.get(key)]
+    return f"tok[{' '.join(parts)}]" if parts else ""
+
+
+def rate_part(fields: Json) -> str:
+    """rl[r:remaining/limit t:remaining/limit rr:reset rt:reset]"""
+    parts = []
+    for sign, what in (("r", "requests"), ("t", "tokens")):
+        limit, left = fields.get(f"rate_limit_limit_{what}"), fields.get(f"rate_limit_remaining_{what}")
+        if limit is not None or left is not None:
+            shown = [count_text(v) if v is not None else "-" for v in (left, limit)]
+            parts.append(f"{sign}:{'/'.join(shown)}")
+    for sign, what in (("rr", "requests"), ("rt", "tokens")):
+        reset = fields.get(f"rate_limit_reset_{what}_ms")
+        if reset:
+            parts.append(f"{sign}:{span_text(reset / 1000)}")
+    return f"rl[{' '.join(parts)}]" if parts else ""
+
+
+def codex_part(fields: Json) -> str:
+    """codex[p:42.5%/5h@10m s:... p/s:1.0%]"""
+    parts = []
+    for sign, window in (("p", "primary"), ("s", "secondary")):
+        used = fields.get(f"codex_{window}_used_percent")
+        if used is not None:
+            minutes = fields.get(f"codex_{window}_window_minutes")
+            reset = fields.get(f"codex_{window}_reset_after_secs")
+            parts.append(f"{sign}:{used:.1f}%" + (f"/{span_text(minutes * 60)}" if minutes else "")
+                         + (f"@{span_text(reset)}" if reset else ""))
+    over = fields.get("codex_primary_over_secondary_percent")
+    if over is not None:
+        parts.append(f"p/s:{over:.1f}%")
+    return f"codex[{' '.join(parts)}]" if parts else ""
+
+
+def json_line(at: float, level: str, event: str, fields: Json) -> str:
+    """The event as one JSON object."""
+    offset = time.strftime("%z", time.localtime(at)) or "+0000"
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(at)) + f".{int(at % 1 * 1000):03d}{offset[:3]}:{offset[3:]}"
+    return dump({"log_schema": "proxai.v1", "level": level, "event": event, "ts": stamp, **fields}).decode("utf-8")
+
+
+# -- writing -----------------------------------------------------------------
+
+class LineWriter(logging.Handler):
+    """Prints records on a thread of its own; counts and drops lines while the reader does not read."""
+
+    def __init__(self, stream: Any, settings: LoggingConfig, environ: Mapping[str, str]) -> None:
+        super().__init__()
+        terminal = bool(getattr(stream, "isatty", bool)())
+        color = settings.use_color and terminal and not environ.get("NO_COLOR")
+        limits = settings.duration_thresholds
+        self.lines = HumanLines(color, limits.warn_ms, limits.error_ms, LEVELS[settings.level] <= logging.DEBUG)
+        self.json = settings.output_format == "json"
+        self.in_place = color  # `wait` lines overwrite one another on a terminal
+        self.stream, self.dropped = stream, 0
+        self.queue: queue.SimpleQueue[tuple[str, str] | None] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self.write_lines, name="proxai-log", daemon=True)
+        self.thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Render a record and queue its line."""
+        fields = getattr(record, "fields", None)
+        event = record.msg if fields is not None else "internal"
+        if fields is None:  # a library's own words, such as asyncio's
+            fields = {"source": record.name, "message": record.getMessage()[:2000]}
+        level = LEVEL_NAMES.get(record.levelno, "error")
+        try:
+            render = json_line if self.json else self.lines.render
+            line = render(record.created, level, event, fields)
+            if record.exc_info:
+                line = f"{line or ''}\n{logging.Formatter().formatException(record.exc_info)}"
+        except Exception:  # a line that cannot be rendered must not take a request with it
+            line = f"proxai: the log event {event} could not be rendered"
+        if line is None:
+            return
+        if self.queue.qsize() >= LOG_QUEUE_LINES:
+            self.dropped += 1
+            return
+        self.queue.put((event, line))
+
+    def write_lines(self) -> None:
+        """The thread: print what is queued until told to end."""
+        open_line = False
+        while (item := self.queue.get()) is not None:
+            event, line = item
+            if self.dropped:
+                line, self.dropped = f"{line}\nproxai: {self.dropped} log lines were dropped", 0
+            if open_line:
+                line = f"\r\x1b[2K{line}"
+            open_line = self.in_place and event == "wait"
+            try:
+                self.stream.write(line if open_line else line + "\n")
+                if self.queue.empty():
+                    self.stream.flush()
+            except (OSError, ValueError):  # nobody reads any more
+                return
+
+    def close(self) -> None:
+        """Print what is left, for a little while."""
+        self.queue.put(None)
+        self.thread.join(2.0)
+        super().close()
+
+
+class Log:
+    """The events of this program, at the levels that are on."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self.logger = logger
+        self.info_on = logger.isEnabledFor(logging.INFO)
+
+    def event(self, level: int, name: str, fields: Json) -> None:
+        """Tell one event."""
+        if self.logger.isEnabledFor(level):
+            self.logger.log(level, name, extra={"fields": fields})
+
+    def failed(self, exchange: Exchange, error: ProxyError) -> None:
+        """An exchange that was answered with an error before or instead of a stream."""
+        if self.logger.isEnabledFor(logging.WARNING):
+            exchange.error = error.message[:LOG_TEXT_CHARS]
+            self.event(logging.WARNING, "request failed",
+                       {**end_fields(exchange), "status": error.status, "error_type": error.type,
+                        "error_code": error.code})
+
+
+def start_log(settings: LoggingConfig, stream: Any, environ: Mapping[str, str]) -> tuple[Log, LineWriter]:
+    """Send this program's events, and warnings of asyncio, to `stream`."""
+    writer = LineWriter(stream, settings, environ)
+    logging.addLevelName(TRACE, "TRACE")
+    for name, level in (("proxai", LEVELS[settings.level]), ("asyncio", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [writer]
+        logger.propagate = False
+        logger.setLevel(level)
+    return Log(logging.getLogger("proxai")), writer
+
+
+
+# ============================================================================
+#  12  Upstream
+# ============================================================================
+# Connections to providers: forward proxies, TLS, the pool, one request and its
+# answer's bytes. Knows HTTP, does not know clients, protocols or JSON.
+
+# -- time limits -------------------------------------------------------------
+
+class Watch:
+    """One time limit at a time for whoever waits; `fire` is called with the reason of the one that ran out.
+
+    Setting a limit only notes it. The loop's timer is moved when it fires too early, so a limit that
+    is set for each read costs two assignments and not two heap operations.
+    """
+
+    __slots__ = ("due", "fire", "loop", "progress", "reason", "secs", "timer", "when")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, fire: Callable[[str], None]) -> None:
+        self.loop, self.fire = loop, fire
+        self.timer: asyncio.TimerHandle | None = None
+        self.due = self.when = FOREVER
+        self.secs, self.reason = 0.0, ""
+        self.progress: Callable[[], bool] | None = None
+
+    def arm(self, secs: float, reason: str, progress: Callable[[], bool] | None = None) -> None:
+        """From now on, `secs` seconds for what `reason` names, and again as long as there is `progress`."""
+        self.secs, self.reason, self.progress = secs, reason, progress
+        self.when = when = self.loop.time() + secs
+        if when < self.due:
+            self.move(when)
+
+    def disarm(self) -> None:
+        """No limit."""
+        self.when = FOREVER
+
+    def move(self, when: float) -> None:
+        """Let the loop's timer ring at `when`."""
+        if self.timer:
+            self.timer.cancel()
+        self.due, self.timer = when, self.loop.call_at(when, self.ring)
+
+    def ring(self) -> None:
+        """The timer's time has come; whether the limit's has is another question."""
+        self.timer, self.due = None, FOREVER
+        if self.when == FOREVER:
+            return
+        if self.when > self.loop.time():
+            self.move(self.when)
+        elif self.progress and self.progress():
+            self.arm(self.secs, self.reason, self.progress)
+        else:
+            self.when = FOREVER
+            self.fire(self.reason)
+
+    def stop(self) -> None:
+        """Let go of the timer."""
+        self.when = self.due = FOREVER
+        if self.timer:
+            self.timer.cancel()
+
+
+FOREVER = float("inf")
+
+# -- where a provider is -----------------------------------------------------
+
+class Origin(NamedTuple):
+    """One place that connections go to; they are pooled by it."""
+
+    scheme: str
+    host: str
+    port: int
+    proxy: str | None = None  # URL of a forward proxy
+    ca_file: str | None = None
+
+    @property
+    def authority(self) -> str:
+        """The host as the Host header names it."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
+
+
+DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+def origin_of(base_url: str, proxy_url: str | None, ca_file: str | None, environ: Mapping[str, str]) -> Origin:
+    """The origin of a provider, with the forward proxy that its setting or the environment names."""
+    url = urlsplit(base_url)
+    host, port = url.hostname or "", url.port or DEFAULT_PORTS[url.scheme]
+    if proxy_url == "direct":
+        proxy = None
+    else:
+        proxy = proxy_url or proxy_from_environment(url.scheme, host, port, environ)
+    return Origin(url.scheme, host, port, proxy, ca_file)
+
+
+def proxy_from_environment(scheme: str, host: str, port: int, environ: Mapping[str, str]) -> str | None:
+    """The forward proxy that HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY, in either case, name for a host."""
+    def variable(name: str) -> str:
+        return environ.get(name.lower()) or environ.get(name.upper()) or ""
+
+    if is_loopback(host) or bypasses(host, port, variable("no_proxy")):
+        return None
+    url = variable(f"{scheme}_proxy") or variable("all_proxy")
+    if not url:
+        return None
+    url = url if "://" in url else f"http://{url}"
+    try:
+        return read_proxy(url)
+    except ValueError as error:
+        raise ConfigError([f"the environment names a forward proxy that cannot be used: it {error}"]) from None
+
+
+def bypasses(host: str, port: int, no_proxy: str) -> bool:
+    """Whether NO_PROXY names `host`: exactly, as a parent domain, as a network, or with *."""
+    for entry in filter(None, (e.strip().lower() for e in no_proxy.replace(" ", ",").split(","))):
+        if entry == "*":
+            return True
+        name, colon, wanted = entry.rpartition(":")
+        if colon and wanted.isdecimal() and ":" not in name:
+            if int(wanted) != port:
+                continue
+            entry = name
+        try:
+            if ipaddress.ip_address(host) in ipaddress.ip_network(entry.strip("[]"), strict=False):
+                return True
+        except ValueError:
+            entry = entry.lstrip("*").lstrip(".")
+            if host == entry or host.endswith("." + entry):
+                return True
+    return False
+
+
+# -- one connection ----------------------------------------------------------
+
+class LinkProtocol(asyncio.StreamReaderProtocol):
+    """The stream protocol of a connection, watchful while it lies in the pool: whatever comes then, bytes
+    that nobody asked for or the end, makes it useless."""
+
+    idle = False
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes from the provider."""
+        if self.idle:
+            self.wire.abort()
+        else:
+            super().data_received(data)
+
+    def eof_received(self) -> bool | None:
+        """The provider sends no more."""
+        kept = super().eof_received()
+        return False if self.idle else kept
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The connection stands."""
+        self.wire: Any = transport
+        super().connection_made(transport)
+
+
+class Link:
+    """A connection to a provider; `used` once it has carried a request."""
+
+    __slots__ = ("idle_since", "origin", "protocol", "reader", "unsent", "used", "writer")
+
+    def __init__(self, origin: Origin, reader: asyncio.StreamReader, writer: asyncio.StreamWriter,
+                 protocol: LinkProtocol) -> None:
+        self.origin, self.reader, self.writer, self.protocol = origin, reader, writer, protocol
+        self.used, self.idle_since, self.unsent = False, 0.0, 0
+
+    @property
+    def dead(self) -> bool:
+        """Whether it can carry nothing more."""
+        return self.writer.transport.is_closing() or self.reader.at_eof()
+
+    def send(self, head: bytes, body: bytes) -> None:
+        """Put a request on the way. What the socket does not take now waits in the transport, so that an
+        answer that comes before the whole request has gone is read at once."""
+        if len(body) > READ_BYTES:
+            self.writer.write(head)
+            self.writer.write(memoryview(body))
+        else:
+            self.writer.write(head + body)
+        self.unsent = self.writer.transport.get_write_buffer_size()
+
+    def sent_some(self) -> bool:
+        """Whether more of the request has gone since this was last asked."""
+        before, self.unsent = self.unsent, self.writer.transport.get_write_buffer_size()
+        return self.unsent < before
+
+    def abort(self) -> None:
+        """Close at once."""
+        self.writer.transport.abort()
+
+
+class LinkDied(Exception):
+    """The connection ended before the answer's head was whole; `untouched` when not a byte had come."""
+
+    def __init__(self, untouched: bool) -> None:
+        super().__init__("the connection closed before an answer" if untouched
+                         else "the connection closed within the head of the answer")
+        self.untouched = untouched
+
+
+def tls_context(ca_file: str | None, contexts: dict[str | None, ssl.SSLContext]) -> ssl.SSLContext:
+    """The context for `ca_file` beside the system's certificates; made once, as that reads them all."""
+    if ca_file not in contexts:
+        context = ssl.create_default_context()
+        if ca_file:
+            context.load_verify_locations(str(Path(ca_file).expanduser()))
+        context.set_alpn_protocols(["http/1.1"])
+        contexts[ca_file] = context
+    return contexts[ca_file]
+
+
+def proxy_authorization(proxy: Any) -> list[bytes]:
+    """The Proxy-Authorization line for the user name and password in a forward proxy's URL, if any."""
+    if proxy.username is None:
+        return []
+    pair = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}".encode()
+    return [b"proxy-authorization: Basic " + base64.b64encode(pair)]
+
+
+async def open_link(origin: Origin, contexts: dict[str | None, ssl.SSLContext]) -> Link:
+    """A fresh connection to `origin`, through its forward proxy and with TLS as it needs."""
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(limit=STREAM_LIMIT, loop=loop)
+    protocol = LinkProtocol(reader, loop=loop)
+    proxy = urlsplit(origin.proxy) if origin.proxy else None
+    secure = tls_context(origin.ca_file, contexts) if origin.scheme == "https" else None
+    if proxy and secure:
+        tunnel = await open_tunnel(proxy, origin, contexts)
+        transport: Any = await loop.start_tls(tunnel, protocol, secure, server_hostname=origin.host)
+        if transport is None:
+            raise ConnectionResetError
+        protocol.connection_made(transport)
+    else:
+        host, port = origin.host, origin.port
+        if proxy:
+            host, port = proxy.hostname or "", proxy.port or DEFAULT_PORTS[proxy.scheme]
+            secure = tls_context(origin.ca_file, contexts) if proxy.scheme == "https" else None
+        transport, _ = await loop.create_connection(lambda: protocol, host, port, ssl=secure,
+                                                    server_hostname=host if secure else None,
+                                                    happy_eyeballs_delay=0.25)
+    return Link(origin, reader, asyncio.StreamWriter(transport, protocol, reader, loop), protocol)
+
+
+async def open_tunnel(proxy: Any, origin: Origin, contexts: dict[str | None, ssl.SSLContext]) -> Any:
+    """The transport of a tunnel that a forward proxy opens to `origin` (9110 9.3.6)."""
+    secure = tls_context(origin.ca_file, contexts) if proxy.scheme == "https" else None
+    reader, writer = await asyncio.open_connection(proxy.hostname, proxy.port or DEFAULT_PORTS[proxy.scheme],
+                                                   ssl=secure, limit=STREAM_LIMIT)
+    try:
+        name = f"[{origin.host}]:{origin.port}" if ":" in origin.host else f"{origin.host}:{origin.port}"
+        target = name.encode("ascii")
+        lines = (b"CONNECT %b HTTP/1.1" % target, b"host: " + target, *proxy_authorization(proxy), b"", b"")
+        writer.write(b"\r\n".join(lines))
+        block = await reader.readuntil(b"\r\n\r\n")
+        head = parse_response_head(block[:-4])
+        if not 200 <= head.status < 300:
+            raise UpstreamError(f"upstream request failed: the forward proxy refused the connection with status"
+                                f" {head.status}", fix="check the user name and password in proxy_url or HTTPS_PROXY"
+                                if head.status == 407 else "check that it allows this host")
+        return writer.transport
+    except (asyncio.IncompleteReadError, asyncio.LimitOverrunError, FramingError):
+        raise UpstreamError("upstream request failed: the forward proxy did not answer as one") from None
+    except BaseException:
+        writer.transport.abort()
+        raise
+
+
+def connect_fault(error: BaseException) -> str:
+    """Why a connection could not be opened, without addresses or URLs."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return (f"its TLS certificate is not trusted ({error.verify_message}); if your network re-signs TLS,"
+                " set ca_file for this provider")
+    if isinstance(error, ssl.SSLError):
+        return f"the TLS handshake failed ({error.reason or 'no reason given'})"
+    if isinstance(error, socket.gaierror):
+        return "its host name cannot be resolved; check base_url and DNS, and HTTPS_PROXY where one is needed"
+    if isinstance(error, ConnectionRefusedError):
+        return "the connection was refused; is it running, and is the port in base_url right?"
+    if isinstance(error, ConnectionError):
+        return "the connection was closed while it was opened"
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno).lower()
+    return "none of its addresses could be reached"
+
+
+# -- the pool and one exchange -----------------------------------------------
+
+class Pool:
+    """Connections that wait for the next request to their origin, the most recently used first."""
+
+    def __init__(self) -> None:
+        self.idle: dict[Origin, deque[Link]] = {}
+        self.contexts: dict[str | None, ssl.SSLContext] = {}
+        self.sweeper: asyncio.TimerHandle | None = None
+
+    def take(self, origin: Origin) -> Link | None:
+        """A live connection to `origin`, if one waits."""
+        links = self.idle.get(origin)
+        while links:
+            link = links.pop()
+            link.protocol.idle = False
+            if not link.dead:
+                return link
+            link.abort()
+        return None
+
+    def give(self, link: Link) -> None:
+        """Keep a connection whose answer was read to its end and not a byte further."""
+        if link.dead or link.writer.transport.get_write_buffer_size():
+            link.abort()  # an answer that came before the request was sent whole leaves the rest of it unsent
+            return
+        links = self.idle.get(link.origin)
+        if links is None:
+            links = self.idle[link.origin] = deque()
+        link.protocol.idle, link.used = True, True
+        link.idle_since = time.monotonic()
+        links.append(link)
+        if len(links) > IDLE_LINKS_PER_ORIGIN:
+            links.popleft().abort()
+        if self.sweeper is None:
+            self.sweeper = asyncio.get_running_loop().call_later(SWEEP_SECS, self.sweep)
+
+    def sweep(self) -> None:
+        """Close what has waited too long, and come back while something waits."""
+        self.sweeper = None
+        oldest = time.monotonic() - IDLE_LINK_SECS
+        for origin, links in list(self.idle.items()):
+            while links and (links[0].idle_since < oldest or links[0].dead):
+                links.popleft().abort()
+            if not links:
+                del self.idle[origin]
+        if self.idle:
+            self.sweeper = asyncio.get_running_loop().call_later(SWEEP_SECS, self.sweep)
+
+    def close(self) -> None:
+        """Close all that wait."""
+        if self.sweeper:
+            self.sweeper.cancel()
+        for links in self.idle.values():
+            for link in links:
+                link.abort()
+        self.idle.clear()
+
+    async def exchange(self, origin: Origin, head: bytes, body: bytes, watch: Watch, connect_secs: float,
+                       idle_secs: float, sent: Callable[[], None]) -> tuple[Link, ResponseHead, bytes]:
+        """Send one request; the connection, the answer's head and the bytes behind it.
+
+        A connection from the pool may have died unnoticed. If it ends before a byte of the answer, the
+        request goes out once more on a fresh one: a provider that had taken it would have said something.
+        """
+        link = self.take(origin)
+        while True:
+            if link is None:
+                watch.arm(connect_secs, "connect")
+                try:
+                    link = await open_link(origin, self.contexts)
+                except (OSError, UnicodeError) as error:
+                    raise UpstreamError(f"upstream request failed: {connect_fault(error)}") from None
+            try:
+                link.send(head, body)
+                sent()
+                watch.arm(idle_secs, "upstream", link.sent_some)
+                return link, *await read_response_head(link.reader)
+            except LinkDied as error:
+                link.abort()
+                if not (link.used and error.untouched):
+                    raise UpstreamError(f"upstream request failed: {error}") from None
+                link = None
+            except FramingError as error:
+                link.abort()
+                raise UpstreamError(f"upstream request failed: {error}") from None
+            except BaseException:
+                link.abort()
+                raise
+
+
+async def read_response_head(reader: asyncio.StreamReader) -> tuple[ResponseHead, bytes]:
+    """The final head of an answer, interim ones passed over, and the bytes behind it."""
+    data, interim = b"", 0
+    while True:
+        while (end := data.find(b"\r\n\r\n")) < 0:
+            check_unfinished_answer(data)
+            try:
+                more = await reader.read(READ_BYTES)
+            except OSError:
+                more = b""
+            if not more:
+                raise LinkDied(untouched=not data and not interim)
+            data += more
+        head = parse_response_head(data[:end])
+        data = data[end + 4:]
+        if head.status >= 200:
+            return head, data
+        interim += 1
+        if head.status == 101 or interim > INTERIM_RESPONSES:
+            raise FramingError("the provider sent interim answers that nobody asked for")
+
+
+def check_unfinished_answer(data: bytes) -> None:
+    """Refuse the beginning of an answer that no further bytes could make right."""
+    if not data:
+        return
+    if not b"HTTP/1.".startswith(data[:7]):
+        raise FramingError("the provider does not speak HTTP/1.1; check the scheme and the port in base_url")
+    if len(data) > RESPONSE_HEAD_BYTES:
+        raise FramingError(f"the head of the answer is larger than {RESPONSE_HEAD_BYTES} bytes")
+    if BARE_LF.search(data):
+        raise FramingError("a line in the head of the answer ends in a bare LF")
+
+
+class ResponseBody:
+    """The payload of an answer as it comes: chunks taken apart, compression undone."""
+
+    __slots__ = ("decoder", "inflater", "link", "rest")
+
+    def __init__(self, link: Link, head: ResponseHead, rest: bytes) -> None:
+        self.link, self.rest = link, rest
+        self.decoder = body_decoder(head.length)
+        coding = (field_value(head.fields, b"content-encoding") or b"identity").lower()
+        self.inflater = Inflater(coding) if coding in INFLATABLE else None
+        if self.inflater is None and coding != b"identity":
+            raise FramingError(f"the provider sent the content coding {coding.decode('latin-1')}, though none was asked for")
+
+    async def read(self) -> bytes:
+        """The next piece, b"" at the end; FramingError or ConnectionError when it does not end well."""
+        decoder = self.decoder
+        while not decoder.finished:
+            data = self.rest
+            if data:
+                self.rest = b""
+            else:
+                data = await self.link.reader.read(READ_BYTES)
+                if not data:
+                    decoder.close()
+                    break
+            data = decoder.feed(data)
+            if self.inflater and data:
+                data = self.inflater.feed(data)
+            if data:
+                return data
+        if self.inflater and self.inflater.read:
+            self.inflater.close()
+            self.inflater = None
+        return b""
+
+    def clean(self, head: ResponseHead) -> bool:
+        """Whether the connection can carry another request: ended where it should, nothing behind it."""
+        return head.keep_alive and self.decoder.finished and not self.decoder.rest and not self.rest
+
+
+
+# ============================================================================
+#  13  Server
+# ============================================================================
+# Client connections: heads, bodies, limits, answers, the end of it all. Knows
+# HTTP and sockets, does not know what requests mean: a handler does.
+
+
+class Connection:
+    """One client connection, serving requests in their order.
+
+    Whatever ends a wait from outside, a time limit, a client that is gone or the shutdown, goes through
+    `interrupt`: it cancels the connection's task with a reason, and whoever waits decides by that.
+    """
+
+    def __init__(self, server: Server, reader: asyncio.StreamReader) -> None:
+        self.server, self.reader = server, reader
+        self.watch = Watch(server.loop, self.interrupt)
+        self.rest = b""  # bytes read beyond the last request
+        self.head: RequestHead | None = None
+        self.keep = True  # whether the connection goes on after this answer
+        self.body_unread = False
+        self.answered = False  # whether the head of the answer has been written
+        self.chunked = False
+        self.exchanging = False  # whether a client that goes away ends the exchange
+        self.busy = self.gone = False
+        self.reason: str | None = None
+        self.task: asyncio.Task[Any] | None = None
+        self.extra: list[bytes] = []  # header lines for every answer to this request
+
+    # -- ends from outside
+
+    def interrupt(self, reason: str) -> None:
+        """End the current wait; the first reason counts."""
+        if self.reason is None and self.task:
+            self.reason = reason
+            self.task.cancel()
+
+    def take_reason(self) -> str:
+        """Why the wait was ended, for the one who handles it; a cancellation that is not ours goes on."""
+        reason, self.reason = self.reason, None
+        if reason is None or self.task is None:
+            raise asyncio.CancelledError
+        self.task.uncancel()
+        return reason
+
+    def lost(self) -> None:
+        """The client sends no more, which is how one that went away looks."""
+        self.gone = True
+        if self.exchanging:
+            self.interrupt("client_gone")
+
+    # -- the loop over requests
+
+    async def run(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve the connection until it ends."""
+        self.writer, self.transport = writer, writer.transport
+        self.task = asyncio.current_task()
+        self.server.connections.add(self)
+        try:
+            while await self.serve_one():
+                pass
+            if self.body_unread or self.rest:
+                await self.linger()
+        except asyncio.CancelledError:
+            self.take_reason()
+        except (ConnectionError, TimeoutError):
+            pass
+        finally:
+            self.close()
+
+    async def serve_one(self) -> bool:
+        """Serve one request; whether the connection can take another."""
+        try:
+            self.head, self.answered, self.chunked, self.busy, self.extra = None, False, False, False, []
+            head = self.head = await self.read_head()
+            if head is None:
+                return False
+            self.busy = True
+            self.keep = head.keep_alive
+            self.body_unread = head.length != 0
+            await self.server.handler(self, head)
+            if self.body_unread and self.keep:
+                await self.discard_body()
+        except FramingError as error:
+            self.refuse(RequestError(f"malformed request: {error}", status=error.status))
+        except asyncio.CancelledError:
+            reason = self.take_reason()
+            if reason not in ("head", "body"):
+                return False
+            self.refuse(RequestError(f"the request {reason} did not arrive in time", status=408))
+        return self.keep
+
+    def refuse(self, error: ProxyError) -> None:
+        """Answer what cannot be read any further, and be done with the connection."""
+        self.keep, self.body_unread = False, True
+        if not self.answered:
+            self.server.refuse(self, error)
+
+    async def read_head(self) -> RequestHead | None:
+        """The next request head, None when the client sends no more."""
+        server, data = self.server, self.rest
+        if not data:
+            self.watch.arm(server.settings.keepalive_timeout_secs, "idle")
+            if server.draining:
+                return None
+            data = await self.reader.read(READ_BYTES)
+        scanned = 0
+        while True:
+            while data.startswith(b"\r\n"):  # 9112 2.2: empty lines before a request are passed over
+                data = data[2:]
+            end = data.find(b"\r\n\r\n", max(scanned - 3, 0))
+            if end >= 0:
+                self.rest = data[end + 4:]
+                return parse_request_head(data[:end], server.limits)
+            if not data and self.reader.at_eof():
+                return None
+            check_unfinished(data, server.limits)
+            if not scanned:
+                self.watch.arm(server.settings.head_timeout_secs, "head")
+                self.busy = True
+            scanned = len(data) or 1
+            more = await self.reader.read(READ_BYTES)
+            if not more:
+                return None
+            data += more
+
+    async def read_body(self, limit: int) -> bytes:
+        """The request's body; RequestError 413 beyond `limit` bytes, declared or counted."""
+        head = self.head
+        assert head
+        length, rest = head.length, self.rest
+        if length is not None and length > limit:
+            raise too_large(limit)
+        if length is not None and len(rest) >= length:
+            body, self.rest = rest[:length], rest[length:]
+            self.body_unread = False
+            return body
+        if head.expects_continue and not rest:
+            self.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        decoder, parts, size = body_decoder(length), [], 0
+        self.rest = b""
+        while True:
+            part = decoder.feed(rest)
+            size += len(part)
+            if size > limit:
+                raise too_large(limit)
+            parts.append(part)
+            if decoder.finished:
+                break
+            self.watch.arm(self.server.settings.body_timeout_secs, "body")
+            rest = await self.reader.read(READ_BYTES)
+            if not rest:
+                raise ConnectionResetError
+        self.rest, self.body_unread = decoder.rest, False
+        return b"".join(parts)
+
+    async def discard_body(self) -> None:
+        """Read a small body that nobody wanted, so that the connection can go on; else end it."""
+        head = self.head
+        assert head
+        if head.expects_continue or head.length is None or head.length > DISCARD_BYTES:
+            self.keep = False
+            return
+        await self.read_body(DISCARD_BYTES)
+
+    async def linger(self) -> None:
+        """Tell the client that nothing more comes, and read on for a moment: closing with bytes unread
+        resets the connection, and the client would lose the answer that explains why."""
+        self.exchanging = False
+        if self.transport.is_closing() or self.reader.at_eof():
+            return
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.watch.arm(LINGER_SECS, "linger")
+        left = 64 << 20
+        while left > 0 and (data := await self.reader.read(READ_BYTES)):
+            left -= len(data)
+
+    # -- answers
+
+    def write_head(self, status: int, lines: list[bytes], length: int | None, body: bytes = b"") -> None:
+        """Begin an answer with `length` bytes of body, None for a stream; `body` goes out in the same write."""
+        self.answered = True
+        lines += self.extra
+        http11 = self.head is None or self.head.http11
+        if length is not None:
+            lines.append(b"content-length: %d" % length)
+        elif http11:
+            self.chunked = True
+            lines.append(b"transfer-encoding: chunked")
+        else:
+            self.keep = False  # HTTP/1.0 knows the end of a stream only as the end of the connection
+        if not self.keep or self.server.draining:
+            self.keep = False
+            lines.append(b"connection: close")
+        elif not http11:
+            lines.append(b"connection: keep-alive")
+        head = format_head(status, lines)
+        if self.head is not None and self.head.method == b"HEAD":
+            body = b""
+        if len(body) > READ_BYTES:
+            self.writer.write(head)
+            self.writer.write(body)
+        else:
+            self.writer.write(head + body)
+
+    def write_part(self, data: bytes) -> None:
+        """A piece of a stream."""
+        self.writer.write(b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data)
+
+    def write_end(self) -> None:
+        """The end of a stream that is whole."""
+        if self.chunked:
+            self.writer.write(b"0\r\n\r\n")
+
+    def cut(self) -> None:
+        """End a stream that is not whole so that no client can take it for complete."""
+        self.keep = False
+        if not self.chunked:
+            # Without chunks a plain close would look like the end, so the close must be a reset.
+            raw = self.transport.get_extra_info("socket")
+            if raw is not None:
+                raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0" if os.name == "posix"
+                               else b"\x01\0\0\0")
+            self.transport.abort()
+
+    async def flush(self) -> None:
+        """Wait while the client takes its answer more slowly than it comes."""
+        if self.transport.get_write_buffer_size():
+            self.watch.arm(self.server.settings.write_timeout_secs, "client_write")
+            await self.writer.drain()
+
+    def close(self) -> None:
+        """Let go; bytes on their way to the client get their time, but not for ever."""
+        self.watch.stop()
+        self.server.connections.discard(self)
+        self.writer.close()
+        if self.transport.get_write_buffer_size():
+            self.server.loop.call_later(self.server.settings.write_timeout_secs, self.transport.abort)
+
+
+def too_large(limit: int) -> RequestError:
+    """The refusal of a request body above the limit."""
+    return RequestError(f"the request body is larger than the length limit of {limit} bytes", status=413,
+                        fix="send less, or raise server.max_request_body_bytes")
+
+
+class ClientProtocol(asyncio.StreamReaderProtocol):
+    """The stream protocol of a client connection, telling it when the client is gone."""
+
+    def __init__(self, connection: Connection, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(connection.reader, connection.run, loop=loop)
+        self.connection = connection
+
+    def eof_received(self) -> bool | None:
+        """The client sends no more."""
+        self.connection.lost()
+        return super().eof_received()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """The connection is gone."""
+        self.connection.lost()
+        super().connection_lost(error)
+
+
+class Server:
+    """A listener and its connections. `handler` serves a request, `refuse` answers what is none."""
+
+    def __init__(self, settings: ServerConfig, handler: Callable[[Connection, RequestHead], Any],
+                 refuse: Callable[[Connection, ProxyError], None]) -> None:
+        self.settings, self.handler, self.refuse = settings, handler, refuse
+        self.limits = HeadLimits(settings.max_request_line_bytes, settings.max_head_bytes, settings.max_headers)
+        self.loop = asyncio.get_running_loop()
+        self.connections: set[Connection] = set()
+        self.draining = False
+        self.listener: asyncio.AbstractServer | None = None
+
+    def new_protocol(self) -> ClientProtocol:
+        """What a new connection is handled by."""
+        reader = asyncio.StreamReader(limit=STREAM_LIMIT, loop=self.loop)
+        return ClientProtocol(Connection(self, reader), self.loop)
+
+    async def listen(self, host: str, port: int) -> int:
+        """Begin to accept; returns the port. ConfigError names an address that cannot be taken."""
+        try:
+            self.listener = listener = await self.loop.create_server(self.new_protocol, host, port, backlog=BACKLOG)
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            raise ConfigError([f"cannot listen on {host}:{port}: {reason}"],
+                              "choose another with --port or server.port") from None
+        return int(listener.sockets[0].getsockname()[1])
+
+    async def drain(self, grace: float, hurry: asyncio.Event) -> None:
+        """Accept no more, let open requests end for `grace` seconds or until `hurry`, then cut the rest."""
+        self.draining = True
+        if self.listener:
+            self.listener.close()
+        for connection in list(self.connections):
+            if not connection.busy:
+                connection.interrupt("shutdown")
+        deadline = self.loop.time() + grace
+        while self.connections and not hurry.is_set() and self.loop.time() < deadline:
+            await asyncio.sleep(0.02)
+        for connection in list(self.connections):
+            connection.interrupt("shutdown")
+        deadline = self.loop.time() + 2.0
+        while self.connections and self.loop.time() < deadline:
+            await asyncio.sleep(0.01)
+
+
+
+# ============================================================================
+#  14  Pipeline
+# ============================================================================
+# One request through the four phases: admitted, read, routed, prepared, sent,
+# answered. The only place that joins what the sections above know.
+
+# -- admission ---------------------------------------------------------------
+
+class Admission(NamedTuple):
+    """What may happen with a request, judged by its head alone."""
+
+    protocol: Protocol | None  # None: answered here, with `status`
+    status: int = 0
+    origin: bytes | None = None  # of a browser that may call
+
+
+def admit(head: RequestHead, settings: ServerConfig) -> Admission:
+    """Whether a request is let in, and as what; RequestError says why not (rulings 16 and 5).
+
+    Browsers reach loopback too: a foreign Origin, or a Host that only DNS rebinding produces, is refused.
+    """
+    origin = check_origin(head, settings)
+    check_host(head, settings)
+    if head.path == HEALTH_PATH and head.method in (b"GET", b"HEAD"):
+        return Admission(None, 200, origin)
+    if head.method == b"OPTIONS" and origin and field_value(head.fields, b"access-control-request-method"):
+        return Admission(None, 204, origin)
+    if settings.api_keys and not presents_key(head.fields, settings.api_keys):
+        raise RequestError("a valid API key of this proxy is needed", status=401,
+                           fix="send one of server.api_keys as Authorization: Bearer or x-api-key",
+                           fields=[b"www-authenticate: Bearer"])
+    allowed = b"GET, HEAD" if head.path == HEALTH_PATH else b"POST"
+    protocol = MODEL_PATHS.get(head.path)
+    if protocol is None and head.path != HEALTH_PATH:
+        raise RequestError("there is nothing at this path", status=404, fix="the paths are " + ", ".join(MODEL_PATHS))
+    if protocol is None or head.method != b"POST":
+        raise RequestError("this method is not allowed here", status=405, fix=f"use {allowed.decode()}",
+                           fields=[b"allow: " + allowed])
+    return Admission(protocol, 0, origin)
+
+
+def check_origin(head: RequestHead, settings: ServerConfig) -> bytes | None:
+    """The request's Origin if it has one that may call."""
+    origin = field_value(head.fields, b"origin")
+    if origin is not None and origin.decode("latin-1").lower() not in settings.cors_allow_origins:
+        raise RequestError("requests from this web origin are refused", status=403,
+                           fix="list the origin in server.cors_allow_origins if it may use your providers")
+    return origin
+
+
+def check_host(head: RequestHead, settings: ServerConfig) -> None:
+    """On a loopback listener the Host must be one that means this machine."""
+    if not is_loopback(settings.host) or (not head.host and not head.http11):
+        return
+    if not is_loopback(head.host) and head.host not in (name.lower() for name in settings.allowed_hosts):
+        raise RequestError("the Host of this request is not this machine", status=403,
+                           fix="list the name in server.allowed_hosts if it is yours")
+
+
+def presents_key(fields: Iterable[Field], keys: Sequence[str]) -> bool:
+    """Whether one of the headers that carry keys carries one of ours, compared in constant time."""
+    found = False
+    for name, value, _ in fields:
+        if name == b"authorization" and value[:7].lower() == b"bearer ":
+            value = value[7:].strip()
+        if name in (b"authorization", b"x-api-key", b"x-goog-api-key"):
+            for key in keys:
+                found |= hmac.compare_digest(value, key.encode("ascii"))
+    return found
+
+
+# -- the proxy ---------------------------------------------------------------
+
+class Provider:
+    """A configured provider, with what is the same for each of its requests made ready."""
+
+    __slots__ = ("fills_gaps", "fixed", "name", "origin", "prefix", "protocol", "settings")
+
+    def __init__(self, name: str, settings: ProviderConfig, environ: Mapping[str, str]) -> None:
+        self.name, self.settings = name, settings
+        self.protocol = PROTOCOLS[settings.protocol]
+        self.origin = origin_of(settings.base_url, settings.proxy_url, settings.ca_file, environ)
+        self.fills_gaps = self.protocol is MESSAGES and settings.compatibility == "anthropic_compatible"
+        self.fixed = [b"host: " + self.origin.authority.encode("ascii"), auth_line(self.protocol, settings.api_key or ""),
+                      b"accept-encoding: identity"]
+        self.prefix = ""
+        if self.origin.proxy and self.origin.scheme == "http":
+            # Plain HTTP goes through a forward proxy in absolute form (9112 3.2.2), with its credentials.
+            self.prefix = f"http://{self.origin.authority}"
+            self.fixed += proxy_authorization(urlsplit(self.origin.proxy))
+
+    def target(self, query: str) -> str:
+        """The request target for this provider's protocol."""
+        return join_target(urlsplit(self.settings.base_url).path, self.protocol.path, query)
+
+    def request_head(self, fields: Sequence[Field], query: str, length: int) -> bytes:
+        """The head of a provider request, final empty line included."""
+        first = f"POST {self.prefix}{self.target(query)} HTTP/1.1".encode("ascii")
+        return b"\r\n".join((first, *provider_lines(fields, self.protocol, self.fixed, length), b"", b""))
+
+
+class Proxy:
+    """Serves requests by one configuration; the handler of a `Server`."""
+
+    def __init__(self, config: Config, log: Log, environ: Mapping[str, str]) -> None:
+        self.config, self.log = config, log
+        self.style = config.error_responses.format
+        self.routes = compile_routes(config.routing.routes)
+        names = config.routing.default_provider_names
+        self.defaults = {name: getattr(names, name) for name in PROTOCOLS}
+        self.providers = {name: Provider(name, settings, environ) for name, settings in config.providers.items()}
+        self.pool, self.ids = Pool(), RequestIds()
+        self.slots = asyncio.Semaphore(config.server.max_concurrent_requests)
+        self.streams: set[Exchange] = set()
+        self.ticker: asyncio.TimerHandle | None = None
+
+    def close(self) -> None:
+        """Let go of connections and timers."""
+        self.pool.close()
+        if self.ticker:
+            self.ticker.cancel()
+
+    # -- one request
+
+    async def serve(self, connection: Connection, head: RequestHead) -> None:
+        """Answer one request, whatever happens."""
+        exchange = Exchange(self.ids.next(), head.method.decode("ascii"), head.path, time.perf_counter())
+        connection.extra = [b"x-proxai-request-id: %d" % exchange.id]
+        try:
+            await self.answer(connection, head, exchange)
+        except ProxyError as error:
+            self.fail(connection, exchange, error)
+        except asyncio.CancelledError:
+            self.interrupted(connection, exchange, connection.take_reason())
+        except (FramingError, ConnectionError):  # of the client's body; the server knows what to answer
+            self.log.event(logging.WARNING, "closed", end_fields(exchange))
+            raise
+        except Exception:
+            self.log.logger.exception("a bug in the proxy", extra={"fields": base_fields(exchange)})
+            self.fail(connection, exchange, ProxyError("the proxy failed; this is a bug, its log has the details"))
+        finally:
+            connection.exchanging = False
+            connection.watch.disarm()
+
+    async def answer(self, connection: Connection, head: RequestHead, exchange: Exchange) -> None:
+        """The way of a request that is let in."""
+        if self.log.logger.isEnabledFor(logging.DEBUG):
+            self.log.event(logging.DEBUG, "recv", {**base_fields(exchange), "content_length": head.length})
+        protocol, status, origin = admit(head, self.config.server)
+        if origin:
+            connection.extra += [b"access-control-allow-origin: " + origin, b"vary: origin",
+                                 b"access-control-expose-headers: *"]
+        if protocol is None:
+            self.answer_here(connection, head, status)
+            return
+        exchange.inbound = protocol
+        raw = await connection.read_body(self.config.server.max_request_body_bytes)
+        exchange.inbound_bytes = len(raw)
+        request = read_model_request(protocol, raw)
+        exchange.model = request.model
+        decision = choose(self.routes, self.defaults, protocol.name, request.model)
+        provider = self.provider_for(decision, exchange)
+        pair_for(protocol, provider.protocol)
+        body = pass_through_body(protocol, request, decision.model)
+        exchange.body, exchange.provider_bytes, exchange.phase = request.body, len(body), PHASES[1]
+        link, answer, rest = await self.send(connection, head, exchange, provider, body)
+        try:
+            await self.respond(connection, exchange, provider, answer, response_body(provider, link, answer, rest))
+        except BaseException:
+            link.abort()
+            raise
+
+    def answer_here(self, connection: Connection, head: RequestHead, status: int) -> None:
+        """Health, and the preflight of a browser that may call (Fetch, CORS protocol)."""
+        if status == 200:
+            connection.write_head(200, [b"content-type: application/json"], 15, b'{"status":"ok"}')
+            return
+        wanted = field_value(head.fields, b"access-control-request-headers") or b"*"
+        connection.write_head(204, [b"access-control-allow-methods: POST", b"access-control-allow-headers: " + wanted,
+                                    b"access-control-max-age: 600"], 0)
+
+    def provider_for(self, decision: Decision, exchange: Exchange) -> Provider:
+        """The provider of a decision, noted in the exchange; SetupError while its key is a template."""
+        provider = self.providers[decision.provider]
+        exchange.provider, exchange.provider_protocol = provider.name, provider.protocol
+        exchange.route, exchange.upstream_model = decision.route, decision.model
+        if TEMPLATE_KEY.search(provider.settings.api_key or ""):
+            raise SetupError(f"providers.{provider.name}.api_key is still the template's",
+                             fix="put your key there, or name api_key_env or api_key_file")
+        return provider
+
+    async def send(self, connection: Connection, head: RequestHead, exchange: Exchange, provider: Provider,
+                   body: bytes) -> tuple[Link, ResponseHead, bytes]:
+        """Send the provider request when its turn has come; holds a slot until the answer's head is there."""
+        if connection.gone:
+            raise ConnectionResetError
+        connection.exchanging = True
+        connection.watch.disarm()
+        settings = provider.settings
+
+        def sent() -> None:
+            if self.log.info_on:
+                self.log.event(logging.INFO, "fwd", fwd_fields(exchange))
+
+        async with self.slots:
+            try:
+                found = await self.pool.exchange(
+                    provider.origin, provider.request_head(head.fields, head.query, len(body)), body, connection.watch,
+                    settings.connect_timeout_secs, settings.read_idle_timeout_secs, sent)
+            except UpstreamError as error:
+                error.message = f"{error.message} (provider `{provider.name}`)"
+                raise
+        exchange.head_at = exchange.last_byte_at = time.perf_counter()
+        exchange.phase = PHASES[2]
+        return found
+
+    # -- answers
+
+    async def respond(self, connection: Connection, exchange: Exchange, provider: Provider, answer: ResponseHead,
+                      body: ResponseBody) -> None:
+        """Give the client what the provider answered."""
+        content_type = field_value(answer.fields, b"content-type")
+        exchange.status, exchange.sse = answer.status, is_event_stream(content_type)
+        exchange.content_type = (content_type or b"").decode("latin-1")[:100]
+        exchange.rates = answer.fields
+        if not 200 <= answer.status < 300:
+            await self.respond_error(connection, exchange, provider, answer, body)
+            return
+        if self.log.info_on:
+            self.log.event(logging.INFO, "hdr", end_fields(exchange))
+        lines = client_lines(answer.fields, decoded=body.inflater is not None)
+        if exchange.sse:
+            lines.append(b"content-type: text/event-stream")
+            await self.stream(connection, exchange, provider, answer, body, lines)
+        else:
+            lines.append(b"content-type: application/json")
+            await self.whole(connection, exchange, provider, answer, body, lines)
+
+    async def read_up_to(self, connection: Connection, provider: Provider, body: ResponseBody, limit: int) -> tuple[bytes, bool]:
+        """An answer's payload, and whether that is all of it: reading stops behind `limit` bytes."""
+        secs, watch = provider.settings.read_idle_timeout_secs, connection.watch
+        parts: list[bytes] = []
+        size = 0
+        try:
+            while size <= limit:
+                watch.arm(secs, "upstream_body")
+                data = await body.read()
+                if not data:
+                    return (parts[0] if len(parts) == 1 else b"".join(parts)), True
+                parts.append(data)
+                size += len(data)
+        except (FramingError, OSError) as error:
+            raise body_fault(provider, error) from None
+        return b"".join(parts), False
+
+    async def respond_error(self, connection: Connection, exchange: Exchange, provider: Provider, answer: ResponseHead,
+                            body: ResponseBody) -> None:
+        """A provider's own error: its body as it is where the client knows its shape, else ours."""
+        raw, complete = await self.read_up_to(connection, provider, body, ERROR_BODY_BYTES)
+        lines = error_lines(answer.fields)
+        error = upstream_error(answer.status, raw, lines)
+        self.release(body, answer, complete)
+        exchange.down = len(raw)
+        exchange.observed = observe_body(provider.protocol, None)
+        if self.style == "native" and exchange.inbound is provider.protocol and error.type == UPSTREAM and complete:
+            self.log_end(exchange, logging.WARNING, "hdr-error", error.message)
+            lines += [] if error.retry or has_retry_line(lines) else [b"x-should-retry: false"]
+            connection.write_head(answer.status, [*lines, b"content-type: application/json"], len(raw), raw)
+        else:
+            self.fail(connection, exchange, error, "hdr-error")
+
+    async def whole(self, connection: Connection, exchange: Exchange, provider: Provider, answer: ResponseHead,
+                    body: ResponseBody, lines: list[bytes]) -> None:
+        """An answer in one piece: held until it is known to be JSON, relayed when it is too large for that."""
+        raw, complete = await self.read_up_to(connection, provider, body, CHECKED_RESPONSE_BYTES)
+        exchange.down, exchange.phase = len(raw), PHASES[3]
+        if not complete:
+            await self.relay_rest(connection, exchange, provider, answer, body, lines, raw)
+            return
+        try:
+            value = json.loads(raw)
+        except (ValueError, RecursionError):
+            raise UpstreamError(f"the provider answered {answer.status} with a body that is not JSON", status=502,
+                                type=INTERNAL, fix="check that base_url is the address of an API") from None
+        if provider.fills_gaps and fill_gaps_in_body(value):
+            raw = dump(value)
+        connection.write_head(answer.status, lines, len(raw), raw)
+        self.release(body, answer, True)
+        connection.exchanging = False
+        if self.log.info_on:
+            exchange.observed = observe_body(provider.protocol, value)
+            self.log_end(exchange, logging.INFO, "end")
+        if connection.transport.get_write_buffer_size():
+            connection.exchanging = True
+            await connection.flush()
+
+    async def relay_rest(self, connection: Connection, exchange: Exchange, provider: Provider, answer: ResponseHead,
+                         body: ResponseBody, lines: list[bytes], data: bytes) -> None:
+        """An answer beyond what is held for checking: its bytes pass as they come."""
+        length = answer.length if answer.length and answer.length > 0 and not body.inflater else None
+        connection.write_head(answer.status, lines, length)
+        secs = provider.settings.read_idle_timeout_secs
+        try:
+            while data:
+                connection.write_part(data)
+                await connection.flush()
+                connection.watch.arm(secs, "upstream_body")
+                data = await body.read()
+                exchange.down += len(data)
+        except (FramingError, OSError) as error:
+            connection.cut()
+            self.log_end(exchange, logging.WARNING, "stream-error", str(error))
+            body.link.abort()
+            return
+        connection.write_end()
+        self.release(body, answer, True)
+        self.log_end(exchange, logging.INFO, "end")
+
+    def release(self, body: ResponseBody, answer: ResponseHead, complete: bool) -> None:
+        """Give the connection back if another request can use it."""
+        if complete and body.clean(answer):
+            self.pool.give(body.link)
+        else:
+            body.link.abort()
+
+    # -- streams
+
+    async def stream(self, connection: Connection, exchange: Exchange, provider: Provider, answer: ResponseHead,
+                     body: ResponseBody, lines: list[bytes]) -> None:
+        """A stream of the client's own protocol: bytes as they come, watched beside their way."""
+        exchange.phase = PHASES[3]
+        observer = StreamObserver(provider.protocol, self.config.server.max_sse_event_bytes)
+        exchange.observed = observer.seen
+        self.watch_streams(exchange)
+        connection.write_head(answer.status, lines, None)
+        fault: str | None = None
+        try:
+            await self.pass_stream(connection, exchange, provider, body, observer)
+        except (FramingError, OSError) as error:
+            fault = str(error) if isinstance(error, FramingError) else "the connection to the provider broke"
+        except asyncio.CancelledError:
+            fault = connection.take_reason()
+        finally:
+            self.streams.discard(exchange)
+            connection.exchanging = False
+        level, outcome, said = stream_outcome(observer, fault, provider.settings.read_idle_timeout_secs,
+                                              self.config.tool_calls.timeout_secs)
+        whole = outcome == "end" or (observer.complete and fault in (None, "after_terminal"))
+        if fault == "tool_stall" and (provider.fills_gaps or not observer.splitter.size):
+            assert exchange.inbound
+            stalled = UpstreamError(said or "", status=504, type=UPSTREAM_BODY_READ)
+            connection.write_part(render_error_event(stalled, self.style, exchange.inbound, observer.seen.sequence))
+            whole = True
+        if whole:
+            connection.write_end()
+        else:
+            connection.cut()
+        self.release(body, answer, fault is None)
+        self.log_end(exchange, level, outcome, said)
+
+    async def pass_stream(self, connection: Connection, exchange: Exchange, provider: Provider, body: ResponseBody,
+                          observer: StreamObserver) -> None:
+        """Relay a stream to its end. Not reading while the client does not is all the backpressure there is."""
+        watch, clock, seen = connection.watch, connection.server.loop.time, observer.seen
+        idle_secs, stall_secs = provider.settings.read_idle_timeout_secs, self.config.tool_calls.timeout_secs
+        fills_gaps, transport = provider.fills_gaps, connection.transport
+        while True:
+            if seen.pending:
+                left = observer.stall_at(stall_secs) - clock()
+                watch.arm(min(left, idle_secs), "tool_stall" if left < idle_secs else "upstream_idle")
+            elif seen.terminal:
+                watch.arm(min(AFTER_TERMINAL_SECS, idle_secs), "after_terminal")
+            else:
+                watch.arm(idle_secs, "upstream_idle")
+            data = await body.read()
+            if not data:
+                break
+            exchange.chunks += 1
+            exchange.down += len(data)
+            exchange.last_byte_at = now = clock()
+            block = observer.feed(data, now)
+            if fills_gaps:
+                data = block if observer.splitter.oversize else fill_gaps_in_block(block)
+                if not data:
+                    continue
+            connection.write_part(data)
+            if transport.get_write_buffer_size():
+                await connection.flush()
+        if fills_gaps and (tail := observer.splitter.close()):
+            connection.write_part(tail)
+
+    # -- ends
+
+    def fail(self, connection: Connection, exchange: Exchange, error: ProxyError, event: str = "request-failed") -> None:
+        """Answer with an error; a stream that has begun can only be cut."""
+        if connection.answered:
+            connection.cut()
+            self.log_end(exchange, logging.WARNING, "stream-error", error.message)
+            return
+        exchange.status = error.status
+        write_error(connection, error, self.style, exchange.inbound)
+        self.log_end(exchange, logging.WARNING, event, error.message, {"error_type": error.type, "error_code": error.code,
+                                                                      "error_param": None if error.param is ABSENT else error.param})
+
+    def interrupted(self, connection: Connection, exchange: Exchange, reason: str) -> None:
+        """A wait that was ended from outside before a stream began."""
+        name = exchange.provider
+        limits = {
+            "connect": (UPSTREAM_REQUEST, "upstream request failed: no connection within connect_timeout_secs"),
+            "upstream": (UPSTREAM_REQUEST, "upstream request failed: no answer within read_idle_timeout_secs"),
+            "upstream_body": (UPSTREAM_BODY_READ, "the provider's answer stopped for read_idle_timeout_secs"),
+        }
+        if reason in limits:
+            kind, said = limits[reason]
+            self.fail(connection, exchange, UpstreamError(f"{said} (provider `{name}`)", type=kind), "timeout")
+        elif reason == "body":
+            self.fail(connection, exchange, RequestError("the request body did not arrive in time", status=408))
+            connection.keep = False
+        elif reason == "shutdown" and not connection.answered:
+            self.fail(connection, exchange, ProxyError("the proxy is shutting down", status=503))
+            connection.keep = False
+        else:
+            connection.cut()
+            self.log_end(exchange, logging.INFO, "closed", ENDED_BY.get(reason, reason))
+
+    def log_end(self, exchange: Exchange, level: int, event: str, said: str | None = None, more: Json | None = None) -> None:
+        """The line that closes an exchange."""
+        exchange.outcome = event
+        if not self.log.logger.isEnabledFor(level):
+            return
+        exchange.error = said[:LOG_TEXT_CHARS] if said else None
+        self.log.event(level, event, {**end_fields(exchange), **(more or {})})
+
+    def refuse(self, connection: Connection, error: ProxyError) -> None:
+        """Answer bytes that are no request, or that stopped coming."""
+        exchange = Exchange(self.ids.next(), "-", "-", time.perf_counter())
+        connection.extra = [b"x-proxai-request-id: %d" % exchange.id]
+        self.fail(connection, exchange, error)
+
+    # -- streams that are silent
+
+    def watch_streams(self, exchange: Exchange) -> None:
+        """Have `wait` lines written while the stream is silent, where such lines are wanted."""
+        if self.log.info_on:
+            exchange.last_byte_at = asyncio.get_running_loop().time()
+            self.streams.add(exchange)
+            if self.ticker is None:
+                self.ticker = asyncio.get_running_loop().call_later(SWEEP_SECS, self.tick)
+
+    def tick(self) -> None:
+        """Write a `wait` line for each stream that has been silent for a while."""
+        self.ticker = None
+        loop = asyncio.get_running_loop()
+        now, clock = loop.time(), time.perf_counter()
+        for exchange in self.streams:
+            idle = now - exchange.last_byte_at
+            if idle >= SWEEP_SECS:
+                self.log.event(logging.INFO, "wait", {
+                    **base_fields(exchange), "idle_ms": milliseconds(idle),
+                    "duration_ms": milliseconds(clock - exchange.started), "chunks": exchange.chunks,
+                    "down": exchange.down})
+        if self.streams:
+            self.ticker = loop.call_later(SWEEP_SECS, self.tick)
+
+
+ENDED_BY = {"client_gone": "the client went away", "client_write": "the client took no bytes for write_timeout_secs",
+            "shutdown": "the proxy shut down"}
+
+
+def stream_outcome(observer: StreamObserver, fault: str | None, idle_secs: float, stall_secs: float) -> tuple[int, str, str | None]:
+    """Level, event and words for the end of a stream; `fault` is None for a clean end of the bytes."""
+    seen = observer.seen
+    if fault == "tool_stall":
+        return (logging.WARNING, "stream-error", "upstream SSE stalled while streaming tool arguments:"
+                f" none for tool_calls.timeout_secs = {stall_secs:g}")
+    if seen.failed:
+        return logging.WARNING, "stream-error", seen.error_message or "the provider sent an error"
+    if observer.complete:
+        return logging.INFO, "end", None
+    if fault == "upstream_idle":
+        return logging.WARNING, "timeout", f"the provider was silent for read_idle_timeout_secs = {idle_secs:g}"
+    if fault in ENDED_BY:
+        return logging.INFO, "closed", ENDED_BY[fault]
+    if fault:
+        return logging.WARNING, "stream-error", fault
+    if seen.pending:
+        return logging.WARNING, "unfinished-tool", "the stream ended within the arguments of a tool call"
+    return logging.INFO, "closed", "the stream ended before its terminal event"
+
+
+def response_body(provider: Provider, link: Link, answer: ResponseHead, rest: bytes) -> ResponseBody:
+    """The answer's body, refused where its coding is one that we cannot undo."""
+    try:
+        return ResponseBody(link, answer, rest)
+    except FramingError as error:
+        raise body_fault(provider, error) from None
+
+
+def body_fault(provider: Provider, error: Exception) -> UpstreamError:
+    """A provider's answer that cannot be read to its end."""
+    said = str(error) if isinstance(error, FramingError) else "the connection broke"
+    return UpstreamError(f"the provider's answer could not be read: {said} (provider `{provider.name}`)",
+                         type=UPSTREAM_BODY_READ)
+
+
+def has_retry_line(lines: Iterable[bytes]) -> bool:
+    """Whether the provider itself said if trying again helps."""
+    return any(line.lower().startswith(b"x-should-retry:") for line in lines)
+
+
+def write_error(connection: Connection, error: ProxyError, style: str, protocol: Protocol | None) -> None:
+    """Answer with an error in the configured style."""
+    content_type, body = render_error(error, style, protocol)
+    lines = [*error.fields, b"content-type: " + content_type, b"date: " + http_date(time.time())]
+    if not error.retry and not has_retry_line(error.fields):
+        lines.append(b"x-should-retry: false")
+    connection.write_head(error.status, lines, len(body), body)
+
+
+
+# ============================================================================
+#  15  Demo provider
+# ============================================================================
+# A provider that needs no key: it speaks all three protocols over real HTTP,
+# says back what it was told, calls a tool when it is offered one. Its replies
+# are pure functions; `Demo` only writes them to a connection.
+
+
+class DemoTurn(NamedTuple):
+    """What the demo provider says next: text, or a call of the tool `tool`."""
+
+    model: str
+    text: str
+    tool: str | None
+    arguments: Json
+    tokens: int  # a word counts as one
+    id: str
+
+
+def demo_text(content: Any) -> str:
+    """The text in a message's content, string or parts."""
+    if isinstance(content, str):
+        return content
+    return " ".join(demo_text(p.get("text", p.get("content", p.get("output")))) for p in map(mapping, listing(content)))
+
+
+def demo_turn(protocol: Protocol, body: Json, number_: int) -> DemoTurn:
+    """Decide the turn: a tool's result is reported, an offered tool is called, anything else is said back."""
+    wanted = body.get(protocol.wants)
+    items = [{"role": "user", "content": wanted}] if isinstance(wanted, str) else listing(wanted)
+    last = mapping(items[-1]) if items else {}
+    tools = [mapping(t) for t in listing(body.get("tools"))]
+    usable = [t for t in tools if (t.get("name") or mapping(t.get("function")).get("name"))]
+    result = tool_result_text(last)
+    said = demo_text(last.get("content"))
+    tokens = sum(len(demo_text(mapping(i).get("content")).split()) for i in items)
+    model, id = str(body.get("model")), f"demo{number_:06d}"
+    if result is not None:
+        return DemoTurn(model, f"The tool answered: {result}", None, {}, tokens, id)
+    if usable and body.get("tool_choice") != "none" and mapping(body.get("tool_choice")).get("type") != "none":
+        tool = usable[0]
+        inner = mapping(tool.get("function")) or tool
+        schema_ = mapping(inner.get("parameters") or inner.get("input_schema"))
+        return DemoTurn(model, "", str(inner["name"]), demo_arguments(schema_), tokens, id)
+    return DemoTurn(model, f"You said: {said.strip() or 'nothing'}", None, {}, tokens, id)
+
+
+def tool_result_text(item: Json) -> str | None:
+    """The text of a tool's result if the last item is one."""
+    if item.get("role") == "tool":
+        return demo_text(item.get("content"))
+    if str(item.get("type", "")).endswith("_call_output"):
+        return demo_text(item.get("output"))
+    results = [b for b in map(mapping, listing(item.get("content"))) if b.get("type") == "tool_result"]
+    return demo_text(results[-1].get("content")) if results else None
+
+
+def demo_arguments(schema_: Json) -> Json:
+    """Arguments that a tool's JSON schema accepts, of the plain kinds."""
+    samples: Json = {"string": "demo", "integer": 1, "number": 1.5, "boolean": True, "array": [], "null": None}
+
+    def value(kind: Json) -> Any:
+        if "const" in kind or kind.get("enum"):
+            return kind.get("const", listing(kind.get("enum"))[:1][0] if kind.get("enum") else None)
+        name = kind.get("type")
+        name = name[0] if isinstance(name, list) and name else name
+        return demo_arguments(kind) if name == "object" else samples.get(str(name), "demo")
+
+    return {name: value(mapping(kind)) for name, kind in mapping(schema_.get("properties")).items()}
+
+
+def words(text: str) -> list[str]:
+    """`text` word by word, blanks kept."""
+    return re.findall(r"\S+\s*|\s+", text)
+
+
+# -- replies, whole and streamed ---------------------------------------------
+
+def demo_chat(turn: DemoTurn, now: int) -> Json:
+    """The turn as a Chat Completion."""
+    message: Json = {"role": "assistant", "content": turn.text or None, "refusal": None}
+    if turn.tool:
+        message["tool_calls"] = [{"id": f"call_{turn.id}", "type": "function",
+                                  "function": {"name": turn.tool, "arguments": json.dumps(turn.arguments)}}]
+    return {"id": f"chatcmpl-{turn.id}", "object": "chat.completion", "created": now, "model": turn.model,
+            "choices": [{"index": 0, "message": message, "logprobs": None,
+                         "finish_reason": "tool_calls" if turn.tool else "stop"}],
+            "usage": demo_chat_usage(turn)}
+
+
+def demo_chat_usage(turn: DemoTurn) -> Json:
+    """Usage as Chat counts it."""
+    out = len(words(turn.text)) or 1
+    return {"prompt_tokens": turn.tokens, "completion_tokens": out, "total_tokens": turn.tokens + out}
+
+
+def demo_chat_stream(turn: DemoTurn, now: int, body: Json) -> Iterator[bytes]:
+    """The turn as Chat chunks."""
+    def chunk(delta: Json, finish: str | None = None, **more: Any) -> bytes:
+        choices = [] if more.get("usage") else [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]
+        return format_event(None, dump({"id": f"chatcmpl-{turn.id}", "object": "chat.completion.chunk", "created": now,
+                                        "model": turn.model, "choices": choices, **more}))
+
+    yield chunk({"role": "assistant", "content": None if turn.tool else ""})
+    if turn.tool:
+        yield chunk({"tool_calls": [{"index": 0, "id": f"call_{turn.id}", "type": "function",
+                                     "function": {"name": turn.tool, "arguments": ""}}]})
+        for part in words(json.dumps(turn.arguments)):
+            yield chunk({"tool_calls": [{"index": 0, "function": {"arguments": part}}]})
+    for word in words(turn.text):
+        yield chunk({"content": word})
+    yield chunk({}, "tool_calls" if turn.tool else "stop")
+    if mapping(body.get("stream_options")).get("include_usage"):
+        yield chunk({}, usage=demo_chat_usage(turn))
+    yield format_event(None, b"[DONE]")
+
+
+def demo_message(turn: DemoTurn) -> Json:
+    """The turn as an Anthropic message."""
+    block: Json = {"type": "text", "text": turn.text, "citations": None}
+    if turn.tool:
+        block = {"type": "tool_use", "id": f"toolu_{turn.id}", "name": turn.tool, "input": turn.arguments,
+                 "caller": {"type": "direct"}}
+    usage: Json = {**USAGE_GAPS, "input_tokens": turn.tokens, "output_tokens": len(words(turn.text)) or 1}
+    return {"id": f"msg_{turn.id}", "type": "message", "role": "assistant", "model": turn.model, "content": [block],
+            **MESSAGE_GAPS, "stop_reason": "tool_use" if turn.tool else "end_turn", "usage": usage}
+
+
+def demo_message_stream(turn: DemoTurn, now: int, body: Json) -> Iterator[bytes]:
+    """The turn as Anthropic events."""
+    def event(kind: str, **more: Any) -> bytes:
+        return format_event(kind, dump({"type": kind, **more}))
+
+    whole = demo_message(turn)
+    block, usage = whole["content"][0], whole["usage"]
+    yield event("message_start", message={**whole, "content": [], "stop_reason": None,
+                                          "usage": {**usage, "output_tokens": 1}})
+    start = {**block, "input": {}} if turn.tool else {**block, "text": ""}
+    yield event("content_block_start", index=0, content_block=start)
+    yield event("ping")
+    kind, member = ("input_json_delta", "partial_json") if turn.tool else ("text_delta", "text")
+    for word in words(json.dumps(turn.arguments) if turn.tool else turn.text):
+        yield event("content_block_delta", index=0, delta={"type": kind, member: word})
+    yield event("content_block_stop", index=0)
+    yield event("message_delta", delta={**MESSAGE_GAPS, "stop_reason": whole["stop_reason"]},
+                usage={**DELTA_USAGE_GAPS, "output_tokens": usage["output_tokens"]})
+    yield event("message_stop")
+
+
+def demo_response(turn: DemoTurn, now: int, body: Json) -> Json:
+    """The turn as a Response object."""
+    out = len(words(turn.text)) or 1
+    item: Json = {"id": f"msg_{turn.id}", "type": "message", "role": "assistant", "status": "completed",
+                  "content": [{"type": "output_text", "text": turn.text, "annotations": [], "logprobs": []}]}
+    if turn.tool:
+        item = {"id": f"fc_{turn.id}", "type": "function_call", "call_id": f"call_{turn.id}", "name": turn.tool,
+                "arguments": json.dumps(turn.arguments), "status": "completed"}
+    echo: Json = {"instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True,
+            "previous_response_id": None, "reasoning": {"effort": None, "summary": None}, "store": False,
+            "temperature": 1.0, "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_p": 1.0,
+            "truncation": "disabled", "user": None}
+    echo = {key: body[key] if body.get(key) is not None else value for key, value in echo.items()}
+    return {"id": f"resp_{turn.id}", "object": "response", "created_at": now, "status": "completed", "error": None,
+            "incomplete_details": None, "model": turn.model, "output": [item], **echo,
+            "usage": {"input_tokens": turn.tokens, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": out,
+                      "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": turn.tokens + out}}
+
+
+def demo_response_stream(turn: DemoTurn, now: int, body: Json) -> Iterator[bytes]:
+    """The turn as Responses events."""
+    sequence = iter(range(1 << 30))
+
+    def event(kind: str, **more: Any) -> bytes:
+        return format_event(kind, dump({"type": kind, "sequence_number": next(sequence), **more}))
+
+    whole = demo_response(turn, now, body)
+    item = whole["output"][0]
+    place = {"item_id": item["id"], "output_index": 0}
+    opened = {**whole, "status": "in_progress", "output": [], "usage": None}
+    yield event("response.created", response=opened)
+    yield event("response.in_progress", response=opened)
+    started = {**item, "status": "in_progress", **({"arguments": ""} if turn.tool else {"content": []})}
+    yield event("response.output_item.added", output_index=0, item=started)
+    if turn.tool:
+        for part in words(item["arguments"]):
+            yield event("response.function_call_arguments.delta", **place, delta=part)
+        yield event("response.function_call_arguments.done", **place, name=turn.tool, arguments=item["arguments"])
+    else:
+        part_ = item["content"][0]
+        yield event("response.content_part.added", **place, content_index=0, part={**part_, "text": ""})
+        for word in words(turn.text):
+            yield event("response.output_text.delta", **place, content_index=0, delta=word, logprobs=[])
+        yield event("response.output_text.done", **place, content_index=0, text=turn.text, logprobs=[])
+        yield event("response.content_part.done", **place, content_index=0, part=part_)
+    yield event("response.output_item.done", output_index=0, item=item)
+    yield event("response.completed", response=whole)
+
+
+DEMO_WHOLE: dict[str, Callable[[DemoTurn, int, Json], Json]] = {
+    "chat": lambda turn, now, body: demo_chat(turn, now),
+    "messages": lambda turn, now, body: demo_message(turn),
+    "responses": demo_response,
+}
+DEMO_STREAM = {"chat": demo_chat_stream, "messages": demo_message_stream, "responses": demo_response_stream}
+
+
+class Demo:
+    """The demo provider as the handler of a `Server`."""
+
+    def __init__(self, word_secs: float) -> None:
+        self.word_secs, self.turns = word_secs, 0
+
+    async def serve(self, connection: Connection, head: RequestHead) -> None:
+        """Answer one request."""
+        protocol = None
+        try:
+            protocol = admit(head, ServerConfig()).protocol
+            if protocol is None:
+                connection.write_head(200, [b"content-type: application/json"], 2, b"{}")
+                return
+            body = read_model_request(protocol, await connection.read_body(64 << 20)).body
+            await self.answer(connection, protocol, body)
+        except ProxyError as error:
+            write_error(connection, error, "native", protocol)
+        except asyncio.CancelledError:
+            connection.take_reason()
+            connection.cut()
+
+    async def answer(self, connection: Connection, protocol: Protocol, body: Json) -> None:
+        """Say the next turn, whole or word by word."""
+        self.turns += 1
+        turn, now = demo_turn(protocol, body, self.turns), int(time.time())
+        if not body.get("stream"):
+            data = dump(DEMO_WHOLE[protocol.word](turn, now, body))
+            connection.write_head(200, [b"content-type: application/json"], len(data), data)
+            return
+        connection.exchanging = True
+        connection.write_head(200, [b"content-type: text/event-stream"], None)
+        for frame in DEMO_STREAM[protocol.word](turn, now, body):
+            connection.write_part(frame)
+            await connection.flush()
+            await asyncio.sleep(self.word_secs)
+        connection.exchanging = False
+        connection.write_end()
+
+    def refuse(self, connection: Connection, error: ProxyError) -> None:
+        """Answer what is no request."""
+        write_error(connection, error, "json", None)
+
+
+def demo_config(port: int) -> str:
+    """The configuration of a proxy in front of the demo provider, as TOML."""
+    lines = ["[routing.default_provider_names]", *(f'{name} = "demo_{p.word}"' for name, p in PROTOCOLS.items())]
+    for name, p in PROTOCOLS.items():
+        lines += [f"[providers.demo_{p.word}]", f'protocol = "{name}"', f'base_url = "http://127.0.0.1:{port}"',
+                  'api_key = "demo"', 'proxy_url = "direct"']
+    return "\n".join([*lines, "[error_responses]", 'format = "native"'])
+
+
+
+# ============================================================================
+#  16  Command line
+# ============================================================================
+# Flags, the banner, signals, and the order in which things start and stop.
+
+GOOD_BYE_SECS = 0.2
+
+
+def port_number(text: str) -> int:
+    """A port as a flag gives it."""
+    import argparse
+
+    if not (text.isascii() and text.isdigit() and int(text) < 65536):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to 65535")
+    return int(text)
+
+
+def command_line() -> Any:
+    """The parser of the command line."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="proxai.py", description="A local LLM proxy: any client protocol, any provider.",
+        epilog="Without --config the file in the app directory (~/.proxai/config.toml) is used, and made if missing.")
+    add = parser.add_argument
+    add("command", nargs="?", choices=["check"], help="check: load the configuration, show what would run, and exit")
+    add("--config", metavar="PATH", help="configuration file")
+    add("--demo", action="store_true", help="run in front of an embedded provider; no key, no configuration")
+    add("--upstream", metavar="URL", help="base_url of the default openai_responses provider")
+    add("--api-key", metavar="KEY", help="api_key of the default openai_responses provider")
+    add("--port", type=port_number, metavar="N", help="server.port; 0 takes a free one")
+    add("--log-level", metavar="L", help="logging.level: trace, debug, info, warn or error")
+    add("--log-format", metavar="F", help="logging.output_format: human or json")
+    add("--route-override", metavar="ROUTE.FIELD=VALUE", action="append", default=[],
+        help="change a field of the named route for this run; may be repeated")
+    for phase in PHASES:
+        add(f"--capture-{phase.replace('_', '-')}", action="store_true",
+            help=f"capture.{phase}_enabled for this run")
+    add("-V", "--version", action="version", version=f"proxai {__version__}")
+    return parser
+
+
+def flag_overrides(args: Any, tables: Json) -> list[Override]:
+    """What the flags put in place of the file's values."""
+    out = []
+    if args.port is not None:
+        out.append(Override("--port", ("server", "port"), args.port))
+    for flag, key, value in (("--log-level", "level", args.log_level), ("--log-format", "output_format", args.log_format)):
+        if value is not None:
+            out.append(Override(flag, ("logging", key), value.strip().lower()))
+    for phase in PHASES:
+        if getattr(args, f"capture_{phase}"):
+            out.append(Override(f"--capture-{phase.replace('_', '-')}", ("capture", f"{phase}_enabled"), True))
+    for flag, key, value in (("--upstream", "base_url", args.upstream), ("--api-key", "api_key", args.api_key)):
+        if value and value.strip():
+            at = ("providers", default_responses_provider(flag, tables))
+            if key == "api_key":
+                out += [Override(flag, (*at, other), None) for other in ("api_key_env", "api_key_file")]
+            out.append(Override(flag, (*at, key), value.strip()))
+    return out + [route_override(spec, tables) for spec in args.route_override]
+
+
+def default_responses_provider(flag: str, tables: Json) -> str:
+    """The key of the provider that --upstream and --api-key are about, as the file spells it."""
+    name = first_of(tables, f"/routing/default_provider_names/{RESPONSES.name}")
+    wanted = name.strip().lower() if isinstance(name, str) else ""
+    for label in mapping(tables.get("providers")):
+        if wanted and label.strip().lower() == wanted:
+            return str(label)
+    raise ConfigError([f"{flag} is about the default provider of {RESPONSES.name}, and there is none"],
+                      f"set routing.default_provider_names.{RESPONSES.name}")
+
+
+def read_file(path: Path) -> str:
+    """The text of a configuration file; ConfigError names the path and the reason."""
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigError([f"cannot read {path}: {reason}"]) from None
+
+
+# -- what is printed ---------------------------------------------------------
+
+def banner(config: Config, port: int, source: str, notes: Sequence[str]) -> str:
+    """What is told when the proxy starts: what runs, where, by which configuration."""
+    host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
+    names = config.routing.default_provider_names
+    rows = [("listen", f"http://{host}:{port}"), ("config", source)]
+    rows += [("note", note) for note in notes]
+    rows += [("providers", ", ".join(f"{n} ({p.protocol})" for n, p in config.providers.items())),
+             ("routes", str(len(config.routing.routes)))]
+    rows += [(f"default_provider.{name}", getattr(names, name) or "none") for name in PROTOCOLS]
+    rows += [("client_keys", f"{len(config.server.api_keys)} accepted" if config.server.api_keys else "not asked for"),
+             ("max_request_body_bytes", str(config.server.max_request_body_bytes)),
+             ("max_concurrent_requests", str(config.server.max_concurrent_requests)),
+             ("tool_calls.timeout_secs", f"{config.tool_calls.timeout_secs:g}"),
+             ("error_responses.format", config.error_responses.format),
+             ("logging", f"{config.logging.level}, {config.logging.output_format}")]
+    return "\n".join([f"ProxAI {__version__}", *(f"  {label}: {value}" for label, value in rows)])
+
+
+def start_notes(config: Config) -> list[str]:
+    """What an operator should know before the first request."""
+    notes = [f"providers.{name}.api_key is still the template's; requests to it are refused"
+             for name, p in config.providers.items() if TEMPLATE_KEY.search(p.api_key or "")]
+    if any(getattr(config.capture, f.name) for f in dataclasses.fields(config.capture)):
+        notes.append("capture is switched on, but this version writes no captures yet")
+    return notes
+
+
+def check_report(config: Config, source: str, environ: Mapping[str, str]) -> str:
+    """What would run: providers with their URLs, routes in order, defaults, and what will not work."""
+    lines = [f"{source}: valid", f"listen: {config.server.host} port {config.server.port}", "providers:"]
+    for name, settings in config.providers.items():
+        provider = Provider(name, settings, environ)
+        keys = [s for s in ("api_key_env", "api_key_file") if getattr(settings, s)]
+        origin = provider.origin
+        proxy = urlsplit(origin.proxy) if origin.proxy else None
+        via = f", through the forward proxy {proxy.hostname}:{proxy.port or DEFAULT_PORTS[proxy.scheme]}" if proxy else ""
+        lines.append(f"  {name}: {settings.protocol} at {origin.scheme}://{origin.authority}{provider.target('')},"
+                     f" key from {keys[0] if keys else 'api_key'}{via}")
+    lines.append("routes, first match wins:" if config.routing.routes else "routes: none")
+    for i, route in enumerate(config.routing.routes):
+        kind = pattern_kind(route.match_kind, route.model_pattern)
+        guard = f" for {route.request_protocol}" if route.request_protocol else ""
+        sent = f" as {route.upstream_model}" if route.upstream_model else ""
+        lines.append(f"  {i + 1}. {route.name or '(no name)'}: {kind} {route.model_pattern}{guard} -> {route.provider}{sent}")
+    lines.append("defaults:")
+    for name, protocol in PROTOCOLS.items():
+        lines.append(f"  {name} -> {default_report(config, protocol)}")
+    return "\n".join([*lines, *(f"note: {note}" for note in start_notes(config))])
+
+
+def default_report(config: Config, protocol: Protocol) -> str:
+    """Where requests of a protocol go by default, and whether that pair works."""
+    name = getattr(config.routing.default_provider_names, protocol.name)
+    if not name:
+        return "none: requests that no route takes are refused"
+    try:
+        pair = pair_for(protocol, PROTOCOLS[config.providers[name].protocol])
+    except SetupError as error:
+        return f"{name}: {error.message}"
+    return f"{name} ({'translated' if pair else 'passed through'})"
+
+
+# -- running -----------------------------------------------------------------
+
+def tune_process() -> None:
+    """What makes a long-running process cheaper; each line was measured with .ci/bench.py."""
+    bytes(1 << 20)  # raises glibc's mmap threshold: recv()'s 256 KiB buffers then come from the heap
+    gc.collect()
+    gc.freeze()  # what is there now stays; no need to look at it again and again
+    gc.set_threshold(20_000, 50, 50)
+    try:
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a stream takes two descriptors, shells allow 1024
+    except (ImportError, ValueError, OSError):
+        pass
+
+
+def on_signals(loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) -> None:
+    """Call `stop` in the loop for each SIGINT, SIGTERM and SIGBREAK."""
+    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
+        number_ = getattr(signal, name, None)
+        if number_ is None:
+            continue
+        try:
+            loop.add_signal_handler(number_, stop)
+        except (NotImplementedError, RuntimeError):  # Windows
+            signal.signal(number_, lambda *_: loop.call_soon_threadsafe(stop))
+
+
+async def serve(config: Config, log: Log, source: str, notes: Sequence[str], environ: Mapping[str, str],
+                started: Callable[[int], Any] | None = None) -> None:
+    """Run the proxy until a signal ends it: the first drains, the second cuts."""
+    proxy = Proxy(config, log, environ)
+    server = Server(config.server, proxy.serve, proxy.refuse)
+    port = await server.listen(config.server.host, config.server.port)
+    stopped, hurry = asyncio.Event(), asyncio.Event()
+    on_signals(server.loop, lambda: hurry.set() if stopped.is_set() else stopped.set())
+    print(banner(config, port, source, [*notes, *start_notes(config)]), flush=True)
+    tune_process()
+    if started:
+        await started(port)
+    await stopped.wait()
+    log.event(logging.INFO, "shutdown", {"open": len(server.connections), "grace_secs": config.server.shutdown_grace_secs})
+    await server.drain(config.server.shutdown_grace_secs, hurry)
+    proxy.close()
+
+
+async def run_demo(args: Any, log: Log, environ: Mapping[str, str]) -> None:
+    """Run the proxy in front of the demo provider, and show one request through it."""
+    demo = Demo(word_secs=0.02)
+    provider = Server(ServerConfig(), demo.serve, demo.refuse)
+    demo_port = await provider.listen("127.0.0.1", 0)
+    config = load_config(demo_config(demo_port), "the demo", environ=environ)
+    port = args.port if args.port is not None else config.server.port
+    if args.port is None and port_taken(port):
+        port = 0
+    config = dataclasses.replace(config, server=dataclasses.replace(config.server, port=port))
+
+    async def show(port: int) -> None:
+        question = "Hello, is anybody there?"
+        answer = await ask(port, question)
+        print(f"\nOne request went through the proxy.\n  asked:    {question}\n  answered: {answer}\n\nTry it yourself:")
+        for protocol in PROTOCOLS.values():
+            print(f"\n{curl_line(protocol, port)}")
+        print("\nCtrl-C ends the demo.", flush=True)
+
+    await serve(config, log, "the demo's own", ["the provider is embedded and only says back what it is told"], environ, show)
+    await provider.drain(GOOD_BYE_SECS, asyncio.Event())
+
+
+def port_taken(port: int) -> bool:
+    """Whether something listens on a loopback port."""
+    with socket.socket() as probe:
+        probe.settimeout(0.5)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+async def ask(port: int, question: str) -> str:
+    """One Chat request through the proxy on `port`, and the answer's text."""
+    body = dump({"model": "demo", "messages": [{"role": "user", "content": question}]})
+    head = format_lines(b"POST /v1/chat/completions HTTP/1.1", b"host: 127.0.0.1", b"content-length: %d" % len(body))
+    pool = Pool()
+    watch = Watch(asyncio.get_running_loop(), lambda reason: None)
+    try:
+        link, answer, rest = await pool.exchange(Origin("http", "127.0.0.1", port), head, body, watch, 10, 10, lambda: None)
+        stream = ResponseBody(link, answer, rest)
+        raw = b""
+        while data := await stream.read():
+            raw += data
+        link.abort()
+        return str(json.loads(raw)["choices"][0]["message"]["content"])
+    finally:
+        watch.stop()
+
+
+def format_lines(*lines: bytes) -> bytes:
+    """Header lines with the empty one that ends them."""
+    return b"\r\n".join((*lines, b"", b""))
+
+
+def curl_line(protocol: Protocol, port: int) -> str:
+    """A command that sends a streaming request of `protocol` to the proxy."""
+    said: Any = "Tell me a story" if protocol is RESPONSES else [{"role": "user", "content": "Tell me a story"}]
+    body: Json = {"model": "demo", "stream": True, protocol.wants: said}
+    if protocol is MESSAGES:
+        body["max_tokens"] = 100
+    quoted = json.dumps(body)
+    return f"curl -N http://127.0.0.1:{port}{protocol.path} -H 'content-type: application/json' \\\n  -d '{quoted}'"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    args = command_line().parse_args(argv)
+    environ = os.environ
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        return run(args, environ)
+    except ConfigError as error:
+        for fault in error.faults:
+            print(f"Error: {fault}", file=sys.stderr)
+        if error.hint:
+            print(f"Hint: {error.hint}.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def run(args: Any, environ: Mapping[str, str]) -> int:
+    """Do what the flags say."""
+    if args.demo:
+        log, writer = start_log(LoggingConfig(level=args.log_level or "info", output_format=args.log_format or "human"),
+                                sys.stdout, environ)
+        return run_logged(run_demo(args, log, environ), writer)
+    notes = []
+    if args.config is not None:
+        path = Path(args.config)
+    elif args.command == "check":
+        path = app_directory(environ) / "config.toml"
+    else:
+        directory = bootstrap(environ)
+        path = directory.path / "config.toml"
+        if directory.created:
+            notes.append(f"{path} was just created; put your keys there")
+    config = load_config(read_file(path), str(path), environ=environ,
+                         overrides=lambda tables: flag_overrides(args, tables))
+    if args.command == "check":
+        print(check_report(config, str(path), environ))
+        return 0
+    log, writer = start_log(config.logging, sys.stdout, environ)
+    return run_logged(serve(config, log, str(path), notes, environ), writer)
+
+
+def run_logged(work: Any, writer: LineWriter) -> int:
+    """Run `work` in an event loop, and print the log's last lines."""
+    try:
+        asyncio.run(work)
+        return 0
+    finally:
+        writer.close()
+        if writer.thread.is_alive():  # nobody reads our output; waiting for that would hang the exit
+            os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
