@@ -47,6 +47,7 @@ import asyncio
 import base64
 import dataclasses
 import difflib
+import functools
 import gc
 import hmac
 import ipaddress
@@ -345,14 +346,20 @@ def refuse_constant(name: str) -> Any:
 
 
 DECODER = json.JSONDecoder(parse_constant=refuse_constant)
+LENIENT_DECODER = json.JSONDecoder()
 SPACE = re.compile(r"[ \t\n\r]*")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def load(raw: bytes) -> Any:
+def load(raw: bytes, decoder: json.JSONDecoder = DECODER) -> Any:
     """The value of a UTF-8 JSON text; ValueError says what is wrong with it, and where."""
     try:
-        return DECODER.decode(raw.decode("utf-8"))
+        text = raw.decode("utf-8")
+        if text[:1] == "{":  # no blanks around it, as machines write: one step less for each body
+            value, end = decoder.raw_decode(text)
+            if end == len(text):
+                return value
+        return decoder.decode(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except UnicodeDecodeError as error:
@@ -387,10 +394,10 @@ def member_spans(text: str, name: str) -> list[tuple[int, int]]:
     return spans
 
 
-def may_repeat(raw: bytes, name: str) -> bool:
-    """Whether a look at the bytes leaves it open that the member `name` is there twice."""
-    # Any escape \u006x could spell a letter of `model`; those are rare, so they pay for the full look.
-    return raw.count(b'"%b"' % name.encode()) != 1 or b"\\u006" in raw
+def model_may_repeat(raw: bytes) -> bool:
+    """Whether a glance at the bytes leaves it open that the member `model` is there twice."""
+    # An escape \u006x can spell any letter of `model`; those are rare, so they pay for the full look.
+    return raw.count(b'"model"') != 1 or b"\\u006" in raw
 
 
 def replace_member(raw: bytes, name: str, value: Any) -> bytes:
@@ -1051,6 +1058,7 @@ def with_key(provider: ProviderConfig, path: str, faults: Faults, environ: Mappi
     return dataclasses.replace(provider, api_key=key)
 
 
+@functools.lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
     """Whether `host`, a name or an address, can only be this machine."""
     if host.lower().rstrip(".") == "localhost" or host.lower().endswith(".localhost"):
@@ -1301,6 +1309,7 @@ class RequestHead(NamedTuple):
     length: int | None
     keep_alive: bool
     expects_continue: bool
+    values: dict[bytes, bytes]  # by name; of a repeated header the last
 
 
 class ResponseHead(NamedTuple):
@@ -1310,6 +1319,7 @@ class ResponseHead(NamedTuple):
     fields: list[Field]
     length: int | None
     keep_alive: bool
+    values: dict[bytes, bytes]  # by name; of a repeated header the last
 
 
 class HeadLimits(NamedTuple):
@@ -1385,46 +1395,49 @@ def parse_request_head(block: bytes, limits: HeadLimits) -> RequestHead:
     if len(block) > limits.head_bytes:
         raise FramingError(f"the request head is larger than {limits.head_bytes} bytes", 431)
     line, _, rest = block.partition(b"\r\n")
-    if len(line) > limits.line_bytes:
-        raise FramingError(f"the request line is longer than {limits.line_bytes} bytes", 414)
+    if len(line) > limits.line_bytes or not line.endswith((b"HTTP/1.1", b"HTTP/1.0")):
+        check_unfinished(block, limits)
+    method, path, query, authority, http11 = parse_request_line(line)
+    fields = parse_fields(rest, limits)
+    values = field_values(fields)
+    host = values.get(b"host")
+    if host is None and http11:
+        raise FramingError("the Host header is missing")
+    named = parse_host(host or b"")
+    if authority is not None:
+        named = parse_host(authority)  # 9112 3.2.2: an absolute target beats the Host header
+    length = request_length(values.get(b"content-length"), values.get(b"transfer-encoding"), http11)
+    return RequestHead(method, path, query, http11, named, fields, length, persists(values, http11),
+                       expects_continue(values.get(b"expect"), http11), values)
+
+
+@functools.lru_cache(maxsize=256)
+def parse_request_line(line: bytes) -> tuple[bytes, str, str, bytes | None, bool]:
+    """Method, path, query with "?", authority of an absolute-form target, and whether it is HTTP/1.1."""
     match = REQUEST_LINE.fullmatch(line)
     if match is None:
-        check_unfinished(block, limits)
         raise FramingError("the request line is malformed")
     method, target, major, minor = match.groups()
     if major != b"1":
         raise FramingError(f"HTTP/{major.decode()}.{minor.decode()} is not spoken here, use HTTP/1.1", 505)
-    http11 = minor != b"0"
-    fields = parse_fields(rest, limits)
-
-    host = connection = encoding = length = expect = None
-    for name, value, _ in fields:
-        if name == b"host":
-            host = once(host, value, "Host")
-        elif name == b"content-length":
-            length = once(length, value, "Content-Length")
-        elif name == b"transfer-encoding":
-            encoding = once(encoding, value, "Transfer-Encoding")
-        elif name == b"connection":
-            connection = value if connection is None else connection + b"," + value
-        elif name == b"expect":
-            expect = once(expect, value, "Expect")
-    if host is None and http11:
-        raise FramingError("the Host header is missing")
-    path, query, authority = split_target(target)
-    named = parse_host(host or b"")
-    if authority is not None:
-        named = parse_host(authority)  # 9112 3.2.2: an absolute target beats the Host header
-    return RequestHead(method, path, query, http11, named, fields,
-                       request_length(length, encoding, http11), persists(connection, http11),
-                       expects_continue(expect, http11))
+    return method, *split_target(target), minor != b"0"
 
 
-def once(seen: bytes | None, value: bytes, name: str) -> bytes:
-    """`value`, refusing a second one: which of two a peer means is anybody's guess."""
-    if seen is not None:
-        raise FramingError(f"there is more than one {name} header")
-    return value
+# Headers that say where a message ends or whom it is for: which of two a peer means is anybody's guess.
+SINGLE_FIELDS = (b"host", b"content-length", b"transfer-encoding", b"expect")
+
+
+def field_values(fields: Sequence[Field]) -> dict[bytes, bytes]:
+    """Header values by name; several Connection headers are joined, several of SINGLE_FIELDS refused."""
+    values = {name: value for name, value, _ in fields}
+    if len(values) != len(fields):
+        names = [field.name for field in fields]
+        for name in SINGLE_FIELDS:
+            if names.count(name) > 1:
+                raise FramingError(f"there is more than one {name.decode().title()} header")
+        if b"connection" in values:
+            values[b"connection"] = b",".join(f.value for f in fields if f.name == b"connection")
+    return values
 
 
 def split_target(target: bytes) -> tuple[str, str, bytes | None]:
@@ -1443,6 +1456,7 @@ def split_target(target: bytes) -> tuple[str, str, bytes | None]:
     return path, mark + query, authority
 
 
+@functools.lru_cache(maxsize=256)
 def parse_host(value: bytes) -> str:
     """The name of a Host header without its port, in lower case."""
     match = HOST.fullmatch(value)
@@ -1473,12 +1487,20 @@ def parse_length(value: bytes) -> int:
     return int(value)
 
 
-def persists(connection: bytes | None, http11: bool) -> bool:
+def persists(values: Mapping[bytes, bytes], http11: bool) -> bool:
     """Whether the connection goes on after this message (9112 9.3)."""
-    if connection is None:
+    if b"connection" not in values:
         return http11
-    options = {option.strip().lower() for option in connection.split(b",")}
+    options = connection_options(values)
     return b"close" not in options and (http11 or b"keep-alive" in options)
+
+
+def connection_options(values: Mapping[bytes, bytes]) -> frozenset[bytes]:
+    """What the Connection header lists: options, and names of headers for this hop only (9110 7.6.1)."""
+    listed = values.get(b"connection")
+    if listed is None:
+        return frozenset()
+    return frozenset(option.strip().lower() for option in listed.split(b","))
 
 
 def expects_continue(expect: bytes | None, http11: bool) -> bool:
@@ -1490,22 +1512,25 @@ def expects_continue(expect: bytes | None, http11: bool) -> bool:
     return True
 
 
-def parse_response_head(block: bytes) -> ResponseHead:
-    """A provider's response head without its final empty line, as strict as a request's."""
-    line, _, rest = block.partition(b"\r\n")
+@functools.lru_cache(maxsize=64)
+def parse_status_line(line: bytes) -> tuple[bool, int]:
+    """Whether an answer is HTTP/1.1, and its status."""
     match = STATUS_LINE.fullmatch(line)
     if match is None:
         raise FramingError("the status line is malformed")
-    fields = parse_fields(rest, HeadLimits(fields=RESPONSE_HEAD_FIELDS))
-    http11, status = match[1] != b"0", int(match[2])
-    connection = encoding = length = None
-    for name, value, _ in fields:
-        if name == b"content-length":
-            length = once(length, value, "Content-Length")
-        elif name == b"transfer-encoding":
-            encoding = once(encoding, value, "Transfer-Encoding")
-        elif name == b"connection":
-            connection = value if connection is None else connection + b"," + value
+    return match[1] != b"0", int(match[2])
+
+
+ANSWER_LIMITS = HeadLimits(fields=RESPONSE_HEAD_FIELDS)
+
+
+def parse_response_head(block: bytes) -> ResponseHead:
+    """A provider's response head without its final empty line, as strict as a request's."""
+    line, _, rest = block.partition(b"\r\n")
+    http11, status = parse_status_line(line)
+    fields = parse_fields(rest, ANSWER_LIMITS)
+    values = field_values(fields)
+    length, encoding = values.get(b"content-length"), values.get(b"transfer-encoding")
     if encoding is not None:
         if length is not None:
             raise FramingError("there are both Content-Length and Transfer-Encoding")
@@ -1517,21 +1542,7 @@ def parse_response_head(block: bytes) -> ResponseHead:
         size = None
     else:
         size = -1 if length is None else parse_length(length)
-    return ResponseHead(status, fields, size, size != -1 and persists(connection, http11))
-
-
-def field_value(fields: Iterable[Field], name: bytes) -> bytes | None:
-    """The value of the first field of that name."""
-    for field in fields:
-        if field.name == name:
-            return field.value
-    return None
-
-
-def nominated(fields: Sequence[Field]) -> frozenset[bytes]:
-    """The names that Connection headers declare to be for this hop only (9110 7.6.1)."""
-    return frozenset(option.strip().lower() for field in fields if field.name == b"connection"
-                     for option in field.value.split(b","))
+    return ResponseHead(status, fields, size, size != -1 and persists(values, http11), values)
 
 
 REASONS = {status.value: status.phrase.encode() for status in HTTPStatus} | {529: b"Overloaded"}
@@ -1539,8 +1550,7 @@ REASONS = {status.value: status.phrase.encode() for status in HTTPStatus} | {529
 
 def format_head(status: int, lines: Iterable[bytes]) -> bytes:
     """A response head, final empty line included."""
-    first = b"HTTP/1.1 %d %b" % (status, REASONS.get(status, b""))
-    return b"\r\n".join((first, *lines, b"", b""))
+    return b"\r\n".join((b"HTTP/1.1 %d %b" % (status, REASONS.get(status, b"")), *lines, b"", b""))
 
 
 def http_date(at: float) -> bytes:
@@ -1595,7 +1605,22 @@ class EndDecoder:
 
 QUOTED = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"'
 CHUNK_EXTENSIONS = rb"(?:[ \t]*;[ \t]*" + TOKEN + rb"(?:[ \t]*=[ \t]*(?:" + TOKEN + rb"|" + QUOTED + rb"))?)*"
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:" + CHUNK_EXTENSIONS + rb")?\r\n")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:" + CHUNK_EXTENSIONS + rb")?")
+CHUNK_LINE_BEGINNING = re.compile(rb"[0-9A-Fa-f]{1,15}(?:[ \t;\r]|$)")
+chunk_sizes: dict[bytes, int] = {}
+
+
+def parse_chunk_size(line: bytes) -> int:
+    """The size on a chunk's line, without its CRLF. Streams repeat few sizes, so short lines are remembered."""
+    match = CHUNK_LINE.fullmatch(line) if len(line) <= CHUNK_LINE_BYTES else None
+    if match is None:
+        raise FramingError("a chunk size is malformed")
+    size = int(match[1], 16)
+    if len(line) <= 8:
+        if len(chunk_sizes) >= FIELD_CACHE_LINES:
+            chunk_sizes.clear()
+        chunk_sizes[line] = size
+    return size
 
 
 class ChunkDecoder:
@@ -1620,15 +1645,18 @@ class ChunkDecoder:
         out: list[bytes] = []
         at = self.open_chunk(data, 0, out) if self.left else 0
         size = len(data)
+        find, starts, sizes = data.find, data.startswith, chunk_sizes
         while at < size and not self.trailers:
-            match = CHUNK_LINE.match(data, at)
-            if match is None:
-                self.keep_line(data, at)
-                return b"".join(out)
-            at, length = match.end(), int(match[1], 16)
+            end = find(b"\r\n", at)
+            if end < 0:
+                self.keep_line(data[at:])
+                break
+            line = data[at:end]
+            length = sizes[line] if line in sizes else parse_chunk_size(line)
+            at = end + 2
             if length == 0:
                 self.trailers = True
-            elif data.startswith(b"\r\n", end := at + length):  # the whole chunk is here: the common case
+            elif starts(b"\r\n", end := at + length):  # the whole chunk is here: the common case
                 out.append(data[at:end])
                 at = end + 2
             else:
@@ -1651,10 +1679,9 @@ class ChunkDecoder:
         self.left -= have
         return at + have
 
-    def keep_line(self, data: bytes, at: int) -> None:
+    def keep_line(self, line: bytes) -> None:
         """Hold an unfinished chunk line back, unless it can never become one."""
-        line = data[at:]
-        if b"\n" in line or len(line) > CHUNK_LINE_BYTES or not re.match(rb"[0-9A-Fa-f]{1,15}(?:[ \t;\r]|$)", line):
+        if b"\n" in line or len(line) > CHUNK_LINE_BYTES or not CHUNK_LINE_BEGINNING.match(line):
             raise FramingError("a chunk size is malformed")
         self.line = line
 
@@ -1761,6 +1788,8 @@ class EventSplitter:
 
     def feed(self, data: bytes) -> bytes:
         """All whole events that are complete with `data`, or b""."""
+        if not self.parts and data.endswith(b"\n\n") and b"\r" not in data:
+            return data  # whole events only: how nearly all providers send
         if not data:
             return b""
         # A blank line can begin up to three bytes (CR LF CR) before what is new.
@@ -1809,6 +1838,30 @@ def split_events(block: bytes) -> list[bytes]:
         out.append(block[at:match.end()])
         at = match.end()
     return out + ([block[at:]] if at < len(block) else [])
+
+
+def marked_spans(block: bytes, markers: Sequence[bytes]) -> list[tuple[int, int]]:
+    """Where in a block the events stand that have one of `markers` in them, in order.
+
+    Most events of a stream are text that nobody here needs to look at; this finds the others without
+    touching those.
+    """
+    if b"\r" in block:
+        spans, at = [], 0
+        for frame in split_events(block):
+            if any(marker in frame for marker in markers):
+                spans.append((at, at + len(frame)))
+            at += len(frame)
+        return spans
+    found = set()
+    for marker in markers:
+        at = block.find(marker)
+        while at >= 0:
+            start, end = block.rfind(b"\n\n", 0, at), block.find(b"\n\n", at)
+            span = (start + 2 if start >= 0 else 0, end + 2 if end >= 0 else len(block))
+            found.add(span)
+            at = block.find(marker, span[1])
+    return sorted(found)
 
 
 def parse_event(frame: bytes) -> Event | None:
@@ -1863,7 +1916,7 @@ def read_model_request(protocol: Protocol, raw: bytes) -> ModelRequest:
         raise RequestError(f"{protocol.title} requests need a non-empty `model`", param="model")
     if len(model) > MODEL_CHARS or LONE_SURROGATE.search(model):
         raise RequestError(f"`model` must be at most {MODEL_CHARS} characters of valid Unicode", param="model")
-    if may_repeat(raw, "model") and len(member_spans(raw.decode("utf-8"), "model")) > 1:
+    if model_may_repeat(raw) and len(member_spans(raw.decode("utf-8"), "model")) > 1:
         raise RequestError("`model` is there twice, and readers differ in which one they take", param="model")
     wanted = body.get(protocol.wants)
     if not isinstance(wanted, protocol.wants_types) and (protocol is not RESPONSES or wanted is not None):
@@ -1948,38 +2001,34 @@ def auth_line(protocol: Protocol, key: str) -> bytes:
     return form % key.encode("ascii")
 
 
-def provider_lines(fields: Sequence[Field], protocol: Protocol, fixed: Sequence[bytes], length: int) -> list[bytes]:
+def provider_lines(head: RequestHead, protocol: Protocol, fixed: Sequence[bytes], length: int) -> list[bytes]:
     """The header lines of a provider request: the client's, but for those that belong to its own hop or
     carry its keys, then ours. `fixed` holds the lines that are the same for each request (host, key)."""
-    dropped = NOT_UPSTREAM
-    names = set()
-    for field in fields:
-        names.add(field.name)
-    if b"connection" in names:
-        dropped = dropped | nominated(fields)
-    lines = [line for name, _, line in fields if name not in dropped]
+    values, dropped = head.values, NOT_UPSTREAM
+    if b"connection" in values:
+        dropped = dropped | connection_options(values)
+    lines = [line for name, _, line in head.fields if name not in dropped]
     lines += fixed
     lines.append(b"content-length: %d" % length)
-    if b"content-type" not in names:
+    if b"content-type" not in values:
         lines.append(b"content-type: application/json")
-    if b"user-agent" not in names:
+    if b"user-agent" not in values:
         lines.append(b"user-agent: " + USER_AGENT)
-    if b"accept" not in names:
+    if b"accept" not in values:
         lines.append(b"accept: */*")
-    if protocol is MESSAGES and b"anthropic-version" not in names:
+    if protocol is MESSAGES and b"anthropic-version" not in values:
         lines.append(b"anthropic-version: " + ANTHROPIC_VERSION)
     return lines
 
 
-def client_lines(fields: Sequence[Field], decoded: bool) -> list[bytes]:
+def client_lines(head: ResponseHead, decoded: bool) -> list[bytes]:
     """The header lines of a provider's 2xx answer that the client gets."""
     dropped = NOT_DOWNSTREAM
-    for field in fields:
-        if field.name == b"connection":
-            dropped = dropped | nominated(fields)
+    if b"connection" in head.values:
+        dropped = dropped | connection_options(head.values)
     if decoded:
         dropped = dropped | {b"content-encoding"}
-    return [line for name, _, line in fields if name not in dropped]
+    return [line for name, _, line in head.fields if name not in dropped]
 
 
 def error_lines(fields: Iterable[Field]) -> list[bytes]:
@@ -2110,28 +2159,26 @@ GAP_MARKERS = (b"message_start", b"content_block_start", b"message_delta")
 
 def fill_gaps_in_block(block: bytes) -> bytes:
     """A block of whole events with gaps filled; events without gaps keep their bytes."""
-    if not any(marker in block for marker in GAP_MARKERS):
-        return block
-    frames = split_events(block)
-    for i, frame in enumerate(frames):
-        if any(marker in frame for marker in GAP_MARKERS):
-            frames[i] = fill_gaps_in_frame(frame)
-    return b"".join(frames)
+    for start, end in reversed(marked_spans(block, GAP_MARKERS)):
+        filled = fill_gaps_in_frame(block[start:end])
+        if filled is not None:
+            block = block[:start] + filled + block[end:]
+    return block
 
 
-def fill_gaps_in_frame(frame: bytes) -> bytes:
-    """One event, encoded anew if a gap was filled; a payload without `type` gets the event's name first."""
+def fill_gaps_in_frame(frame: bytes) -> bytes | None:
+    """One event encoded anew if a gap was filled; a payload without `type` gets the event's name first."""
     event = parse_event(frame)
     if event is None:
-        return frame
+        return None
     try:
-        payload = load(event.data.encode("utf-8"))
+        payload = load(event.data.encode("utf-8"), LENIENT_DECODER)
     except ValueError:
-        return frame
+        return None
     if isinstance(payload, dict) and "type" not in payload:
         payload = {"type": event.name, **payload}
     if not fill_gaps_in_event(payload):
-        return frame
+        return None
     return format_event(payload["type"], dump(payload))
 
 
@@ -2244,7 +2291,8 @@ class Exchange:
         self.inbound_bytes = self.provider_bytes = 0
         self.status = self.down = self.chunks = 0
         self.head_at = self.last_byte_at = 0.0
-        self.content_type, self.sse = "", False
+        self.content_type: bytes | None = None
+        self.sse = False
         self.rates: Sequence[Field] = ()
         self.observed: Observed | None = None
         self.outcome = ""  # end, closed, timeout, stream-error, unfinished-tool
@@ -2483,8 +2531,8 @@ WATCHERS = {
     "responses": Watcher((b"response.created", b"response.completed", b"response.incomplete", b"response.failed",
                           b"response.cancelled", b"error", b"_arguments.", b"_input.", b"output_item."),
                          observe_responses_event, observe_responses_object),
-    "chat": Watcher((b"[DONE]", b'"tool_calls"', b'"finish_reason":"', b'"finish_reason": "', b'"usage":{',
-                     b'"usage": {', b'"error"'), observe_chat_event, observe_chat_object),
+    "chat": Watcher((b"[DONE]", b"tool_calls", b'finish_reason":"', b'finish_reason": "', b"prompt_tokens", b'"error"'),
+                    observe_chat_event, observe_chat_object),
     "messages": Watcher((b"message_start", b"message_delta", b"message_stop", b"content_block_start",
                          b"content_block_stop", b"partial_json", b"error"),
                         observe_messages_event, observe_messages_object),
@@ -2511,34 +2559,37 @@ class StreamObserver:
         return block
 
     def look(self, block: bytes, now: float) -> None:
-        """Parse the events of a block that have something to tell."""
-        markers = self.markers
-        if self.opened:
-            for marker in markers:
-                if marker in block:
-                    break
-            else:
-                return
-        for frame in split_events(block):
-            if self.opened and not any([marker in frame for marker in markers]):
-                continue
-            event = parse_event(frame)
-            if event is None:
-                continue
-            self.opened = True
-            if event.data == "[DONE]":
-                self.seen.terminal = True
-                self.seen.pending.clear()
-                continue
-            try:
-                payload = json.loads(event.data)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(payload, dict):
-                kind = payload.get("type")
-                self.watch(self.seen, kind if isinstance(kind, str) else event.name, payload, now)
-                if isinstance(payload.get("sequence_number"), int):
-                    self.seen.sequence = payload["sequence_number"]
+        """Parse the events of a block that have something to tell: the first, and those with a marker."""
+        at = 0
+        while not self.opened and at < len(block):
+            blank = BLANK_LINE.search(block, at)
+            end = blank.end() if blank else len(block)
+            self.look_at(block[at:end], now)
+            at = end
+        if at:
+            block = block[at:]
+        for start, end in marked_spans(block, self.markers):
+            self.look_at(block[start:end], now)
+
+    def look_at(self, frame: bytes, now: float) -> None:
+        """Take note of one event."""
+        event = parse_event(frame)
+        if event is None:
+            return
+        self.opened = True
+        if event.data == "[DONE]":
+            self.seen.terminal = True
+            self.seen.pending.clear()
+            return
+        try:
+            payload = json.loads(event.data)
+        except (ValueError, RecursionError):
+            return
+        if isinstance(payload, dict):
+            kind = payload.get("type")
+            self.watch(self.seen, kind if isinstance(kind, str) else event.name, payload, now)
+            if isinstance(payload.get("sequence_number"), int):
+                self.seen.sequence = payload["sequence_number"]
 
     def stall_at(self, timeout: float) -> float:
         """When the tool call that has been silent longest has been so for `timeout` seconds."""
@@ -2771,7 +2822,7 @@ def end_fields(exchange: Exchange) -> Json:
         "ttfb_ms": milliseconds(exchange.head_at - exchange.started) if exchange.head_at else None,
         "duration_ms": milliseconds(now - exchange.started), "up": exchange.provider_bytes, "down": exchange.down,
         "chunks": exchange.chunks, "avg_chunk_bytes": exchange.down // exchange.chunks if exchange.chunks else 0,
-        "ct": exchange.content_type or None, "sse": exchange.sse,
+        "ct": exchange.content_type.decode("latin-1")[:100] if exchange.content_type else None, "sse": exchange.sse,
         "model": (seen.model if seen and seen.model else exchange.upstream_model) or None,
     }
     if seen and provider:
@@ -3141,7 +3192,8 @@ class Log:
 
     def __init__(self, logger: logging.Logger) -> None:
         self.logger = logger
-        self.info_on = logger.isEnabledFor(logging.INFO)
+        self.info_on = logger.isEnabledFor(logging.INFO)  # asked once, for it is asked for each request
+        self.debug_on = logger.isEnabledFor(logging.DEBUG)
 
     def event(self, level: int, name: str, fields: Json) -> None:
         """Tell one event."""
@@ -3590,9 +3642,11 @@ class ResponseBody:
     def __init__(self, link: Link, head: ResponseHead, rest: bytes) -> None:
         self.link, self.rest = link, rest
         self.decoder = body_decoder(head.length)
-        coding = (field_value(head.fields, b"content-encoding") or b"identity").lower()
-        self.inflater = Inflater(coding) if coding in INFLATABLE else None
-        if self.inflater is None and coding != b"identity":
+        self.inflater: Inflater | None = None
+        coding = head.values.get(b"content-encoding", b"identity").lower()
+        if coding in INFLATABLE:
+            self.inflater = Inflater(coding)
+        elif coding != b"identity":
             raise FramingError(f"the provider sent the content coding {coding.decode('latin-1')}, though none was asked for")
 
     async def read(self) -> bytes:
@@ -3616,6 +3670,11 @@ class ResponseBody:
             self.inflater.close()
             self.inflater = None
         return b""
+
+    def take_rest(self) -> bytes:
+        """What came behind the head, when that is the whole payload."""
+        data, self.rest = self.decoder.feed(self.rest), b""
+        return data
 
     def clean(self, head: ResponseHead) -> bool:
         """Whether the connection can carry another request: ended where it should, nothing behind it."""
@@ -3959,7 +4018,7 @@ def admit(head: RequestHead, settings: ServerConfig) -> Admission:
     check_host(head, settings)
     if head.path == HEALTH_PATH and head.method in (b"GET", b"HEAD"):
         return Admission(None, 200, origin)
-    if head.method == b"OPTIONS" and origin and field_value(head.fields, b"access-control-request-method"):
+    if head.method == b"OPTIONS" and origin and b"access-control-request-method" in head.values:
         return Admission(None, 204, origin)
     if settings.api_keys and not presents_key(head.fields, settings.api_keys):
         raise RequestError("a valid API key of this proxy is needed", status=401,
@@ -3977,7 +4036,7 @@ def admit(head: RequestHead, settings: ServerConfig) -> Admission:
 
 def check_origin(head: RequestHead, settings: ServerConfig) -> bytes | None:
     """The request's Origin if it has one that may call."""
-    origin = field_value(head.fields, b"origin")
+    origin = head.values.get(b"origin")
     if origin is not None and origin.decode("latin-1").lower() not in settings.cors_allow_origins:
         raise RequestError("requests from this web origin are refused", status=403,
                            fix="list the origin in server.cors_allow_origins if it may use your providers")
@@ -4010,7 +4069,7 @@ def presents_key(fields: Iterable[Field], keys: Sequence[str]) -> bool:
 class Provider:
     """A configured provider, with what is the same for each of its requests made ready."""
 
-    __slots__ = ("fills_gaps", "fixed", "name", "origin", "prefix", "protocol", "settings")
+    __slots__ = ("fills_gaps", "first", "fixed", "name", "origin", "protocol", "settings", "target", "template_key")
 
     def __init__(self, name: str, settings: ProviderConfig, environ: Mapping[str, str]) -> None:
         self.name, self.settings = name, settings
@@ -4019,20 +4078,18 @@ class Provider:
         self.fills_gaps = self.protocol is MESSAGES and settings.compatibility == "anthropic_compatible"
         self.fixed = [b"host: " + self.origin.authority.encode("ascii"), auth_line(self.protocol, settings.api_key or ""),
                       b"accept-encoding: identity"]
-        self.prefix = ""
+        self.template_key = bool(TEMPLATE_KEY.search(settings.api_key or ""))
+        self.target = join_target(urlsplit(settings.base_url).path, self.protocol.path, "")
+        self.first = f"POST {self.target}".encode("ascii")
         if self.origin.proxy and self.origin.scheme == "http":
             # Plain HTTP goes through a forward proxy in absolute form (9112 3.2.2), with its credentials.
-            self.prefix = f"http://{self.origin.authority}"
+            self.first = f"POST http://{self.origin.authority}{self.target}".encode("ascii")
             self.fixed += proxy_authorization(urlsplit(self.origin.proxy))
 
-    def target(self, query: str) -> str:
-        """The request target for this provider's protocol."""
-        return join_target(urlsplit(self.settings.base_url).path, self.protocol.path, query)
-
-    def request_head(self, fields: Sequence[Field], query: str, length: int) -> bytes:
+    def request_head(self, head: RequestHead, length: int) -> bytes:
         """The head of a provider request, final empty line included."""
-        first = f"POST {self.prefix}{self.target(query)} HTTP/1.1".encode("ascii")
-        return b"\r\n".join((first, *provider_lines(fields, self.protocol, self.fixed, length), b"", b""))
+        first = b"%b%b HTTP/1.1" % (self.first, head.query.encode("ascii"))
+        return b"\r\n".join((first, *provider_lines(head, self.protocol, self.fixed, length), b"", b""))
 
 
 class Proxy:
@@ -4080,7 +4137,7 @@ class Proxy:
 
     async def answer(self, connection: Connection, head: RequestHead, exchange: Exchange) -> None:
         """The way of a request that is let in."""
-        if self.log.logger.isEnabledFor(logging.DEBUG):
+        if self.log.debug_on:
             self.log.event(logging.DEBUG, "recv", {**base_fields(exchange), "content_length": head.length})
         protocol, status, origin = admit(head, self.config.server)
         if origin:
@@ -4111,7 +4168,7 @@ class Proxy:
         if status == 200:
             connection.write_head(200, [b"content-type: application/json"], 15, b'{"status":"ok"}')
             return
-        wanted = field_value(head.fields, b"access-control-request-headers") or b"*"
+        wanted = head.values.get(b"access-control-request-headers", b"*")
         connection.write_head(204, [b"access-control-allow-methods: POST", b"access-control-allow-headers: " + wanted,
                                     b"access-control-max-age: 600"], 0)
 
@@ -4120,7 +4177,7 @@ class Proxy:
         provider = self.providers[decision.provider]
         exchange.provider, exchange.provider_protocol = provider.name, provider.protocol
         exchange.route, exchange.upstream_model = decision.route, decision.model
-        if TEMPLATE_KEY.search(provider.settings.api_key or ""):
+        if provider.template_key:
             raise SetupError(f"providers.{provider.name}.api_key is still the template's",
                              fix="put your key there, or name api_key_env or api_key_file")
         return provider
@@ -4141,7 +4198,7 @@ class Proxy:
         async with self.slots:
             try:
                 found = await self.pool.exchange(
-                    provider.origin, provider.request_head(head.fields, head.query, len(body)), body, connection.watch,
+                    provider.origin, provider.request_head(head, len(body)), body, connection.watch,
                     settings.connect_timeout_secs, settings.read_idle_timeout_secs, sent)
             except UpstreamError as error:
                 error.message = f"{error.message} (provider `{provider.name}`)"
@@ -4155,16 +4212,16 @@ class Proxy:
     async def respond(self, connection: Connection, exchange: Exchange, provider: Provider, answer: ResponseHead,
                       body: ResponseBody) -> None:
         """Give the client what the provider answered."""
-        content_type = field_value(answer.fields, b"content-type")
+        content_type = answer.values.get(b"content-type")
         exchange.status, exchange.sse = answer.status, is_event_stream(content_type)
-        exchange.content_type = (content_type or b"").decode("latin-1")[:100]
+        exchange.content_type = content_type
         exchange.rates = answer.fields
         if not 200 <= answer.status < 300:
             await self.respond_error(connection, exchange, provider, answer, body)
             return
         if self.log.info_on:
             self.log.event(logging.INFO, "hdr", end_fields(exchange))
-        lines = client_lines(answer.fields, decoded=body.inflater is not None)
+        lines = client_lines(answer, decoded=body.inflater is not None)
         if exchange.sse:
             lines.append(b"content-type: text/event-stream")
             await self.stream(connection, exchange, provider, answer, body, lines)
@@ -4175,6 +4232,8 @@ class Proxy:
     async def read_up_to(self, connection: Connection, provider: Provider, body: ResponseBody, limit: int) -> tuple[bytes, bool]:
         """An answer's payload, and whether that is all of it: reading stops behind `limit` bytes."""
         secs, watch = provider.settings.read_idle_timeout_secs, connection.watch
+        if body.decoder.__class__ is LengthDecoder and body.inflater is None and len(body.rest) == body.decoder.left:
+            return body.take_rest(), True  # all of it came with the head
         parts: list[bytes] = []
         size = 0
         try:
@@ -4214,8 +4273,8 @@ class Proxy:
             await self.relay_rest(connection, exchange, provider, answer, body, lines, raw)
             return
         try:
-            value = json.loads(raw)
-        except (ValueError, RecursionError):
+            value = load(raw, LENIENT_DECODER)
+        except ValueError:
             raise UpstreamError(f"the provider answered {answer.status} with a body that is not JSON", status=502,
                                 type=INTERNAL, fix="check that base_url is the address of an API") from None
         if provider.fills_gaps and fill_gaps_in_body(value):
@@ -4834,7 +4893,7 @@ def check_report(config: Config, source: str, environ: Mapping[str, str]) -> str
         origin = provider.origin
         proxy = urlsplit(origin.proxy) if origin.proxy else None
         via = f", through the forward proxy {proxy.hostname}:{proxy.port or DEFAULT_PORTS[proxy.scheme]}" if proxy else ""
-        lines.append(f"  {name}: {settings.protocol} at {origin.scheme}://{origin.authority}{provider.target('')},"
+        lines.append(f"  {name}: {settings.protocol} at {origin.scheme}://{origin.authority}{provider.target},"
                      f" key from {keys[0] if keys else 'api_key'}{via}")
     lines.append("routes, first match wins:" if config.routing.routes else "routes: none")
     for i, route in enumerate(config.routing.routes):
