@@ -173,6 +173,7 @@ class ProxyError(Exception):
                  param: Any = ABSENT, fields: Sequence[bytes] = (), retry: bool = True) -> None:
         self.message = f"{message}; {fix}" if fix else message
         super().__init__(self.message)
+        self.native: bytes | None = None  # the provider's own body, where the client knows its shape
         self.status = status or self.status
         self.type = type or self.type
         self.code, self.param, self.fields, self.retry = code, param, fields, retry
@@ -250,6 +251,8 @@ def render_error(error: ProxyError, style: str, protocol: Protocol | None) -> tu
 
     Where the path named no protocol there is no native shape, and `json` is used.
     """
+    if error.native is not None:
+        return b"application/json", error.native
     if style == "text":
         return b"text/plain; charset=utf-8", error.message.encode("utf-8", "replace")
     if style == "native" and protocol:
@@ -1070,7 +1073,7 @@ def is_loopback(host: str) -> bool:
 
 
 # A key that was never replaced: refused when a request would use it.
-TEMPLATE_KEY = re.compile(r"(?i)^<.*>$|your[-_ ]?(api[-_ ]?)?key|replace[-_ ]?me|change[-_ ]?me|\.\.\.$|^x{4,}$|xxxx")
+TEMPLATE_KEY = re.compile(r"(?i)^<.*>$|your[-_ ]?(api[-_ ]?)?key|replace[-_ ]?me|change[-_ ]?me|\.\.\.$|x{6,}")
 
 
 # -- overrides from the command line -----------------------------------------
@@ -1379,7 +1382,7 @@ def parse_fields(block: bytes, limits: HeadLimits) -> list[Field]:
 
 def check_unfinished(data: bytes, limits: HeadLimits) -> None:
     """Refuse the beginning of a request head that no further bytes could make right."""
-    line, found, _ = data.partition(b"\r\n")
+    line = data.partition(b"\r\n")[0]
     if len(line) > limits.line_bytes:
         raise FramingError(f"the request line is longer than {limits.line_bytes} bytes", 414)
     if len(data) > limits.head_bytes:
@@ -1732,6 +1735,18 @@ class Inflater:
         if not self.read and data and self.coding == b"deflate" and data[0] & 0x0F != 8:
             self.machine = zlib.decompressobj(-zlib.MAX_WBITS)
         self.read += len(data)
+        out = []
+        while data:
+            if self.machine.eof:
+                if self.coding == b"deflate":
+                    raise FramingError("the deflate body has bytes behind its end")
+                self.machine = zlib.decompressobj(32 + zlib.MAX_WBITS)  # the next member (RFC 1952 2.2)
+            out.append(self.unpack(data))
+            data = self.machine.unused_data
+        return b"".join(out)
+
+    def unpack(self, data: bytes) -> bytes:
+        """What `data` unpacks to up to the end of a member."""
         allowed = INFLATE_FREE_BYTES + INFLATE_RATIO * self.read - self.written
         try:
             out = self.machine.decompress(data, max(allowed, 1))
@@ -1989,7 +2004,7 @@ HOP_BY_HOP = frozenset((b"connection", b"keep-alive", b"proxy-authenticate", b"p
                         b"transfer-encoding", b"upgrade", b"proxy-connection"))
 NOT_UPSTREAM = HOP_BY_HOP | {b"host", b"content-length", b"accept-encoding", b"expect", b"authorization",
                              b"x-api-key", b"x-goog-api-key"}
-NOT_DOWNSTREAM = HOP_BY_HOP | {b"content-length", b"content-type"}
+NOT_DOWNSTREAM = HOP_BY_HOP | {b"content-length", b"content-type", b"x-proxai-request-id"}
 ERROR_FIELDS = frozenset((b"retry-after", b"retry-after-ms", b"x-request-id", b"request-id", b"openai-processing-ms",
                           b"x-should-retry"))
 ERROR_FIELD_PREFIXES = (b"x-ratelimit-", b"anthropic-ratelimit-")
@@ -2949,7 +2964,7 @@ def printable(text: str) -> str:
 
 PAINT = {"red": "31", "green": "32", "yellow": "33", "blue": "34", "cyan": "36", "dim": "2", "bold": "1",
          "bright_blue": "94", "grey": "90"}
-EVENT_PAINT = {"fwd": "cyan", "hdr": "blue", "wait": "yellow", "closed": "yellow", "end": "green", "listen": "green"}
+EVENT_PAINT = {"fwd": "cyan", "hdr": "blue", "wait": "yellow", "closed": "yellow", "end": "green"}
 LEVEL_PAINT = {"info": "green", "warn": "yellow", "error": "red", "debug": "blue", "trace": "dim"}
 OUTPUT_ALIASES = {
     "message": "m", "function_call": "fn", "custom_tool_call": "ct", "mcp_call": "mcp", "web_search_call": "web",
@@ -3024,6 +3039,8 @@ class HumanLines:
 
     def end_parts(self, fields: Json) -> Iterator[str]:
         """The end of an exchange, good or bad."""
+        if not fields.get("provider"):
+            yield f"{fields['method']} {fields['path']}"
         status = fields.get("status") or 0
         if status:
             yield self.paint(str(status), "green" if status < 300 else "yellow" if status < 400 else "red", True)
@@ -3148,12 +3165,12 @@ class LineWriter(logging.Handler):
         event = record.msg if fields is not None else "internal"
         if fields is None:  # a library's own words, such as asyncio's
             fields = {"source": record.name, "message": record.getMessage()[:2000]}
+        if record.exc_info:
+            fields = {**fields, "traceback": logging.Formatter().formatException(record.exc_info)}
         level = LEVEL_NAMES.get(record.levelno, "error")
         try:
             render = json_line if self.json else self.lines.render
             line = render(record.created, level, event, fields)
-            if record.exc_info:
-                line = f"{line or ''}\n{logging.Formatter().formatException(record.exc_info)}"
         except Exception:  # a line that cannot be rendered must not take a request with it
             line = f"proxai: the log event {event} could not be rendered"
         if line is None:
@@ -3199,14 +3216,6 @@ class Log:
         """Tell one event."""
         if self.logger.isEnabledFor(level):
             self.logger.log(level, name, extra={"fields": fields})
-
-    def failed(self, exchange: Exchange, error: ProxyError) -> None:
-        """An exchange that was answered with an error before or instead of a stream."""
-        if self.logger.isEnabledFor(logging.WARNING):
-            exchange.error = error.message[:LOG_TEXT_CHARS]
-            self.event(logging.WARNING, "request failed",
-                       {**end_fields(exchange), "status": error.status, "error_type": error.type,
-                        "error_code": error.code})
 
 
 def start_log(settings: LoggingConfig, stream: Any, environ: Mapping[str, str]) -> tuple[Log, LineWriter]:
@@ -3764,14 +3773,13 @@ class Connection:
             self.body_unread = head.length != 0
             await self.server.handler(self, head)
             if self.body_unread and self.keep:
-                await self.discard_body()
+                await self.read_body(DISCARD_BYTES)
         except FramingError as error:
-            self.refuse(RequestError(f"malformed request: {error}", status=error.status))
+            self.refuse(malformed(error))
         except asyncio.CancelledError:
-            reason = self.take_reason()
-            if reason not in ("head", "body"):
+            if self.take_reason() != "head":
                 return False
-            self.refuse(RequestError(f"the request {reason} did not arrive in time", status=408))
+            self.refuse(RequestError("the request head did not arrive in time", status=408))
         return self.keep
 
     def refuse(self, error: ProxyError) -> None:
@@ -3822,7 +3830,7 @@ class Connection:
         if head.expects_continue and not rest:
             self.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         decoder, parts, size = body_decoder(length), [], 0
-        self.rest = b""
+        keep, self.keep, self.rest = self.keep, False, b""  # a body that is left half read ends the connection
         while True:
             part = decoder.feed(rest)
             size += len(part)
@@ -3835,17 +3843,8 @@ class Connection:
             rest = await self.reader.read(READ_BYTES)
             if not rest:
                 raise ConnectionResetError
-        self.rest, self.body_unread = decoder.rest, False
+        self.keep, self.rest, self.body_unread = keep, decoder.rest, False
         return b"".join(parts)
-
-    async def discard_body(self) -> None:
-        """Read a small body that nobody wanted, so that the connection can go on; else end it."""
-        head = self.head
-        assert head
-        if head.expects_continue or head.length is None or head.length > DISCARD_BYTES:
-            self.keep = False
-            return
-        await self.read_body(DISCARD_BYTES)
 
     async def linger(self) -> None:
         """Tell the client that nothing more comes, and read on for a moment: closing with bytes unread
@@ -3865,6 +3864,9 @@ class Connection:
     def write_head(self, status: int, lines: list[bytes], length: int | None, body: bytes = b"") -> None:
         """Begin an answer with `length` bytes of body, None for a stream; `body` goes out in the same write."""
         self.answered = True
+        if self.body_unread and self.head and (self.head.expects_continue or self.head.length is None
+                                               or self.head.length > DISCARD_BYTES):
+            self.keep = False  # reading such a body away would cost more than a new connection
         lines += self.extra
         http11 = self.head is None or self.head.http11
         if length is not None:
@@ -3921,6 +3923,11 @@ class Connection:
         self.writer.close()
         if self.transport.get_write_buffer_size():
             self.server.loop.call_later(self.server.settings.write_timeout_secs, self.transport.abort)
+
+
+def malformed(error: FramingError) -> RequestError:
+    """The answer to bytes that are no HTTP request."""
+    return RequestError(f"malformed request: {error}", status=error.status)
 
 
 def too_large(limit: int) -> RequestError:
@@ -4125,8 +4132,11 @@ class Proxy:
             self.fail(connection, exchange, error)
         except asyncio.CancelledError:
             self.interrupted(connection, exchange, connection.take_reason())
-        except (FramingError, ConnectionError):  # of the client's body; the server knows what to answer
-            self.log.event(logging.WARNING, "closed", end_fields(exchange))
+        except FramingError as error:  # in the client's body
+            connection.keep = False
+            self.fail(connection, exchange, malformed(error))
+        except ConnectionError:
+            self.log_end(exchange, logging.INFO, "closed", ENDED_BY["client_gone"])
             raise
         except Exception:
             self.log.logger.exception("a bug in the proxy", extra={"fields": base_fields(exchange)})
@@ -4166,7 +4176,8 @@ class Proxy:
     def answer_here(self, connection: Connection, head: RequestHead, status: int) -> None:
         """Health, and the preflight of a browser that may call (Fetch, CORS protocol)."""
         if status == 200:
-            connection.write_head(200, [b"content-type: application/json"], 15, b'{"status":"ok"}')
+            body = b'{"status":"ok"}'
+            connection.write_head(200, [b"content-type: application/json", date_line()], len(body), body)
             return
         wanted = head.values.get(b"access-control-request-headers", b"*")
         connection.write_head(204, [b"access-control-allow-methods: POST", b"access-control-allow-headers: " + wanted,
@@ -4194,6 +4205,10 @@ class Proxy:
         def sent() -> None:
             if self.log.info_on:
                 self.log.event(logging.INFO, "fwd", fwd_fields(exchange))
+            thinking = mapping(mapping(exchange.body).get("thinking"))
+            if thinking.get("type") == "enabled" and exchange.inbound is MESSAGES:
+                self.log.event(logging.WARNING, "anthropic_legacy_thinking_budget", {
+                    **base_fields(exchange), "model": exchange.model, "budget_tokens": number(thinking.get("budget_tokens"))})
 
         async with self.slots:
             try:
@@ -4203,7 +4218,7 @@ class Proxy:
             except UpstreamError as error:
                 error.message = f"{error.message} (provider `{provider.name}`)"
                 raise
-        exchange.head_at = exchange.last_byte_at = time.perf_counter()
+        exchange.head_at = time.perf_counter()
         exchange.phase = PHASES[2]
         return found
 
@@ -4256,13 +4271,9 @@ class Proxy:
         error = upstream_error(answer.status, raw, lines)
         self.release(body, answer, complete)
         exchange.down = len(raw)
-        exchange.observed = observe_body(provider.protocol, None)
         if self.style == "native" and exchange.inbound is provider.protocol and error.type == UPSTREAM and complete:
-            self.log_end(exchange, logging.WARNING, "hdr-error", error.message)
-            lines += [] if error.retry or has_retry_line(lines) else [b"x-should-retry: false"]
-            connection.write_head(answer.status, [*lines, b"content-type: application/json"], len(raw), raw)
-        else:
-            self.fail(connection, exchange, error, "hdr-error")
+            error.native = raw
+        self.fail(connection, exchange, error, "hdr-error")
 
     async def whole(self, connection: Connection, exchange: Exchange, provider: Provider, answer: ResponseHead,
                     body: ResponseBody, lines: list[bytes]) -> None:
@@ -4409,11 +4420,11 @@ class Proxy:
             kind, said = limits[reason]
             self.fail(connection, exchange, UpstreamError(f"{said} (provider `{name}`)", type=kind), "timeout")
         elif reason == "body":
+            connection.keep = False
             self.fail(connection, exchange, RequestError("the request body did not arrive in time", status=408))
-            connection.keep = False
         elif reason == "shutdown" and not connection.answered:
-            self.fail(connection, exchange, ProxyError("the proxy is shutting down", status=503))
             connection.keep = False
+            self.fail(connection, exchange, ProxyError("the proxy is shutting down", status=503))
         else:
             connection.cut()
             self.log_end(exchange, logging.INFO, "closed", ENDED_BY.get(reason, reason))
@@ -4498,6 +4509,11 @@ def body_fault(provider: Provider, error: Exception) -> UpstreamError:
                          type=UPSTREAM_BODY_READ)
 
 
+def date_line() -> bytes:
+    """The Date header of an answer of our own."""
+    return b"date: " + http_date(time.time())
+
+
 def has_retry_line(lines: Iterable[bytes]) -> bool:
     """Whether the provider itself said if trying again helps."""
     return any(line.lower().startswith(b"x-should-retry:") for line in lines)
@@ -4506,7 +4522,7 @@ def has_retry_line(lines: Iterable[bytes]) -> bool:
 def write_error(connection: Connection, error: ProxyError, style: str, protocol: Protocol | None) -> None:
     """Answer with an error in the configured style."""
     content_type, body = render_error(error, style, protocol)
-    lines = [*error.fields, b"content-type: " + content_type, b"date: " + http_date(time.time())]
+    lines = [*error.fields, b"content-type: " + content_type, date_line()]
     if not error.retry and not has_retry_line(error.fields):
         lines.append(b"x-should-retry: false")
     connection.write_head(error.status, lines, len(body), body)
@@ -4930,7 +4946,7 @@ def tune_process() -> None:
     try:
         import resource
 
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a stream takes two descriptors, shells allow 1024
     except (ImportError, ValueError, OSError):
         pass
@@ -4966,12 +4982,16 @@ async def serve(config: Config, log: Log, source: str, notes: Sequence[str], env
     proxy.close()
 
 
+def load_demo(args: Any, port: int, environ: Mapping[str, str]) -> Config:
+    """The configuration of the demo with what the flags say of it."""
+    return load_config(demo_config(port), "the demo", environ=environ, overrides=lambda tables: flag_overrides(args, tables))
+
+
 async def run_demo(args: Any, log: Log, environ: Mapping[str, str]) -> None:
     """Run the proxy in front of the demo provider, and show one request through it."""
     demo = Demo(word_secs=0.02)
     provider = Server(ServerConfig(), demo.serve, demo.refuse)
-    demo_port = await provider.listen("127.0.0.1", 0)
-    config = load_config(demo_config(demo_port), "the demo", environ=environ)
+    config = load_demo(args, await provider.listen("127.0.0.1", 0), environ)
     port = args.port if args.port is not None else config.server.port
     if args.port is None and port_taken(port):
         port = 0
@@ -5031,7 +5051,10 @@ def curl_line(protocol: Protocol, port: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    args = command_line().parse_args(argv)
+    parser = command_line()
+    args = parser.parse_args(argv)
+    if args.demo and (args.config or args.command):
+        parser.error("--demo has its own configuration and goes with neither --config nor check")
     environ = os.environ
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -5051,8 +5074,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: Any, environ: Mapping[str, str]) -> int:
     """Do what the flags say."""
     if args.demo:
-        log, writer = start_log(LoggingConfig(level=args.log_level or "info", output_format=args.log_format or "human"),
-                                sys.stdout, environ)
+        log, writer = start_log(load_demo(args, 1, environ).logging, sys.stdout, environ)
         return run_logged(run_demo(args, log, environ), writer)
     notes = []
     if args.config is not None:
