@@ -4555,6 +4555,13 @@ def demo_text(content: Any) -> str:
     return " ".join(demo_text(p.get("text", p.get("content", p.get("output")))) for p in map(mapping, listing(content)))
 
 
+def demo_last_text(content: Any) -> str:
+    """What the user wrote: a string, or the last text part; agents put reminders of their own before it."""
+    if isinstance(content, str):
+        return content
+    return next((t for part in reversed(listing(content)) if (t := demo_text([part]).strip())), "")
+
+
 def demo_turn(protocol: Protocol, body: Json, number_: int) -> DemoTurn:
     """Decide the turn: a tool's result is reported, an offered tool is called, anything else is said back."""
     wanted = body.get(protocol.wants)
@@ -4563,7 +4570,7 @@ def demo_turn(protocol: Protocol, body: Json, number_: int) -> DemoTurn:
     tools = [mapping(t) for t in listing(body.get("tools"))]
     usable = [t for t in tools if (t.get("name") or mapping(t.get("function")).get("name"))]
     result = tool_result_text(last)
-    said = demo_text(last.get("content"))
+    said = demo_last_text(last.get("content"))
     tokens = sum(len(demo_text(mapping(i).get("content")).split()) for i in items)
     model, id = str(body.get("model")), f"demo{number_:06d}"
     if result is not None:
@@ -4587,8 +4594,8 @@ def tool_result_text(item: Json) -> str | None:
 
 
 def demo_arguments(schema_: Json) -> Json:
-    """Arguments that a tool's JSON schema accepts, of the plain kinds."""
-    samples: Json = {"string": "demo", "integer": 1, "number": 1.5, "boolean": True, "array": [], "null": None}
+    """Arguments that a tool's JSON schema accepts, of the plain kinds: what it requires, else all it knows."""
+    samples: Json = {"string": "demo", "integer": 1, "number": 1, "boolean": True, "array": [], "null": None}
 
     def value(kind: Json) -> Any:
         if "const" in kind or kind.get("enum"):
@@ -4597,7 +4604,9 @@ def demo_arguments(schema_: Json) -> Json:
         name = name[0] if isinstance(name, list) and name else name
         return demo_arguments(kind) if name == "object" else samples.get(str(name), "demo")
 
-    return {name: value(mapping(kind)) for name, kind in mapping(schema_.get("properties")).items()}
+    properties = mapping(schema_.get("properties"))
+    wanted = listing(schema_.get("required")) or list(properties)
+    return {name: value(mapping(properties.get(name))) for name in wanted if isinstance(name, str)}
 
 
 def words(text: str) -> list[str]:
