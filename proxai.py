@@ -24,10 +24,10 @@ and converts nothing. Data is pulled the whole way, so a slow reader slows the w
 Sections, each using only the ones above it (a test holds the file to that):
 
    1  Names and limits
-   2  Errors
-   3  JSON
-   4  Configuration
-   5  Routing
+   2  JSON
+   3  Errors
+   4  Routing
+   5  Configuration
    6  HTTP grammar
    7  Event streams
    8  Providers
@@ -123,6 +123,7 @@ RESPONSE_HEAD_FIELDS = 256
 INTERIM_RESPONSES = 16  # 1xx answers before the final one
 FIELD_CACHE_LINES = 1024  # header lines kept parsed, see parse_field()
 FIELD_CACHE_BYTES = 256
+GLOB_ALTERNATIVES = 256  # that the { } of one glob may stand for
 MODEL_CHARS = 1024  # a model name; bounds what a configured regular expression is run over
 ERROR_BODY_BYTES = 1 << 20  # of a provider's error answer
 ERROR_TEXT_CHARS = 4096  # of a provider's error text in a message to the client
@@ -140,7 +141,91 @@ LOG_QUEUE_LINES = 10_000  # lines waiting for a blocked terminal before they are
 
 
 # ============================================================================
-#  2  Errors
+#  2  JSON
+# ============================================================================
+# Strict reading, compact writing, and changing one member of a document by
+# position so that every other byte stays as it was. Knows no protocol.
+
+
+def refuse_constant(name: str) -> Any:
+    """Python reads NaN and Infinity; JSON does not know them (RFC 8259 6)."""
+    raise ValueError(f"{name} is not JSON")
+
+
+def finite(text: str) -> float:
+    """A number with a fraction or an exponent; one beyond a float would be written back as Infinity."""
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"the number {text[:20]} is too large")
+    return value
+
+
+DECODER = json.JSONDecoder(parse_constant=refuse_constant, parse_float=finite)
+LENIENT_DECODER = json.JSONDecoder()
+SPACE = re.compile(r"[ \t\n\r]*")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def load(raw: bytes, decoder: json.JSONDecoder = DECODER) -> Any:
+    """The value of a UTF-8 JSON text; ValueError says what is wrong with it, and where."""
+    try:
+        text = raw.decode("utf-8")
+        if text[:1] == "{":  # no blanks around it, as machines write: one step less for each body
+            value, end = decoder.raw_decode(text)
+            if end == len(text):
+                return value
+        return decoder.decode(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}") from None
+
+
+def dump(value: Any) -> bytes:
+    """`value` as compact UTF-8 JSON, keys in their order."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair has no UTF-8; as an escape it survives
+        return LONE_SURROGATE.sub(lambda m: f"\\u{ord(m[0]):04x}", text).encode("utf-8")
+
+
+def member_spans(text: str, name: str) -> list[tuple[int, int]]:
+    """Where the values of the top-level member `name` stand in `text`, a valid JSON object.
+
+    More than one span means the member is repeated, and readers differ in which one they take.
+    """
+    spans = []
+    at = SPACE.match(text, SPACE.match(text, 0).end() + 1).end()  # type: ignore[union-attr]
+    while text[at] != "}":
+        key, at = json.decoder.scanstring(text, at + 1)  # type: ignore[attr-defined]
+        start = SPACE.match(text, SPACE.match(text, at).end() + 1).end()  # type: ignore[union-attr]
+        _, end = DECODER.scan_once(text, start)  # type: ignore[attr-defined]
+        if key == name:
+            spans.append((start, end))
+        at = SPACE.match(text, end).end()  # type: ignore[union-attr]
+        if text[at] == ",":
+            at = SPACE.match(text, at + 1).end()  # type: ignore[union-attr]
+    return spans
+
+
+def model_may_repeat(raw: bytes) -> bool:
+    """Whether a glance at the bytes leaves it open that the member `model` is there twice."""
+    # An escape \u006x can spell any letter of `model`; those are rare, so they pay for the full look.
+    return raw.count(b'"model"') != 1 or b"\\u006" in raw
+
+
+def replace_member(raw: bytes, name: str, value: Any) -> bytes:
+    """`raw` with the value of its top-level member `name` replaced, and no other byte changed."""
+    text = raw.decode("utf-8")
+    for start, end in reversed(member_spans(text, name)):
+        text = text[:start] + dump(value).decode("utf-8") + text[end:]
+    return text.encode("utf-8")
+
+
+
+# ============================================================================
+#  3  Errors
 # ============================================================================
 # What a client is told: what happened, whose fault, what to do; and the only
 # code that renders it. Raised where it is noticed, caught at two edges: the
@@ -224,14 +309,16 @@ class FramingError(Exception):
         self.status = status
 
 
-# Types of the vendors' own errors by status: translation-chat.md 1.8, shapes only.
+# Types (OpenAI: and codes) of the vendors' own errors by status: translation-chat.md 1.8, -responses.md 1.9.
 ANTHROPIC_TYPES = {400: "invalid_request_error", 401: "authentication_error", 402: "billing_error",
-                   403: "permission_error", 404: "not_found_error", 413: "request_too_large",
-                   429: "rate_limit_error", 504: "timeout_error", 529: "overloaded_error"}
+                   403: "permission_error", 404: "not_found_error", 408: "timeout_error", 413: "request_too_large",
+                   429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error", 529: "overloaded_error"}
 OPENAI_TYPES = {401: ("authentication_error", "invalid_api_key"), 402: ("insufficient_quota", "insufficient_quota"),
                 403: ("permission_error", None), 413: ("invalid_request_error", "request_too_large"),
                 429: ("rate_limit_error", "rate_limit_exceeded"), 503: ("overloaded_error", "overloaded"),
                 504: ("server_error", "timeout"), 529: ("overloaded_error", "overloaded")}
+OVERLOADED = (503, 529)
+QUOTA_CODES = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
 
 
 def native_error(error: ProxyError, protocol: Protocol) -> Json:
@@ -239,8 +326,14 @@ def native_error(error: ProxyError, protocol: Protocol) -> Json:
     status, client_fault = error.status, 400 <= error.status < 500
     if protocol is MESSAGES:
         kind = ANTHROPIC_TYPES.get(status, "invalid_request_error" if client_fault else "api_error")
+        if error.code in QUOTA_CODES:
+            kind = "billing_error"
         return {"type": "error", "error": {"type": kind, "message": error.message}}
     kind, code = OPENAI_TYPES.get(status, ("invalid_request_error" if client_fault else "server_error", None))
+    if status == 404 and "model" in error.message.lower():
+        code = "model_not_found"
+    if status in OVERLOADED and protocol is RESPONSES:
+        code = "server_is_overloaded"  # what Codex looks for
     param = None if error.param is ABSENT else error.param
     return {"error": {"message": error.message, "type": kind, "param": param,
                       "code": error.code or code, "status": status}}
@@ -278,9 +371,6 @@ def render_error_event(error: ProxyError, style: str, protocol: Protocol, sequen
     return b"event: error\ndata: " + dump(body) + b"\n\n"
 
 
-QUOTA_CODES = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
-
-
 def upstream_error(status: int, body: bytes, fields: Sequence[bytes] = ()) -> ProxyError:
     """A provider's non-2xx answer as an error for the client (contract 6.3).
 
@@ -297,8 +387,8 @@ def upstream_error(status: int, body: bytes, fields: Sequence[bytes] = ()) -> Pr
         return failed(UPSTREAM_EMPTY, f"the provider answered {status} with an empty body")
     shown = text if len(text) <= ERROR_TEXT_CHARS else text[:ERROR_TEXT_CHARS] + "..."
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = load(text.encode("utf-8"))
+    except ValueError:
         return failed(UPSTREAM_NON_JSON, f"the provider answered {status} with a body that is not JSON: {shown}")
     message = first_of(value, "/error/message", "/error", "/detail", "/message")
     if not isinstance(message, str):
@@ -310,9 +400,19 @@ def upstream_error(status: int, body: bytes, fields: Sequence[bytes] = ()) -> Pr
     if isinstance(code, str):
         more["code"] = code
     param = first_of(value, "/error/param", "/param")
-    if param is not ABSENT:
+    if param is not ABSENT and fits(param):
         more["param"] = param
     return failed(UPSTREAM, message, **more)
+
+
+def fits(value: Any) -> bool:
+    """Whether a provider's value is of a size to be repeated in an error."""
+    for _ in range(32):  # it will stand deeper in the error, and depth is bounded too
+        value = [value]
+    try:
+        return len(dump(value)) <= ERROR_TEXT_CHARS
+    except (RecursionError, ValueError):
+        return False
 
 
 def first_of(value: Any, *pointers: str) -> Any:
@@ -331,84 +431,9 @@ def joined_detail(value: Any) -> str | None:
     items = first_of(value, "/detail")
     if not isinstance(items, list):
         return None
-    texts = [item.get("msg", item.get("message")) for item in items if isinstance(item, dict)]
-    return "; ".join(t for t in texts if isinstance(t, str)) or None
-
-
-
-# ============================================================================
-#  3  JSON
-# ============================================================================
-# Strict reading, compact writing, and changing one member of a document by
-# position so that every other byte stays as it was. Knows no protocol.
-
-
-def refuse_constant(name: str) -> Any:
-    """Python reads NaN and Infinity; JSON does not know them (RFC 8259 6)."""
-    raise ValueError(f"{name} is not JSON")
-
-
-DECODER = json.JSONDecoder(parse_constant=refuse_constant)
-LENIENT_DECODER = json.JSONDecoder()
-SPACE = re.compile(r"[ \t\n\r]*")
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-def load(raw: bytes, decoder: json.JSONDecoder = DECODER) -> Any:
-    """The value of a UTF-8 JSON text; ValueError says what is wrong with it, and where."""
-    try:
-        text = raw.decode("utf-8")
-        if text[:1] == "{":  # no blanks around it, as machines write: one step less for each body
-            value, end = decoder.raw_decode(text)
-            if end == len(text):
-                return value
-        return decoder.decode(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start}") from None
-
-
-def dump(value: Any) -> bytes:
-    """`value` as compact UTF-8 JSON, keys in their order."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError:  # half of a surrogate pair has no UTF-8; as an escape it survives
-        return LONE_SURROGATE.sub(lambda m: f"\\u{ord(m[0]):04x}", text).encode("utf-8")
-
-
-def member_spans(text: str, name: str) -> list[tuple[int, int]]:
-    """Where the values of the top-level member `name` stand in `text`, a valid JSON object.
-
-    More than one span means the member is repeated, and readers differ in which one they take.
-    """
-    spans = []
-    at = SPACE.match(text, SPACE.match(text, 0).end() + 1).end()  # type: ignore[union-attr]
-    while text[at] != "}":
-        key, at = json.decoder.scanstring(text, at + 1)  # type: ignore[attr-defined]
-        start = SPACE.match(text, SPACE.match(text, at).end() + 1).end()  # type: ignore[union-attr]
-        _, end = DECODER.scan_once(text, start)  # type: ignore[attr-defined]
-        if key == name:
-            spans.append((start, end))
-        at = SPACE.match(text, end).end()  # type: ignore[union-attr]
-        if text[at] == ",":
-            at = SPACE.match(text, at + 1).end()  # type: ignore[union-attr]
-    return spans
-
-
-def model_may_repeat(raw: bytes) -> bool:
-    """Whether a glance at the bytes leaves it open that the member `model` is there twice."""
-    # An escape \u006x can spell any letter of `model`; those are rare, so they pay for the full look.
-    return raw.count(b'"model"') != 1 or b"\\u006" in raw
-
-
-def replace_member(raw: bytes, name: str, value: Any) -> bytes:
-    """`raw` with the value of its top-level member `name` replaced, and no other byte changed."""
-    text = raw.decode("utf-8")
-    for start, end in reversed(member_spans(text, name)):
-        text = text[:start] + dump(value).decode("utf-8") + text[end:]
-    return text.encode("utf-8")
+    texts = [next((item[key] for key in ("msg", "message") if isinstance(item.get(key), str)), "")
+             for item in items if isinstance(item, dict)]
+    return "; ".join(filter(None, texts)) or None
 
 
 
@@ -420,7 +445,9 @@ def replace_member(raw: bytes, name: str, value: Any) -> bytes:
 
 LOOKS_GLOB = re.compile(r"[*?]")
 LOOKS_REGEX = re.compile(r"^\^|\$$|[(\[|+\\]")
-NAMED_GROUP = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?<(?![=!])", re.DOTALL)
+# What RE2 spells in another way than Python, (?<name> and $; escapes and classes are passed over.
+FOREIGN_REGEX = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?<(?![=!])|\$", re.DOTALL)
+FOREIGN_SPELLINGS = {"(?<": "(?P<", "$": r"\Z"}
 TEMPLATE_PART = re.compile(r"\$(?:\$|\{([0-9A-Za-z_]+)\}|([0-9A-Za-z_]+))")
 
 
@@ -457,43 +484,63 @@ def compile_pattern(kind: str, pattern: str) -> re.Pattern[str]:
     """
     kind = pattern_kind(kind, pattern)
     if kind == "regex":
-        source = NAMED_GROUP.sub(lambda m: "(?P<" if m[0] == "(?<" else m[0], pattern)
+        source = FOREIGN_REGEX.sub(lambda m: FOREIGN_SPELLINGS.get(m[0], m[0]), pattern)
         return re.compile(source, re.IGNORECASE)
-    source = glob_source(pattern) if kind == "glob" else re.escape(pattern)
-    return re.compile(rf"(?:{source})\Z", re.IGNORECASE | re.DOTALL)
+    sources = [re.escape(pattern)] if kind == "exact" else map(glob_source, expand_braces(pattern))
+    return re.compile(rf"\A(?:{'|'.join(sources)})\Z", re.IGNORECASE | re.DOTALL | re.ASCII)
+
+
+GLOB_TOKEN = re.compile(r"\[!?\]?[^\]]*\]|.", re.DOTALL)  # a class is one token, whatever is in it
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """The globs without {a,b} that a glob stands for."""
+    done: list[str] = []
+    todo = [GLOB_TOKEN.findall(pattern)]
+    while todo:
+        if len(done) + len(todo) > GLOB_ALTERNATIVES:
+            raise re.error(f"the {{ }} stand for more than {GLOB_ALTERNATIVES} patterns", pattern)
+        tokens = todo.pop(0)
+        close = tokens.index("}") if "}" in tokens else 0
+        opens = [i for i in range(close) if tokens[i] == "{"]
+        if opens:  # the innermost pair
+            inside = tokens[opens[-1] + 1:close]
+            commas = [-1, *(i for i, token in enumerate(inside) if token == ","), len(inside)]
+            todo += [tokens[:opens[-1]] + inside[a + 1:b] + tokens[close + 1:]
+                     for a, b in zip(commas, commas[1:], strict=False)]
+        elif "{" in tokens:
+            raise re.error("the { has no }", pattern)
+        else:
+            done.append("".join(tokens))
+    return done
 
 
 def glob_source(pattern: str) -> str:
-    """A glob as a regular expression: * ? [a-z] [!a-z] {a,b}; a backslash is only itself."""
-    out: list[str] = []
-    at = depth = 0
+    """A glob as a regular expression: * ? [a-z] [!a-z]; a backslash is only itself.
+
+    What stands behind a * is looked for at its first place only (an atomic group), so that many stars
+    do not multiply the time.
+    """
+    parts, at = [""], 0  # between the stars
     while at < len(pattern):
         char = pattern[at]
         at += 1
         if char == "*":
-            out.append(".*" if not out or out[-1] != ".*" else "")
+            parts.append("")
         elif char == "?":
-            out.append(".")
+            parts[-1] += "."
         elif char == "[":
             end = pattern.find("]", at + (2 if pattern[at:at + 1] == "!" else 1))
             if end < 0:
                 raise re.error("the [ has no ]", pattern, at - 1)
             inside = re.sub(r"([\\\[\]&~|^])", r"\\\1", pattern[at:end].removeprefix("!"))
-            out.append(f"[{'^' if pattern[at] == '!' else ''}{inside}]")
+            parts[-1] += f"[{'^' if pattern[at] == '!' else ''}{inside}]"
             at = end + 1
-        elif char == "{":
-            depth += 1
-            out.append("(?:")
-        elif char == "}" and depth:
-            depth -= 1
-            out.append(")")
-        elif char == "," and depth:
-            out.append("|")
         else:
-            out.append(re.escape(char))
-    if depth:
-        raise re.error("the { has no }", pattern)
-    return "".join(out)
+            parts[-1] += re.escape(char)
+    if len(parts) == 1:
+        return parts[0]
+    return parts[0] + "".join(f"(?>.*?{part})" for part in parts[1:-1] if part) + ".*" + parts[-1]
 
 
 def expand_template(template: str, match: re.Match[str]) -> str:
@@ -611,6 +658,13 @@ def read_secret(value: Any) -> str:
     return key
 
 
+def read_variable(value: Any) -> str:
+    """The name of an environment variable; a key that was put there by mistake mostly is none."""
+    name = read_text(value)
+    expect(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) is not None, VARIABLE.wants)
+    return name
+
+
 def read_name(value: Any) -> str:
     """A provider's name: compared without case, so kept in lower case; blank means none."""
     expect(isinstance(value, str), "a string")
@@ -645,9 +699,13 @@ def read_proxy(value: Any) -> str:
     text = read_text(value)
     if text.lower() == "direct":
         return "direct"
-    url = urlsplit(text)
-    expect(url.scheme in ("http", "https") and bool(url.hostname), PROXY.wants)
-    expect(url.path in ("", "/") and text.isascii(), PROXY.wants)
+    try:
+        url = urlsplit(text)
+        port = url.port
+    except ValueError:
+        port = 0
+    expect(port != 0 and url.scheme in ("http", "https") and bool(url.hostname), PROXY.wants)
+    expect(url.path in ("", "/") and text.isascii() and text.isprintable(), PROXY.wants)
     return text
 
 
@@ -674,7 +732,15 @@ def several(kind: Kind) -> Kind:
     """An array of values of one kind."""
     def read(value: Any) -> tuple[Any, ...]:
         expect(isinstance(value, list), f"an array; each item {kind.wants}")
-        return tuple(kind.read(item) for item in value)
+        items, faults = [], []
+        for i, item in enumerate(value):
+            try:
+                items.append(kind.read(item))
+            except ValueError as error:
+                faults.append(f"item {i} {error}")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return tuple(items)
 
     return Kind(f"an array; each item {kind.wants}", read)
 
@@ -682,8 +748,9 @@ def several(kind: Kind) -> Kind:
 BOOLEAN = Kind("true or false", read_boolean)
 TEXT = Kind("a non-empty string", read_text)
 SECRET = Kind("a non-empty string", read_secret)
+VARIABLE = Kind("the name of an environment variable", read_variable)
 NAME = Kind("the name of a provider", read_name)
-SECONDS = Kind("a number of seconds, more than 0", read_seconds)
+SECONDS = Kind("a number of seconds, more than 0 and at most a year", read_seconds)
 ADDRESS = Kind('an IP address such as "127.0.0.1"', read_address)
 URL = Kind('an absolute URL such as "https://api.example.com/v1"', read_url)
 PROXY = Kind('"http://[user:password@]host:port", the same with https, or "direct"', read_proxy)
@@ -725,10 +792,11 @@ class ProviderConfig:
 
     protocol: str = setting(PROTOCOL, "What the provider speaks.")
     base_url: str = setting(URL, "Where it is. The path of the protocol is appended; a version that is there already"
-                                 " is not doubled.")
+                                 " is not doubled.", secret=True)
     api_key: str | None = setting(SECRET, "The key, sent in the header the protocol wants. One of the three must be given.",
                            None, secret=True)
-    api_key_env: str | None = setting(TEXT, "Environment variable that holds the key.", None, example="OPENAI_API_KEY")
+    api_key_env: str | None = setting(VARIABLE, "Environment variable that holds the key.", None,
+                                      example="OPENAI_API_KEY", secret=True)
     api_key_file: str | None = setting(TEXT, "File that holds the key (~ is the home directory).", None,
                                 example="~/.config/openai.key")
     compatibility: str = setting(choice("strict", "anthropic_compatible"), "Only for anthropic_messages:"
@@ -738,7 +806,8 @@ class ProviderConfig:
     read_idle_timeout_secs: float = setting(SECONDS, "Limit for silence: before the answer and between its bytes."
                                             " Never for the whole answer.", 120.0)
     proxy_url: str | None = setting(PROXY, "Forward proxy for this provider; \"direct\" ignores HTTPS_PROXY, HTTP_PROXY and"
-                             " ALL_PROXY.", None, example="http://user:password@proxy.example.com:3128")
+                             " ALL_PROXY.", None, example="http://user:password@proxy.example.com:3128",
+                                    secret=True)
     ca_file: str | None = setting(TEXT, "PEM file of certificates to trust beside the system's.", None,
                            example="/etc/ssl/company-ca.pem")
 
@@ -909,7 +978,7 @@ def load_config(text: str, source: str, *, environ: Mapping[str, str] = os.envir
     """
     try:
         tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError([f"{source}: not valid TOML: {error}"], RECOVERY) from None
     flags = apply_overrides(tables, overrides(tables))
     faults = Faults(flags)
@@ -1037,7 +1106,7 @@ def check_listeners(config: Config, faults: Faults) -> None:
 def with_key(provider: ProviderConfig, path: str, faults: Faults, environ: Mapping[str, str]) -> ProviderConfig:
     """`provider` with `api_key` read from the one place that was named, and `ca_file` known to be readable."""
     sources = [s for s in ("api_key", "api_key_env", "api_key_file") if getattr(provider, s) is not None]
-    bad = any(fault.startswith(f"{path}.api_key") for fault in faults)
+    bad = any(fault.lower().startswith(f"{path}.api_key") for fault in faults)  # paths spell names as the file does
     if len(sources) != 1 and not bad:
         faults.add(f"{path}.api_key", "is missing; give api_key, api_key_env or api_key_file" if not sources
                    else "give only one of " + ", ".join(sources))
