@@ -45,6 +45,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -221,6 +222,15 @@ def replace_member(raw: bytes, name: str, value: Any) -> bytes:
     for start, end in reversed(member_spans(text, name)):
         text = text[:start] + dump(value).decode("utf-8") + text[end:]
     return text.encode("utf-8")
+
+
+def put_member(raw: bytes, name: str, value: Any) -> bytes:
+    """Like `replace_member`; a member that is not there, in an object that is not empty, is added in front."""
+    text = raw.decode("utf-8")
+    if member_spans(text, name):
+        return replace_member(raw, name, value)
+    head, _, rest = text.partition("{")
+    return f"{head}{{{dump(name).decode()}:{dump(value).decode('utf-8')},{rest}".encode()
 
 
 
@@ -651,6 +661,12 @@ def read_text(value: Any) -> str:
     return str(value).strip()
 
 
+def read_pattern(value: Any) -> str:
+    """A pattern as it is; an empty one takes no model."""
+    expect(isinstance(value, str), "a string")
+    return str(value)
+
+
 def read_secret(value: Any) -> str:
     """A key that can stand in a header field: one that cannot would silently not be sent."""
     key = read_text(value)
@@ -747,6 +763,7 @@ def several(kind: Kind) -> Kind:
 
 BOOLEAN = Kind("true or false", read_boolean)
 TEXT = Kind("a non-empty string", read_text)
+PATTERN = Kind("a string", read_pattern)
 SECRET = Kind("a non-empty string", read_secret)
 VARIABLE = Kind("the name of an environment variable", read_variable)
 NAME = Kind("the name of a provider", read_name)
@@ -821,7 +838,7 @@ class RouteConfig:
     match_kind: str = setting(choice("auto", "exact", "glob", "regex"), "How model_pattern is read, never minding case."
                               " auto: * or ? make a glob; ^ in front, $ behind or any of ( [ | + \\ a regex; else exact.",
                               "auto")
-    model_pattern: str = setting(TEXT, "Which models, as the client names them.")
+    model_pattern: str = setting(PATTERN, "Which models, as the client names them.")
     provider: str = setting(NAME, "Where they go.")
     upstream_model: str | None = setting(TEXT, "The model name to send instead; with a regex $1, ${name} and $$ work.", None,
                                   example="gpt-5.5")
@@ -1354,11 +1371,11 @@ def bootstrap(environ: Mapping[str, str]) -> AppDirectory:
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 STATUS_LINE = re.compile(rb"HTTP/1\.([0-9]) ([1-9][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?")
-FIELD_LINE = re.compile(rb"(" + TOKEN + rb"):[ \t]*([\t\x20-\x7e\x80-\xff]*)")
+FIELD_LINE = re.compile(rb"(" + TOKEN + rb"):[ \t]*+([\t\x20-\x7e\x80-\xff]*+)")
 HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~!$&'()*+,;=%-]*)(?::[0-9]{0,5})?")
 ABSOLUTE_FORM = re.compile(rb"(?i)https?://([^/?#]+)([/?].*)?")
 BARE_LF = re.compile(rb"(?<!\r)\n")
-BARE_CR = re.compile(rb"\r(?!\n)")
+EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")
 
 
 class Field(NamedTuple):
@@ -1451,10 +1468,10 @@ def parse_fields(block: bytes, limits: HeadLimits) -> list[Field]:
 
 def check_unfinished(data: bytes, limits: HeadLimits) -> None:
     """Refuse the beginning of a request head that no further bytes could make right."""
-    line = data.partition(b"\r\n")[0]
+    line = data.partition(b"\r\n")[0].removesuffix(b"\r")
     if len(line) > limits.line_bytes:
         raise FramingError(f"the request line is longer than {limits.line_bytes} bytes", 414)
-    if len(data) > limits.head_bytes:
+    if len(data) > limits.head_bytes + 3:  # three bytes of the empty line may be there
         raise FramingError(f"the request head is larger than {limits.head_bytes} bytes", 431)
     if data[:1] == b"\x16":
         raise FramingError("this looks like TLS; the proxy speaks plain HTTP, use http:// in the client's base URL")
@@ -1464,11 +1481,11 @@ def check_unfinished(data: bytes, limits: HeadLimits) -> None:
 
 def parse_request_head(block: bytes, limits: HeadLimits) -> RequestHead:
     """A request head without its final empty line; FramingError carries the status to answer with."""
-    if len(block) > limits.head_bytes:
-        raise FramingError(f"the request head is larger than {limits.head_bytes} bytes", 431)
     line, _, rest = block.partition(b"\r\n")
     if len(line) > limits.line_bytes or not line.endswith((b"HTTP/1.1", b"HTTP/1.0")):
         check_unfinished(block, limits)
+    if len(block) > limits.head_bytes:
+        raise FramingError(f"the request head is larger than {limits.head_bytes} bytes", 431)
     method, path, query, authority, http11 = parse_request_line(line)
     fields = parse_fields(rest, limits)
     values = field_values(fields)
@@ -1492,11 +1509,11 @@ def parse_request_line(line: bytes) -> tuple[bytes, str, str, bytes | None, bool
     method, target, major, minor = match.groups()
     if major != b"1":
         raise FramingError(f"HTTP/{major.decode()}.{minor.decode()} is not spoken here, use HTTP/1.1", 505)
-    return method, *split_target(target), minor != b"0"
+    return method, *split_target(method, target), minor != b"0"
 
 
 # Headers that say where a message ends or whom it is for: which of two a peer means is anybody's guess.
-SINGLE_FIELDS = (b"host", b"content-length", b"transfer-encoding", b"expect")
+SINGLE_FIELDS = (b"host", b"content-length", b"transfer-encoding", b"expect", b"origin")
 
 
 def field_values(fields: Sequence[Field]) -> dict[bytes, bytes]:
@@ -1512,13 +1529,15 @@ def field_values(fields: Sequence[Field]) -> dict[bytes, bytes]:
     return values
 
 
-def split_target(target: bytes) -> tuple[str, str, bytes | None]:
+def split_target(method: bytes, target: bytes) -> tuple[str, str, bytes | None]:
     """Path, query with "?", and the authority of an absolute-form target (9112 3.2)."""
     authority = None
     if not target.startswith(b"/"):
+        if (method, target) == (b"OPTIONS", b"*") or (method == b"CONNECT" and HOST.fullmatch(target)):
+            return target.decode("ascii"), "", None  # asterisk-form and authority-form name no resource here
         match = ABSOLUTE_FORM.fullmatch(target)
-        if match is None:  # asterisk-form and authority-form name no resource here
-            return target.decode("ascii"), "", None
+        if match is None:
+            raise FramingError("the request target is malformed")
         authority, target = match[1], match[2] or b"/"
         if target.startswith(b"?"):
             target = b"/" + target
@@ -1546,7 +1565,9 @@ def request_length(length: bytes | None, encoding: bytes | None, http11: bool) -
     if not http11:
         raise FramingError("HTTP/1.0 has no Transfer-Encoding")
     if encoding.lower() != b"chunked":
-        raise FramingError("the only Transfer-Encoding understood here is a single chunked", 501)
+        # 9112 6.3: without chunked as the last coding the length is anybody's guess
+        known = re.fullmatch(rb"(?i)(?:(?!chunked\b)" + TOKEN + rb"[ \t]*,[ \t]*)+chunked", encoding)
+        raise FramingError("the only Transfer-Encoding understood here is a single chunked", 501 if known else 400)
     return None
 
 
@@ -1614,7 +1635,9 @@ def parse_response_head(block: bytes) -> ResponseHead:
         size = None
     else:
         size = -1 if length is None else parse_length(length)
-    return ResponseHead(status, fields, size, size != -1 and persists(values, http11), values)
+    # 9112 6.1: Transfer-Encoding in HTTP/1.0 is a fault of the peer's; its connection is not used again
+    keeps = size != -1 and persists(values, http11) and (http11 or encoding is None)
+    return ResponseHead(status, fields, size, keeps, values)
 
 
 REASONS = {status.value: status.phrase.encode() for status in HTTPStatus} | {529: b"Overloaded"}
@@ -1625,7 +1648,8 @@ def format_head(status: int, lines: Iterable[bytes]) -> bytes:
     return b"\r\n".join((b"HTTP/1.1 %d %b" % (status, REASONS.get(status, b"")), *lines, b"", b""))
 
 
-def http_date(at: float) -> bytes:
+@functools.lru_cache(maxsize=2)
+def http_date(at: int) -> bytes:
     """A Unix time as the Date header writes it (9110 5.6.7), whatever the locale."""
     year, month, day, hour, minute, second, weekday, *_ = time.gmtime(at)
     days, months = "MonTueWedThuFriSatSun", "JanFebMarAprMayJunJulAugSepOctNovDec"
@@ -1753,7 +1777,8 @@ class ChunkDecoder:
 
     def keep_line(self, line: bytes) -> None:
         """Hold an unfinished chunk line back, unless it can never become one."""
-        if b"\n" in line or len(line) > CHUNK_LINE_BYTES or not CHUNK_LINE_BEGINNING.match(line):
+        size = len(line.removesuffix(b"\r"))
+        if b"\n" in line or size > CHUNK_LINE_BYTES or not CHUNK_LINE_BEGINNING.match(line):
             raise FramingError("a chunk size is malformed")
         self.line = line
 
@@ -1763,7 +1788,8 @@ class ChunkDecoder:
             end = data.find(b"\r\n", at)
             if end < 0:
                 self.line = data[at:]
-                if self.trailer_bytes + len(self.line) > TRAILER_BYTES:
+                size = len(self.line.removesuffix(b"\r"))
+                if size and self.trailer_bytes + size + 2 > TRAILER_BYTES:
                     raise FramingError("the trailers are too large", 431)
                 if b"\n" in self.line:
                     raise FramingError("a trailer line ends in a bare LF")
@@ -1859,40 +1885,52 @@ class EventSplitter:
     """Cuts a stream behind its last blank line, so that what is handed on holds whole events only.
 
     `feed` returns the bytes up to there, unchanged; the unfinished tail waits. An event above `limit`
-    bytes is handed on in pieces, and `oversize` stays set until its end has passed.
+    bytes is handed on in pieces: then `whole_from` is where in the returned block whole events begin.
     """
 
-    __slots__ = ("limit", "oversize", "parts", "size")
+    __slots__ = ("after_cr", "limit", "oversize", "parts", "size", "whole_from")
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.parts: list[bytes] = []  # of the unfinished event, joined once
-        self.size = 0
-        self.oversize = False
+        self.size = self.whole_from = 0
+        self.oversize = False  # whether pieces of the unfinished event were handed on already
+        self.after_cr = False  # whether an LF that comes next belongs to a line end that was handed on
 
     def feed(self, data: bytes) -> bytes:
         """All whole events that are complete with `data`, or b""."""
         if not self.parts and data.endswith(b"\n\n") and b"\r" not in data:
+            self.whole_from = 0
             return data  # whole events only: how nearly all providers send
         if not data:
             return b""
+        lead = b""
+        if self.after_cr and data.startswith(b"\n"):
+            lead, data = b"\n", data[1:]
         # A blank line can begin up to three bytes (CR LF CR) before what is new.
         before = b"".join(self.parts[-3:])[-3:] if self.parts else b""
         cut = last_blank_line(before + data) - len(before)
         if cut <= 0:
-            self.parts.append(data)
-            self.size += len(data)
-            return self.spill() if self.size > self.limit else b""
-        block = b"".join((*self.parts, data[:cut])) if self.parts else data[:cut]
-        rest = data[cut:]
+            if data:
+                self.parts.append(data)
+                self.size += len(data)
+            self.after_cr = self.after_cr and not lead and not data
+            self.whole_from = len(lead)
+            return lead + self.spill() if self.size > self.limit else lead
+        block, rest = lead + b"".join((*self.parts, data[:cut])), data[cut:]
         self.parts, self.size = [rest] if rest else [], len(rest)
-        self.oversize = False
+        self.after_cr = not rest and block.endswith(b"\r")
+        self.whole_from = 0
+        if self.oversize:
+            blank = BLANK_LINE.search(block)
+            self.oversize, self.whole_from = False, blank.end() if blank else len(block)
         return block
 
     def spill(self) -> bytes:
         """Hand on a piece of an event that is too large to hold, but for the bytes a blank line may begin in."""
         whole = b"".join(self.parts)
         self.parts, self.size, self.oversize = [whole[-3:]], 3, True
+        self.whole_from = len(whole)
         return whole[:-3]
 
     def close(self) -> bytes:
@@ -2043,8 +2081,11 @@ def system_text(content: Any) -> str:
 def pass_through_body(protocol: Protocol, request: ModelRequest, model: str) -> bytes:
     """The body for a provider of the client's own protocol: the client's bytes, but for the two reasons
     of ruling 14, system items of Responses and a model that a route rewrites."""
+    raw = request.raw
     lifted = lift_system_items(request.body) if protocol is RESPONSES else None
-    raw = request.raw if lifted is None else dump(lifted)
+    for name in ("input", "instructions") if lifted else ():
+        if lifted and name in lifted and lifted[name] is not request.body.get(name):
+            raw = put_member(raw, name, lifted[name])
     return raw if model == request.body["model"] else replace_member(raw, "model", model)
 
 
@@ -2073,7 +2114,11 @@ HOP_BY_HOP = frozenset((b"connection", b"keep-alive", b"proxy-authenticate", b"p
                         b"transfer-encoding", b"upgrade", b"proxy-connection"))
 NOT_UPSTREAM = HOP_BY_HOP | {b"host", b"content-length", b"accept-encoding", b"expect", b"authorization",
                              b"x-api-key", b"x-goog-api-key"}
-NOT_DOWNSTREAM = HOP_BY_HOP | {b"content-length", b"content-type", b"x-proxai-request-id"}
+NOT_DOWNSTREAM = HOP_BY_HOP | {
+    b"content-length", b"content-type", b"x-proxai-request-id",
+    # what the provider's own web pages may do is not what those that may call us may
+    b"access-control-allow-origin", b"access-control-allow-credentials", b"access-control-expose-headers",
+}
 ERROR_FIELDS = frozenset((b"retry-after", b"retry-after-ms", b"x-request-id", b"request-id", b"openai-processing-ms",
                           b"x-should-retry"))
 ERROR_FIELD_PREFIXES = (b"x-ratelimit-", b"anthropic-ratelimit-")
@@ -2088,14 +2133,14 @@ def auth_line(protocol: Protocol, key: str) -> bytes:
 def provider_lines(head: RequestHead, protocol: Protocol, fixed: Sequence[bytes], length: int) -> list[bytes]:
     """The header lines of a provider request: the client's, but for those that belong to its own hop or
     carry its keys, then ours. `fixed` holds the lines that are the same for each request (host, key)."""
-    values, dropped = head.values, NOT_UPSTREAM
+    values: Mapping[bytes, bytes] = head.values
+    dropped = NOT_UPSTREAM
     if b"connection" in values:
-        dropped = dropped | connection_options(values)
+        options = connection_options(values)
+        dropped, values = dropped | options, {name: values[name] for name in values.keys() - options}
     lines = [line for name, _, line in head.fields if name not in dropped]
     lines += fixed
     lines.append(b"content-length: %d" % length)
-    if b"content-type" not in values:
-        lines.append(b"content-type: application/json")
     if b"user-agent" not in values:
         lines.append(b"user-agent: " + USER_AGENT)
     if b"accept" not in values:
@@ -2200,7 +2245,7 @@ def fill_block(block: Any) -> bool:
         changed |= fill_all(content, {"page_age": None})
     elif kind == "web_fetch_tool_result":
         for item in content if isinstance(content, list) else [content]:
-            if isinstance(item, dict):
+            if isinstance(item, dict) and "error_code" not in item:
                 changed |= fill(item, {"retrieved_at": None})
                 changed |= fill(item.get("content"), NULLS(("citations", "title")))
     elif kind == "tool_search_tool_result" and isinstance(content, dict) and "error_code" in content:
@@ -2256,7 +2301,7 @@ def fill_gaps_in_frame(frame: bytes) -> bytes | None:
     if event is None:
         return None
     try:
-        payload = load(event.data.encode("utf-8"), LENIENT_DECODER)
+        payload = load(event.data.encode("utf-8"))
     except ValueError:
         return None
     if isinstance(payload, dict) and "type" not in payload:
@@ -2638,8 +2683,9 @@ class StreamObserver:
     def feed(self, data: bytes, now: float) -> bytes:
         """Look at what became whole with `data`, and return it: a block of whole events, or b""."""
         block = self.splitter.feed(data)
-        if block and not self.splitter.oversize:
-            self.look(block, now)
+        whole_from = self.splitter.whole_from
+        if whole_from < len(block):
+            self.look(block[whole_from:] if whole_from else block, now)
         return block
 
     def look(self, block: bytes, now: float) -> None:
@@ -3255,7 +3301,9 @@ class LineWriter(logging.Handler):
         while (item := self.queue.get()) is not None:
             event, line = item
             if self.dropped:
-                line, self.dropped = f"{line}\nproxai: {self.dropped} log lines were dropped", 0
+                fields, self.dropped = {"count": self.dropped}, 0
+                render = json_line if self.json else self.lines.render
+                line = f"{line}\n{render(time.time(), 'warn', 'log-lines-dropped', fields)}"
             if open_line:
                 line = f"\r\x1b[2K{line}"
             open_line = self.in_place and event == "wait"
@@ -3783,6 +3831,7 @@ class Connection:
         self.body_unread = False
         self.answered = False  # whether the head of the answer has been written
         self.chunked = False
+        self.unsent = 0
         self.exchanging = False  # whether a client that goes away ends the exchange
         self.busy = self.gone = False
         self.reason: str | None = None
@@ -3867,8 +3916,8 @@ class Connection:
             data = await self.reader.read(READ_BYTES)
         scanned = 0
         while True:
-            while data.startswith(b"\r\n"):  # 9112 2.2: empty lines before a request are passed over
-                data = data[2:]
+            if data.startswith(b"\r\n"):  # 9112 2.2: empty lines before a request are passed over
+                data = EMPTY_LINES.sub(b"", data, 1)
             end = data.find(b"\r\n\r\n", max(scanned - 3, 0))
             if end >= 0:
                 self.rest = data[end + 4:]
@@ -3938,7 +3987,9 @@ class Connection:
             self.keep = False  # reading such a body away would cost more than a new connection
         lines += self.extra
         http11 = self.head is None or self.head.http11
-        if length is not None:
+        if status == 204:
+            pass  # 9110 8.6: no Content-Length
+        elif length is not None:
             lines.append(b"content-length: %d" % length)
         elif http11:
             self.chunked = True
@@ -3974,16 +4025,22 @@ class Connection:
         if not self.chunked:
             # Without chunks a plain close would look like the end, so the close must be a reset.
             raw = self.transport.get_extra_info("socket")
-            if raw is not None:
+            if raw is not None and raw.fileno() >= 0:
                 raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0" if os.name == "posix"
                                else b"\x01\0\0\0")
             self.transport.abort()
 
     async def flush(self) -> None:
         """Wait while the client takes its answer more slowly than it comes."""
-        if self.transport.get_write_buffer_size():
-            self.watch.arm(self.server.settings.write_timeout_secs, "client_write")
+        self.unsent = self.transport.get_write_buffer_size()
+        if self.unsent:
+            self.watch.arm(self.server.settings.write_timeout_secs, "client_write", self.took_some)
             await self.writer.drain()
+
+    def took_some(self) -> bool:
+        """Whether the client has taken bytes since this was last asked."""
+        before, self.unsent = self.unsent, self.transport.get_write_buffer_size()
+        return self.unsent < before
 
     def close(self) -> None:
         """Let go; bytes on their way to the client get their time, but not for ever."""
@@ -4077,50 +4134,50 @@ class Server:
 
 # -- admission ---------------------------------------------------------------
 
-class Admission(NamedTuple):
-    """What may happen with a request, judged by its head alone."""
-
-    protocol: Protocol | None  # None: answered here, with `status`
-    status: int = 0
-    origin: bytes | None = None  # of a browser that may call
-
-
-def admit(head: RequestHead, settings: ServerConfig) -> Admission:
-    """Whether a request is let in, and as what; RequestError says why not (rulings 16 and 5).
-
-    Browsers reach loopback too: a foreign Origin, or a Host that only DNS rebinding produces, is refused.
-    """
-    origin = check_origin(head, settings)
+def admit(head: RequestHead, settings: ServerConfig) -> Protocol | int:
+    """The protocol of a request that is let in, or the status it is answered with here; RequestError says
+    why not (rulings 16 and 5)."""
     check_host(head, settings)
-    if head.path == HEALTH_PATH and head.method in (b"GET", b"HEAD"):
-        return Admission(None, 200, origin)
-    if head.method == b"OPTIONS" and origin and b"access-control-request-method" in head.values:
-        return Admission(None, 204, origin)
+    if head.path == HEALTH_PATH:
+        if head.method not in (b"GET", b"HEAD"):
+            raise method_error(b"GET, HEAD")
+        return 200
+    if head.method == b"OPTIONS" and b"origin" in head.values and b"access-control-request-method" in head.values:
+        return 204
     if settings.api_keys and not presents_key(head.fields, settings.api_keys):
         raise RequestError("a valid API key of this proxy is needed", status=401,
                            fix="send one of server.api_keys as Authorization: Bearer or x-api-key",
                            fields=[b"www-authenticate: Bearer"])
-    allowed = b"GET, HEAD" if head.path == HEALTH_PATH else b"POST"
     protocol = MODEL_PATHS.get(head.path)
-    if protocol is None and head.path != HEALTH_PATH:
+    if protocol is None:
         raise RequestError("there is nothing at this path", status=404, fix="the paths are " + ", ".join(MODEL_PATHS))
-    if protocol is None or head.method != b"POST":
-        raise RequestError("this method is not allowed here", status=405, fix=f"use {allowed.decode()}",
-                           fields=[b"allow: " + allowed])
-    return Admission(protocol, 0, origin)
+    if head.method != b"POST":
+        raise method_error(b"POST")
+    return protocol
 
 
-def check_origin(head: RequestHead, settings: ServerConfig) -> bytes | None:
-    """The request's Origin if it has one that may call."""
+def method_error(allowed: bytes) -> RequestError:
+    """The refusal of a method, with those that would do."""
+    return RequestError("this method is not allowed here", status=405, fix=f"use {allowed.decode()}",
+                        fields=[b"allow: " + allowed])
+
+
+def check_origin(head: RequestHead, settings: ServerConfig) -> list[bytes]:
+    """The header lines that let a browser's page see the answer; RequestError for one that may not call.
+
+    Browsers reach loopback too: without this any web page could use the proxy.
+    """
     origin = head.values.get(b"origin")
-    if origin is not None and origin.decode("latin-1").lower() not in settings.cors_allow_origins:
+    if origin is None:
+        return []
+    if origin.decode("latin-1").lower() not in settings.cors_allow_origins:
         raise RequestError("requests from this web origin are refused", status=403,
                            fix="list the origin in server.cors_allow_origins if it may use your providers")
-    return origin
+    return [b"access-control-allow-origin: " + origin, b"vary: origin", b"access-control-expose-headers: *"]
 
 
 def check_host(head: RequestHead, settings: ServerConfig) -> None:
-    """On a loopback listener the Host must be one that means this machine."""
+    """On a loopback listener the Host must mean this machine; DNS rebinding brings others."""
     if not is_loopback(settings.host) or (not head.host and not head.http11):
         return
     if not is_loopback(head.host) and head.host not in (name.lower() for name in settings.allowed_hosts):
@@ -4218,14 +4275,12 @@ class Proxy:
         """The way of a request that is let in."""
         if self.log.debug_on:
             self.log.event(logging.DEBUG, "recv", {**base_fields(exchange), "content_length": head.length})
-        protocol, status, origin = admit(head, self.config.server)
-        if origin:
-            connection.extra += [b"access-control-allow-origin: " + origin, b"vary: origin",
-                                 b"access-control-expose-headers: *"]
-        if protocol is None:
-            self.answer_here(connection, head, status)
+        exchange.inbound = MODEL_PATHS.get(head.path)  # so that a refusal has the shape the client expects
+        connection.extra += check_origin(head, self.config.server)
+        protocol = admit(head, self.config.server)
+        if isinstance(protocol, int):
+            self.answer_here(connection, head, protocol)
             return
-        exchange.inbound = protocol
         raw = await connection.read_body(self.config.server.max_request_body_bytes)
         exchange.inbound_bytes = len(raw)
         request = read_model_request(protocol, raw)
@@ -4306,6 +4361,8 @@ class Proxy:
         if self.log.info_on:
             self.log.event(logging.INFO, "hdr", end_fields(exchange))
         lines = client_lines(answer, decoded=body.inflater is not None)
+        if b"date" not in answer.values:
+            lines.append(date_line())
         if exchange.sse:
             lines.append(b"content-type: text/event-stream")
             await self.stream(connection, exchange, provider, answer, body, lines)
@@ -4352,12 +4409,8 @@ class Proxy:
         if not complete:
             await self.relay_rest(connection, exchange, provider, answer, body, lines, raw)
             return
-        try:
-            value = load(raw, LENIENT_DECODER)
-        except ValueError:
-            raise UpstreamError(f"the provider answered {answer.status} with a body that is not JSON", status=502,
-                                type=INTERNAL, fix="check that base_url is the address of an API") from None
-        if provider.fills_gaps and fill_gaps_in_body(value):
+        value, strict = load_answer(raw, answer.status)
+        if provider.fills_gaps and strict and fill_gaps_in_body(value):
             raw = dump(value)
         connection.write_head(answer.status, lines, len(raw), raw)
         self.release(body, answer, True)
@@ -4455,7 +4508,8 @@ class Proxy:
             exchange.last_byte_at = now = clock()
             block = observer.feed(data, now)
             if fills_gaps:
-                data = block if observer.splitter.oversize else fill_gaps_in_block(block)
+                torn = observer.splitter.whole_from  # of an event too large to hold
+                data = block[:torn] + fill_gaps_in_block(block[torn:])
                 if not data:
                     continue
             connection.write_part(data)
@@ -4563,6 +4617,17 @@ def stream_outcome(observer: StreamObserver, fault: str | None, idle_secs: float
     return logging.INFO, "closed", "the stream ended before its terminal event"
 
 
+def load_answer(raw: bytes, status: int) -> tuple[Any, bool]:
+    """The JSON of an answer, and whether it is JSON to the letter: local servers write NaN into log probabilities."""
+    for decoder in (DECODER, LENIENT_DECODER):
+        try:
+            return load(raw, decoder), decoder is DECODER
+        except ValueError:
+            pass
+    raise UpstreamError(f"the provider answered {status} with a body that is not JSON", status=502, type=INTERNAL,
+                        fix="check that base_url is the address of an API")
+
+
 def response_body(provider: Provider, link: Link, answer: ResponseHead, rest: bytes) -> ResponseBody:
     """The answer's body, refused where its coding is one that we cannot undo."""
     try:
@@ -4579,8 +4644,8 @@ def body_fault(provider: Provider, error: Exception) -> UpstreamError:
 
 
 def date_line() -> bytes:
-    """The Date header of an answer of our own."""
-    return b"date: " + http_date(time.time())
+    """The Date header of an answer that has none from a provider."""
+    return b"date: " + http_date(int(time.time()))
 
 
 def has_retry_line(lines: Iterable[bytes]) -> bool:
@@ -4637,7 +4702,7 @@ def demo_turn(protocol: Protocol, body: Json, number_: int) -> DemoTurn:
     items = [{"role": "user", "content": wanted}] if isinstance(wanted, str) else listing(wanted)
     last = mapping(items[-1]) if items else {}
     tools = [mapping(t) for t in listing(body.get("tools"))]
-    usable = [t for t in tools if (t.get("name") or mapping(t.get("function")).get("name"))]
+    usable = [t for t in tools if demo_tool_name(t)]
     result = tool_result_text(last)
     said = demo_last_text(last.get("content"))
     tokens = sum(len(demo_text(mapping(i).get("content")).split()) for i in items)
@@ -4648,8 +4713,16 @@ def demo_turn(protocol: Protocol, body: Json, number_: int) -> DemoTurn:
         tool = usable[0]
         inner = mapping(tool.get("function")) or tool
         schema_ = mapping(inner.get("parameters") or inner.get("input_schema"))
-        return DemoTurn(model, "", str(inner["name"]), demo_arguments(schema_), tokens, id)
+        return DemoTurn(model, "", demo_tool_name(tool), demo_arguments(schema_), tokens, id)
     return DemoTurn(model, f"You said: {said.strip() or 'nothing'}", None, {}, tokens, id)
+
+
+def demo_tool_name(tool: Json) -> str | None:
+    """The name of a tool that the client runs and that takes JSON; None for any other."""
+    if tool.get("type", "function") not in ("function", "custom") or (tool.get("type") == "custom" and "input_schema" not in tool):
+        return None
+    name = mapping(tool.get("function")).get("name") or tool.get("name")
+    return name if isinstance(name, str) and name else None
 
 
 def tool_result_text(item: Json) -> str | None:
@@ -4667,8 +4740,8 @@ def demo_arguments(schema_: Json) -> Json:
     samples: Json = {"string": "demo", "integer": 1, "number": 1, "boolean": True, "array": [], "null": None}
 
     def value(kind: Json) -> Any:
-        if "const" in kind or kind.get("enum"):
-            return kind.get("const", listing(kind.get("enum"))[:1][0] if kind.get("enum") else None)
+        if "const" in kind or listing(kind.get("enum")):
+            return kind["const"] if "const" in kind else kind["enum"][0]
         name = kind.get("type")
         name = name[0] if isinstance(name, list) and name else name
         return demo_arguments(kind) if name == "object" else samples.get(str(name), "demo")
@@ -4821,9 +4894,9 @@ class Demo:
 
     async def serve(self, connection: Connection, head: RequestHead) -> None:
         """Answer one request."""
-        protocol = None
+        protocol = MODEL_PATHS.get(head.path)
         try:
-            protocol = admit(head, ServerConfig()).protocol
+            admit(head, ServerConfig())
             if protocol is None:
                 connection.write_head(200, [b"content-type: application/json"], 2, b"{}")
                 return
@@ -4889,7 +4962,7 @@ def command_line() -> Any:
     import argparse
 
     parser = argparse.ArgumentParser(
-        prog="proxai.py", description="A local LLM proxy: any client protocol, any provider.",
+        prog="proxai.py", allow_abbrev=False, description="A local LLM proxy: any client protocol, any provider.",
         epilog="Without --config the file in the app directory (~/.proxai/config.toml) is used, and made if missing.")
     add = parser.add_argument
     add("command", nargs="?", choices=["check"], help="check: load the configuration, show what would run, and exit")
@@ -4951,22 +5024,62 @@ def read_file(path: Path) -> str:
 
 # -- what is printed ---------------------------------------------------------
 
-def banner(config: Config, port: int, source: str, notes: Sequence[str]) -> str:
-    """What is told when the proxy starts: what runs, where, by which configuration."""
+HINT_LEGEND = {
+    "ptc": "parallel tool calls", "pck": "prompt cache key", "instr": "instructions", "include[...]": "include",
+    "rsn": "reasoning", "rsn.enc": "encrypted reasoning", "tc:*": "tool choice", "tools[...]": "tools",
+    "mtc": "max tool calls", "pcr": "prompt cache retention", "rs": "reasoning summary", "tlp": "top logprobs",
+}
+
+
+def legend(entries: Mapping[str, str]) -> str:
+    """alias=meaning, three on a line, aligned."""
+    pairs = [f"{alias}={meaning}" for alias, meaning in entries.items()]
+    width = max(map(len, pairs)) + 2
+    rows = ["".join(f"{pair:{width}}" for pair in pairs[i:i + 3]).rstrip() for i in range(0, len(pairs), 3)]
+    return "\n    ".join(rows)
+
+
+def banner(config: Config, port: int, source: str, notes: Sequence[str], environ: Mapping[str, str] = os.environ) -> str:
+    """What is told when the proxy starts (contract 2.4): what runs, where, by which configuration."""
     host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
-    names = config.routing.default_provider_names
-    rows = [("listen", f"http://{host}:{port}"), ("config", source)]
-    rows += [("note", note) for note in notes]
-    rows += [("providers", ", ".join(f"{n} ({p.protocol})" for n, p in config.providers.items())),
-             ("routes", str(len(config.routing.routes)))]
-    rows += [(f"default_provider.{name}", getattr(names, name) or "none") for name in PROTOCOLS]
-    rows += [("client_keys", f"{len(config.server.api_keys)} accepted" if config.server.api_keys else "not asked for"),
-             ("max_request_body_bytes", str(config.server.max_request_body_bytes)),
-             ("max_concurrent_requests", str(config.server.max_concurrent_requests)),
-             ("tool_calls.timeout_secs", f"{config.tool_calls.timeout_secs:g}"),
-             ("error_responses.format", config.error_responses.format),
-             ("logging", f"{config.logging.level}, {config.logging.output_format}")]
+    names, logs = config.routing.default_provider_names, config.logging
+    default = config.providers.get(names.openai_responses)
+    base = app_directory(environ)
+    captures = {f.name: getattr(config.capture, f.name) for f in dataclasses.fields(config.capture)}
+    rows = [
+        ("listen", f"http://{host}:{port}"),
+        ("paths", ", ".join(f"{p.path} ({name})" for name, p in PROTOCOLS.items())),
+        ("max_request_body_bytes", config.server.max_request_body_bytes),
+        ("max_concurrent_requests", config.server.max_concurrent_requests),
+        ("default_provider.responses", names.openai_responses or "none"),
+        ("default_provider.chat", names.openai_chat_completions or "none"),
+        ("default_provider.anthropic", names.anthropic_messages or "none"),
+        ("default_upstream", default.base_url.rstrip("/") if default else "none"),
+        ("app_dir", base), ("config", source), ("config_example", base / "config.example.toml"),
+        *(("note", note) for note in notes),
+        ("providers", ", ".join(f"{n} ({p.protocol})" for n, p in config.providers.items())),
+        ("client_keys", f"{len(config.server.api_keys)} accepted" if config.server.api_keys else "not asked for"),
+        ("tool_aliases", legend({alias: name for name, alias in TOOL_ALIASES.items()})),
+        ("request_hints", legend(HINT_LEGEND)),
+        ("log_level", logs.level), ("log_format", logs.output_format), ("log_use_color", toml_value(logs.use_color)),
+        ("error_response_format", config.error_responses.format), ("route_count", len(config.routing.routes)),
+        ("read_idle_timeout_secs", f"{default.read_idle_timeout_secs:g}" if default else "none"),
+        ("tool_calls.timeout_secs", f"{config.tool_calls.timeout_secs:g}"),
+        *((f"capture.{name}", toml_value(on)) for name, on in captures.items()),
+        ("capture", base / "captures" if any(captures.values()) else "disabled"),
+    ]
     return "\n".join([f"ProxAI {__version__}", *(f"  {label}: {value}" for label, value in rows)])
+
+
+def demo_banner(port: int) -> str:
+    """What is told when the demo starts."""
+    return f"ProxAI {__version__}, demo\n  listen: http://127.0.0.1:{port}\n  provider: embedded, it says back what it is told"
+
+
+def tell(text: str) -> None:
+    """Print, where anybody reads; a reader that is gone does not end the proxy."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, flush=True)
 
 
 def start_notes(config: Config) -> list[str]:
@@ -5042,18 +5155,15 @@ def on_signals(loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) -> Non
             signal.signal(number_, lambda *_: loop.call_soon_threadsafe(stop))
 
 
-async def serve(config: Config, log: Log, source: str, notes: Sequence[str], environ: Mapping[str, str],
-                started: Callable[[int], Any] | None = None) -> None:
-    """Run the proxy until a signal ends it: the first drains, the second cuts."""
+async def serve(config: Config, log: Log, environ: Mapping[str, str], started: Callable[[int], Any]) -> None:
+    """Run the proxy until a signal ends it: the first drains, the second cuts. `started` is given the port."""
     proxy = Proxy(config, log, environ)
     server = Server(config.server, proxy.serve, proxy.refuse)
     port = await server.listen(config.server.host, config.server.port)
     stopped, hurry = asyncio.Event(), asyncio.Event()
     on_signals(server.loop, lambda: hurry.set() if stopped.is_set() else stopped.set())
-    print(banner(config, port, source, [*notes, *start_notes(config)]), flush=True)
     tune_process()
-    if started:
-        await started(port)
+    await started(port)
     await stopped.wait()
     log.event(logging.INFO, "shutdown", {"open": len(server.connections), "grace_secs": config.server.shutdown_grace_secs})
     await server.drain(config.server.shutdown_grace_secs, hurry)
@@ -5075,15 +5185,16 @@ async def run_demo(args: Any, log: Log, environ: Mapping[str, str]) -> None:
         port = 0
     config = dataclasses.replace(config, server=dataclasses.replace(config.server, port=port))
 
-    async def show(port: int) -> None:
+    async def started(port: int) -> None:
+        tell(demo_banner(port))
         question = "Hello, is anybody there?"
         answer = await ask(port, question)
-        print(f"\nOne request went through the proxy.\n  asked:    {question}\n  answered: {answer}\n\nTry it yourself:")
+        tell(f"\nOne request went through the proxy.\n  asked:    {question}\n  answered: {answer}\n\nTry it yourself:")
         for protocol in PROTOCOLS.values():
-            print(f"\n{curl_line(protocol, port)}")
-        print("\nCtrl-C ends the demo.", flush=True)
+            tell(f"\n{curl_line(protocol, port)}")
+        tell("\nCtrl-C ends the demo.")
 
-    await serve(config, log, "the demo's own", ["the provider is embedded and only says back what it is told"], environ, show)
+    await serve(config, log, environ, started)
     await provider.drain(GOOD_BYE_SECS, asyncio.Event())
 
 
@@ -5134,9 +5245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.demo and (args.config or args.command):
         parser.error("--demo has its own configuration and goes with neither --config nor check")
     environ = os.environ
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    open_outputs()
     try:
         return run(args, environ)
     except ConfigError as error:
@@ -5147,6 +5256,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def open_outputs() -> None:
+    """Make standard output and error such that writing to them can neither crash nor be missing."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # started with it closed
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for as long as we run
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def close_outputs() -> None:
+    """Flush, or give up what nobody reads, so that the interpreter's own flush at exit has nothing to fail at."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(args: Any, environ: Mapping[str, str]) -> int:
@@ -5170,7 +5298,11 @@ def run(args: Any, environ: Mapping[str, str]) -> int:
         print(check_report(config, str(path), environ))
         return 0
     log, writer = start_log(config.logging, sys.stdout, environ)
-    return run_logged(serve(config, log, str(path), notes, environ), writer)
+
+    async def started(port: int) -> None:
+        tell(banner(config, port, str(path), [*notes, *start_notes(config)], environ))
+
+    return run_logged(serve(config, log, environ, started), writer)
 
 
 def run_logged(work: Any, writer: LineWriter) -> int:
@@ -5180,6 +5312,7 @@ def run_logged(work: Any, writer: LineWriter) -> int:
         return 0
     finally:
         writer.close()
+        close_outputs()
         if writer.thread.is_alive():  # nobody reads our output; waiting for that would hang the exit
             os._exit(0)
 
