@@ -132,6 +132,8 @@ LOG_TEXT_CHARS = 300  # of a provider's error text in a log line
 CHECKED_RESPONSE_BYTES = 8 << 20  # a non-stream answer is held and checked up to this, then relayed
 INFLATE_FREE_BYTES = 1 << 20  # decompressed output that is never suspicious,
 INFLATE_RATIO = 200  # beyond it, output over input (JSON reaches about 40, a bomb 1030)
+OBSERVED_THINGS = 4096  # items, calls and so on of one answer that are told apart
+OBSERVED_CHARS = 200  # of a provider's word in a log line
 IDLE_LINKS_PER_ORIGIN = 256  # kept-alive connections to one provider (httpx 20, Go 2, nginx 32-512)
 IDLE_LINK_SECS = 60.0  # vendors close idle connections after 60-400 s
 SWEEP_SECS = 5.0  # how often idle connections are looked over, and `wait` lines are written
@@ -2356,7 +2358,7 @@ class Observed:
 
     __slots__ = ("cache_creation", "cached", "calls", "effort", "error_code", "error_message", "error_param", "failed",
                  "finish", "incomplete_reason", "input", "items", "model", "output", "pending", "reasoning",
-                 "response_id", "seen", "sequence", "sources", "status", "terminal", "tier", "total")
+                 "response_id", "seen", "sequence", "server_tools", "sources", "status", "terminal", "tier", "total")
 
     def __init__(self) -> None:
         self.response_id: str | None = None
@@ -2373,6 +2375,7 @@ class Observed:
         self.items: dict[str, int] = {}
         self.calls: dict[str, int] = {}
         self.sources: dict[str, int] = {}
+        self.server_tools: dict[str, int] = {}  # as Anthropic's usage counts them
         self.finish: dict[str, int] = {}
         self.seen: set[Any] = set()  # items and calls that were counted
         self.pending: dict[Any, float] = {}  # tool calls whose arguments are coming, with the time of the last part
@@ -2380,9 +2383,9 @@ class Observed:
 
     def count(self, table: dict[str, int], name: Any, key: Any) -> None:
         """Count `name` once for each `key`; names come from the provider, so they are bounded."""
-        if key not in self.seen and len(self.seen) < 4096:
+        if key not in self.seen and len(self.seen) < OBSERVED_THINGS:
             self.seen.add(key)
-            name = str(name)[:80]
+            name = str(name)[:OBSERVED_CHARS]
             table[name] = table.get(name, 0) + 1
 
     def call(self, name: Any, source: str, key: Any) -> None:
@@ -2391,20 +2394,33 @@ class Observed:
             self.count(self.sources, source, ("source", key))
             self.count(self.calls, name, ("call", key))
 
+    def argument(self, key: Any, now: float) -> None:
+        """Arguments of the tool call `key` are coming."""
+        if key is not None and (key in self.pending or len(self.pending) < OBSERVED_THINGS):
+            self.pending[key] = now
+
+    def restart_items(self) -> None:
+        """A last word on the output follows: what was counted on the way does not count any more."""
+        for table in (self.items, self.calls, self.sources):
+            table.clear()
+        self.seen = {key for key in self.seen if key[0] == "finish"}
+
     def fail(self, error: Any) -> None:
         """Take the words of an error that came inside a stream or an answer."""
         self.failed = True
+        if isinstance(error, str):
+            error = {"message": error}
         if isinstance(error, dict):
-            code, message = error.get("code") or error.get("type"), error.get("message")
-            self.error_code = code if isinstance(code, str) else None
+            kind, message, param = word(error.get("type")), error.get("message"), error.get("param")
+            self.error_code = word(error.get("code")) or (kind if kind != "error" else None)
             self.error_message = message[:LOG_TEXT_CHARS] if isinstance(message, str) else None
-            self.error_param = error.get("param")
+            self.error_param = None if param is None else brief_param(param)
 
 
 class Exchange:
     """Everything about one request that is told afterwards, in the log and in headers."""
 
-    __slots__ = ("body", "chunks", "content_type", "down", "error", "head_at", "id", "inbound", "inbound_bytes",
+    __slots__ = ("body", "chunks", "content_type", "down", "encoding", "error", "head_at", "id", "inbound", "inbound_bytes",
                  "last_byte_at", "method", "model", "observed", "outcome", "path", "phase", "provider",
                  "provider_bytes", "provider_protocol", "rates", "route", "sse", "started", "status",
                  "upstream_model")
@@ -2421,6 +2437,7 @@ class Exchange:
         self.status = self.down = self.chunks = 0
         self.head_at = self.last_byte_at = 0.0
         self.content_type: bytes | None = None
+        self.encoding: str | None = None  # the Transfer-Encoding of the answer
         self.sse = False
         self.rates: Sequence[Field] = ()
         self.observed: Observed | None = None
@@ -2447,6 +2464,19 @@ def number(value: Any) -> int:
     if isinstance(value, str) and value.isdecimal() and len(value) < 16:
         return int(value)
     return int(value) if type(value) in (int, float) and 0 <= value < 1 << 53 else 0
+
+
+def word(value: Any) -> str | None:
+    """A provider's short string; None for anything else."""
+    return value[:OBSERVED_CHARS] if isinstance(value, str) and value else None
+
+
+def key_of(*values: Any) -> str | int | None:
+    """The first of `values` that can tell one thing from another: a string or a whole number."""
+    for value in values:
+        if type(value) is int or (isinstance(value, str) and value):
+            return value if isinstance(value, int) else value[:OBSERVED_CHARS]
+    return None
 
 
 def mapping(value: Any) -> Json:
@@ -2480,18 +2510,17 @@ def observe_messages_usage(seen: Observed, usage: Any) -> None:
         value = mapping(usage).get(key)
         if value is not None:
             setattr(seen, attribute, number(value))
-    for key, count in mapping(mapping(usage).get("server_tool_use")).items():
-        if number(count):
-            seen.sources["server_tool"] = max(seen.sources.get("server_tool", 0), number(count))
-            seen.calls[key.removesuffix("_requests")[:80]] = number(count)
+    for key, count in list(mapping(mapping(usage).get("server_tool_use")).items())[:32]:
+        if number(count) and len(seen.server_tools) < 64:
+            seen.server_tools[key.removesuffix("_requests")[:OBSERVED_CHARS]] = number(count)
 
 
 def observe_common(seen: Observed, body: Json) -> None:
     """The members that all protocols name alike."""
     for attribute, key in (("response_id", "id"), ("model", "model"), ("tier", "service_tier")):
-        value = body.get(key)
-        if isinstance(value, str) and value:
-            setattr(seen, attribute, value[:200])
+        value = word(body.get(key))
+        if value:
+            setattr(seen, attribute, value)
 
 
 def observe_responses_item(seen: Observed, item: Any, index: Any) -> None:
@@ -2499,7 +2528,7 @@ def observe_responses_item(seen: Observed, item: Any, index: Any) -> None:
     if not isinstance(item, dict) or not isinstance(item.get("type"), str):
         return
     kind = item["type"]
-    key = item.get("id") if isinstance(item.get("id"), str) else (kind, index)
+    key = key_of(item.get("id")) or (kind, key_of(index))
     seen.count(seen.items, kind, ("item", key))
     if kind in ("function_call", "custom_tool_call"):
         seen.call(item.get("name"), "function", key)
@@ -2510,12 +2539,12 @@ def observe_responses_item(seen: Observed, item: Any, index: Any) -> None:
 def observe_responses_object(seen: Observed, body: Json) -> None:
     """A Response object, from a whole answer or from an event that carries one."""
     observe_common(seen, body)
-    status, effort = body.get("status"), mapping(body.get("reasoning")).get("effort")
-    seen.status = status if isinstance(status, str) else seen.status
-    seen.effort = effort if isinstance(effort, str) else seen.effort
-    reason = mapping(body.get("incomplete_details")).get("reason")
-    seen.incomplete_reason = reason if isinstance(reason, str) else seen.incomplete_reason
+    seen.status = word(body.get("status")) or seen.status
+    seen.effort = word(mapping(body.get("reasoning")).get("effort")) or seen.effort
+    seen.incomplete_reason = word(mapping(body.get("incomplete_details")).get("reason")) or seen.incomplete_reason
     observe_openai_usage(seen, body.get("usage"))
+    if listing(body.get("output")):
+        seen.restart_items()
     for index, item in enumerate(listing(body.get("output"))):
         observe_responses_item(seen, item, index)
     if body.get("error"):
@@ -2530,17 +2559,18 @@ ARGUMENT_DELTAS = frozenset(("response.function_call_arguments.delta", "response
 
 def observe_responses_event(seen: Observed, kind: str, event: Json, now: float) -> None:
     """One event of a Responses stream."""
-    key = event.get("item_id") or event.get("output_index")
+    # By place, which all events of an item have, and compatible providers too that leave out item_id.
+    key = key_of(event.get("output_index"), event.get("item_id"))
     if kind in ARGUMENT_DELTAS:
-        seen.pending[key] = now
+        seen.argument(key, now)
     elif kind.endswith((".arguments.done", "_arguments.done", "_input.done")):
         seen.pending.pop(key, None)
     elif kind in ("response.output_item.added", "response.output_item.done"):
         item = mapping(event.get("item"))
         observe_responses_item(seen, item, event.get("output_index"))
         if kind.endswith("done"):
-            seen.pending.pop(item.get("id"), None)
-            seen.pending.pop(event.get("output_index"), None)
+            seen.pending.pop(key, None)
+            seen.pending.pop(key_of(item.get("id")), None)
     elif isinstance(event.get("response"), dict):
         observe_responses_object(seen, event["response"])
     if kind in RESPONSES_TERMINAL:
@@ -2566,7 +2596,7 @@ def observe_chat_object(seen: Observed, body: Json) -> None:
 
 def observe_finish(seen: Observed, reason: Any, key: Any) -> None:
     """A finish or stop reason, once for each choice."""
-    if isinstance(reason, str) and reason:
+    if word(reason):
         seen.count(seen.finish, reason, ("finish", key))
 
 
@@ -2582,17 +2612,17 @@ def observe_chat_event(seen: Observed, kind: str, event: Json, now: float) -> No
     observe_openai_usage(seen, event.get("usage"))
     for choice_ in listing(event.get("choices")):
         choice_ = mapping(choice_)
-        place, delta = choice_.get("index", 0), mapping(choice_.get("delta"))
+        place, delta = key_of(choice_.get("index"), 0), mapping(choice_.get("delta"))
         seen.count(seen.items, "message", ("item", place))
         for position, call in enumerate(listing(delta.get("tool_calls"))):
             call = mapping(call)
-            key = (place, call.get("index", position))
+            key = (place, key_of(call.get("index"), position))
             observe_chat_call(seen, call, key)
+            # Chat has no end of a call; the next one's first part is the end of this one.
+            for other in [k for k in seen.pending if k[0] == place and k != key]:
+                del seen.pending[other]
             if any(mapping(call.get(k)).get(v) for k, v in (("function", "arguments"), ("custom", "input"))):
-                # Chat has no end of a call; the next one's first part is the end of this one.
-                for other in [k for k in seen.pending if k[0] == place and k != key]:
-                    del seen.pending[other]
-                seen.pending[key] = now
+                seen.argument(key, now)
         if choice_.get("finish_reason"):
             observe_finish(seen, choice_["finish_reason"], place)
             for other in [k for k in seen.pending if k[0] == place]:
@@ -2600,14 +2630,14 @@ def observe_chat_event(seen: Observed, kind: str, event: Json, now: float) -> No
     if event.get("error"):
         seen.fail(event["error"])
         seen.terminal = True
+        seen.pending.clear()
 
 
 def observe_messages_object(seen: Observed, body: Json) -> None:
     """A whole Anthropic message, or the beginning of a streamed one."""
     observe_common(seen, body)
     observe_messages_usage(seen, body.get("usage"))
-    tier = mapping(body.get("usage")).get("service_tier")
-    seen.tier = tier if isinstance(tier, str) else seen.tier
+    seen.tier = word(mapping(body.get("usage")).get("service_tier")) or seen.tier
     observe_finish(seen, body.get("stop_reason"), 0)
     for index, block in enumerate(listing(body.get("content"))):
         observe_messages_block(seen, mapping(block), index)
@@ -2628,14 +2658,14 @@ def observe_messages_block(seen: Observed, block: Json, index: Any) -> None:
 
 def observe_messages_event(seen: Observed, kind: str, event: Json, now: float) -> None:
     """One event of an Anthropic stream."""
-    index = event.get("index")
+    index = key_of(event.get("index"))
     if kind == "message_start":
         observe_messages_object(seen, mapping(event.get("message")))
     elif kind == "content_block_start":
         observe_messages_block(seen, mapping(event.get("content_block")), index)
     elif kind == "content_block_delta":
         if mapping(event.get("delta")).get("partial_json"):
-            seen.pending[index] = now
+            seen.argument(index, now)
     elif kind == "content_block_stop":
         seen.pending.pop(index, None)
     elif kind == "message_delta":
@@ -2649,33 +2679,41 @@ def observe_messages_event(seen: Observed, kind: str, event: Json, now: float) -
 
 
 class Watcher(NamedTuple):
-    """How answers of one protocol are looked at: a frame with none of `markers` is not even parsed."""
+    """How answers of one protocol are looked at: a frame with none of `markers` is not even parsed.
+
+    `loose` markers are for a stream whose JSON is not written as vendors write it.
+    """
 
     markers: tuple[bytes, ...]
+    loose: tuple[bytes, ...]
     event: Callable[[Observed, str, Json, float], None]
     whole: Callable[[Observed, Json], None]
 
 
+RESPONSES_MARKERS = (b"response.created", b"response.completed", b"response.incomplete", b"response.failed",
+                     b"response.cancelled", b"error", b"_arguments.", b"_input.", b"output_item.")
+CHAT_MARKERS = (b"[DONE]", b"tool_calls", b"prompt_tokens", b'"error"')
+MESSAGES_MARKERS = (b"message_start", b"message_delta", b"message_stop", b"content_block_start",
+                    b"content_block_stop", b"partial_json", b"error")
 WATCHERS = {
-    "responses": Watcher((b"response.created", b"response.completed", b"response.incomplete", b"response.failed",
-                          b"response.cancelled", b"error", b"_arguments.", b"_input.", b"output_item."),
-                         observe_responses_event, observe_responses_object),
-    "chat": Watcher((b"[DONE]", b"tool_calls", b'finish_reason":"', b'finish_reason": "', b"prompt_tokens", b'"error"'),
+    "responses": Watcher(RESPONSES_MARKERS, RESPONSES_MARKERS, observe_responses_event, observe_responses_object),
+    # Each Chat chunk has "finish_reason":null; only another value is worth a look.
+    "chat": Watcher((*CHAT_MARKERS, b'"finish_reason":"', b'"finish_reason": "'), (*CHAT_MARKERS, b"finish_reason"),
                     observe_chat_event, observe_chat_object),
-    "messages": Watcher((b"message_start", b"message_delta", b"message_stop", b"content_block_start",
-                         b"content_block_stop", b"partial_json", b"error"),
-                        observe_messages_event, observe_messages_object),
+    "messages": Watcher(MESSAGES_MARKERS, MESSAGES_MARKERS, observe_messages_event, observe_messages_object),
 }
+# How the first chunk of a Chat stream shows that its JSON is written as vendors write it.
+COMMON_SPELLINGS = (b'"finish_reason":null', b'"finish_reason": null')
 
 
 class StreamObserver:
     """Watches a provider's stream beside its way to the client; `seen` is what it knows so far."""
 
-    __slots__ = ("markers", "opened", "seen", "splitter", "watch")
+    __slots__ = ("markers", "opened", "seen", "splitter", "watcher")
 
     def __init__(self, protocol: Protocol, limit: int) -> None:
-        watcher = WATCHERS[protocol.word]
-        self.markers, self.watch = watcher.markers, watcher.event
+        self.watcher = WATCHERS[protocol.word]
+        self.markers = self.watcher.loose
         self.splitter = EventSplitter(limit)
         self.seen = Observed()
         self.opened = False  # whether an event was parsed: the first tells the id and the model
@@ -2695,6 +2733,8 @@ class StreamObserver:
             blank = BLANK_LINE.search(block, at)
             end = blank.end() if blank else len(block)
             self.look_at(block[at:end], now)
+            if any(spelling in block[at:end] for spelling in COMMON_SPELLINGS):
+                self.markers = self.watcher.markers
             at = end
         if at:
             block = block[at:]
@@ -2707,7 +2747,7 @@ class StreamObserver:
         if event is None:
             return
         self.opened = True
-        if event.data == "[DONE]":
+        if event.data == "[DONE]" and self.watcher.event is observe_chat_event:
             self.seen.terminal = True
             self.seen.pending.clear()
             return
@@ -2715,11 +2755,15 @@ class StreamObserver:
             payload = json.loads(event.data)
         except (ValueError, RecursionError):
             return
-        if isinstance(payload, dict):
-            kind = payload.get("type")
-            self.watch(self.seen, kind if isinstance(kind, str) else event.name, payload, now)
-            if isinstance(payload.get("sequence_number"), int):
-                self.seen.sequence = payload["sequence_number"]
+        if not isinstance(payload, dict):
+            return
+        kind = payload.get("type")
+        kind = kind if isinstance(kind, str) else event.name
+        self.watcher.event(self.seen, kind, payload, now)
+        if event.name not in ("message", kind):  # it is also what its name says it is (contract 7.1)
+            self.watcher.event(self.seen, event.name, payload, now)
+        if type(payload.get("sequence_number")) is int:
+            self.seen.sequence = payload["sequence_number"]
 
     def stall_at(self, timeout: float) -> float:
         """When the tool call that has been silent longest has been so for `timeout` seconds."""
@@ -2727,8 +2771,11 @@ class StreamObserver:
 
     @property
     def complete(self) -> bool:
-        """Whether the answer was whole: its terminal event, or (Chat) the reason it finished."""
-        return self.seen.terminal or (bool(self.seen.finish) and self.watch is observe_chat_event)
+        """Whether the answer was whole: its terminal event, or (Chat) the reason each choice finished."""
+        if self.seen.terminal or self.watcher.event is not observe_chat_event:
+            return self.seen.terminal
+        begun = {key[1] for key in self.seen.seen if key[0] == "item"}
+        return bool(begun) and begun == {key[1] for key in self.seen.seen if key[0] == "finish"}
 
 
 def observe_body(protocol: Protocol, body: Any) -> Observed:
@@ -2742,12 +2789,23 @@ def observe_body(protocol: Protocol, body: Any) -> Observed:
 # -- hints of a request (contract 9.4) ---------------------------------------
 # Only presence and short values of known members, never content.
 
-def brief(value: Any) -> str:
-    """A value that may stand in a log line; longer or odder ones are only a question mark."""
-    if isinstance(value, float):
-        return f"{value:g}"
-    text = str(value).lower() if isinstance(value, bool) else str(value)
-    return text if isinstance(value, (str, bool, int)) and re.fullmatch(r"[\w.:/-]{1,48}", text) else "?"
+def brief(value: Any, pattern: str = r"[a-z0-9][a-z0-9_.:/-]{0,31}") -> str:
+    """A value that may stand in a log line, such as a word of the protocol; any other is only a question mark."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return f"{value:g}" if isinstance(value, float) else str(value) if abs(value) < 1 << 53 else "?"
+    return value if isinstance(value, str) and re.fullmatch(pattern, value) else "?"
+
+
+def brief_name(value: Any) -> str:
+    """The name of a tool, which clients choose by the vendors' rules."""
+    return brief(value, r"[A-Za-z0-9_.:/-]{1,64}")
+
+
+def brief_param(value: Any) -> str:
+    """The path in a request that an error is about."""
+    return brief(value, r"[A-Za-z0-9_.:/\[\]-]{1,64}")
 
 
 class Hint(NamedTuple):
@@ -2810,7 +2868,7 @@ def tool_hint(protocol: Protocol, tools: Any) -> str | None:
     found: dict[str, list[Json]] = {}
     for tool in listing(tools):
         tool = mapping(tool)
-        kind = str(tool.get("type") or ("function" if protocol is not MESSAGES else "custom"))
+        kind = word(tool.get("type")) or ("function" if protocol is not MESSAGES else "custom")
         category = next((c for t, c in TOOL_CATEGORIES[protocol.word] if kind.startswith(t)), "other")
         found.setdefault(category, []).append(tool)
     order = [*dict.fromkeys(c for _, c in TOOL_CATEGORIES[protocol.word]), "other"]
@@ -2828,23 +2886,25 @@ def tool_hint(protocol: Protocol, tools: Any) -> str | None:
 def tool_name(tool: Json, category: str) -> str | None:
     """A tool's name as hints show it."""
     if category == "mcp":
-        label = brief(tool.get("server_label") or "mcp")
-        access = {"always": "rw", "never": "ro"}.get(str(tool.get("require_approval")))
-        return f"{label}[{access}]" if access else label
+        label, allowed = brief_name(tool.get("server_label") or "mcp"), tool.get("allowed_tools")
+        names = listing(mapping(allowed).get("tool_names") if isinstance(allowed, dict) else allowed)
+        if isinstance(mapping(allowed).get("read_only"), bool) and not names:
+            return f"{label}[{'ro' if mapping(allowed)['read_only'] else 'rw'}]"
+        return ",".join(sorted({f"{label}/{brief_name(name)}" for name in names})) or label
     name = tool.get("name") or mapping(tool.get("function")).get("name") or mapping(tool.get("custom")).get("name")
-    return TOOL_ALIASES.get(name, brief(name)) if isinstance(name, str) else None
+    return TOOL_ALIASES.get(name, brief_name(name)) if isinstance(name, str) else None
 
 
 def choice_hint(value: Any) -> str:
     """A tool_choice in a word: its mode, or kind and name of the tool it forces."""
     if not isinstance(value, dict):
         return brief(value)
-    kind = str(value.get("type"))
+    kind = word(value.get("type")) or "?"
     inner = mapping(value.get(kind))
     if kind == "allowed_tools":
         return f"allowed_tools:{len(listing(value.get('tools') or inner.get('tools')))}"
     name = value.get("name") or inner.get("name")
-    return f"{brief(kind)}:{brief(name)}" if name else brief(kind)
+    return f"{brief(kind)}:{brief_name(name)}" if name else brief(kind)
 
 
 def render_hint(hint: Hint, value: Any) -> str | None:
@@ -2859,7 +2919,7 @@ def render_hint(hint: Hint, value: Any) -> str | None:
         case "value":
             return f"{hint.token}:{brief(value)}"
         case "tail":
-            return f"{hint.token}=...{brief(str(value)[-8:])}"
+            return f"{hint.token}=...{brief_name(value[-8:] if isinstance(value, str) else None)}"
         case "choice":
             return f"{hint.token}:{choice_hint(value)}"
         case "thinking":
@@ -2951,7 +3011,7 @@ def end_fields(exchange: Exchange) -> Json:
         "status": exchange.status,
         "ttfb_ms": milliseconds(exchange.head_at - exchange.started) if exchange.head_at else None,
         "duration_ms": milliseconds(now - exchange.started), "up": exchange.provider_bytes, "down": exchange.down,
-        "chunks": exchange.chunks, "avg_chunk_bytes": exchange.down // exchange.chunks if exchange.chunks else 0,
+        "te": exchange.encoding, "chunks": exchange.chunks, "avg_chunk_bytes": exchange.down // exchange.chunks if exchange.chunks else 0,
         "ct": exchange.content_type.decode("latin-1")[:100] if exchange.content_type else None, "sse": exchange.sse,
         "model": (seen.model if seen and seen.model else exchange.upstream_model) or None,
     }
@@ -2966,10 +3026,14 @@ def end_fields(exchange: Exchange) -> Json:
 def observed_fields(seen: Observed, provider: Protocol) -> Json:
     """What a provider's answer told, as its protocol tells it."""
     total = seen.total or seen.input + seen.output + seen.cached + seen.cache_creation
+    calls = seen.calls | {name: max(count, seen.calls.get(name, 0)) for name, count in seen.server_tools.items()}
+    sources = dict(seen.sources)
+    if seen.server_tools:
+        sources["server_tool"] = max(sum(seen.server_tools.values()), sources.get("server_tool", 0))
     fields: Json = {
         "response_id": seen.response_id[-8:] if seen.response_id else None, "service_tier": seen.tier, "tok": total,
-        "input": seen.input, "output": seen.output, "output_items": seen.items, "calls": seen.calls,
-        "calls_by_source": seen.sources,
+        "input": seen.input, "output": seen.output, "output_items": bounded(seen.items), "calls": bounded(calls),
+        "calls_by_source": sources,
     }
     if provider is MESSAGES:
         fields |= {"cache_read": seen.cached, "cache_creation": seen.cache_creation,
@@ -2984,6 +3048,11 @@ def observed_fields(seen: Observed, provider: Protocol) -> Json:
     return fields
 
 
+def bounded(counts: dict[str, int]) -> dict[str, int]:
+    """The first of many counts: a log line is no place for thousands."""
+    return dict(list(counts.items())[:64])
+
+
 RATE_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 CODEX_NUMBERS = tuple(f"{window}-{what}" for window in ("primary", "secondary")
                       for what in ("used-percent", "reset-after-seconds", "window-minutes"))
@@ -2996,14 +3065,14 @@ def rate_fields(fields: Sequence[Field]) -> Json:
     for what in ("requests", "tokens"):
         for kind in ("limit", "remaining"):
             text = values.get(f"x-ratelimit-{kind}-{what}", "")
-            if text.isdecimal():
+            if text.isdecimal() and len(text) < 16:
                 out[f"rate_limit_{kind}_{what}"] = int(text)
-        reset = re.findall(r"([0-9.]+)(ms|[smhd])", values.get(f"x-ratelimit-reset-{what}", ""))
+        reset = re.findall(r"([0-9.]{1,15})(ms|[smhd])", values.get(f"x-ratelimit-reset-{what}", "")[:64])
         if reset:
             out[f"rate_limit_reset_{what}_ms"] = round(1000 * sum(decimal(n) * RATE_UNITS[u] for n, u in reset))
     for name in (*CODEX_NUMBERS, "primary-over-secondary-limit-percent"):
         text = values.get(f"x-codex-{name}", "")
-        if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
+        if re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,15})?", text):
             key = name.replace("-seconds", "-secs").replace("-limit-percent", "-percent").replace("-", "_")
             out[f"codex_{key}"] = decimal(text)
     return out
@@ -3077,6 +3146,15 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def clean(value: Any) -> Any:
+    """`value` with every text in it printable."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {clean(key): clean(item) for key, item in value.items()}
+    return [clean(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
 PAINT = {"red": "31", "green": "32", "yellow": "33", "blue": "34", "cyan": "36", "dim": "2", "bold": "1",
          "bright_blue": "94", "grey": "90"}
 EVENT_PAINT = {"fwd": "cyan", "hdr": "blue", "wait": "yellow", "closed": "yellow", "end": "green"}
@@ -3104,13 +3182,14 @@ class HumanLines:
         """The line; None for an event that people are not shown."""
         if event == "hdr" and not self.details:
             return None
-        parts = {"fwd": self.fwd_parts, "hdr": self.end_parts, "wait": self.wait_parts}.get(event)
+        parts = {"fwd": self.fwd_parts, "hdr": self.hdr_parts, "wait": self.wait_parts}.get(event)
         if parts is None:
             parts = self.end_parts if "duration_ms" in fields else self.plain_parts
+        fields = clean(fields)
         clock = time.strftime("%H:%M:%S", time.localtime(at)) + f".{int(at % 1 * 1000):03d}"
-        name = self.paint(event, EVENT_PAINT.get(event, LEVEL_PAINT[level] if level != "info" else "green"), True)
+        name = self.paint(event, EVENT_PAINT.get(event, "red" if level in ("warn", "error") else LEVEL_PAINT[level]), True)
         head = f"{clock} {self.paint(f'{level.upper():>5}', LEVEL_PAINT[level], level in ('info', 'warn', 'error'))} {name} "
-        return head + "".join(f" {printable_paint(part)}" for part in parts(fields) if part)
+        return head + "".join(f" {part}" for part in parts(fields) if part)
 
     def plain_parts(self, fields: Json) -> Iterator[str]:
         """key=value for what has no layout of its own."""
@@ -3147,6 +3226,19 @@ class HumanLines:
         yield f"chunks={fields['chunks']}"
         yield f"req={short_id(fields['request_id'])}"
 
+    def hdr_parts(self, fields: Json) -> Iterator[str]:
+        """The head of an answer."""
+        yield self.status_part(fields)
+        yield fields.get("ct") or ""
+        yield fields.get("te") or ""
+        yield f"req={short_id(fields['request_id'])}"
+
+    def status_part(self, fields: Json) -> str:
+        """The status in its colour."""
+        status = fields.get("status") or 0
+        color = "green" if status < 300 else "yellow" if status < 400 else "red"
+        return self.paint(str(status), color, True) if status else ""
+
     def timed(self, ms: int, text: str) -> str:
         """`text` in the colour of a duration."""
         return self.paint(text, "red" if ms >= self.error_ms else "yellow" if ms >= self.warn_ms else "green",
@@ -3156,9 +3248,7 @@ class HumanLines:
         """The end of an exchange, good or bad."""
         if not fields.get("provider"):
             yield f"{fields['method']} {fields['path']}"
-        status = fields.get("status") or 0
-        if status:
-            yield self.paint(str(status), "green" if status < 300 else "yellow" if status < 400 else "red", True)
+        yield self.status_part(fields)
         ttfb, duration = fields.get("ttfb_ms"), fields.get("duration_ms") or 0
         if ttfb is not None:
             yield self.timed(max(ttfb, duration), f"lat[{secs_text(ttfb)}/{secs_text(duration)}]")
@@ -3185,7 +3275,7 @@ class HumanLines:
             yield f"tier={fields['service_tier']}"
         yield f"inc={fields['incomplete_reason']}" if fields.get("incomplete_reason") else ""
         yield f"err={fields['error_code']}" if fields.get("error_code") else ""
-        yield f"param={brief(fields['error_param'])}" if fields.get("error_param") else ""
+        yield f"param={fields['error_param']}" if fields.get("error_param") else ""
         yield rate_part(fields)
         yield codex_part(fields)
         yield f"resp=...{fields['response_id']}" if fields.get("response_id") else ""
@@ -3196,13 +3286,6 @@ class HumanLines:
         calls = fields.get("calls")
         if calls:
             yield f"calls[{counts_text({TOOL_ALIASES.get(k, k): v for k, v in calls.items()})}]"
-
-
-def printable_paint(part: str) -> str:
-    """`part` without control characters but for our own colours."""
-    if part.isprintable():
-        return part
-    return "".join(p if i % 2 else printable(p) for i, p in enumerate(re.split(r"(\x1b\[[0-9;]*m)", part)))
 
 
 def counts_text(counts: Mapping[str, int]) -> str:
@@ -3268,7 +3351,7 @@ class LineWriter(logging.Handler):
         limits = settings.duration_thresholds
         self.lines = HumanLines(color, limits.warn_ms, limits.error_ms, LEVELS[settings.level] <= logging.DEBUG)
         self.json = settings.output_format == "json"
-        self.in_place = color  # `wait` lines overwrite one another on a terminal
+        self.in_place = color and not self.json  # `wait` lines overwrite one another on a terminal
         self.stream, self.dropped = stream, 0
         self.queue: queue.SimpleQueue[tuple[str, str] | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self.write_lines, name="proxai-log", daemon=True)
@@ -3287,7 +3370,7 @@ class LineWriter(logging.Handler):
             render = json_line if self.json else self.lines.render
             line = render(record.created, level, event, fields)
         except Exception:  # a line that cannot be rendered must not take a request with it
-            line = f"proxai: the log event {event} could not be rendered"
+            line = self.plain_line("error", "log-fault", f"the event {event} could not be rendered")
         if line is None:
             return
         if self.queue.qsize() >= LOG_QUEUE_LINES:
@@ -3295,15 +3378,18 @@ class LineWriter(logging.Handler):
             return
         self.queue.put((event, line))
 
+    def plain_line(self, level: str, event: str, said: str) -> str:
+        """A line about the log itself."""
+        return str((json_line if self.json else self.lines.render)(time.time(), level, event, {"message": said}))
+
     def write_lines(self) -> None:
         """The thread: print what is queued until told to end."""
         open_line = False
         while (item := self.queue.get()) is not None:
             event, line = item
             if self.dropped:
-                fields, self.dropped = {"count": self.dropped}, 0
-                render = json_line if self.json else self.lines.render
-                line = f"{line}\n{render(time.time(), 'warn', 'log-lines-dropped', fields)}"
+                said, self.dropped = f"{self.dropped} log lines were dropped", 0
+                line = f"{line}\n{self.plain_line('warn', 'log-lines-dropped', said)}"
             if open_line:
                 line = f"\r\x1b[2K{line}"
             open_line = self.in_place and event == "wait"
@@ -3313,6 +3399,8 @@ class LineWriter(logging.Handler):
                     self.stream.flush()
             except (OSError, ValueError):  # nobody reads any more
                 return
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
 
     def close(self) -> None:
         """Print what is left, for a little while."""
@@ -4353,7 +4441,7 @@ class Proxy:
         """Give the client what the provider answered."""
         content_type = answer.values.get(b"content-type")
         exchange.status, exchange.sse = answer.status, is_event_stream(content_type)
-        exchange.content_type = content_type
+        exchange.content_type, exchange.encoding = content_type, None if answer.length is not None else "chunked"
         exchange.rates = answer.fields
         if not 200 <= answer.status < 300:
             await self.respond_error(connection, exchange, provider, answer, body)
@@ -4529,7 +4617,7 @@ class Proxy:
         exchange.status = error.status
         write_error(connection, error, self.style, exchange.inbound)
         self.log_end(exchange, logging.WARNING, event, error.message, {"error_type": error.type, "error_code": error.code,
-                                                                      "error_param": None if error.param is ABSENT else error.param})
+                                                                      "error_param": None if error.param in (ABSENT, None) else brief_param(error.param)})
 
     def interrupted(self, connection: Connection, exchange: Exchange, reason: str) -> None:
         """A wait that was ended from outside before a stream began."""
