@@ -2559,18 +2559,17 @@ ARGUMENT_DELTAS = frozenset(("response.function_call_arguments.delta", "response
 
 def observe_responses_event(seen: Observed, kind: str, event: Json, now: float) -> None:
     """One event of a Responses stream."""
-    # By place, which all events of an item have, and compatible providers too that leave out item_id.
-    key = key_of(event.get("output_index"), event.get("item_id"))
+    id, place = key_of(event.get("item_id")), key_of(event.get("output_index"))
     if kind in ARGUMENT_DELTAS:
-        seen.argument(key, now)
-    elif kind.endswith((".arguments.done", "_arguments.done", "_input.done")):
-        seen.pending.pop(key, None)
+        if id is not None or place is not None:  # some compatible providers leave out item_id
+            seen.argument((id, place), now)
+    elif kind.endswith(("_arguments.done", "_input.done")):
+        end_responses_call(seen, id, place)
     elif kind in ("response.output_item.added", "response.output_item.done"):
         item = mapping(event.get("item"))
         observe_responses_item(seen, item, event.get("output_index"))
         if kind.endswith("done"):
-            seen.pending.pop(key, None)
-            seen.pending.pop(key_of(item.get("id")), None)
+            end_responses_call(seen, key_of(item.get("id")), place)
     elif isinstance(event.get("response"), dict):
         observe_responses_object(seen, event["response"])
     if kind in RESPONSES_TERMINAL:
@@ -2578,6 +2577,12 @@ def observe_responses_event(seen: Observed, kind: str, event: Json, now: float) 
         seen.pending.clear()
         if kind in ("error", "response.error"):
             seen.fail(event.get("error") if isinstance(event.get("error"), dict) else event)
+
+
+def end_responses_call(seen: Observed, id: Any, place: Any) -> None:
+    """The arguments of an item are complete: that of `id`, or that at `place` where either side has no id."""
+    for key in [k for k in seen.pending if (k[0] == id if id is not None and k[0] is not None else k[1] == place)]:
+        del seen.pending[key]
 
 
 def observe_chat_object(seen: Observed, body: Json) -> None:
@@ -2707,12 +2712,15 @@ COMMON_SPELLINGS = (b'"finish_reason":null', b'"finish_reason": null')
 
 
 class StreamObserver:
-    """Watches a provider's stream beside its way to the client; `seen` is what it knows so far."""
+    """Watches a provider's stream beside its way to the client; `seen` is what it knows so far.
 
-    __slots__ = ("markers", "opened", "seen", "splitter", "watcher")
+    `choices` is how many answers a Chat request asked for.
+    """
 
-    def __init__(self, protocol: Protocol, limit: int) -> None:
-        self.watcher = WATCHERS[protocol.word]
+    __slots__ = ("choices", "markers", "opened", "seen", "splitter", "watcher")
+
+    def __init__(self, protocol: Protocol, limit: int, choices: int = 1) -> None:
+        self.watcher, self.choices = WATCHERS[protocol.word], choices
         self.markers = self.watcher.loose
         self.splitter = EventSplitter(limit)
         self.seen = Observed()
@@ -2774,8 +2782,7 @@ class StreamObserver:
         """Whether the answer was whole: its terminal event, or (Chat) the reason each choice finished."""
         if self.seen.terminal or self.watcher.event is not observe_chat_event:
             return self.seen.terminal
-        begun = {key[1] for key in self.seen.seen if key[0] == "item"}
-        return bool(begun) and begun == {key[1] for key in self.seen.seen if key[0] == "finish"}
+        return len([key for key in self.seen.seen if key[0] == "finish"]) >= self.choices
 
 
 def observe_body(protocol: Protocol, body: Any) -> Observed:
@@ -3370,7 +3377,7 @@ class LineWriter(logging.Handler):
             render = json_line if self.json else self.lines.render
             line = render(record.created, level, event, fields)
         except Exception:  # a line that cannot be rendered must not take a request with it
-            line = self.plain_line("error", "log-fault", f"the event {event} could not be rendered")
+            line = self.own_line("error", "log-fault", {"lost": event})
         if line is None:
             return
         if self.queue.qsize() >= LOG_QUEUE_LINES:
@@ -3378,9 +3385,9 @@ class LineWriter(logging.Handler):
             return
         self.queue.put((event, line))
 
-    def plain_line(self, level: str, event: str, said: str) -> str:
+    def own_line(self, level: str, event: str, fields: Json) -> str:
         """A line about the log itself."""
-        return str((json_line if self.json else self.lines.render)(time.time(), level, event, {"message": said}))
+        return str((json_line if self.json else self.lines.render)(time.time(), level, event, fields))
 
     def write_lines(self) -> None:
         """The thread: print what is queued until told to end."""
@@ -3388,8 +3395,8 @@ class LineWriter(logging.Handler):
         while (item := self.queue.get()) is not None:
             event, line = item
             if self.dropped:
-                said, self.dropped = f"{self.dropped} log lines were dropped", 0
-                line = f"{line}\n{self.plain_line('warn', 'log-lines-dropped', said)}"
+                fields, self.dropped = {"count": self.dropped}, 0
+                line = f"{line}\n{self.own_line('warn', 'log-lines-dropped', fields)}"
             if open_line:
                 line = f"\r\x1b[2K{line}"
             open_line = self.in_place and event == "wait"
@@ -3570,6 +3577,15 @@ def bypasses(host: str, port: int, no_proxy: str) -> bool:
 
 # -- one connection ----------------------------------------------------------
 
+class LinkReader(asyncio.StreamReader):
+    """The stream reader of a connection to a provider."""
+
+    @property
+    def unread(self) -> bool:
+        """Whether bytes wait that nobody has read: the next answer would begin with them."""
+        return bool(self._buffer)  # type: ignore[attr-defined]
+
+
 class LinkProtocol(asyncio.StreamReaderProtocol):
     """The stream protocol of a connection, watchful while it lies in the pool: whatever comes then, bytes
     that nobody asked for or the end, makes it useless."""
@@ -3599,7 +3615,7 @@ class Link:
 
     __slots__ = ("idle_since", "origin", "protocol", "reader", "unsent", "used", "writer")
 
-    def __init__(self, origin: Origin, reader: asyncio.StreamReader, writer: asyncio.StreamWriter,
+    def __init__(self, origin: Origin, reader: LinkReader, writer: asyncio.StreamWriter,
                  protocol: LinkProtocol) -> None:
         self.origin, self.reader, self.writer, self.protocol = origin, reader, writer, protocol
         self.used, self.idle_since, self.unsent = False, 0.0, 0
@@ -3660,7 +3676,7 @@ def proxy_authorization(proxy: Any) -> list[bytes]:
 async def open_link(origin: Origin, contexts: dict[str | None, ssl.SSLContext]) -> Link:
     """A fresh connection to `origin`, through its forward proxy and with TLS as it needs."""
     loop = asyncio.get_running_loop()
-    reader = asyncio.StreamReader(limit=STREAM_LIMIT, loop=loop)
+    reader = LinkReader(limit=STREAM_LIMIT, loop=loop)
     protocol = LinkProtocol(reader, loop=loop)
     proxy = urlsplit(origin.proxy) if origin.proxy else None
     secure = tls_context(origin.ca_file, contexts) if origin.scheme == "https" else None
@@ -3684,24 +3700,27 @@ async def open_link(origin: Origin, contexts: dict[str | None, ssl.SSLContext]) 
 async def open_tunnel(proxy: Any, origin: Origin, contexts: dict[str | None, ssl.SSLContext]) -> Any:
     """The transport of a tunnel that a forward proxy opens to `origin` (9110 9.3.6)."""
     secure = tls_context(origin.ca_file, contexts) if proxy.scheme == "https" else None
-    reader, writer = await asyncio.open_connection(proxy.hostname, proxy.port or DEFAULT_PORTS[proxy.scheme],
-                                                   ssl=secure, limit=STREAM_LIMIT)
+    loop = asyncio.get_running_loop()
+    reader = LinkReader(limit=STREAM_LIMIT, loop=loop)
+    transport, _ = await loop.create_connection(lambda: LinkProtocol(reader, loop=loop), proxy.hostname,
+                                                proxy.port or DEFAULT_PORTS[proxy.scheme], ssl=secure,
+                                                happy_eyeballs_delay=0.25)
     try:
         name = f"[{origin.host}]:{origin.port}" if ":" in origin.host else f"{origin.host}:{origin.port}"
         target = name.encode("ascii")
         lines = (b"CONNECT %b HTTP/1.1" % target, b"host: " + target, *proxy_authorization(proxy), b"", b"")
-        writer.write(b"\r\n".join(lines))
+        transport.write(b"\r\n".join(lines))
         block = await reader.readuntil(b"\r\n\r\n")
         head = parse_response_head(block[:-4])
         if not 200 <= head.status < 300:
             raise UpstreamError(f"upstream request failed: the forward proxy refused the connection with status"
                                 f" {head.status}", fix="check the user name and password in proxy_url or HTTPS_PROXY"
                                 if head.status == 407 else "check that it allows this host")
-        return writer.transport
-    except (asyncio.IncompleteReadError, asyncio.LimitOverrunError, FramingError):
-        raise UpstreamError("upstream request failed: the forward proxy did not answer as one") from None
-    except BaseException:
-        writer.transport.abort()
+        return transport
+    except BaseException as error:
+        transport.abort()
+        if isinstance(error, (asyncio.IncompleteReadError, asyncio.LimitOverrunError, FramingError)):
+            raise UpstreamError("upstream request failed: the forward proxy did not answer as one") from None
         raise
 
 
@@ -3746,8 +3765,9 @@ class Pool:
 
     def give(self, link: Link) -> None:
         """Keep a connection whose answer was read to its end and not a byte further."""
-        if link.dead or link.writer.transport.get_write_buffer_size():
-            link.abort()  # an answer that came before the request was sent whole leaves the rest of it unsent
+        # An answer that came before the request was sent whole leaves the rest of it unsent.
+        if link.dead or link.reader.unread or link.writer.transport.get_write_buffer_size():
+            link.abort()
             return
         links = self.idle.get(link.origin)
         if links is None:
@@ -3799,8 +3819,8 @@ class Pool:
             try:
                 link.send(head, body)
                 sent()
-                watch.arm(idle_secs, "upstream", link.sent_some)
-                return link, *await read_response_head(link.reader)
+                return link, *await read_response_head(
+                    link.reader, functools.partial(watch.arm, idle_secs, "upstream", link.sent_some))
             except LinkDied as error:
                 link.abort()
                 if not (link.used and error.untouched):
@@ -3814,12 +3834,14 @@ class Pool:
                 raise
 
 
-async def read_response_head(reader: asyncio.StreamReader) -> tuple[ResponseHead, bytes]:
-    """The final head of an answer, interim ones passed over, and the bytes behind it."""
+async def read_response_head(reader: asyncio.StreamReader, waiting: Callable[[], None]) -> tuple[ResponseHead, bytes]:
+    """The final head of an answer, interim ones passed over, and the bytes behind it; `waiting` is called
+    before each wait for bytes."""
     data, interim = b"", 0
     while True:
         while (end := data.find(b"\r\n\r\n")) < 0:
             check_unfinished_answer(data)
+            waiting()
             try:
                 more = await reader.read(READ_BYTES)
             except OSError:
@@ -4075,8 +4097,8 @@ class Connection:
             self.keep = False  # reading such a body away would cost more than a new connection
         lines += self.extra
         http11 = self.head is None or self.head.http11
-        if status == 204:
-            pass  # 9110 8.6: no Content-Length
+        if status in (204, 304):
+            body = b""  # 9110 6.4.1: the message ends with its head
         elif length is not None:
             lines.append(b"content-length: %d" % length)
         elif http11:
@@ -4545,7 +4567,8 @@ class Proxy:
                      body: ResponseBody, lines: list[bytes]) -> None:
         """A stream of the client's own protocol: bytes as they come, watched beside their way."""
         exchange.phase = PHASES[3]
-        observer = StreamObserver(provider.protocol, self.config.server.max_sse_event_bytes)
+        choices = number(mapping(exchange.body).get("n")) or 1
+        observer = StreamObserver(provider.protocol, self.config.server.max_sse_event_bytes, choices)
         exchange.observed = observer.seen
         self.watch_streams(exchange)
         connection.write_head(answer.status, lines, None)
@@ -4561,7 +4584,7 @@ class Proxy:
             connection.exchanging = False
         level, outcome, said = stream_outcome(observer, fault, provider.settings.read_idle_timeout_secs,
                                               self.config.tool_calls.timeout_secs)
-        whole = outcome == "end" or (observer.complete and fault in (None, "after_terminal"))
+        whole = observer.seen.terminal or (fault is None and observer.complete)
         if fault == "tool_stall" and (provider.fills_gaps or not observer.splitter.size):
             assert exchange.inbound
             stalled = UpstreamError(said or "", status=504, type=UPSTREAM_BODY_READ)
@@ -4692,7 +4715,7 @@ def stream_outcome(observer: StreamObserver, fault: str | None, idle_secs: float
                 f" none for tool_calls.timeout_secs = {stall_secs:g}")
     if seen.failed:
         return logging.WARNING, "stream-error", seen.error_message or "the provider sent an error"
-    if observer.complete:
+    if seen.terminal or (fault is None and observer.complete):
         return logging.INFO, "end", None
     if fault == "upstream_idle":
         return logging.WARNING, "timeout", f"the provider was silent for read_idle_timeout_secs = {idle_secs:g}"
