@@ -29,6 +29,7 @@ that survives a busy machine; it and memory come from /proc and are left out whe
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -576,7 +577,7 @@ class Load(Loop):
                 "mb_s": self.bytes / secs / 1e6,
                 "p50_ms": 1000 * ordered[(done - 1) // 2] if done else None,
                 "p99_ms": 1000 * ordered[(done - 1) * 99 // 100] if done else None,
-                "cpu_us": used and done and 1e6 * used / (done * (self.events or 1)) or None,
+                "cpu_us": 1e6 * used / (done * (self.events or 1)) if used and done else None,
                 "cpu_percent": used and 100 * used / secs,
                 "others": others / secs if self.spec["mock_pids"] else None}
 
@@ -632,9 +633,10 @@ class Load(Loop):
             return
         link.have += len(data)
         link.parts.append(data)
-        if link.body_at or self.head_complete(link):
-            if link.have >= link.need if link.need >= 0 else self.ends_chunks(link.parts):
-                self.finish(link)
+        if not (link.body_at or self.head_complete(link)):
+            return
+        if link.have >= link.need if link.need >= 0 else self.ends_chunks(link.parts):
+            self.finish(link)
 
     @staticmethod
     def head_complete(link: Link) -> bool:
@@ -774,10 +776,8 @@ class Processes:
         pids = process_tree(process.pid) if process.poll() is None else []
         for number in (signal.SIGTERM, signal.SIGKILL):
             for pid in pids:
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
-                except ProcessLookupError:
-                    pass
             give_up = time.monotonic() + 3
             while process.poll() is None and time.monotonic() < give_up:
                 time.sleep(0.01)
@@ -968,7 +968,7 @@ class Results:
         if how == "value":
             return [one for one in mine if one is not None]
         other = "floor" if how == "ratio" else "direct"
-        pairs = zip(mine, [each.get(key) for each in self.rounds(scenario, other)])
+        pairs = zip(mine, [each.get(key) for each in self.rounds(scenario, other)], strict=False)
         both = [(one, two) for one, two in pairs if one is not None and two is not None]
         if how == "ratio":
             return [one / two for one, two in both if two]
