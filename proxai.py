@@ -4436,25 +4436,30 @@ class Proxy:
         connection.watch.disarm()
         settings = provider.settings
 
-        def sent() -> None:
-            if self.log.info_on:
-                self.log.event(logging.INFO, "fwd", fwd_fields(exchange))
-            thinking = mapping(mapping(exchange.body).get("thinking"))
-            if thinking.get("type") == "enabled" and exchange.inbound is MESSAGES:
-                self.log.event(logging.WARNING, "anthropic_legacy_thinking_budget", {
-                    **base_fields(exchange), "model": exchange.model, "budget_tokens": number(thinking.get("budget_tokens"))})
-
         async with self.slots:
             try:
                 found = await self.pool.exchange(
                     provider.origin, provider.request_head(head, len(body)), body, connection.watch,
-                    settings.connect_timeout_secs, settings.read_idle_timeout_secs, sent)
+                    settings.connect_timeout_secs, settings.read_idle_timeout_secs,
+                    functools.partial(self.log_sent, exchange))
             except UpstreamError as error:
                 error.message = f"{error.message} (provider `{provider.name}`)"
                 raise
         exchange.head_at = time.perf_counter()
-        exchange.phase = PHASES[2]
         return found
+
+    def log_sent(self, exchange: Exchange) -> None:
+        """The line for a request that is on its way, once, also when it had to be sent again."""
+        if exchange.phase == PHASES[2]:
+            return
+        exchange.phase = PHASES[2]
+        if self.log.info_on:
+            self.log.event(logging.INFO, "fwd", fwd_fields(exchange))
+        thinking = mapping(mapping(exchange.body).get("thinking"))
+        if thinking.get("type") == "enabled" and exchange.inbound is MESSAGES:
+            budget = number(thinking.get("budget_tokens"))
+            self.log.event(logging.WARNING, "anthropic_legacy_thinking_budget",
+                           {**base_fields(exchange), "model": exchange.model, "budget_tokens": budget})
 
     # -- answers
 
