@@ -116,6 +116,8 @@ USER_AGENT = b"ProxAI/" + __version__.encode()
 READ_BYTES = 256 << 10  # one read(): what asyncio's own recv() takes at most
 STREAM_LIMIT = 128 << 10  # StreamReader limit: reading pauses at twice this, so it bounds a stream's memory
 DISCARD_BYTES = 256 << 10  # an unread request body up to this is read away to keep the connection
+LINGER_BYTES = 64 << 20  # and how much (so that a whole refused body still passes)
+CUT_SECS = 1.0  # after the grace of a shutdown: for the last words to clients that are cut
 LINGER_SECS = 2.0  # how long a refused client may go on sending before the socket closes (nginx: 5)
 CHUNK_LINE_BYTES = 4096  # chunk size with extensions (hyper 16 KiB for all extensions, node 16 KiB)
 TRAILER_BYTES = 16 << 10  # trailers of a chunked body (node 16 KiB with the head)
@@ -124,6 +126,7 @@ RESPONSE_HEAD_FIELDS = 256
 INTERIM_RESPONSES = 16  # 1xx answers before the final one
 FIELD_CACHE_LINES = 1024  # header lines kept parsed, see parse_field()
 FIELD_CACHE_BYTES = 256
+CACHED_BYTES = 512  # longest other line whose reading is remembered (a host name has at most 255)
 GLOB_ALTERNATIVES = 256  # that the { } of one glob may stand for
 MODEL_CHARS = 1024  # a model name; bounds what a configured regular expression is run over
 ERROR_BODY_BYTES = 1 << 20  # of a provider's error answer
@@ -185,12 +188,45 @@ def load(raw: bytes, decoder: json.JSONDecoder = DECODER) -> Any:
 
 
 def dump(value: Any) -> bytes:
-    """`value` as compact UTF-8 JSON, keys in their order."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    """`value` as compact UTF-8 JSON, keys in their order; ValueError where it is nested too deeply."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError:  # half of a surrogate pair has no UTF-8; as an escape it survives
         return LONE_SURROGATE.sub(lambda m: f"\\u{ord(m[0]):04x}", text).encode("utf-8")
+
+
+def number(value: Any) -> int:
+    """A usage counter. Quirk(glm-5.1): some come as strings, some as null."""
+    if isinstance(value, str) and value.isdecimal() and len(value) < 16:
+        return int(value)
+    return int(value) if type(value) in (int, float) and 0 <= value < 1 << 53 else 0
+
+
+def word(value: Any) -> str | None:
+    """A provider's short string; None for anything else."""
+    return value[:OBSERVED_CHARS] if isinstance(value, str) and value else None
+
+
+def key_of(*values: Any) -> str | int | None:
+    """The first of `values` that can tell one thing from another: a string or a whole number."""
+    for value in values:
+        if type(value) is int or (isinstance(value, str) and value):
+            return value if isinstance(value, int) else value[:OBSERVED_CHARS]
+    return None
+
+
+def mapping(value: Any) -> Json:
+    """`value` if it is an object, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def listing(value: Any) -> list[Any]:
+    """`value` if it is an array, else an empty one."""
+    return value if isinstance(value, list) else []
 
 
 def member_spans(text: str, name: str) -> list[tuple[int, int]]:
@@ -423,7 +459,7 @@ def fits(value: Any) -> bool:
         value = [value]
     try:
         return len(dump(value)) <= ERROR_TEXT_CHARS
-    except (RecursionError, ValueError):
+    except ValueError:
         return False
 
 
@@ -704,8 +740,8 @@ def read_url(value: Any) -> str:
     try:
         url = urlsplit(text)
         port = url.port
-    except ValueError as error:
-        raise ValueError(f"must be {URL.wants}: {error}") from None
+    except ValueError:
+        raise ValueError(f"must be {URL.wants}") from None
     expect(url.scheme in ("http", "https") and bool(url.hostname) and port != 0, URL.wants)
     expect("@" not in url.netloc, f"{URL.wants}, without a user name in it")
     expect(text.isascii() and text.isprintable() and " " not in text, f"{URL.wants}, in ASCII")
@@ -997,7 +1033,7 @@ def load_config(text: str, source: str, *, environ: Mapping[str, str] = os.envir
     """
     try:
         tables = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError([f"{source}: not valid TOML: {error}"], RECOVERY) from None
     flags = apply_overrides(tables, overrides(tables))
     faults = Faults(flags)
@@ -1106,7 +1142,7 @@ def check_route(route: RouteConfig, path: str, seen: set[str], providers: Mappin
     if route.model_pattern:
         try:
             compile_pattern(route.match_kind, route.model_pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             faults.add(f"{path}.model_pattern", f"invalid route: the pattern {route.model_pattern} does not work: {error}")
 
 
@@ -1137,7 +1173,7 @@ def with_key(provider: ProviderConfig, path: str, faults: Faults, environ: Mappi
                 raise ValueError(f"the environment variable {provider.api_key_env} is not set")
             key = read_secret(value)
         if provider.api_key_file is not None and len(sources) == 1:
-            key = read_secret(Path(provider.api_key_file).expanduser().read_text("utf-8"))
+            key = read_secret(Path(provider.api_key_file).expanduser().read_text("utf-8-sig"))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         faults.add(where, f"no key from there: {reason}")
@@ -1468,16 +1504,17 @@ def parse_fields(block: bytes, limits: HeadLimits) -> list[Field]:
     return [cached(line) or parse_field(line) for line in lines]
 
 
-def check_unfinished(data: bytes, limits: HeadLimits) -> None:
-    """Refuse the beginning of a request head that no further bytes could make right."""
-    line = data.partition(b"\r\n")[0].removesuffix(b"\r")
-    if len(line) > limits.line_bytes:
+def check_unfinished(data: bytes, limits: HeadLimits, scanned: int = 0) -> None:
+    """Refuse the beginning of a request head that no further bytes could make right; the first `scanned`
+    bytes were looked at before."""
+    end = data.find(b"\r\n", 0, limits.line_bytes + 2)
+    if (len(data.removesuffix(b"\r")) if end < 0 else end) > limits.line_bytes:
         raise FramingError(f"the request line is longer than {limits.line_bytes} bytes", 414)
     if len(data) > limits.head_bytes + 3:  # three bytes of the empty line may be there
         raise FramingError(f"the request head is larger than {limits.head_bytes} bytes", 431)
     if data[:1] == b"\x16":
         raise FramingError("this looks like TLS; the proxy speaks plain HTTP, use http:// in the client's base URL")
-    if BARE_LF.search(data):
+    if BARE_LF.search(data, max(scanned - 1, 0)):
         raise FramingError("a line ends in a bare LF")
 
 
@@ -1488,12 +1525,15 @@ def parse_request_head(block: bytes, limits: HeadLimits) -> RequestHead:
         check_unfinished(block, limits)
     if len(block) > limits.head_bytes:
         raise FramingError(f"the request head is larger than {limits.head_bytes} bytes", 431)
-    method, path, query, authority, http11 = parse_request_line(line)
+    read_line = parse_request_line if len(line) <= CACHED_BYTES else parse_request_line.__wrapped__
+    method, path, query, authority, http11 = read_line(line)
     fields = parse_fields(rest, limits)
     values = field_values(fields)
     host = values.get(b"host")
     if host is None and http11:
         raise FramingError("the Host header is missing")
+    if len(host or b"") > CACHED_BYTES:
+        raise FramingError("the Host header is longer than any name")
     named = parse_host(host or b"")
     if authority is not None:
         named = parse_host(authority)  # 9112 3.2.2: an absolute target beats the Host header
@@ -1622,6 +1662,8 @@ ANSWER_LIMITS = HeadLimits(fields=RESPONSE_HEAD_FIELDS)
 def parse_response_head(block: bytes) -> ResponseHead:
     """A provider's response head without its final empty line, as strict as a request's."""
     line, _, rest = block.partition(b"\r\n")
+    if len(line) > CACHED_BYTES:
+        raise FramingError("the status line is too long")
     http11, status = parse_status_line(line)
     fields = parse_fields(rest, ANSWER_LIMITS)
     values = field_values(fields)
@@ -1645,9 +1687,14 @@ def parse_response_head(block: bytes) -> ResponseHead:
 REASONS = {status.value: status.phrase.encode() for status in HTTPStatus} | {529: b"Overloaded"}
 
 
+def format_lines(*lines: bytes) -> bytes:
+    """Lines of a head with the empty one that ends it."""
+    return b"\r\n".join((*lines, b"", b""))
+
+
 def format_head(status: int, lines: Iterable[bytes]) -> bytes:
     """A response head, final empty line included."""
-    return b"\r\n".join((b"HTTP/1.1 %d %b" % (status, REASONS.get(status, b"")), *lines, b"", b""))
+    return format_lines(b"HTTP/1.1 %d %b" % (status, REASONS.get(status, b"")), *lines)
 
 
 @functools.lru_cache(maxsize=2)
@@ -2085,9 +2132,12 @@ def pass_through_body(protocol: Protocol, request: ModelRequest, model: str) -> 
     of ruling 14, system items of Responses and a model that a route rewrites."""
     raw = request.raw
     lifted = lift_system_items(request.body) if protocol is RESPONSES else None
-    for name in ("input", "instructions") if lifted else ():
-        if lifted and name in lifted and lifted[name] is not request.body.get(name):
-            raw = put_member(raw, name, lifted[name])
+    try:
+        for name in ("input", "instructions") if lifted else ():
+            if lifted and name in lifted and lifted[name] is not request.body.get(name):
+                raw = put_member(raw, name, lifted[name])
+    except ValueError as error:
+        raise RequestError(f"the request body is {error}") from None
     return raw if model == request.body["model"] else replace_member(raw, "model", model)
 
 
@@ -2310,7 +2360,10 @@ def fill_gaps_in_frame(frame: bytes) -> bytes | None:
         payload = {"type": event.name, **payload}
     if not fill_gaps_in_event(payload):
         return None
-    return format_event(payload["type"], dump(payload))
+    try:
+        return format_event(payload["type"], dump(payload))
+    except ValueError:
+        return None
 
 
 
@@ -2420,8 +2473,8 @@ class Observed:
 class Exchange:
     """Everything about one request that is told afterwards, in the log and in headers."""
 
-    __slots__ = ("body", "chunks", "content_type", "down", "encoding", "error", "head_at", "id", "inbound", "inbound_bytes",
-                 "last_byte_at", "method", "model", "observed", "outcome", "path", "phase", "provider",
+    __slots__ = ("body", "choices", "chunks", "content_type", "down", "encoding", "error", "head_at", "id", "inbound", "inbound_bytes",
+                 "last_byte_at", "method", "model", "observed", "path", "phase", "provider",
                  "provider_bytes", "provider_protocol", "rates", "route", "sse", "started", "status",
                  "upstream_model")
 
@@ -2433,6 +2486,7 @@ class Exchange:
         self.provider = self.model = self.upstream_model = ""
         self.route: str | None = None
         self.body: Json | None = None  # of the provider request, for hints
+        self.choices = 1  # answers that a Chat request asks for
         self.inbound_bytes = self.provider_bytes = 0
         self.status = self.down = self.chunks = 0
         self.head_at = self.last_byte_at = 0.0
@@ -2441,7 +2495,6 @@ class Exchange:
         self.sse = False
         self.rates: Sequence[Field] = ()
         self.observed: Observed | None = None
-        self.outcome = ""  # end, closed, timeout, stream-error, unfinished-tool
         self.error: str | None = None
 
 
@@ -2458,36 +2511,6 @@ class RequestIds:
 
 
 # -- answers -----------------------------------------------------------------
-
-def number(value: Any) -> int:
-    """A usage counter. Quirk(glm-5.1): some come as strings, some as null."""
-    if isinstance(value, str) and value.isdecimal() and len(value) < 16:
-        return int(value)
-    return int(value) if type(value) in (int, float) and 0 <= value < 1 << 53 else 0
-
-
-def word(value: Any) -> str | None:
-    """A provider's short string; None for anything else."""
-    return value[:OBSERVED_CHARS] if isinstance(value, str) and value else None
-
-
-def key_of(*values: Any) -> str | int | None:
-    """The first of `values` that can tell one thing from another: a string or a whole number."""
-    for value in values:
-        if type(value) is int or (isinstance(value, str) and value):
-            return value if isinstance(value, int) else value[:OBSERVED_CHARS]
-    return None
-
-
-def mapping(value: Any) -> Json:
-    """`value` if it is an object, else an empty one."""
-    return value if isinstance(value, dict) else {}
-
-
-def listing(value: Any) -> list[Any]:
-    """`value` if it is an array, else an empty one."""
-    return value if isinstance(value, list) else []
-
 
 def observe_openai_usage(seen: Observed, usage: Any) -> None:
     """Token counts of both OpenAI protocols; `input` is without what the cache gave."""
@@ -3044,9 +3067,9 @@ def observed_fields(seen: Observed, provider: Protocol) -> Json:
     }
     if provider is MESSAGES:
         fields |= {"cache_read": seen.cached, "cache_creation": seen.cache_creation,
-                   "stop_reason": next(iter(seen.finish), None), "stop_reasons": seen.finish}
+                   "stop_reason": next(iter(seen.finish), None), "stop_reasons": bounded(seen.finish)}
     elif provider is CHAT:
-        fields |= {"cache": seen.cached, "reasoning": seen.reasoning, "finish_reasons": seen.finish}
+        fields |= {"cache": seen.cached, "reasoning": seen.reasoning, "finish_reasons": bounded(seen.finish)}
     else:
         fields |= {"cache": seen.cached, "reasoning": seen.reasoning, "reasoning_effort": seen.effort,
                    "response_status": seen.status, "incomplete_reason": seen.incomplete_reason, "seq": seen.sequence}
@@ -3552,7 +3575,7 @@ def proxy_from_environment(scheme: str, host: str, port: int, environ: Mapping[s
     try:
         return read_proxy(url)
     except ValueError as error:
-        raise ConfigError([f"the environment names a forward proxy that cannot be used: it {error}"]) from None
+        raise ConfigError([f"{scheme.upper()}_PROXY or ALL_PROXY in the environment cannot be used: it {error}"]) from None
 
 
 def bypasses(host: str, port: int, no_proxy: str) -> bool:
@@ -3654,10 +3677,15 @@ class LinkDied(Exception):
         self.untouched = untouched
 
 
+MAC_CERTIFICATES = "/etc/ssl/cert.pem"  # where Python from python.org does not look
+
+
 def tls_context(ca_file: str | None, contexts: dict[str | None, ssl.SSLContext]) -> ssl.SSLContext:
     """The context for `ca_file` beside the system's certificates; made once, as that reads them all."""
     if ca_file not in contexts:
         context = ssl.create_default_context()
+        if not context.cert_store_stats()["x509_ca"] and os.path.exists(MAC_CERTIFICATES):
+            context.load_verify_locations(MAC_CERTIFICATES)
         if ca_file:
             context.load_verify_locations(str(Path(ca_file).expanduser()))
         context.set_alpn_protocols(["http/1.1"])
@@ -3671,6 +3699,33 @@ def proxy_authorization(proxy: Any) -> list[bytes]:
         return []
     pair = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}".encode()
     return [b"proxy-authorization: Basic " + base64.b64encode(pair)]
+
+
+def own_resolver(loop: asyncio.AbstractEventLoop) -> Callable[..., Any]:
+    """A `getaddrinfo` for `loop` with a thread for each name that is being looked up.
+
+    The loop's own pool is small and is waited for at exit, so that a name server which does not answer
+    would hold up other providers and the end of the program.
+    """
+    running: dict[Any, asyncio.Future[Any]] = {}
+
+    async def getaddrinfo(host: Any, port: Any, **hints: Any) -> Any:
+        key = (host, port, *sorted(hints.items()))
+        if key not in running:
+            running[key] = loop.create_future()
+            running[key].add_done_callback(lambda done: (running.pop(key), done.exception()))
+            threading.Thread(target=look_up, args=(running[key], host, port, hints), daemon=True).start()
+        return await asyncio.shield(running[key])
+
+    def look_up(found: asyncio.Future[Any], host: Any, port: Any, hints: Json) -> None:
+        try:
+            put, value = found.set_result, socket.getaddrinfo(host, port, **hints)
+        except Exception as error:
+            put, value = found.set_exception, error  # type: ignore[assignment]
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(put, value)
+
+    return getaddrinfo
 
 
 async def open_link(origin: Origin, contexts: dict[str | None, ssl.SSLContext]) -> Link:
@@ -3708,8 +3763,7 @@ async def open_tunnel(proxy: Any, origin: Origin, contexts: dict[str | None, ssl
     try:
         name = f"[{origin.host}]:{origin.port}" if ":" in origin.host else f"{origin.host}:{origin.port}"
         target = name.encode("ascii")
-        lines = (b"CONNECT %b HTTP/1.1" % target, b"host: " + target, *proxy_authorization(proxy), b"", b"")
-        transport.write(b"\r\n".join(lines))
+        transport.write(format_lines(b"CONNECT %b HTTP/1.1" % target, b"host: " + target, *proxy_authorization(proxy)))
         block = await reader.readuntil(b"\r\n\r\n")
         head = parse_response_head(block[:-4])
         if not 200 <= head.status < 300:
@@ -3839,8 +3893,10 @@ async def read_response_head(reader: asyncio.StreamReader, waiting: Callable[[],
     before each wait for bytes."""
     data, interim = b"", 0
     while True:
-        while (end := data.find(b"\r\n\r\n")) < 0:
-            check_unfinished_answer(data)
+        scanned = 0
+        while (end := data.find(b"\r\n\r\n", max(scanned - 3, 0))) < 0:
+            check_unfinished_answer(data, scanned)
+            scanned = len(data)
             waiting()
             try:
                 more = await reader.read(READ_BYTES)
@@ -3858,25 +3914,26 @@ async def read_response_head(reader: asyncio.StreamReader, waiting: Callable[[],
             raise FramingError("the provider sent interim answers that nobody asked for")
 
 
-def check_unfinished_answer(data: bytes) -> None:
-    """Refuse the beginning of an answer that no further bytes could make right."""
+def check_unfinished_answer(data: bytes, scanned: int) -> None:
+    """Refuse the beginning of an answer that no further bytes could make right; see `check_unfinished`."""
     if not data:
         return
     if not b"HTTP/1.".startswith(data[:7]):
         raise FramingError("the provider does not speak HTTP/1.1; check the scheme and the port in base_url")
     if len(data) > RESPONSE_HEAD_BYTES:
         raise FramingError(f"the head of the answer is larger than {RESPONSE_HEAD_BYTES} bytes")
-    if BARE_LF.search(data):
+    if BARE_LF.search(data, max(scanned - 1, 0)):
         raise FramingError("a line in the head of the answer ends in a bare LF")
 
 
 class ResponseBody:
     """The payload of an answer as it comes: chunks taken apart, compression undone."""
 
-    __slots__ = ("decoder", "inflater", "link", "rest")
+    __slots__ = ("decoder", "inflater", "link", "released", "rest")
 
     def __init__(self, link: Link, head: ResponseHead, rest: bytes) -> None:
         self.link, self.rest = link, rest
+        self.released = False  # whether the connection may be another request's already
         self.decoder = body_decoder(head.length)
         self.inflater: Inflater | None = None
         coding = head.values.get(b"content-encoding", b"identity").lower()
@@ -3934,6 +3991,7 @@ class Connection:
 
     def __init__(self, server: Server, reader: asyncio.StreamReader) -> None:
         self.server, self.reader = server, reader
+        self.transport: asyncio.WriteTransport
         self.watch = Watch(server.loop, self.interrupt)
         self.rest = b""  # bytes read beyond the last request
         self.head: RequestHead | None = None
@@ -3974,9 +4032,8 @@ class Connection:
 
     async def run(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve the connection until it ends."""
-        self.writer, self.transport = writer, writer.transport
+        self.writer = writer
         self.task = asyncio.current_task()
-        self.server.connections.add(self)
         try:
             while await self.serve_one():
                 pass
@@ -3984,7 +4041,7 @@ class Connection:
                 await self.linger()
         except asyncio.CancelledError:
             self.take_reason()
-        except (ConnectionError, TimeoutError):
+        except OSError:
             pass
         finally:
             self.close()
@@ -4000,6 +4057,10 @@ class Connection:
             self.keep = head.keep_alive
             self.body_unread = head.length != 0
             await self.server.handler(self, head)
+            await self.flush()  # what the client does not take must not pile up
+            self.watch.disarm()
+            if self.rest:
+                await asyncio.sleep(0)  # a client with more in its pipeline is not the only one
             if self.body_unread and self.keep:
                 await self.read_body(DISCARD_BYTES)
         except FramingError as error:
@@ -4034,7 +4095,7 @@ class Connection:
                 return parse_request_head(data[:end], server.limits)
             if not data and self.reader.at_eof():
                 return None
-            check_unfinished(data, server.limits)
+            check_unfinished(data, server.limits, scanned)
             if not scanned:
                 self.watch.arm(server.settings.head_timeout_secs, "head")
                 self.busy = True
@@ -4078,12 +4139,12 @@ class Connection:
         """Tell the client that nothing more comes, and read on for a moment: closing with bytes unread
         resets the connection, and the client would lose the answer that explains why."""
         self.exchanging = False
-        if self.transport.is_closing() or self.reader.at_eof():
+        if self.transport.is_closing() or self.reader.at_eof() or self.server.draining:
             return
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.watch.arm(LINGER_SECS, "linger")
-        left = 64 << 20
+        left = LINGER_BYTES
         while left > 0 and (data := await self.reader.read(READ_BYTES)):
             left -= len(data)
 
@@ -4135,9 +4196,9 @@ class Connection:
         if not self.chunked:
             # Without chunks a plain close would look like the end, so the close must be a reset.
             raw = self.transport.get_extra_info("socket")
-            if raw is not None and raw.fileno() >= 0:
-                raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0" if os.name == "posix"
-                               else b"\x01\0\0\0")
+            on = b"\x01\0\0\0\0\0\0\0" if os.name == "posix" else b"\x01\0\0\0"  # struct linger: on, 0 s
+            with contextlib.suppress(OSError, AttributeError):  # the socket is gone
+                raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, on)
             self.transport.abort()
 
     async def flush(self) -> None:
@@ -4155,7 +4216,6 @@ class Connection:
     def close(self) -> None:
         """Let go; bytes on their way to the client get their time, but not for ever."""
         self.watch.stop()
-        self.server.connections.discard(self)
         self.writer.close()
         if self.transport.get_write_buffer_size():
             self.server.loop.call_later(self.server.settings.write_timeout_secs, self.transport.abort)
@@ -4179,13 +4239,20 @@ class ClientProtocol(asyncio.StreamReaderProtocol):
         super().__init__(connection.reader, connection.run, loop=loop)
         self.connection = connection
 
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The connection stands."""
+        self.connection.transport = transport  # type: ignore[assignment]
+        self.connection.server.connections.add(self.connection)
+        super().connection_made(transport)
+
     def eof_received(self) -> bool | None:
         """The client sends no more."""
         self.connection.lost()
         return super().eof_received()
 
     def connection_lost(self, error: Exception | None) -> None:
-        """The connection is gone."""
+        """The connection is gone, and every byte with it that was still on its way."""
+        self.connection.server.connections.discard(self.connection)
         self.connection.lost()
         super().connection_lost(error)
 
@@ -4228,11 +4295,14 @@ class Server:
         deadline = self.loop.time() + grace
         while self.connections and not hurry.is_set() and self.loop.time() < deadline:
             await asyncio.sleep(0.02)
-        for connection in list(self.connections):
-            connection.interrupt("shutdown")
-        deadline = self.loop.time() + 2.0
+        deadline = self.loop.time() + CUT_SECS
         while self.connections and self.loop.time() < deadline:
+            for connection in list(self.connections):
+                connection.interrupt("shutdown")
             await asyncio.sleep(0.01)
+        for connection in list(self.connections):
+            connection.transport.abort()
+
 
 
 
@@ -4332,7 +4402,7 @@ class Provider:
     def request_head(self, head: RequestHead, length: int) -> bytes:
         """The head of a provider request, final empty line included."""
         first = b"%b%b HTTP/1.1" % (self.first, head.query.encode("ascii"))
-        return b"\r\n".join((first, *provider_lines(head, self.protocol, self.fixed, length), b"", b""))
+        return format_lines(first, *provider_lines(head, self.protocol, self.fixed, length))
 
 
 class Proxy:
@@ -4371,7 +4441,7 @@ class Proxy:
         except FramingError as error:  # in the client's body
             connection.keep = False
             self.fail(connection, exchange, malformed(error))
-        except ConnectionError:
+        except OSError:
             self.log_end(exchange, logging.INFO, "closed", ENDED_BY["client_gone"])
             raise
         except Exception:
@@ -4390,6 +4460,8 @@ class Proxy:
         protocol = admit(head, self.config.server)
         if isinstance(protocol, int):
             self.answer_here(connection, head, protocol)
+            exchange.status = protocol
+            self.log_end(exchange, logging.DEBUG, "end")
             return
         raw = await connection.read_body(self.config.server.max_request_body_bytes)
         exchange.inbound_bytes = len(raw)
@@ -4401,10 +4473,16 @@ class Proxy:
         body = pass_through_body(protocol, request, decision.model)
         exchange.body, exchange.provider_bytes, exchange.phase = request.body, len(body), PHASES[1]
         link, answer, rest = await self.send(connection, head, exchange, provider, body)
+        exchange.choices = number(request.body.get("n")) or 1
+        del raw, request, body  # a stream may take hours, and bodies megabytes
+        exchange.body = None
+        payload: ResponseBody | None = None
         try:
-            await self.respond(connection, exchange, provider, answer, response_body(provider, link, answer, rest))
+            payload = response_body(provider, link, answer, rest)
+            await self.respond(connection, exchange, provider, answer, payload)
         except BaseException:
-            link.abort()
+            if payload is None or not payload.released:
+                link.abort()
             raise
 
     def answer_here(self, connection: Connection, head: RequestHead, status: int) -> None:
@@ -4526,16 +4604,14 @@ class Proxy:
             return
         value, strict = load_answer(raw, answer.status)
         if provider.fills_gaps and strict and fill_gaps_in_body(value):
-            raw = dump(value)
+            with contextlib.suppress(ValueError):
+                raw = dump(value)
         connection.write_head(answer.status, lines, len(raw), raw)
         self.release(body, answer, True)
-        connection.exchanging = False
+        await connection.flush()
         if self.log.info_on:
             exchange.observed = observe_body(provider.protocol, value)
             self.log_end(exchange, logging.INFO, "end")
-        if connection.transport.get_write_buffer_size():
-            connection.exchanging = True
-            await connection.flush()
 
     async def relay_rest(self, connection: Connection, exchange: Exchange, provider: Provider, answer: ResponseHead,
                          body: ResponseBody, lines: list[bytes], data: bytes) -> None:
@@ -4561,6 +4637,7 @@ class Proxy:
 
     def release(self, body: ResponseBody, answer: ResponseHead, complete: bool) -> None:
         """Give the connection back if another request can use it."""
+        body.released = True
         if complete and body.clean(answer):
             self.pool.give(body.link)
         else:
@@ -4572,8 +4649,7 @@ class Proxy:
                      body: ResponseBody, lines: list[bytes]) -> None:
         """A stream of the client's own protocol: bytes as they come, watched beside their way."""
         exchange.phase = PHASES[3]
-        choices = number(mapping(exchange.body).get("n")) or 1
-        observer = StreamObserver(provider.protocol, self.config.server.max_sse_event_bytes, choices)
+        observer = StreamObserver(provider.protocol, self.config.server.max_sse_event_bytes, exchange.choices)
         exchange.observed = observer.seen
         self.watch_streams(exchange)
         connection.write_head(answer.status, lines, None)
@@ -4670,7 +4746,6 @@ class Proxy:
 
     def log_end(self, exchange: Exchange, level: int, event: str, said: str | None = None, more: Json | None = None) -> None:
         """The line that closes an exchange."""
-        exchange.outcome = event
         if not self.log.logger.isEnabledFor(level):
             return
         exchange.error = said[:LOG_TEXT_CHARS] if said else None
@@ -5132,7 +5207,7 @@ def default_responses_provider(flag: str, tables: Json) -> str:
 def read_file(path: Path) -> str:
     """The text of a configuration file; ConfigError names the path and the reason."""
     try:
-        return path.read_text("utf-8")
+        return path.read_text("utf-8-sig")  # Windows editors put a byte order mark in front
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ConfigError([f"cannot read {path}: {reason}"]) from None
@@ -5223,11 +5298,24 @@ def check_report(config: Config, source: str, environ: Mapping[str, str]) -> str
         kind = pattern_kind(route.match_kind, route.model_pattern)
         guard = f" for {route.request_protocol}" if route.request_protocol else ""
         sent = f" as {route.upstream_model}" if route.upstream_model else ""
-        lines.append(f"  {i + 1}. {route.name or '(no name)'}: {kind} {route.model_pattern}{guard} -> {route.provider}{sent}")
+        lines.append(f"  {i + 1}. {route.name or '(no name)'}: {kind} {route.model_pattern}{guard}"
+                     f" -> {route.provider}{sent}{pairs_report(config, route)}")
     lines.append("defaults:")
     for name, protocol in PROTOCOLS.items():
         lines.append(f"  {name} -> {default_report(config, protocol)}")
     return "\n".join([*lines, *(f"note: {note}" for note in start_notes(config))])
+
+
+def pairs_report(config: Config, route: RouteConfig) -> str:
+    """Which protocols a route cannot serve, because nothing translates them to its provider's."""
+    missing = []
+    for name, protocol in PROTOCOLS.items():
+        try:
+            if route.request_protocol in (None, name):
+                pair_for(protocol, PROTOCOLS[config.providers[route.provider].protocol])
+        except SetupError:
+            missing.append(name)
+    return f" (not for {' and '.join(missing)}: not translated in this version)" if missing else ""
 
 
 def default_report(config: Config, protocol: Protocol) -> str:
@@ -5250,13 +5338,14 @@ def tune_process() -> None:
     gc.collect()
     gc.freeze()  # what is there now stays; no need to look at it again and again
     gc.set_threshold(20_000, 50, 50)
-    try:
+    with contextlib.suppress(ImportError):  # Windows
         import resource
 
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a stream takes two descriptors, shells allow 1024
-    except (ImportError, ValueError, OSError):
-        pass
+        for files in (hard, 65536, 10240):  # a stream takes two; shells allow 1024, macOS refuses "unlimited"
+            with contextlib.suppress(ValueError, OSError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+                break
 
 
 def on_signals(loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) -> None:
@@ -5277,6 +5366,7 @@ async def serve(config: Config, log: Log, environ: Mapping[str, str], started: C
     server = Server(config.server, proxy.serve, proxy.refuse)
     port = await server.listen(config.server.host, config.server.port)
     stopped, hurry = asyncio.Event(), asyncio.Event()
+    server.loop.getaddrinfo = own_resolver(server.loop)  # type: ignore[method-assign]
     on_signals(server.loop, lambda: hurry.set() if stopped.is_set() else stopped.set())
     tune_process()
     await started(port)
@@ -5337,11 +5427,6 @@ async def ask(port: int, question: str) -> str:
         return str(json.loads(raw)["choices"][0]["message"]["content"])
     finally:
         watch.stop()
-
-
-def format_lines(*lines: bytes) -> bytes:
-    """Header lines with the empty one that ends them."""
-    return b"\r\n".join((*lines, b"", b""))
 
 
 def curl_line(protocol: Protocol, port: int) -> str:

@@ -1722,8 +1722,13 @@ def test_a_key_that_cannot_be_had_or_is_there_twice_is_refused(lines, environ, p
     assert paths_of(text, **environ) == [path]
 
 
-@pytest.mark.parametrize("content", [b"", b" \n", b"a b", b"k-1\nk-2\n", b"\xff\xfe", "clé".encode(),
-                                     b"\xef\xbb\xbfk-1"])
+def test_a_byte_order_mark_in_front_of_a_key_or_a_configuration_does_no_harm(tmp_path):
+    assert paths_of(keyed(tmp_path, b"\xef\xbb\xbfk-1")) == []
+    (tmp_path / "c.toml").write_bytes(b"\xef\xbb\xbf" + MINIMAL.encode())
+    assert proxai.read_file(tmp_path / "c.toml") == MINIMAL
+
+
+@pytest.mark.parametrize("content", [b"", b" \n", b"a b", b"k-1\nk-2\n", b"\xff\xfe", "clé".encode()])
 def test_a_key_file_without_one_plain_key_is_refused(tmp_path, content):
     assert paths_of(keyed(tmp_path, content)) == ["providers.p.api_key_file"]
 
