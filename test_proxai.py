@@ -1723,7 +1723,8 @@ def test_a_key_that_cannot_be_had_or_is_there_twice_is_refused(lines, environ, p
 
 
 def test_a_byte_order_mark_in_front_of_a_key_or_a_configuration_does_no_harm(tmp_path):
-    assert paths_of(keyed(tmp_path, b"\xef\xbb\xbfk-1")) == []
+    text = keyed(tmp_path, b"\xef\xbb\xbfk-1")
+    assert proxai.load_config(text, "f", environ={}).providers["p"].api_key == "k-1"
     (tmp_path / "c.toml").write_bytes(b"\xef\xbb\xbf" + MINIMAL.encode())
     assert proxai.read_file(tmp_path / "c.toml") == MINIMAL
 
