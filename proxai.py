@@ -7,7 +7,8 @@
 Two axes, everywhere: names, logs, errors, documentation.
 
   protocol  what the bytes mean: openai_responses, openai_chat_completions, anthropic_messages
-  phase     where they are: inbound_request -> provider_request -> upstream_response -> outbound_response
+  phase     where they are: inbound_request -> provider_request -> upstream_response
+            -> outbound_response
 
 The request path decides the inbound protocol, the selected provider's `protocol` decides the wire
 format upstream; the name of a provider is a label. The same protocol on both sides passes through
@@ -18,8 +19,9 @@ untouched, different ones go through one explicit pair, and nothing falls throug
     client <--bytes-- Server <----bytes------ Pipeline <--payload--- Upstream <--bytes-- provider
                                outbound_response | upstream_response
 
-Everything that decides or converts is a plain function over values; everything that waits is `async`
-and converts nothing. Data is pulled the whole way, so a slow reader slows the writer by not reading.
+Everything that decides or converts is a plain function over values; everything that waits is
+`async` and converts nothing. Data is pulled the whole way, so a slow reader slows the writer by not
+reading.
 
 Sections, each using only the ones above it (a test holds the file to that):
 
@@ -114,7 +116,8 @@ ANTHROPIC_VERSION = b"2023-06-01"
 USER_AGENT = b"ProxAI/" + __version__.encode()
 
 READ_BYTES = 256 << 10  # one read(): what asyncio's own recv() takes at most
-STREAM_LIMIT = 128 << 10  # StreamReader limit: reading pauses at twice this, so it bounds a stream's memory
+# StreamReader limit: reading pauses at twice this, so it bounds a stream's memory
+STREAM_LIMIT = 128 << 10
 DISCARD_BYTES = 256 << 10  # an unread request body up to this is read away to keep the connection
 LINGER_BYTES = 64 << 20  # and how much (so that a whole refused body still passes)
 CUT_SECS = 1.0  # after the grace of a shutdown: for the last words to clients that are cut
@@ -159,7 +162,8 @@ def refuse_constant(name: str) -> Any:
 
 
 def finite(text: str) -> float:
-    """A number with a fraction or an exponent; one beyond a float would be written back as Infinity."""
+    """A number with a fraction or an exponent; one beyond a float would be written back
+    as Infinity."""
     value = float(text)
     if value in (float("inf"), float("-inf")):
         raise ValueError(f"the number {text[:20]} is too large")
@@ -188,7 +192,8 @@ def load(raw: bytes, decoder: json.JSONDecoder = DECODER) -> Any:
 
 
 def dump(value: Any) -> bytes:
-    """`value` as compact UTF-8 JSON, keys in their order; ValueError where it is nested too deeply."""
+    """`value` as compact UTF-8 JSON, keys in their order;
+    ValueError where it is nested too deeply."""
     try:
         text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     except RecursionError:
@@ -250,7 +255,8 @@ def member_spans(text: str, name: str) -> list[tuple[int, int]]:
 
 def model_may_repeat(raw: bytes) -> bool:
     """Whether a glance at the bytes leaves it open that the member `model` is there twice."""
-    # An escape \u006x can spell any letter of `model`; those are rare, so they pay for the full look.
+    # An escape \u006x can spell any letter of `model`; those are rare, so they pay for the full
+    # look.
     return raw.count(b'"model"') != 1 or b"\\u006" in raw
 
 
@@ -263,7 +269,8 @@ def replace_member(raw: bytes, name: str, value: Any) -> bytes:
 
 
 def put_member(raw: bytes, name: str, value: Any) -> bytes:
-    """Like `replace_member`; a member that is not there, in an object that is not empty, is added in front."""
+    """Like `replace_member`; a member that is not there,
+    in an object that is not empty, is added in front."""
     text = raw.decode("utf-8")
     if member_spans(text, name):
         return replace_member(raw, name, value)
@@ -302,11 +309,13 @@ class ProxyError(Exception):
 
     status, type = 500, INTERNAL
 
-    def __init__(self, message: str, *, fix: str = "", status: int = 0, type: str = "", code: str | None = None,
-                 param: Any = ABSENT, fields: Sequence[bytes] = (), retry: bool = True) -> None:
+    def __init__(self, message: str, *, fix: str = "", status: int = 0, type: str = "",
+                 code: str | None = None, param: Any = ABSENT, fields: Sequence[bytes] = (),
+                 retry: bool = True) -> None:
         self.message = f"{message}; {fix}" if fix else message
         super().__init__(self.message)
-        self.native: bytes | None = None  # the provider's own body, where the client knows its shape
+        # the provider's own body, where the client knows its shape
+        self.native: bytes | None = None
         self.status = status or self.status
         self.type = type or self.type
         self.code, self.param, self.fields, self.retry = code, param, fields, retry
@@ -329,7 +338,8 @@ class RequestError(ProxyError):
 
 
 class SetupError(ProxyError):
-    """A fault in the configuration that only a request brings to light; trying again cannot help."""
+    """A fault in the configuration that only a request brings to light;
+    trying again cannot help."""
 
     def __init__(self, message: str, **more: Any) -> None:
         super().__init__(message, retry=False, **more)
@@ -357,14 +367,18 @@ class FramingError(Exception):
         self.status = status
 
 
-# Types (OpenAI: and codes) of the vendors' own errors by status: translation-chat.md 1.8, -responses.md 1.9.
+# Types (OpenAI: and codes) of the vendors' own errors by status: translation-chat.md 1.8,
+# -responses.md 1.9.
 ANTHROPIC_TYPES = {400: "invalid_request_error", 401: "authentication_error", 402: "billing_error",
-                   403: "permission_error", 404: "not_found_error", 408: "timeout_error", 413: "request_too_large",
-                   429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error", 529: "overloaded_error"}
-OPENAI_TYPES = {401: ("authentication_error", "invalid_api_key"), 402: ("insufficient_quota", "insufficient_quota"),
-                403: ("permission_error", None), 413: ("invalid_request_error", "request_too_large"),
-                429: ("rate_limit_error", "rate_limit_exceeded"), 503: ("overloaded_error", "overloaded"),
-                504: ("server_error", "timeout"), 529: ("overloaded_error", "overloaded")}
+                   403: "permission_error", 404: "not_found_error", 408: "timeout_error",
+                   413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
+                   504: "timeout_error", 529: "overloaded_error"}
+OPENAI_TYPES = {401: ("authentication_error", "invalid_api_key"),
+                402: ("insufficient_quota", "insufficient_quota"), 403: ("permission_error", None),
+                413: ("invalid_request_error", "request_too_large"),
+                429: ("rate_limit_error", "rate_limit_exceeded"),
+                503: ("overloaded_error", "overloaded"), 504: ("server_error", "timeout"),
+                529: ("overloaded_error", "overloaded")}
 OVERLOADED = (503, 529)
 QUOTA_CODES = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
 
@@ -377,7 +391,8 @@ def native_error(error: ProxyError, protocol: Protocol) -> Json:
         if error.code in QUOTA_CODES:
             kind = "billing_error"
         return {"type": "error", "error": {"type": kind, "message": error.message}}
-    kind, code = OPENAI_TYPES.get(status, ("invalid_request_error" if client_fault else "server_error", None))
+    kind, code = OPENAI_TYPES.get(
+        status, ("invalid_request_error" if client_fault else "server_error", None))
     if status == 404 and "model" in error.message.lower():
         code = "model_not_found"
     if status in OVERLOADED and protocol is RESPONSES:
@@ -401,7 +416,8 @@ def render_error(error: ProxyError, style: str, protocol: Protocol | None) -> tu
     return b"application/json", dump({"error": error.payload()})
 
 
-def render_error_event(error: ProxyError, style: str, protocol: Protocol, sequence: int | None = None) -> bytes:
+def render_error_event(error: ProxyError, style: str, protocol: Protocol,
+                       sequence: int | None = None) -> bytes:
     """The SSE event that tells a client of `protocol` that its stream has failed.
 
     A Responses client always gets the top-level shape of its own protocol (contract 7.7).
@@ -422,8 +438,8 @@ def render_error_event(error: ProxyError, style: str, protocol: Protocol, sequen
 def upstream_error(status: int, body: bytes, fields: Sequence[bytes] = ()) -> ProxyError:
     """A provider's non-2xx answer as an error for the client (contract 6.3).
 
-    The message is the first of /error/message, /error, /detail, /message that exists; if that one is
-    no string, only a /detail list of objects is still tried. Nothing is invented.
+    The message is the first of /error/message, /error, /detail, /message that exists; if that one
+    is no string, only a /detail list of objects is still tried. Nothing is invented.
     """
     text = body.decode("utf-8", "replace").strip()
 
@@ -437,7 +453,8 @@ def upstream_error(status: int, body: bytes, fields: Sequence[bytes] = ()) -> Pr
     try:
         value = load(text.encode("utf-8"))
     except ValueError:
-        return failed(UPSTREAM_NON_JSON, f"the provider answered {status} with a body that is not JSON: {shown}")
+        return failed(UPSTREAM_NON_JSON,
+                      f"the provider answered {status} with a body that is not JSON: {shown}")
     message = first_of(value, "/error/message", "/error", "/detail", "/message")
     if not isinstance(message, str):
         message = joined_detail(value)
@@ -522,7 +539,8 @@ def pattern_kind(kind: str, pattern: str) -> str:
     """exact, glob or regex for a configured `match_kind`; auto looks at the pattern."""
     if kind != "auto":
         return kind
-    return "glob" if LOOKS_GLOB.search(pattern) else "regex" if LOOKS_REGEX.search(pattern) else "exact"
+    return ("glob" if LOOKS_GLOB.search(pattern) else "regex" if LOOKS_REGEX.search(pattern)
+            else "exact")
 
 
 def compile_pattern(kind: str, pattern: str) -> re.Pattern[str]:
@@ -566,8 +584,8 @@ def expand_braces(pattern: str) -> list[str]:
 def glob_source(pattern: str) -> str:
     """A glob as a regular expression: * ? [a-z] [!a-z]; a backslash is only itself.
 
-    What stands behind a * is looked for at its first place only (an atomic group), so that many stars
-    do not multiply the time.
+    What stands behind a * is looked for at its first place only (an atomic group), so that many
+    stars do not multiply the time.
     """
     parts, at = [""], 0  # between the stars
     while at < len(pattern):
@@ -607,20 +625,24 @@ def expand_template(template: str, match: re.Match[str]) -> str:
 def compile_routes(routes: Iterable[Any]) -> list[Route]:
     """The configured routes (see RouteConfig), ready to match."""
     return [Route(r.name, r.request_protocol, compile_pattern(r.match_kind, r.model_pattern),
-                  pattern_kind(r.match_kind, r.model_pattern) == "regex", r.provider, r.upstream_model)
+                  pattern_kind(r.match_kind, r.model_pattern) == "regex",
+                  r.provider, r.upstream_model)
             for r in routes]
 
 
 def rewrite_model(route: Route, match: re.Match[str], model: str) -> str:
-    """The name to send for `model`: a template replaces the span that a regex matched (contract 5.3)."""
+    """The name to send for `model`: a template replaces the span that a regex matched
+    (contract 5.3)."""
     if route.upstream_model is None:
         return model
     if not route.regex:
         return route.upstream_model
-    return model[:match.start()] + expand_template(route.upstream_model, match) + model[match.end():]
+    return (model[:match.start()] + expand_template(route.upstream_model, match)
+            + model[match.end():])
 
 
-def choose(routes: Sequence[Route], defaults: Mapping[str, str], protocol: str, model: str) -> Decision:
+def choose(routes: Sequence[Route], defaults: Mapping[str, str], protocol: str,
+           model: str) -> Decision:
     """The first route that fits, else the protocol's default provider; SetupError if there is none.
 
     A route whose pattern matches but whose guard does not is passed over, and named if nothing else
@@ -636,10 +658,12 @@ def choose(routes: Sequence[Route], defaults: Mapping[str, str], protocol: str, 
         mismatch = mismatch or route
     if mismatch:
         named = f"route `{mismatch.name}`" if mismatch.name else "a route without a name"
-        raise SetupError(f"{named} matches the model {model}, but its request_protocol is {mismatch.protocol} and the"
-                         f" request's protocol is {protocol}", fix="remove request_protocol from the route, or change it")
+        raise SetupError(f"{named} matches the model {model}, but its request_protocol is"
+                         f" {mismatch.protocol} and the request's protocol is {protocol}",
+                         fix="remove request_protocol from the route, or change it")
     if not defaults.get(protocol):
-        raise SetupError(f"no route takes the model {model} and routing.default_provider_names.{protocol} is not set",
+        raise SetupError(f"no route takes the model {model} and"
+                         f" routing.default_provider_names.{protocol} is not set",
                          fix="set that key to the name of a provider, or add a route")
     return Decision(defaults[protocol], model, None)
 
@@ -658,7 +682,8 @@ REQUIRED: Any = dataclasses.MISSING
 
 
 class Kind(NamedTuple):
-    """How a TOML value is checked: `read` returns what is kept, or raises ValueError with what it must be."""
+    """How a TOML value is checked: `read` returns what is kept,
+    or raises ValueError with what it must be."""
 
     wants: str
     read: Callable[[Any], Any]
@@ -672,7 +697,8 @@ def expect(condition: bool, wants: str) -> None:
 
 def whole(low: int, high: int = 1 << 62) -> Kind:
     """A whole number in a range."""
-    wants = f"a whole number from {low} to {high}" if high < 1 << 62 else f"a whole number, {low} or more"
+    wants = (f"a whole number from {low} to {high}" if high < 1 << 62
+             else f"a whole number, {low} or more")
 
     def read(value: Any) -> int:
         expect(type(value) is int and low <= value <= high, wants)
@@ -814,20 +840,24 @@ PROTOCOL = choice(*PROTOCOLS)
 
 
 class Section(NamedTuple):
-    """A kind that is a table (`shape` one), an array of tables (`shape` list) or named tables (`shape` dict)."""
+    """A kind that is a table (`shape` one), an array of tables (`shape` list) or named tables
+    (`shape` dict)."""
 
     of: type
     shape: str = "one"
 
 
-def setting(kind: Kind | Section, doc: str, default: Any = REQUIRED, *, example: Any = None, secret: bool = False) -> Any:
-    """A field of the schema: kind, description, default, and a value for the example file if that differs."""
+def setting(kind: Kind | Section, doc: str, default: Any = REQUIRED, *, example: Any = None,
+            secret: bool = False) -> Any:
+    """A field of the schema: kind, description, default,
+    and a value for the example file if that differs."""
     more: Json = {"default": default}
     if isinstance(kind, Section) and kind.shape == "one":
         more = {"default_factory": kind.of}
     elif isinstance(kind, Section):
         more = {"default_factory": dict if kind.shape == "dict" else tuple}
-    return dataclasses.field(**more, repr=not secret, metadata={"kind": kind, "doc": doc, "example": example})
+    return dataclasses.field(**more, repr=not secret,
+                             metadata={"kind": kind, "doc": doc, "example": example})
 
 
 # -- the schema --------------------------------------------------------------
@@ -846,25 +876,32 @@ class ProviderConfig:
     """One place to send requests to. Its name is a label; `protocol` decides the wire format."""
 
     protocol: str = setting(PROTOCOL, "What the provider speaks.")
-    base_url: str = setting(URL, "Where it is. The path of the protocol is appended; a version that is there already"
-                                 " is not doubled.", secret=True)
-    api_key: str | None = setting(SECRET, "The key, sent in the header the protocol wants. One of the three must be given.",
-                           None, secret=True)
+    base_url: str = setting(
+        URL, "Where it is. The path of the protocol is appended; a version that is there already is"
+        " not doubled.", secret=True)
+    api_key: str | None = setting(
+        SECRET, "The key, sent in the header the protocol wants. One of the three must be given.",
+        None, secret=True)
     api_key_env: str | None = setting(VARIABLE, "Environment variable that holds the key.", None,
                                       example="OPENAI_API_KEY", secret=True)
-    api_key_file: str | None = setting(TEXT, "File that holds the key (~ is the home directory).", None,
-                                example="~/.config/openai.key")
-    compatibility: str = setting(choice("strict", "anthropic_compatible"), "Only for anthropic_messages:"
-                                 " anthropic_compatible fills members that the vendor always sends and others leave"
-                                 " out; strict leaves answers as they are.", "anthropic_compatible")
-    connect_timeout_secs: float = setting(SECONDS, "Limit for DNS, TCP, proxy and TLS handshake together.", 10.0)
-    read_idle_timeout_secs: float = setting(SECONDS, "Limit for silence: before the answer and between its bytes."
-                                            " Never for the whole answer.", 120.0)
-    proxy_url: str | None = setting(PROXY, "Forward proxy for this provider; \"direct\" ignores HTTPS_PROXY, HTTP_PROXY and"
-                             " ALL_PROXY.", None, example="http://user:password@proxy.example.com:3128",
-                                    secret=True)
-    ca_file: str | None = setting(TEXT, "PEM file of certificates to trust beside the system's.", None,
-                           example="/etc/ssl/company-ca.pem")
+    api_key_file: str | None = setting(
+        TEXT, "File that holds the key (~ is the home directory).", None,
+        example="~/.config/openai.key")
+    compatibility: str = setting(
+        choice("strict", "anthropic_compatible"), "Only for anthropic_messages:"
+        " anthropic_compatible fills members that the vendor always sends and others leave out;"
+        " strict leaves answers as they are.", "anthropic_compatible")
+    connect_timeout_secs: float = setting(
+        SECONDS, "Limit for DNS, TCP, proxy and TLS handshake together.", 10.0)
+    read_idle_timeout_secs: float = setting(
+        SECONDS, "Limit for silence: before the answer and between its bytes. Never for the whole"
+        " answer.", 120.0)
+    proxy_url: str | None = setting(
+        PROXY, "Forward proxy for this provider; \"direct\" ignores HTTPS_PROXY, HTTP_PROXY and"
+        " ALL_PROXY.", None, example="http://user:password@proxy.example.com:3128", secret=True)
+    ca_file: str | None = setting(
+        TEXT, "PEM file of certificates to trust beside the system's.", None,
+        example="/etc/ssl/company-ca.pem")
 
 
 @schema
@@ -872,14 +909,17 @@ class RouteConfig:
     """Sends the models that match to a provider. The first route that fits wins."""
 
     name: str | None = setting(TEXT, "A name for logs and --route-override.", None)
-    request_protocol: str | None = setting(PROTOCOL, "Only for requests of this protocol.", None, example=RESPONSES.name)
-    match_kind: str = setting(choice("auto", "exact", "glob", "regex"), "How model_pattern is read, never minding case."
-                              " auto: * or ? make a glob; ^ in front, $ behind or any of ( [ | + \\ a regex; else exact.",
-                              "auto")
+    request_protocol: str | None = setting(
+        PROTOCOL, "Only for requests of this protocol.", None, example=RESPONSES.name)
+    match_kind: str = setting(
+        choice("auto", "exact", "glob", "regex"), "How model_pattern is read, never minding case."
+        " auto: * or ? make a glob; ^ in front, $ behind or any of ( [ | + \\ a regex; else exact.",
+        "auto")
     model_pattern: str = setting(PATTERN, "Which models, as the client names them.")
     provider: str = setting(NAME, "Where they go.")
-    upstream_model: str | None = setting(TEXT, "The model name to send instead; with a regex $1, ${name} and $$ work.", None,
-                                  example="gpt-5.5")
+    upstream_model: str | None = setting(
+        TEXT, "The model name to send instead; with a regex $1, ${name} and $$ work.", None,
+        example="gpt-5.5")
 
 
 @schema
@@ -895,7 +935,8 @@ class DefaultsConfig:
 class RoutingConfig:
     """Which provider gets which request."""
 
-    default_provider_names: DefaultsConfig = setting(Section(DefaultsConfig), "Used when no route takes a request.")
+    default_provider_names: DefaultsConfig = setting(
+        Section(DefaultsConfig), "Used when no route takes a request.")
     routes: tuple[RouteConfig, ...] = setting(Section(RouteConfig, "list"), "Tried from the top.")
 
 
@@ -905,54 +946,65 @@ class ServerConfig:
 
     host: str = setting(ADDRESS, "Address to listen on.", "127.0.0.1")
     port: int = setting(whole(0, 65535), "Port to listen on; 0 takes a free one.", 18080)
-    api_keys: tuple[str, ...] = setting(several(SECRET), "Keys clients must send (Authorization: Bearer, x-api-key or"
-                                        " x-goog-api-key). None: no key is asked for.", (), secret=True)
-    allow_unauthenticated: bool = setting(BOOLEAN, "Allows a host that is not loopback without api_keys.", False)
-    allowed_hosts: tuple[str, ...] = setting(several(TEXT), "Host names beside loopback ones that requests to a"
-                                             " loopback listener may carry.", ())
-    cors_allow_origins: tuple[str, ...] = setting(several(ORIGIN), "Browser origins that may call; all others are"
-                                                  " refused.", ())
+    api_keys: tuple[str, ...] = setting(
+        several(SECRET), "Keys clients must send (Authorization: Bearer, x-api-key or"
+        " x-goog-api-key). None: no key is asked for.", (), secret=True)
+    allow_unauthenticated: bool = setting(
+        BOOLEAN, "Allows a host that is not loopback without api_keys.", False)
+    allowed_hosts: tuple[str, ...] = setting(
+        several(TEXT), "Host names beside loopback ones that requests to a loopback listener may"
+        " carry.", ())
+    cors_allow_origins: tuple[str, ...] = setting(
+        several(ORIGIN), "Browser origins that may call; all others are refused.", ())
     max_request_body_bytes: int = setting(whole(1), "Largest request body.", 52428800)
-    max_concurrent_requests: int = setting(whole(1), "Requests waiting for a provider's answer at one time; more"
-                                           " wait for their turn.", 64)
+    max_concurrent_requests: int = setting(
+        whole(1), "Requests waiting for a provider's answer at one time; more wait for their turn.",
+        64)
     max_request_line_bytes: int = setting(whole(256), "Longest request line.", 8192)
     max_head_bytes: int = setting(whole(1024), "Largest request head.", 65536)
     max_headers: int = setting(whole(8), "Most header lines in a request.", 128)
-    max_sse_event_bytes: int = setting(whole(1024), "Largest event that is looked into; larger ones pass unseen.",
-                                       16777216)
-    head_timeout_secs: float = setting(SECONDS, "Limit for a request head once its first byte is there.", 30.0)
+    max_sse_event_bytes: int = setting(
+        whole(1024), "Largest event that is looked into; larger ones pass unseen.", 16777216)
+    head_timeout_secs: float = setting(
+        SECONDS, "Limit for a request head once its first byte is there.", 30.0)
     body_timeout_secs: float = setting(SECONDS, "Limit for silence within a request body.", 60.0)
-    keepalive_timeout_secs: float = setting(SECONDS, "How long an unused connection stays open.", 75.0)
-    write_timeout_secs: float = setting(SECONDS, "How long a client may take no bytes of its answer.", 300.0)
-    shutdown_grace_secs: float = setting(SECONDS, "How long open requests may go on after SIGTERM or Ctrl-C.", 30.0)
-    first_event_hold_secs: float = setting(SECONDS, "Translated streams: how long the 200 is held back for the first"
-                                           " event, so that an early failure keeps its status.", 10.0)
-    sse_keepalive_secs: float = setting(SECONDS, "Translated streams: a sign of life to the client after this much"
-                                        " silence.", 15.0)
+    keepalive_timeout_secs: float = setting(
+        SECONDS, "How long an unused connection stays open.", 75.0)
+    write_timeout_secs: float = setting(
+        SECONDS, "How long a client may take no bytes of its answer.", 300.0)
+    shutdown_grace_secs: float = setting(
+        SECONDS, "How long open requests may go on after SIGTERM or Ctrl-C.", 30.0)
+    first_event_hold_secs: float = setting(
+        SECONDS, "Translated streams: how long the 200 is held back for the first event, so that an"
+        " early failure keeps its status.", 10.0)
+    sse_keepalive_secs: float = setting(
+        SECONDS, "Translated streams: a sign of life to the client after this much silence.", 15.0)
 
 
 @schema
 class ToolCallsConfig:
     """Watching tool calls that a provider streams."""
 
-    timeout_secs: float = setting(SECONDS, "Ends a stream whose tool-call arguments began and then stopped coming.",
-                                  120.0)
+    timeout_secs: float = setting(
+        SECONDS, "Ends a stream whose tool-call arguments began and then stopped coming.", 120.0)
 
 
 @schema
 class TranslationConfig:
     """Which pairs of protocols are translated."""
 
-    extended_pairs: bool = setting(BOOLEAN, "Adds anthropic_messages -> openai_chat_completions and"
-                                   " openai_chat_completions -> openai_responses.", False, example=True)
+    extended_pairs: bool = setting(
+        BOOLEAN, "Adds anthropic_messages -> openai_chat_completions and openai_chat_completions ->"
+        " openai_responses.", False, example=True)
 
 
 @schema
 class ErrorsConfig:
     """How errors are told to clients."""
 
-    format: str = setting(choice("text", "json", "native"), "text: the message; json: one shape for all; native: what"
-                          " the SDKs of the client's protocol expect.", "text", example="native")
+    format: str = setting(
+        choice("text", "json", "native"), "text: the message; json: one shape for all; native: what"
+        " the SDKs of the client's protocol expect.", "text", example="native")
 
 
 @schema
@@ -967,15 +1019,21 @@ class ThresholdsConfig:
 class LoggingConfig:
     """What is told on standard output."""
 
-    level: str = setting(choice("trace", "debug", "info", "warn", "error"), "Least important lines to print.", "info")
-    output_format: str = setting(choice("human", "json"), "Lines for people or for programs.", "human")
-    use_color: bool = setting(BOOLEAN, "Colour for human lines on a terminal, unless NO_COLOR is set.", True)
-    duration_thresholds: ThresholdsConfig = setting(Section(ThresholdsConfig), "Colour of durations.")
+    level: str = setting(
+        choice("trace", "debug", "info", "warn", "error"), "Least important lines to print.",
+        "info")
+    output_format: str = setting(
+        choice("human", "json"), "Lines for people or for programs.", "human")
+    use_color: bool = setting(
+        BOOLEAN, "Colour for human lines on a terminal, unless NO_COLOR is set.", True)
+    duration_thresholds: ThresholdsConfig = setting(
+        Section(ThresholdsConfig), "Colour of durations.")
 
 
 @schema
 class CaptureConfig:
-    """Which phases of an exchange are written to files. This version does not write captures yet."""
+    """Which phases of an exchange are written to files.
+    This version does not write captures yet."""
 
     inbound_request_enabled: bool = setting(BOOLEAN, "What the client sent.", False)
     provider_request_enabled: bool = setting(BOOLEAN, "What was sent to the provider.", False)
@@ -1013,7 +1071,8 @@ RECOVERY = ("compare the file with config.example.toml in the same directory, or
 
 
 class Faults(list[str]):
-    """Everything that is wrong with a configuration; `flags` maps a key's path to the flag that set it."""
+    """Everything that is wrong with a configuration;
+    `flags` maps a key's path to the flag that set it."""
 
     def __init__(self, flags: Mapping[str, str] | None = None) -> None:
         super().__init__()
@@ -1027,7 +1086,8 @@ class Faults(list[str]):
 
 def load_config(text: str, source: str, *, environ: Mapping[str, str] = os.environ,
                 overrides: Callable[[Json], Sequence[Override]] = lambda tables: ()) -> Config:
-    """The configuration in a TOML `text`; ConfigError lists every fault with its full path and `source`.
+    """The configuration in a TOML `text`; ConfigError lists every fault with its full
+    path and `source`.
 
     `overrides` is given the tables and returns what is to be put in place of their values.
     """
@@ -1045,7 +1105,8 @@ def load_config(text: str, source: str, *, environ: Mapping[str, str] = os.envir
 
 
 def read_table(cls: Any, table: Any, path: str, faults: Faults) -> Any:
-    """An instance of the schema class `cls`; a faulty value is noted and its default stands in for it."""
+    """An instance of the schema class `cls`; a faulty value is noted and its default
+    stands in for it."""
     if not isinstance(table, dict):
         faults.add(path, f"must be a table ([{path}])")
         table = {}
@@ -1076,7 +1137,8 @@ def read_value(kind: Kind, value: Any, path: str, faults: Faults, default: Any, 
     try:
         return kind.read(value)
     except ValueError as error:
-        faults.add(path, f"{error}" + (f", is {short(value)}" if shown and not isinstance(value, dict) else ""))
+        faults.add(path, f"{error}"
+                   + (f", is {short(value)}" if shown and not isinstance(value, dict) else ""))
         return default
 
 
@@ -1088,7 +1150,8 @@ def read_section(kind: Section, value: Any, path: str, faults: Faults) -> Any:
         if not isinstance(value, list):
             faults.add(path, f"must be an array of tables ([[{path}]])")
             return ()
-        return tuple(read_table(kind.of, item, f"{path}[{i}]", faults) for i, item in enumerate(value))
+        return tuple(read_table(kind.of, item, f"{path}[{i}]", faults)
+                     for i, item in enumerate(value))
     if not isinstance(value, dict):
         faults.add(path, f"must be a table of tables ([{path}.<name>])")
         return {}
@@ -1113,14 +1176,16 @@ def short(value: Any) -> str:
 
 
 def cross_check(config: Config, faults: Faults, environ: Mapping[str, str]) -> Config:
-    """Note what is wrong between settings, and return `config` with keys read from where they are kept."""
+    """Note what is wrong between settings, and return `config` with keys read from where
+    they are kept."""
     if not config.providers:
         faults.add("providers", "at least one provider is needed ([providers.<name>])")
     known = ", ".join(config.providers) or "none"
     for protocol in PROTOCOLS:
         name = getattr(config.routing.default_provider_names, protocol)
         if name and name not in config.providers:
-            faults.add(f"routing.default_provider_names.{protocol}", f"no provider is named {name} (there are: {known})")
+            faults.add(f"routing.default_provider_names.{protocol}",
+                       f"no provider is named {name} (there are: {known})")
     seen: set[str] = set()
     for i, route in enumerate(config.routing.routes):
         check_route(route, f"routing.routes[{i}]", seen, config.providers, faults)
@@ -1130,40 +1195,51 @@ def cross_check(config: Config, faults: Faults, environ: Mapping[str, str]) -> C
     return dataclasses.replace(config, providers=providers)
 
 
-def check_route(route: RouteConfig, path: str, seen: set[str], providers: Mapping[str, Any], faults: Faults) -> None:
+def check_route(route: RouteConfig, path: str, seen: set[str], providers: Mapping[str, Any],
+                faults: Faults) -> None:
     """Names are unique, the provider exists, the pattern compiles."""
     if route.name in seen:
-        faults.add(f"{path}.name", f"`{route.name}` names an earlier route too; names must be unique")
+        faults.add(f"{path}.name",
+                   f"`{route.name}` names an earlier route too; names must be unique")
     if route.name:
         seen.add(route.name)
     if route.provider is not None and route.provider not in providers:
         known = ", ".join(providers) or "none"
-        faults.add(f"{path}.provider", f"no provider is named {route.provider or '(blank)'} (there are: {known})")
+        faults.add(f"{path}.provider",
+                   f"no provider is named {route.provider or '(blank)'} (there are: {known})")
     if route.model_pattern:
         try:
             compile_pattern(route.match_kind, route.model_pattern)
         except (re.error, OverflowError, RecursionError) as error:
-            faults.add(f"{path}.model_pattern", f"invalid route: the pattern {route.model_pattern} does not work: {error}")
+            faults.add(f"{path}.model_pattern",
+                       f"invalid route: the pattern {route.model_pattern} does not work: {error}")
 
 
 def check_listeners(config: Config, faults: Faults) -> None:
-    """A listener that others can reach needs keys; the control listener is never one (rulings 11 and 5)."""
+    """A listener that others can reach needs keys; the control listener is never one
+    (rulings 11 and 5)."""
     server = config.server
     if not (is_loopback(server.host) or server.api_keys or server.allow_unauthenticated):
-        faults.add("server.host", f"{server.host} can be reached from other machines: set server.api_keys, or"
-                                  " server.allow_unauthenticated = true if that is what you want")
+        faults.add("server.host", f"{server.host} can be reached from other machines: set"
+                                  " server.api_keys, or server.allow_unauthenticated = true if that"
+                                  " is what you want")
     if any(TEMPLATE_KEY.search(key) for key in server.api_keys):
         faults.add("server.api_keys", "still holds a template key; replace it")
     if not is_loopback(config.mcp.host):
         faults.add("mcp.host", f"must be a loopback address, is {config.mcp.host}")
 
 
-def with_key(provider: ProviderConfig, path: str, faults: Faults, environ: Mapping[str, str]) -> ProviderConfig:
-    """`provider` with `api_key` read from the one place that was named, and `ca_file` known to be readable."""
-    sources = [s for s in ("api_key", "api_key_env", "api_key_file") if getattr(provider, s) is not None]
-    bad = any(fault.lower().startswith(f"{path}.api_key") for fault in faults)  # paths spell names as the file does
+def with_key(provider: ProviderConfig, path: str, faults: Faults,
+             environ: Mapping[str, str]) -> ProviderConfig:
+    """`provider` with `api_key` read from the one place that was named,
+    and `ca_file` known to be readable."""
+    sources = [s for s in ("api_key", "api_key_env", "api_key_file")
+               if getattr(provider, s) is not None]
+    # paths spell names as the file does
+    bad = any(fault.lower().startswith(f"{path}.api_key") for fault in faults)
     if len(sources) != 1 and not bad:
-        faults.add(f"{path}.api_key", "is missing; give api_key, api_key_env or api_key_file" if not sources
+        faults.add(f"{path}.api_key",
+                   "is missing; give api_key, api_key_env or api_key_file" if not sources
                    else "give only one of " + ", ".join(sources))
     key, where = provider.api_key, f"{path}.{sources[0]}" if sources else path
     try:
@@ -1197,7 +1273,8 @@ def is_loopback(host: str) -> bool:
 
 
 # A key that was never replaced: refused when a request would use it.
-TEMPLATE_KEY = re.compile(r"(?i)^<.*>$|your[-_ ]?(api[-_ ]?)?key|replace[-_ ]?me|change[-_ ]?me|\.\.\.$|x{6,}")
+TEMPLATE_KEY = re.compile(
+    r"(?i)^<.*>$|your[-_ ]?(api[-_ ]?)?key|replace[-_ ]?me|change[-_ ]?me|\.\.\.$|x{6,}")
 
 
 # -- overrides from the command line -----------------------------------------
@@ -1231,7 +1308,8 @@ ROUTE_FIELDS = tuple(f.name for f in dataclasses.fields(RouteConfig) if f.name !
 
 
 def route_override(spec: str, tables: Json) -> Override:
-    """The override that `--route-override ROUTE.FIELD=VALUE` asks for; ConfigError quotes what is wrong."""
+    """The override that `--route-override ROUTE.FIELD=VALUE` asks for;
+    ConfigError quotes what is wrong."""
     flag = f"--route-override {spec}"
 
     def fail(why: str) -> ConfigError:
@@ -1249,14 +1327,18 @@ def route_override(spec: str, tables: Json) -> Override:
     routing = tables.get("routing")
     routes = routing.get("routes") if isinstance(routing, dict) else None
     found = [i for i, r in enumerate(routes if isinstance(routes, list) else [])
-             if isinstance(r, dict) and isinstance(r.get("name"), str) and r["name"].strip() == route]
+             if isinstance(r, dict) and isinstance(r.get("name"), str)
+             and r["name"].strip() == route]
     if len(found) != 1:
-        raise fail(f"no route is named {route}" if not found else f"the route name {route} is not unique")
+        raise fail(f"no route is named {route}" if not found
+                   else f"the route name {route} is not unique")
     if field in ("request_protocol", "match_kind"):
         value = value.lower()
-        allowed = (*PROTOCOLS, "") if field == "request_protocol" else ("auto", "exact", "glob", "regex")
+        allowed = ((*PROTOCOLS, "") if field == "request_protocol"
+                   else ("auto", "exact", "glob", "regex"))
         if value not in allowed:
-            raise fail(f"{value or 'an empty value'} is not one of {', '.join(filter(None, allowed))}")
+            raise fail(f"{value or 'an empty value'} is not one of"
+                       f" {', '.join(filter(None, allowed))}")
     clears = field in ("request_protocol", "upstream_model") and not value
     return Override(flag, ("routing", "routes", found[0], field), None if clears else value)
 
@@ -1265,10 +1347,12 @@ def route_override(spec: str, tables: Json) -> Override:
 
 KEY_HERE = "replace-me"
 EXAMPLE_PROVIDERS: dict[str, Json] = {
-    "openai": {"protocol": RESPONSES.name, "base_url": "https://api.openai.com/v1", "api_key": KEY_HERE},
-    "minimax_chat": {"protocol": CHAT.name, "base_url": "https://api.minimaxi.com/v1", "api_key": KEY_HERE},
-    "anthropic": {"protocol": MESSAGES.name, "base_url": "https://api.anthropic.com", "api_key": KEY_HERE,
-                  "compatibility": "strict"},
+    "openai": {"protocol": RESPONSES.name, "base_url": "https://api.openai.com/v1",
+               "api_key": KEY_HERE},
+    "minimax_chat": {"protocol": CHAT.name, "base_url": "https://api.minimaxi.com/v1",
+                     "api_key": KEY_HERE},
+    "anthropic": {"protocol": MESSAGES.name, "base_url": "https://api.anthropic.com",
+                  "api_key": KEY_HERE, "compatibility": "strict"},
 }
 EXAMPLE_DEFAULTS = {RESPONSES.name: "openai", CHAT.name: "minimax_chat", MESSAGES.name: "anthropic"}
 EXAMPLE_ROUTES: list[Json] = [
@@ -1279,7 +1363,8 @@ EXAMPLE_ROUTES: list[Json] = [
 EXAMPLE_COMMENTED_ROUTES: list[Json] = [
     {"name": "fast", "match_kind": "exact", "model_pattern": "fast", "provider": "openai",
      "upstream_model": "gpt-5.5-mini"},
-    {"name": "mini", "match_kind": "regex", "model_pattern": r"^gpt-(?<major>\d+)-(?<minor>\d+)-mini$",
+    {"name": "mini", "match_kind": "regex",
+     "model_pattern": r"^gpt-(?<major>\d+)-(?<minor>\d+)-mini$",
      "provider": "openai", "upstream_model": "gpt-$major.$minor-mini"},
 ]
 
@@ -1321,14 +1406,16 @@ def example_table(cls: Any, header: str, given: Json, *, brief: bool = False) ->
         elif field.default is None or field.default is REQUIRED:
             lines.append(f"# {field.name} = {toml_value(example or field.name)}")
         else:
-            lines.append(f"{field.name} = {toml_value(field.default if example is None else example)}")
+            lines.append(f"{field.name} ="
+                         f" {toml_value(field.default if example is None else example)}")
     return lines
 
 
 def example_toml() -> str:
     """The text of config.example.toml, made from the schema."""
-    lines = wrapped("ProxAI configuration. Replace the keys of the providers you use, remove the others, and run:"
-                    " python proxai.py --config config.toml. Lines that start with # show settings that are not set.")
+    lines = wrapped("ProxAI configuration. Replace the keys of the providers you use, remove the"
+                    " others, and run: python proxai.py --config config.toml. Lines that start with"
+                    " # show settings that are not set.")
     for i, (name, given) in enumerate(EXAMPLE_PROVIDERS.items()):
         lines += example_table(ProviderConfig, f"[providers.{name}]", given, brief=i > 0)
     lines += example_table(DefaultsConfig, "[routing.default_provider_names]", EXAMPLE_DEFAULTS)
@@ -1344,16 +1431,19 @@ def example_toml() -> str:
         lines += example_table(cls, f"[{field.name}]", {})
         for inner in dataclasses.fields(cls):
             if isinstance(inner.metadata["kind"], Section):
-                lines += example_table(inner.metadata["kind"].of, f"[{field.name}.{inner.name}]", {})
+                lines += example_table(inner.metadata["kind"].of,
+                                       f"[{field.name}.{inner.name}]", {})
     return "\n".join(lines) + "\n"
 
 
 def settings_rows(cls: Any = Config, path: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """(key, default, what it must be, description) of every setting, for the table in the README."""
+    """(key, default, what it must be, description) of every setting,
+    for the table in the README."""
     for field in dataclasses.fields(cls):
         kind, here = field.metadata["kind"], join_path(path, field.name)
         if isinstance(kind, Section):
-            yield from settings_rows(kind.of, here + {"one": "", "list": "[]", "dict": ".<name>"}[kind.shape])
+            yield from settings_rows(
+                kind.of, here + {"one": "", "list": "[]", "dict": ".<name>"}[kind.shape])
         else:
             default = "required" if field.default is REQUIRED else "" if field.default is None \
                 else toml_value(field.default)
@@ -1373,7 +1463,8 @@ def app_directory(environ: Mapping[str, str]) -> Path:
     """Where the app directory is: under HOME, else USERPROFILE, else what the system says."""
     home = environ.get("HOME") or environ.get("USERPROFILE") or os.path.expanduser("~")
     if not home or home == "~":
-        raise ConfigError(["there is no home directory for the app directory; set HOME, or use --config"])
+        raise ConfigError(["there is no home directory for the app directory; set HOME, or use"
+                           " --config"])
     return Path(home) / APP_DIRECTORY
 
 
@@ -1385,7 +1476,8 @@ def bootstrap(environ: Mapping[str, str]) -> AppDirectory:
             folder.mkdir(mode=0o700, parents=folder == base, exist_ok=True)
         for name in ("config.example.toml", "config.toml"):
             try:
-                handle = os.open(base / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)  # it will hold keys
+                # it will hold keys
+                handle = os.open(base / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             except FileExistsError:
                 continue
             with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
@@ -1417,7 +1509,8 @@ EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")
 
 
 class Field(NamedTuple):
-    """One header line: the name in lower case, the value without blanks around it, the line as it came."""
+    """One header line: the name in lower case, the value without blanks around it,
+    the line as it came."""
 
     name: bytes
     value: bytes
@@ -1440,7 +1533,8 @@ class RequestHead(NamedTuple):
 
 
 class ResponseHead(NamedTuple):
-    """What a client needs to know of a response; `length` is None for chunked, -1 for "until the end"."""
+    """What a client needs to know of a response; `length` is None for chunked, -1 for
+    "until the end"."""
 
     status: int
     fields: list[Field]
@@ -1494,7 +1588,8 @@ def field_fault(line: bytes) -> str:
 
 
 def parse_fields(block: bytes, limits: HeadLimits) -> list[Field]:
-    """The header lines of a head, `block` being what stands between its first line and the empty one."""
+    """The header lines of a head, `block` being what stands between its first line and
+    the empty one."""
     if not block:
         return []
     lines = block.split(b"\r\n")
@@ -1505,21 +1600,23 @@ def parse_fields(block: bytes, limits: HeadLimits) -> list[Field]:
 
 
 def check_unfinished(data: bytes, limits: HeadLimits, scanned: int = 0) -> None:
-    """Refuse the beginning of a request head that no further bytes could make right; the first `scanned`
-    bytes were looked at before."""
+    """Refuse the beginning of a request head that no further bytes could make right; the first
+    `scanned` bytes were looked at before."""
     end = data.find(b"\r\n", 0, limits.line_bytes + 2)
     if (len(data.removesuffix(b"\r")) if end < 0 else end) > limits.line_bytes:
         raise FramingError(f"the request line is longer than {limits.line_bytes} bytes", 414)
     if len(data) > limits.head_bytes + 3:  # three bytes of the empty line may be there
         raise FramingError(f"the request head is larger than {limits.head_bytes} bytes", 431)
     if data[:1] == b"\x16":
-        raise FramingError("this looks like TLS; the proxy speaks plain HTTP, use http:// in the client's base URL")
+        raise FramingError("this looks like TLS; the proxy speaks plain HTTP, use http:// in the"
+                           " client's base URL")
     if BARE_LF.search(data, max(scanned - 1, 0)):
         raise FramingError("a line ends in a bare LF")
 
 
 def parse_request_head(block: bytes, limits: HeadLimits) -> RequestHead:
-    """A request head without its final empty line; FramingError carries the status to answer with."""
+    """A request head without its final empty line; FramingError carries the status to
+    answer with."""
     line, _, rest = block.partition(b"\r\n")
     if len(line) > limits.line_bytes or not line.endswith((b"HTTP/1.1", b"HTTP/1.0")):
         check_unfinished(block, limits)
@@ -1544,22 +1641,26 @@ def parse_request_head(block: bytes, limits: HeadLimits) -> RequestHead:
 
 @functools.lru_cache(maxsize=256)
 def parse_request_line(line: bytes) -> tuple[bytes, str, str, bytes | None, bool]:
-    """Method, path, query with "?", authority of an absolute-form target, and whether it is HTTP/1.1."""
+    """Method, path, query with "?", authority of an absolute-form target,
+    and whether it is HTTP/1.1."""
     match = REQUEST_LINE.fullmatch(line)
     if match is None:
         raise FramingError("the request line is malformed")
     method, target, major, minor = match.groups()
     if major != b"1":
-        raise FramingError(f"HTTP/{major.decode()}.{minor.decode()} is not spoken here, use HTTP/1.1", 505)
+        raise FramingError(f"HTTP/{major.decode()}.{minor.decode()} is not spoken here,"
+                           " use HTTP/1.1", 505)
     return method, *split_target(method, target), minor != b"0"
 
 
-# Headers that say where a message ends or whom it is for: which of two a peer means is anybody's guess.
+# Headers that say where a message ends or whom it is for: which of two a peer means is anybody's
+# guess.
 SINGLE_FIELDS = (b"host", b"content-length", b"transfer-encoding", b"expect", b"origin")
 
 
 def field_values(fields: Sequence[Field]) -> dict[bytes, bytes]:
-    """Header values by name; several Connection headers are joined, several of SINGLE_FIELDS refused."""
+    """Header values by name; several Connection headers are joined,
+    several of SINGLE_FIELDS refused."""
     values = {name: value for name, value, _ in fields}
     if len(values) != len(fields):
         names = [field.name for field in fields]
@@ -1575,8 +1676,10 @@ def split_target(method: bytes, target: bytes) -> tuple[str, str, bytes | None]:
     """Path, query with "?", and the authority of an absolute-form target (9112 3.2)."""
     authority = None
     if not target.startswith(b"/"):
-        if (method, target) == (b"OPTIONS", b"*") or (method == b"CONNECT" and HOST.fullmatch(target)):
-            return target.decode("ascii"), "", None  # asterisk-form and authority-form name no resource here
+        if ((method, target) == (b"OPTIONS", b"*")
+                or (method == b"CONNECT" and HOST.fullmatch(target))):
+            # asterisk-form and authority-form name no resource here
+            return target.decode("ascii"), "", None
         match = ABSOLUTE_FORM.fullmatch(target)
         if match is None:
             raise FramingError("the request target is malformed")
@@ -1608,8 +1711,10 @@ def request_length(length: bytes | None, encoding: bytes | None, http11: bool) -
         raise FramingError("HTTP/1.0 has no Transfer-Encoding")
     if encoding.lower() != b"chunked":
         # 9112 6.3: without chunked as the last coding the length is anybody's guess
-        known = re.fullmatch(rb"(?i)(?:(?!chunked\b)" + TOKEN + rb"[ \t]*,[ \t]*)+chunked", encoding)
-        raise FramingError("the only Transfer-Encoding understood here is a single chunked", 501 if known else 400)
+        known = re.fullmatch(rb"(?i)(?:(?!chunked\b)" + TOKEN + rb"[ \t]*,[ \t]*)+chunked",
+                             encoding)
+        raise FramingError("the only Transfer-Encoding understood here is a single chunked",
+                           501 if known else 400)
     return None
 
 
@@ -1631,7 +1736,8 @@ def persists(values: Mapping[bytes, bytes], http11: bool) -> bool:
 
 
 def connection_options(values: Mapping[bytes, bytes]) -> frozenset[bytes]:
-    """What the Connection header lists: options, and names of headers for this hop only (9110 7.6.1)."""
+    """What the Connection header lists: options, and names of headers for this hop only
+    (9110 7.6.1)."""
     listed = values.get(b"connection")
     if listed is None:
         return frozenset()
@@ -1679,7 +1785,8 @@ def parse_response_head(block: bytes) -> ResponseHead:
         size = None
     else:
         size = -1 if length is None else parse_length(length)
-    # 9112 6.1: Transfer-Encoding in HTTP/1.0 is a fault of the peer's; its connection is not used again
+    # 9112 6.1: Transfer-Encoding in HTTP/1.0 is a fault of the peer's; its connection is not used
+    # again
     keeps = size != -1 and persists(values, http11) and (http11 or encoding is None)
     return ResponseHead(status, fields, size, keeps, values)
 
@@ -1709,7 +1816,8 @@ def http_date(at: int) -> bytes:
 # -- bodies ------------------------------------------------------------------
 
 class LengthDecoder:
-    """A body of a declared length: `feed` returns the payload in what came, `rest` is what lies behind it."""
+    """A body of a declared length: `feed` returns the payload in what came,
+    `rest` is what lies behind it."""
 
     __slots__ = ("finished", "left", "rest")
 
@@ -1728,7 +1836,8 @@ class LengthDecoder:
     def close(self) -> None:
         """The peer has closed: an error unless the body is whole."""
         if not self.finished:
-            raise FramingError(f"the connection closed {self.left} bytes before the end of the body")
+            raise FramingError(f"the connection closed {self.left} bytes before the end of"
+                               f" the body")
 
 
 class EndDecoder:
@@ -1749,14 +1858,16 @@ class EndDecoder:
 
 
 QUOTED = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"'
-CHUNK_EXTENSIONS = rb"(?:[ \t]*;[ \t]*" + TOKEN + rb"(?:[ \t]*=[ \t]*(?:" + TOKEN + rb"|" + QUOTED + rb"))?)*"
+CHUNK_EXTENSIONS = (rb"(?:[ \t]*;[ \t]*" + TOKEN
+                    + rb"(?:[ \t]*=[ \t]*(?:" + TOKEN + rb"|" + QUOTED + rb"))?)*")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:" + CHUNK_EXTENSIONS + rb")?")
 CHUNK_LINE_BEGINNING = re.compile(rb"[0-9A-Fa-f]{1,15}(?:[ \t;\r]|$)")
 chunk_sizes: dict[bytes, int] = {}
 
 
 def parse_chunk_size(line: bytes) -> int:
-    """The size on a chunk's line, without its CRLF. Streams repeat few sizes, so short lines are remembered."""
+    """The size on a chunk's line, without its CRLF. Streams repeat few sizes,
+    so short lines are remembered."""
     match = CHUNK_LINE.fullmatch(line) if len(line) <= CHUNK_LINE_BYTES else None
     if match is None:
         raise FramingError("a chunk size is malformed")
@@ -1769,7 +1880,8 @@ def parse_chunk_size(line: bytes) -> int:
 
 
 class ChunkDecoder:
-    """A chunked body (9112 7.1), strict: `feed` returns the payload in what came, `rest` is what lies behind.
+    """A chunked body (9112 7.1), strict: `feed` returns the payload in what came,
+    `rest` is what lies behind.
 
     Extensions and trailers are checked and dropped. Between feeds only an unfinished line is kept.
     """
@@ -1863,11 +1975,13 @@ BodyDecoder = LengthDecoder | ChunkDecoder | EndDecoder
 
 def body_decoder(length: int | None) -> BodyDecoder:
     """The machine for a body of that `length` as heads give it: None chunked, -1 until the end."""
-    return ChunkDecoder() if length is None else EndDecoder() if length < 0 else LengthDecoder(length)
+    return (ChunkDecoder() if length is None else EndDecoder() if length < 0
+            else LengthDecoder(length))
 
 
 class Inflater:
-    """A gzip or deflate body that nobody asked for, unpacked with a limit on how much may come of how little."""
+    """A gzip or deflate body that nobody asked for, unpacked with a limit on how much may come of
+    how little."""
 
     def __init__(self, coding: bytes) -> None:
         self.coding, self.read, self.written = coding, 0, 0
@@ -1884,7 +1998,8 @@ class Inflater:
             if self.machine.eof:
                 if self.coding == b"deflate":
                     raise FramingError("the deflate body has bytes behind its end")
-                self.machine = zlib.decompressobj(32 + zlib.MAX_WBITS)  # the next member (RFC 1952 2.2)
+                # the next member (RFC 1952 2.2)
+                self.machine = zlib.decompressobj(32 + zlib.MAX_WBITS)
             out.append(self.unpack(data))
             data = self.machine.unused_data
         return b"".join(out)
@@ -1897,7 +2012,8 @@ class Inflater:
         except zlib.error:
             raise FramingError(f"the {self.coding.decode()} body is damaged") from None
         if self.machine.unconsumed_tail:
-            raise FramingError(f"the {self.coding.decode()} body unpacks to more than {INFLATE_RATIO} times its size")
+            raise FramingError(f"the {self.coding.decode()} body unpacks to more than"
+                               f" {INFLATE_RATIO} times its size")
         self.written += len(out)
         return out
 
@@ -1933,8 +2049,9 @@ class Event(NamedTuple):
 class EventSplitter:
     """Cuts a stream behind its last blank line, so that what is handed on holds whole events only.
 
-    `feed` returns the bytes up to there, unchanged; the unfinished tail waits. An event above `limit`
-    bytes is handed on in pieces: then `whole_from` is where in the returned block whole events begin.
+    `feed` returns the bytes up to there, unchanged; the unfinished tail waits. An event above
+    `limit` bytes is handed on in pieces: then `whole_from` is where in the returned block whole
+    events begin.
     """
 
     __slots__ = ("after_cr", "limit", "oversize", "parts", "size", "whole_from")
@@ -1944,7 +2061,8 @@ class EventSplitter:
         self.parts: list[bytes] = []  # of the unfinished event, joined once
         self.size = self.whole_from = 0
         self.oversize = False  # whether pieces of the unfinished event were handed on already
-        self.after_cr = False  # whether an LF that comes next belongs to a line end that was handed on
+        # whether an LF that comes next belongs to a line end that was handed on
+        self.after_cr = False
 
     def feed(self, data: bytes) -> bytes:
         """All whole events that are complete with `data`, or b""."""
@@ -1976,7 +2094,8 @@ class EventSplitter:
         return block
 
     def spill(self) -> bytes:
-        """Hand on a piece of an event that is too large to hold, but for the bytes a blank line may begin in."""
+        """Hand on a piece of an event that is too large to hold,
+        but for the bytes a blank line may begin in."""
         whole = b"".join(self.parts)
         self.parts, self.size, self.oversize = [whole[-3:]], 3, True
         self.whole_from = len(whole)
@@ -2014,8 +2133,8 @@ def split_events(block: bytes) -> list[bytes]:
 def marked_spans(block: bytes, markers: Sequence[bytes]) -> list[tuple[int, int]]:
     """Where in a block the events stand that have one of `markers` in them, in order.
 
-    Most events of a stream are text that nobody here needs to look at; this finds the others without
-    touching those.
+    Most events of a stream are text that nobody here needs to look at; this finds the others
+    without touching those.
     """
     if b"\r" in block:
         spans, at = [], 0
@@ -2036,7 +2155,8 @@ def marked_spans(block: bytes, markers: Sequence[bytes]) -> list[tuple[int, int]
 
 
 def parse_event(frame: bytes) -> Event | None:
-    """The event in one frame; None where it has no data, as comments and bare retry lines have not."""
+    """The event in one frame; None where it has no data,
+    as comments and bare retry lines have not."""
     if frame.startswith(BOM):
         frame = frame[3:]
     name, data = "", []
@@ -2078,21 +2198,26 @@ def read_model_request(protocol: Protocol, raw: bytes) -> ModelRequest:
     try:
         body = load(raw)
     except ValueError as error:
-        raise RequestError(f"the body of {protocol.title} requests must be a JSON object with a non-empty `model`:"
-                           f" {error}") from None
+        raise RequestError(f"the body of {protocol.title} requests must be a JSON object with a"
+                           f" non-empty `model`: {error}") from None
     if not isinstance(body, dict):
-        raise RequestError(f"the body of {protocol.title} requests must be a JSON object with a non-empty `model`")
+        raise RequestError(f"the body of {protocol.title} requests must be a JSON object with a"
+                           f" non-empty `model`")
     model = body.get("model")
     if not isinstance(model, str) or not model.strip():
         raise RequestError(f"{protocol.title} requests need a non-empty `model`", param="model")
     if len(model) > MODEL_CHARS or LONE_SURROGATE.search(model):
-        raise RequestError(f"`model` must be at most {MODEL_CHARS} characters of valid Unicode", param="model")
+        raise RequestError(f"`model` must be at most {MODEL_CHARS} characters of valid Unicode",
+                           param="model")
     if model_may_repeat(raw) and len(member_spans(raw.decode("utf-8"), "model")) > 1:
-        raise RequestError("`model` is there twice, and readers differ in which one they take", param="model")
+        raise RequestError("`model` is there twice, and readers differ in which one they take",
+                           param="model")
     wanted = body.get(protocol.wants)
-    if not isinstance(wanted, protocol.wants_types) and (protocol is not RESPONSES or wanted is not None):
+    if (not isinstance(wanted, protocol.wants_types)
+            and (protocol is not RESPONSES or wanted is not None)):
         types = " or ".join("a string" if t is str else "an array" for t in protocol.wants_types)
-        raise RequestError(f"{protocol.title} requests need `{protocol.wants}` to be {types}", param=protocol.wants)
+        raise RequestError(f"{protocol.title} requests need `{protocol.wants}` to be {types}",
+                           param=protocol.wants)
     return ModelRequest(raw, body, model.strip())
 
 
@@ -2107,7 +2232,8 @@ def lift_system_items(body: Json) -> Json | None:
     kept = [item for item in items if not (isinstance(item, dict) and item.get("role") == "system")]
     if len(kept) == len(items):
         return None
-    texts = [system_text(item.get("content")) for item in items if isinstance(item, dict) and item.get("role") == "system"]
+    texts = [system_text(item.get("content")) for item in items
+             if isinstance(item, dict) and item.get("role") == "system"]
     texts = [text for text in texts if text]
     out = {**body, "input": kept}
     if texts:
@@ -2123,13 +2249,14 @@ def system_text(content: Any) -> str:
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else []
-    return "\n".join(part["text"] for part in parts if isinstance(part, dict)
-                     and part.get("type") in ("input_text", "text") and isinstance(part.get("text"), str))
+    return "\n".join(part["text"] for part in parts
+                     if isinstance(part, dict) and part.get("type") in ("input_text", "text")
+                     and isinstance(part.get("text"), str))
 
 
 def pass_through_body(protocol: Protocol, request: ModelRequest, model: str) -> bytes:
-    """The body for a provider of the client's own protocol: the client's bytes, but for the two reasons
-    of ruling 14, system items of Responses and a model that a route rewrites."""
+    """The body for a provider of the client's own protocol: the client's bytes, but for the two
+    reasons of ruling 14, system items of Responses and a model that a route rewrites."""
     raw = request.raw
     lifted = lift_system_items(request.body) if protocol is RESPONSES else None
     try:
@@ -2147,7 +2274,8 @@ VERSION_SEGMENT = re.compile(r"v[0-9]+(?:(?:alpha|beta)[0-9]*)?")
 
 
 def join_target(base: str, path: str, query: str) -> str:
-    """The request target for a protocol's `path` under a provider's `base` path (contract 3.2, ruling 9).
+    """The request target for a protocol's `path` under a provider's `base` path (contract 3.2,
+    ruling 9).
 
     A base that begins the path already is not doubled, nor is the version when one of the last two
     segments of the base is a version (/api/v1, /v1beta/openai).
@@ -2162,17 +2290,18 @@ def join_target(base: str, path: str, query: str) -> str:
     return f"/{base}/{path}{query}" if path else f"/{base}{query}"
 
 
-HOP_BY_HOP = frozenset((b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te", b"trailer",
-                        b"transfer-encoding", b"upgrade", b"proxy-connection"))
-NOT_UPSTREAM = HOP_BY_HOP | {b"host", b"content-length", b"accept-encoding", b"expect", b"authorization",
-                             b"x-api-key", b"x-goog-api-key"}
+HOP_BY_HOP = frozenset((b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization",
+                        b"te", b"trailer", b"transfer-encoding", b"upgrade", b"proxy-connection"))
+NOT_UPSTREAM = HOP_BY_HOP | {b"host", b"content-length", b"accept-encoding", b"expect",
+                              b"authorization", b"x-api-key", b"x-goog-api-key"}
 NOT_DOWNSTREAM = HOP_BY_HOP | {
     b"content-length", b"content-type", b"x-proxai-request-id",
     # what the provider's own web pages may do is not what those that may call us may
-    b"access-control-allow-origin", b"access-control-allow-credentials", b"access-control-expose-headers",
+    b"access-control-allow-origin", b"access-control-allow-credentials",
+    b"access-control-expose-headers",
 }
-ERROR_FIELDS = frozenset((b"retry-after", b"retry-after-ms", b"x-request-id", b"request-id", b"openai-processing-ms",
-                          b"x-should-retry"))
+ERROR_FIELDS = frozenset((b"retry-after", b"retry-after-ms", b"x-request-id", b"request-id",
+                           b"openai-processing-ms", b"x-should-retry"))
 ERROR_FIELD_PREFIXES = (b"x-ratelimit-", b"anthropic-ratelimit-")
 
 
@@ -2182,14 +2311,17 @@ def auth_line(protocol: Protocol, key: str) -> bytes:
     return form % key.encode("ascii")
 
 
-def provider_lines(head: RequestHead, protocol: Protocol, fixed: Sequence[bytes], length: int) -> list[bytes]:
-    """The header lines of a provider request: the client's, but for those that belong to its own hop or
-    carry its keys, then ours. `fixed` holds the lines that are the same for each request (host, key)."""
+def provider_lines(head: RequestHead, protocol: Protocol, fixed: Sequence[bytes],
+                   length: int) -> list[bytes]:
+    """The header lines of a provider request: the client's, but for those that belong to its own
+    hop or carry its keys, then ours. `fixed` holds the lines that are the same for each request
+    (host, key)."""
     values: Mapping[bytes, bytes] = head.values
     dropped = NOT_UPSTREAM
     if b"connection" in values:
         options = connection_options(values)
-        dropped, values = dropped | options, {name: values[name] for name in values.keys() - options}
+        dropped, values = (dropped | options,
+                           {name: values[name] for name in values.keys() - options})
     lines = [line for name, _, line in head.fields if name not in dropped]
     lines += fixed
     lines.append(b"content-length: %d" % length)
@@ -2213,14 +2345,16 @@ def client_lines(head: ResponseHead, decoded: bool) -> list[bytes]:
 
 
 def error_lines(fields: Iterable[Field]) -> list[bytes]:
-    """The header lines of a provider's error that the client gets: when to retry, ids, rate limits."""
+    """The header lines of a provider's error that the client gets:
+    when to retry, ids, rate limits."""
     return [field.line for field in fields
             if field.name in ERROR_FIELDS or field.name.startswith(ERROR_FIELD_PREFIXES)]
 
 
 def is_event_stream(content_type: bytes | None) -> bool:
     """Whether a Content-Type says text/event-stream, in any case and with any parameter."""
-    return content_type is not None and content_type.partition(b";")[0].strip().lower() == b"text/event-stream"
+    return (content_type is not None
+            and content_type.partition(b";")[0].strip().lower() == b"text/event-stream")
 
 
 # -- gaps in Anthropic-compatible answers (contract 8) -----------------------
@@ -2230,21 +2364,25 @@ def is_event_stream(content_type: bytes | None) -> bool:
 NULLS: Callable[..., Json] = dict.fromkeys
 MESSAGE_GAPS = NULLS(("container", "stop_details", "stop_reason", "stop_sequence"))
 STOP_DETAILS_GAPS = NULLS(("category", "explanation"))
-USAGE_GAPS = NULLS(("cache_creation", "cache_creation_input_tokens", "cache_read_input_tokens", "inference_geo",
-                    "server_tool_use", "service_tier"))
-DELTA_USAGE_GAPS = NULLS(("cache_creation_input_tokens", "cache_read_input_tokens", "input_tokens", "server_tool_use"))
-SERVER_TOOL_GAPS = {"web_fetch_requests": 0, "web_search_requests": 0}  # Quirk(GLM 5.1): only one of the counters
+USAGE_GAPS = NULLS(("cache_creation", "cache_creation_input_tokens", "cache_read_input_tokens",
+                    "inference_geo", "server_tool_use", "service_tier"))
+DELTA_USAGE_GAPS = NULLS(("cache_creation_input_tokens", "cache_read_input_tokens", "input_tokens",
+                          "server_tool_use"))
+# Quirk(GLM 5.1): only one of the counters
+SERVER_TOOL_GAPS = {"web_fetch_requests": 0, "web_search_requests": 0}
 BLOCK_GAPS: dict[str, Json] = {
     "text": {"citations": None},
     "thinking": {"signature": ""},  # Quirk(MiniMax)
     "tool_use": {"caller": {"type": "direct"}},  # Quirk(MiMo)
 }
 CITATION_GAPS = {
-    **dict.fromkeys(("char_location", "page_location", "content_block_location"), NULLS(("document_title", "file_id"))),
+    **dict.fromkeys(("char_location", "page_location", "content_block_location"),
+                    NULLS(("document_title", "file_id"))),
     **dict.fromkeys(("web_search_result_location", "search_result_location"), NULLS(("title",))),
 }
 EDITOR_RESULT_GAPS = {
-    "text_editor_code_execution_str_replace_result": NULLS(("lines", "new_lines", "new_start", "old_lines", "old_start")),
+    "text_editor_code_execution_str_replace_result": NULLS(
+        ("lines", "new_lines", "new_start", "old_lines", "old_start")),
     "text_editor_code_execution_view_result": NULLS(("num_lines", "start_line", "total_lines")),
     "text_editor_code_execution_tool_result_error": NULLS(("error_message",)),
 }
@@ -2269,7 +2407,8 @@ def fill_all(targets: Any, gaps: Mapping[str, Any]) -> bool:
 def fill_usage(usage: Any, gaps: Mapping[str, Any]) -> bool:
     """The gaps of a usage object and of the server tool counters in it."""
     changed = fill(usage, gaps)
-    return fill(usage.get("server_tool_use"), SERVER_TOOL_GAPS) | changed if isinstance(usage, dict) else changed
+    return (fill(usage.get("server_tool_use"), SERVER_TOOL_GAPS) | changed
+            if isinstance(usage, dict) else changed)
 
 
 def fill_message(message: Json) -> bool:
@@ -2300,7 +2439,8 @@ def fill_block(block: Any) -> bool:
             if isinstance(item, dict) and "error_code" not in item:
                 changed |= fill(item, {"retrieved_at": None})
                 changed |= fill(item.get("content"), NULLS(("citations", "title")))
-    elif kind == "tool_search_tool_result" and isinstance(content, dict) and "error_code" in content:
+    elif (kind == "tool_search_tool_result" and isinstance(content, dict)
+          and "error_code" in content):
         changed |= fill(content, {"error_message": None})
     elif kind == "text_editor_code_execution_tool_result" and isinstance(content, dict):
         changed |= fill(content, EDITOR_RESULT_GAPS.get(str(content.get("type")), {}))
@@ -2312,7 +2452,8 @@ WHOLE_MESSAGE = ("id", "role", "model", "content", "usage")
 
 def fill_gaps_in_body(body: Any) -> bool:
     """Fill an answer in place if it is a message; whether anything was added."""
-    if not (isinstance(body, dict) and body.get("role") == "assistant" and all(key in body for key in WHOLE_MESSAGE)):
+    if not (isinstance(body, dict) and body.get("role") == "assistant"
+            and all(key in body for key in WHOLE_MESSAGE)):
         return False
     return fill_message(body)
 
@@ -2348,7 +2489,8 @@ def fill_gaps_in_block(block: bytes) -> bytes:
 
 
 def fill_gaps_in_frame(frame: bytes) -> bytes | None:
-    """One event encoded anew if a gap was filled; a payload without `type` gets the event's name first."""
+    """One event encoded anew if a gap was filled; a payload without `type` gets the event's
+    name first."""
     event = parse_event(frame)
     if event is None:
         return None
@@ -2386,13 +2528,16 @@ PAIRS: dict[tuple[str, str], Pair] = {}
 
 
 def pair_for(inbound: Protocol, provider: Protocol) -> Pair | None:
-    """The pair to translate with, None for the same protocol; SetupError for a pair that is not there."""
+    """The pair to translate with, None for the same protocol;
+    SetupError for a pair that is not there."""
     if inbound is provider:
         return None
     pair = PAIRS.get((inbound.word, provider.word))
     if pair is None:
-        raise SetupError(f"translation {inbound.name} -> {provider.name} is not implemented in this version",
-                         fix=f"send {inbound.title} requests to a provider whose protocol is {inbound.name}")
+        raise SetupError(f"translation {inbound.name} -> {provider.name} is not implemented"
+                         " in this version",
+                         fix=f"send {inbound.title} requests to a provider whose protocol is"
+                             f" {inbound.name}")
     return pair
 
 
@@ -2409,9 +2554,10 @@ def pair_for(inbound: Protocol, provider: Protocol) -> Pair | None:
 class Observed:
     """What was seen of a provider's answer, whole or streamed."""
 
-    __slots__ = ("cache_creation", "cached", "calls", "effort", "error_code", "error_message", "error_param", "failed",
-                 "finish", "incomplete_reason", "input", "items", "model", "output", "pending", "reasoning",
-                 "response_id", "seen", "sequence", "server_tools", "sources", "status", "terminal", "tier", "total")
+    __slots__ = ("cache_creation", "cached", "calls", "effort", "error_code", "error_message",
+                 "error_param", "failed", "finish", "incomplete_reason", "input", "items", "model",
+                 "output", "pending", "reasoning", "response_id", "seen", "sequence",
+                 "server_tools", "sources", "status", "terminal", "tier", "total")
 
     def __init__(self) -> None:
         self.response_id: str | None = None
@@ -2424,14 +2570,16 @@ class Observed:
         self.error_message: str | None = None
         self.error_param: Any = None
         self.sequence: int | None = None
-        self.input = self.output = self.total = self.cached = self.cache_creation = self.reasoning = 0
+        self.input = self.output = self.total = self.cached = self.cache_creation = \
+            self.reasoning = 0
         self.items: dict[str, int] = {}
         self.calls: dict[str, int] = {}
         self.sources: dict[str, int] = {}
         self.server_tools: dict[str, int] = {}  # as Anthropic's usage counts them
         self.finish: dict[str, int] = {}
         self.seen: set[Any] = set()  # items and calls that were counted
-        self.pending: dict[Any, float] = {}  # tool calls whose arguments are coming, with the time of the last part
+        # tool calls whose arguments are coming, with the time of the last part
+        self.pending: dict[Any, float] = {}
         self.terminal = self.failed = False
 
     def count(self, table: dict[str, int], name: Any, key: Any) -> None:
@@ -2453,7 +2601,8 @@ class Observed:
             self.pending[key] = now
 
     def restart_items(self) -> None:
-        """A last word on the output follows: what was counted on the way does not count any more."""
+        """A last word on the output follows: what was counted on the way does not
+        count any more."""
         for table in (self.items, self.calls, self.sources):
             table.clear()
         self.seen = {key for key in self.seen if key[0] == "finish"}
@@ -2473,10 +2622,10 @@ class Observed:
 class Exchange:
     """Everything about one request that is told afterwards, in the log and in headers."""
 
-    __slots__ = ("body", "choices", "chunks", "content_type", "down", "encoding", "error", "head_at", "id", "inbound", "inbound_bytes",
-                 "last_byte_at", "method", "model", "observed", "path", "phase", "provider",
-                 "provider_bytes", "provider_protocol", "rates", "route", "sse", "started", "status",
-                 "upstream_model")
+    __slots__ = ("body", "choices", "chunks", "content_type", "down", "encoding", "error",
+                 "head_at", "id", "inbound", "inbound_bytes", "last_byte_at", "method", "model",
+                 "observed", "path", "phase", "provider", "provider_bytes", "provider_protocol",
+                 "rates", "route", "sse", "started", "status", "upstream_model")
 
     def __init__(self, id: int, method: str, path: str, started: float) -> None:
         self.id, self.method, self.path, self.started = id, method, path, started
@@ -2529,7 +2678,8 @@ def observe_openai_usage(seen: Observed, usage: Any) -> None:
 def observe_messages_usage(seen: Observed, usage: Any) -> None:
     """Token counts of Anthropic Messages; in streams later ones replace earlier ones."""
     for attribute, key in (("input", "input_tokens"), ("output", "output_tokens"),
-                           ("cached", "cache_read_input_tokens"), ("cache_creation", "cache_creation_input_tokens")):
+                           ("cached", "cache_read_input_tokens"),
+                           ("cache_creation", "cache_creation_input_tokens")):
         value = mapping(usage).get(key)
         if value is not None:
             setattr(seen, attribute, number(value))
@@ -2564,7 +2714,8 @@ def observe_responses_object(seen: Observed, body: Json) -> None:
     observe_common(seen, body)
     seen.status = word(body.get("status")) or seen.status
     seen.effort = word(mapping(body.get("reasoning")).get("effort")) or seen.effort
-    seen.incomplete_reason = word(mapping(body.get("incomplete_details")).get("reason")) or seen.incomplete_reason
+    seen.incomplete_reason = (word(mapping(body.get("incomplete_details")).get("reason"))
+                              or seen.incomplete_reason)
     observe_openai_usage(seen, body.get("usage"))
     if listing(body.get("output")):
         seen.restart_items()
@@ -2574,10 +2725,11 @@ def observe_responses_object(seen: Observed, body: Json) -> None:
         seen.fail(body["error"])
 
 
-RESPONSES_TERMINAL = frozenset(("response.completed", "response.incomplete", "response.failed", "response.cancelled",
-                                "response.error", "error"))
-ARGUMENT_DELTAS = frozenset(("response.function_call_arguments.delta", "response.custom_tool_call_input.delta",
-                             "response.mcp_call_arguments.delta"))
+RESPONSES_TERMINAL = frozenset(("response.completed", "response.incomplete", "response.failed",
+                                "response.cancelled", "response.error", "error"))
+ARGUMENT_DELTAS = frozenset((
+    "response.function_call_arguments.delta", "response.custom_tool_call_input.delta",
+    "response.mcp_call_arguments.delta"))
 
 
 def observe_responses_event(seen: Observed, kind: str, event: Json, now: float) -> None:
@@ -2603,8 +2755,10 @@ def observe_responses_event(seen: Observed, kind: str, event: Json, now: float) 
 
 
 def end_responses_call(seen: Observed, id: Any, place: Any) -> None:
-    """The arguments of an item are complete: that of `id`, or that at `place` where either side has no id."""
-    for key in [k for k in seen.pending if (k[0] == id if id is not None and k[0] is not None else k[1] == place)]:
+    """The arguments of an item are complete: that of `id`,
+    or that at `place` where either side has no id."""
+    for key in [k for k in seen.pending
+                if (k[0] == id if id is not None and k[0] is not None else k[1] == place)]:
         del seen.pending[key]
 
 
@@ -2649,7 +2803,8 @@ def observe_chat_event(seen: Observed, kind: str, event: Json, now: float) -> No
             # Chat has no end of a call; the next one's first part is the end of this one.
             for other in [k for k in seen.pending if k[0] == place and k != key]:
                 del seen.pending[other]
-            if any(mapping(call.get(k)).get(v) for k, v in (("function", "arguments"), ("custom", "input"))):
+            if any(mapping(call.get(k)).get(v)
+                   for k, v in (("function", "arguments"), ("custom", "input"))):
                 seen.argument(key, now)
         if choice_.get("finish_reason"):
             observe_finish(seen, choice_["finish_reason"], place)
@@ -2718,17 +2873,20 @@ class Watcher(NamedTuple):
     whole: Callable[[Observed, Json], None]
 
 
-RESPONSES_MARKERS = (b"response.created", b"response.completed", b"response.incomplete", b"response.failed",
-                     b"response.cancelled", b"error", b"_arguments.", b"_input.", b"output_item.")
+RESPONSES_MARKERS = (b"response.created", b"response.completed", b"response.incomplete",
+                     b"response.failed", b"response.cancelled", b"error", b"_arguments.",
+                     b"_input.", b"output_item.")
 CHAT_MARKERS = (b"[DONE]", b"tool_calls", b"prompt_tokens", b'"error"')
 MESSAGES_MARKERS = (b"message_start", b"message_delta", b"message_stop", b"content_block_start",
                     b"content_block_stop", b"partial_json", b"error")
 WATCHERS = {
-    "responses": Watcher(RESPONSES_MARKERS, RESPONSES_MARKERS, observe_responses_event, observe_responses_object),
+    "responses": Watcher(RESPONSES_MARKERS, RESPONSES_MARKERS, observe_responses_event,
+                         observe_responses_object),
     # Each Chat chunk has "finish_reason":null; only another value is worth a look.
-    "chat": Watcher((*CHAT_MARKERS, b'"finish_reason":"', b'"finish_reason": "'), (*CHAT_MARKERS, b"finish_reason"),
-                    observe_chat_event, observe_chat_object),
-    "messages": Watcher(MESSAGES_MARKERS, MESSAGES_MARKERS, observe_messages_event, observe_messages_object),
+    "chat": Watcher((*CHAT_MARKERS, b'"finish_reason":"', b'"finish_reason": "'),
+                    (*CHAT_MARKERS, b"finish_reason"), observe_chat_event, observe_chat_object),
+    "messages": Watcher(MESSAGES_MARKERS, MESSAGES_MARKERS, observe_messages_event,
+                        observe_messages_object),
 }
 # How the first chunk of a Chat stream shows that its JSON is written as vendors write it.
 COMMON_SPELLINGS = (b'"finish_reason":null', b'"finish_reason": null')
@@ -2758,7 +2916,8 @@ class StreamObserver:
         return block
 
     def look(self, block: bytes, now: float) -> None:
-        """Parse the events of a block that have something to tell: the first, and those with a marker."""
+        """Parse the events of a block that have something to tell:
+        the first, and those with a marker."""
         at = 0
         while not self.opened and at < len(block):
             blank = BLANK_LINE.search(block, at)
@@ -2791,7 +2950,8 @@ class StreamObserver:
         kind = payload.get("type")
         kind = kind if isinstance(kind, str) else event.name
         self.watcher.event(self.seen, kind, payload, now)
-        if event.name not in ("message", kind):  # it is also what its name says it is (contract 7.1)
+        # it is also what its name says it is (contract 7.1)
+        if event.name not in ("message", kind):
             self.watcher.event(self.seen, event.name, payload, now)
         if type(payload.get("sequence_number")) is int:
             self.seen.sequence = payload["sequence_number"]
@@ -2802,7 +2962,8 @@ class StreamObserver:
 
     @property
     def complete(self) -> bool:
-        """Whether the answer was whole: its terminal event, or (Chat) the reason each choice finished."""
+        """Whether the answer was whole: its terminal event,
+        or (Chat) the reason each choice finished."""
         if self.seen.terminal or self.watcher.event is not observe_chat_event:
             return self.seen.terminal
         return len([key for key in self.seen.seen if key[0] == "finish"]) >= self.choices
@@ -2820,11 +2981,13 @@ def observe_body(protocol: Protocol, body: Any) -> Observed:
 # Only presence and short values of known members, never content.
 
 def brief(value: Any, pattern: str = r"[a-z0-9][a-z0-9_.:/-]{0,31}") -> str:
-    """A value that may stand in a log line, such as a word of the protocol; any other is only a question mark."""
+    """A value that may stand in a log line, such as a word of the protocol;
+    any other is only a question mark."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (int, float)):
-        return f"{value:g}" if isinstance(value, float) else str(value) if abs(value) < 1 << 53 else "?"
+        return (f"{value:g}" if isinstance(value, float)
+                else str(value) if abs(value) < 1 << 53 else "?")
     return value if isinstance(value, str) and re.fullmatch(pattern, value) else "?"
 
 
@@ -2839,7 +3002,8 @@ def brief_param(value: Any) -> str:
 
 
 class Hint(NamedTuple):
-    """One token: shown when the member at `path` is there (`show` present), is true, or with its value."""
+    """One token: shown when the member at `path` is there (`show` present),
+    is true, or with its value."""
 
     token: str
     path: str
@@ -2848,20 +3012,25 @@ class Hint(NamedTuple):
 
 
 RESPONSES_HINTS = (
-    Hint("bg", "background", "true"), Hint("conv", "conversation"), Hint("ptc", "parallel_tool_calls", "true"),
-    Hint("store", "store", "true"), Hint("mtc", "max_tool_calls", "value"), Hint("pck", "prompt_cache_key"),
-    Hint("prompt", "prompt"), Hint("pcr", "prompt_cache_retention", "value"), Hint("instr", "instructions"),
-    Hint("meta", "metadata"), Hint("sid", "safety_identifier"), Hint("temp", "temperature", "value"),
-    Hint("top_p", "top_p", "value"), Hint("tlp", "top_logprobs", "value"), Hint("tr", "truncation", "value"),
+    Hint("bg", "background", "true"), Hint("conv", "conversation"),
+    Hint("ptc", "parallel_tool_calls", "true"), Hint("store", "store", "true"),
+    Hint("mtc", "max_tool_calls", "value"), Hint("pck", "prompt_cache_key"),
+    Hint("prompt", "prompt"), Hint("pcr", "prompt_cache_retention", "value"),
+    Hint("instr", "instructions"), Hint("meta", "metadata"), Hint("sid", "safety_identifier"),
+    Hint("temp", "temperature", "value"), Hint("top_p", "top_p", "value"),
+    Hint("tlp", "top_logprobs", "value"), Hint("tr", "truncation", "value"),
     Hint("so:no-obf", "stream_options/include_obfuscation", "false"),
-    Hint("tier", "service_tier", "value", ("auto", "default")), Hint("rs", "reasoning/summary", "value", ("auto",)),
-    Hint("prev", "previous_response_id", "tail"), Hint("tc", "tool_choice", "choice"), Hint("", "include", "include"),
-    Hint("tv", "text/verbosity", "value"), Hint("tf", "text/format/type", "value", ("text",)),
+    Hint("tier", "service_tier", "value", ("auto", "default")),
+    Hint("rs", "reasoning/summary", "value", ("auto",)),
+    Hint("prev", "previous_response_id", "tail"), Hint("tc", "tool_choice", "choice"),
+    Hint("", "include", "include"), Hint("tv", "text/verbosity", "value"),
+    Hint("tf", "text/format/type", "value", ("text",)),
 )
 CHAT_HINTS = (
-    Hint("ptc", "parallel_tool_calls", "true"), Hint("store", "store", "true"), Hint("pck", "prompt_cache_key"),
-    Hint("meta", "metadata"), Hint("sid", "safety_identifier"), Hint("temp", "temperature", "value"),
-    Hint("top_p", "top_p", "value"), Hint("tlp", "top_logprobs", "value"), Hint("logprobs", "logprobs", "true"),
+    Hint("ptc", "parallel_tool_calls", "true"), Hint("store", "store", "true"),
+    Hint("pck", "prompt_cache_key"), Hint("meta", "metadata"), Hint("sid", "safety_identifier"),
+    Hint("temp", "temperature", "value"), Hint("top_p", "top_p", "value"),
+    Hint("tlp", "top_logprobs", "value"), Hint("logprobs", "logprobs", "true"),
     Hint("n", "n", "value", (1,)), Hint("so:usage", "stream_options/include_usage", "true"),
     Hint("so:no-obf", "stream_options/include_obfuscation", "false"),
     Hint("tier", "service_tier", "value", ("auto", "default")), Hint("v", "verbosity", "value"),
@@ -2869,27 +3038,30 @@ CHAT_HINTS = (
 )
 MESSAGES_HINTS = (
     Hint("container", "container"), Hint("meta", "metadata"), Hint("tier", "service_tier", "value"),
-    Hint("output_config", "output_config"), Hint("system", "system"), Hint("temp", "temperature", "value"),
-    Hint("top_k", "top_k", "value"), Hint("top_p", "top_p", "value"), Hint("stop", "stop_sequences"),
+    Hint("output_config", "output_config"), Hint("system", "system"),
+    Hint("temp", "temperature", "value"), Hint("top_k", "top_k", "value"),
+    Hint("top_p", "top_p", "value"), Hint("stop", "stop_sequences"),
     Hint("tc", "tool_choice", "choice"), Hint("think", "thinking/type", "thinking"),
 )
 HINTS = {"responses": RESPONSES_HINTS, "chat": CHAT_HINTS, "messages": MESSAGES_HINTS}
 
 # Category of a tool by its type; the order is the order of the token.
 TOOL_CATEGORIES: dict[str, tuple[tuple[str, str], ...]] = {
-    "responses": (("function", "f"), ("mcp", "mcp"), ("custom", "c"), ("web_search", "web"), ("file_search", "fs"),
-                  ("computer", "pc"), ("code_interpreter", "code"), ("image_generation", "img"), ("local_shell", "sh"),
-                  ("shell", "sh"), ("apply_patch", "patch"), ("namespace", "ns"), ("tool_search", "tool_search")),
+    "responses": (("function", "f"), ("mcp", "mcp"), ("custom", "c"), ("web_search", "web"),
+                  ("file_search", "fs"), ("computer", "pc"), ("code_interpreter", "code"),
+                  ("image_generation", "img"), ("local_shell", "sh"), ("shell", "sh"),
+                  ("apply_patch", "patch"), ("namespace", "ns"), ("tool_search", "tool_search")),
     "chat": (("function", "f"), ("custom", "c")),
     "messages": (("custom", "c"), ("bash", "bash"), ("code_execution", "code"), ("memory", "mem"),
                  ("text_editor", "edit"), ("web_fetch", "web_fetch"), ("web_search", "web"),
                  ("tool_search", "tool_search")),
 }
 TOOL_ALIASES = {
-    "copy_path": "cp", "create_directory": "mkdir", "delete_path": "rm", "diagnostics": "diag", "edit_file": "e",
-    "fetch": "fetch", "find_path": "fd", "grep": "rg", "list_directory": "ls", "move_path": "mv", "now": "t",
-    "open": "o", "read_file": "r", "restore_file_from_disk": "restore", "save_file": "save", "skill": "sk",
-    "spawn_agent": "spawn", "terminal": "sh", "write_file": "w",
+    "copy_path": "cp", "create_directory": "mkdir", "delete_path": "rm", "diagnostics": "diag",
+    "edit_file": "e", "fetch": "fetch", "find_path": "fd", "grep": "rg", "list_directory": "ls",
+    "move_path": "mv", "now": "t", "open": "o", "read_file": "r",
+    "restore_file_from_disk": "restore", "save_file": "save", "skill": "sk", "spawn_agent": "spawn",
+    "terminal": "sh", "write_file": "w",
 }
 
 
@@ -2899,7 +3071,8 @@ def tool_hint(protocol: Protocol, tools: Any) -> str | None:
     for tool in listing(tools):
         tool = mapping(tool)
         kind = word(tool.get("type")) or ("function" if protocol is not MESSAGES else "custom")
-        category = next((c for t, c in TOOL_CATEGORIES[protocol.word] if kind.startswith(t)), "other")
+        category = next((c for t, c in TOOL_CATEGORIES[protocol.word] if kind.startswith(t)),
+                        "other")
         found.setdefault(category, []).append(tool)
     order = [*dict.fromkeys(c for _, c in TOOL_CATEGORIES[protocol.word]), "other"]
     parts = []
@@ -2917,11 +3090,13 @@ def tool_name(tool: Json, category: str) -> str | None:
     """A tool's name as hints show it."""
     if category == "mcp":
         label, allowed = brief_name(tool.get("server_label") or "mcp"), tool.get("allowed_tools")
-        names = listing(mapping(allowed).get("tool_names") if isinstance(allowed, dict) else allowed)
+        names = listing(mapping(allowed).get("tool_names") if isinstance(allowed, dict)
+                        else allowed)
         if isinstance(mapping(allowed).get("read_only"), bool) and not names:
             return f"{label}[{'ro' if mapping(allowed)['read_only'] else 'rw'}]"
         return ",".join(sorted({f"{label}/{brief_name(name)}" for name in names})) or label
-    name = tool.get("name") or mapping(tool.get("function")).get("name") or mapping(tool.get("custom")).get("name")
+    name = (tool.get("name") or mapping(tool.get("function")).get("name")
+            or mapping(tool.get("custom")).get("name"))
     return TOOL_ALIASES.get(name, brief_name(name)) if isinstance(name, str) else None
 
 
@@ -2992,7 +3167,8 @@ def request_max_tokens(body: Json) -> int | None:
 # pure; writing happens on a thread of its own, for a paused terminal blocks.
 
 TRACE = 5
-LEVELS = {"trace": TRACE, "debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR}
+LEVELS = {"trace": TRACE, "debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING,
+          "error": logging.ERROR}
 LEVEL_NAMES = {number_: name for name, number_ in LEVELS.items()}
 
 # -- fields of the events ----------------------------------------------------
@@ -3019,13 +3195,16 @@ def fwd_fields(exchange: Exchange) -> Json:
         "provider_request_bytes": exchange.provider_bytes,
         "inbound_request_bytes": exchange.inbound_bytes,
         "request_delta_bytes": exchange.provider_bytes - exchange.inbound_bytes,
-        "request_protocol": inbound.name, "provider": exchange.provider, "route_name": exchange.route,
-        "provider_protocol": provider.name, "translation": translation_name(exchange),
+        "request_protocol": inbound.name, "provider": exchange.provider,
+        "route_name": exchange.route, "provider_protocol": provider.name,
+        "translation": translation_name(exchange),
         "request_protocol_alias": inbound.alias,
-        "translation_alias": f"{inbound.alias}->{provider.alias}" if inbound is not provider else "",
+        "translation_alias": (f"{inbound.alias}->{provider.alias}" if inbound is not provider
+                              else ""),
         "provider_protocol_alias": provider.alias,
         "model": exchange.upstream_model, "reasoning_effort": request_effort(provider, body),
-        "stream": stream if isinstance(stream, bool) else None, "max_output_tokens": request_max_tokens(body),
+        "stream": stream if isinstance(stream, bool) else None,
+        "max_output_tokens": request_max_tokens(body),
         "request_hints": " ".join(hints), "request_hint_parts": hints,
     }
 
@@ -3036,13 +3215,17 @@ def end_fields(exchange: Exchange) -> Json:
     seen, inbound, provider = exchange.observed, exchange.inbound, exchange.provider_protocol
     fields: Json = {
         **base_fields(exchange),
-        "request_protocol": inbound.name if inbound else None, "provider": exchange.provider or None,
+        "request_protocol": inbound.name if inbound else None,
+        "provider": exchange.provider or None,
         "provider_protocol": provider.name if provider else None, "route_name": exchange.route,
         "status": exchange.status,
         "ttfb_ms": milliseconds(exchange.head_at - exchange.started) if exchange.head_at else None,
-        "duration_ms": milliseconds(now - exchange.started), "up": exchange.provider_bytes, "down": exchange.down,
-        "te": exchange.encoding, "chunks": exchange.chunks, "avg_chunk_bytes": exchange.down // exchange.chunks if exchange.chunks else 0,
-        "ct": exchange.content_type.decode("latin-1")[:100] if exchange.content_type else None, "sse": exchange.sse,
+        "duration_ms": milliseconds(now - exchange.started),
+        "up": exchange.provider_bytes, "down": exchange.down,
+        "te": exchange.encoding, "chunks": exchange.chunks,
+        "avg_chunk_bytes": exchange.down // exchange.chunks if exchange.chunks else 0,
+        "ct": exchange.content_type.decode("latin-1")[:100] if exchange.content_type else None,
+        "sse": exchange.sse,
         "model": (seen.model if seen and seen.model else exchange.upstream_model) or None,
     }
     if seen and provider:
@@ -3056,25 +3239,30 @@ def end_fields(exchange: Exchange) -> Json:
 def observed_fields(seen: Observed, provider: Protocol) -> Json:
     """What a provider's answer told, as its protocol tells it."""
     total = seen.total or seen.input + seen.output + seen.cached + seen.cache_creation
-    calls = seen.calls | {name: max(count, seen.calls.get(name, 0)) for name, count in seen.server_tools.items()}
+    calls = seen.calls | {name: max(count, seen.calls.get(name, 0))
+                          for name, count in seen.server_tools.items()}
     sources = dict(seen.sources)
     if seen.server_tools:
         sources["server_tool"] = max(sum(seen.server_tools.values()), sources.get("server_tool", 0))
     fields: Json = {
-        "response_id": seen.response_id[-8:] if seen.response_id else None, "service_tier": seen.tier, "tok": total,
-        "input": seen.input, "output": seen.output, "output_items": bounded(seen.items), "calls": bounded(calls),
-        "calls_by_source": sources,
+        "response_id": seen.response_id[-8:] if seen.response_id else None,
+        "service_tier": seen.tier, "tok": total, "input": seen.input, "output": seen.output,
+        "output_items": bounded(seen.items), "calls": bounded(calls), "calls_by_source": sources,
     }
     if provider is MESSAGES:
         fields |= {"cache_read": seen.cached, "cache_creation": seen.cache_creation,
-                   "stop_reason": next(iter(seen.finish), None), "stop_reasons": bounded(seen.finish)}
+                   "stop_reason": next(iter(seen.finish), None),
+                   "stop_reasons": bounded(seen.finish)}
     elif provider is CHAT:
-        fields |= {"cache": seen.cached, "reasoning": seen.reasoning, "finish_reasons": bounded(seen.finish)}
+        fields |= {"cache": seen.cached, "reasoning": seen.reasoning,
+                   "finish_reasons": bounded(seen.finish)}
     else:
-        fields |= {"cache": seen.cached, "reasoning": seen.reasoning, "reasoning_effort": seen.effort,
-                   "response_status": seen.status, "incomplete_reason": seen.incomplete_reason, "seq": seen.sequence}
+        fields |= {"cache": seen.cached, "reasoning": seen.reasoning,
+                   "reasoning_effort": seen.effort, "response_status": seen.status,
+                   "incomplete_reason": seen.incomplete_reason, "seq": seen.sequence}
     if seen.error_code or seen.error_message:
-        fields |= {"error_code": seen.error_code, "error_message": seen.error_message, "error_param": seen.error_param}
+        fields |= {"error_code": seen.error_code, "error_message": seen.error_message,
+                   "error_param": seen.error_param}
     return fields
 
 
@@ -3090,20 +3278,24 @@ CODEX_NUMBERS = tuple(f"{window}-{what}" for window in ("primary", "secondary")
 
 def rate_fields(fields: Sequence[Field]) -> Json:
     """The rate limits that a provider's headers tell, as numbers."""
-    values = {f.name.decode("ascii"): f.value.decode("latin-1") for f in fields if f.name.startswith((b"x-rate", b"x-codex"))}
+    values = {f.name.decode("ascii"): f.value.decode("latin-1") for f in fields
+              if f.name.startswith((b"x-rate", b"x-codex"))}
     out: Json = {}
     for what in ("requests", "tokens"):
         for kind in ("limit", "remaining"):
             text = values.get(f"x-ratelimit-{kind}-{what}", "")
             if text.isdecimal() and len(text) < 16:
                 out[f"rate_limit_{kind}_{what}"] = int(text)
-        reset = re.findall(r"([0-9.]{1,15})(ms|[smhd])", values.get(f"x-ratelimit-reset-{what}", "")[:64])
+        reset = re.findall(r"([0-9.]{1,15})(ms|[smhd])",
+                           values.get(f"x-ratelimit-reset-{what}", "")[:64])
         if reset:
-            out[f"rate_limit_reset_{what}_ms"] = round(1000 * sum(decimal(n) * RATE_UNITS[u] for n, u in reset))
+            out[f"rate_limit_reset_{what}_ms"] = round(
+                1000 * sum(decimal(n) * RATE_UNITS[u] for n, u in reset))
     for name in (*CODEX_NUMBERS, "primary-over-secondary-limit-percent"):
         text = values.get(f"x-codex-{name}", "")
         if re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,15})?", text):
-            key = name.replace("-seconds", "-secs").replace("-limit-percent", "-percent").replace("-", "_")
+            key = (name.replace("-seconds", "-secs").replace("-limit-percent", "-percent")
+                   .replace("-", "_"))
             out[f"codex_{key}"] = decimal(text)
     return out
 
@@ -3173,7 +3365,8 @@ def printable(text: str) -> str:
     """`text` with what could move a cursor or begin a new line as escapes."""
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii")
+                   for c in text)
 
 
 def clean(value: Any) -> Any:
@@ -3185,24 +3378,26 @@ def clean(value: Any) -> Any:
     return [clean(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-PAINT = {"red": "31", "green": "32", "yellow": "33", "blue": "34", "cyan": "36", "dim": "2", "bold": "1",
-         "bright_blue": "94", "grey": "90"}
+PAINT = {"red": "31", "green": "32", "yellow": "33", "blue": "34", "cyan": "36", "dim": "2",
+         "bold": "1", "bright_blue": "94", "grey": "90"}
 EVENT_PAINT = {"fwd": "cyan", "hdr": "blue", "wait": "yellow", "closed": "yellow", "end": "green"}
 LEVEL_PAINT = {"info": "green", "warn": "yellow", "error": "red", "debug": "blue", "trace": "dim"}
 OUTPUT_ALIASES = {
-    "message": "m", "function_call": "fn", "custom_tool_call": "ct", "mcp_call": "mcp", "web_search_call": "web",
-    "file_search_call": "file", "computer_call": "comp", "code_interpreter_call": "code",
-    "image_generation_call": "img", "reasoning": "rsn", "tool_use": "tu", "server_tool_use": "stu", "text": "txt",
-    "thinking": "think",
+    "message": "m", "function_call": "fn", "custom_tool_call": "ct", "mcp_call": "mcp",
+    "web_search_call": "web", "file_search_call": "file", "computer_call": "comp",
+    "code_interpreter_call": "code", "image_generation_call": "img", "reasoning": "rsn",
+    "tool_use": "tu", "server_tool_use": "stu", "text": "txt", "thinking": "think",
 }
 
 
 class HumanLines:
     """Renders events as lines for people (contract 9.3)."""
 
-    def __init__(self, color: bool, warn_ms: int = 5000, error_ms: int = 15000, details: bool = False) -> None:
+    def __init__(self, color: bool, warn_ms: int = 5000, error_ms: int = 15000,
+                 details: bool = False) -> None:
         self.color, self.warn_ms, self.error_ms = color, warn_ms, error_ms
-        self.details = details  # whether `hdr` of an answer that ends with a line of its own is shown
+        # whether `hdr` of an answer that ends with a line of its own is shown
+        self.details = details
 
     def paint(self, text: str, color: str, bold: bool = False) -> str:
         """`text` in a colour, if there is colour."""
@@ -3217,8 +3412,11 @@ class HumanLines:
             parts = self.end_parts if "duration_ms" in fields else self.plain_parts
         fields = clean(fields)
         clock = time.strftime("%H:%M:%S", time.localtime(at)) + f".{int(at % 1 * 1000):03d}"
-        name = self.paint(event, EVENT_PAINT.get(event, "red" if level in ("warn", "error") else LEVEL_PAINT[level]), True)
-        head = f"{clock} {self.paint(f'{level.upper():>5}', LEVEL_PAINT[level], level in ('info', 'warn', 'error'))} {name} "
+        name = self.paint(
+            event, EVENT_PAINT.get(event, "red" if level in ("warn", "error")
+                                   else LEVEL_PAINT[level]), True)
+        head = f"""{clock} {self.paint(f'{level.upper():>5}', LEVEL_PAINT[level],
+                                       level in ('info', 'warn', 'error'))} {name} """
         return head + "".join(f" {part}" for part in parts(fields) if part)
 
     def plain_parts(self, fields: Json) -> Iterator[str]:
@@ -3229,7 +3427,8 @@ class HumanLines:
 
     def route_part(self, fields: Json) -> str:
         """in->provider/out"""
-        inbound, outbound = (PROTOCOLS.get(fields.get(k) or "") for k in ("request_protocol", "provider_protocol"))
+        inbound, outbound = (PROTOCOLS.get(fields.get(k) or "")
+                             for k in ("request_protocol", "provider_protocol"))
         if not inbound or not outbound:
             return inbound.alias if inbound else ""
         provider = str(fields.get("provider")).removesuffix("_default")
@@ -3271,8 +3470,9 @@ class HumanLines:
 
     def timed(self, ms: int, text: str) -> str:
         """`text` in the colour of a duration."""
-        return self.paint(text, "red" if ms >= self.error_ms else "yellow" if ms >= self.warn_ms else "green",
-                          ms >= self.warn_ms)
+        return self.paint(
+            text, "red" if ms >= self.error_ms else "yellow" if ms >= self.warn_ms else "green",
+            ms >= self.warn_ms)
 
     def end_parts(self, fields: Json) -> Iterator[str]:
         """The end of an exchange, good or bad."""
@@ -3291,7 +3491,8 @@ class HumanLines:
         yield (fields.get("model") or "") + (f"/{effort}" if effort else "")
         yield self.route_part(fields)
         yield (fields.get("ct") or "") if not fields.get("sse") else ""
-        yield f"stream[{fields['chunks']}/{bytes_text(fields['avg_chunk_bytes'])}]" if fields.get("sse") else ""
+        yield (f"stream[{fields['chunks']}/{bytes_text(fields['avg_chunk_bytes'])}]"
+               if fields.get("sse") else "")
         yield from self.outcome_parts(fields)
         yield f"req={short_id(fields['request_id'])}"
         yield fields.get("err") or ""
@@ -3300,7 +3501,8 @@ class HumanLines:
         """What the provider's answer told of itself."""
         state = fields.get("response_status")
         if state:
-            yield "state=" + self.paint(state, {"completed": "green", "failed": "red"}.get(state, "yellow"))
+            yield "state=" + self.paint(
+                state, {"completed": "green", "failed": "red"}.get(state, "yellow"))
         if fields.get("service_tier") not in (None, "default", "standard"):
             yield f"tier={fields['service_tier']}"
         yield f"inc={fields['incomplete_reason']}" if fields.get("incomplete_reason") else ""
@@ -3310,7 +3512,8 @@ class HumanLines:
         yield codex_part(fields)
         yield f"resp=...{fields['response_id']}" if fields.get("response_id") else ""
         yield f"seq={fields['seq']}" if fields.get("seq") is not None else ""
-        items = {k: v for k, v in (fields.get("output_items") or {}).items() if not k.startswith("stream_")}
+        items = {k: v for k, v in (fields.get("output_items") or {}).items()
+                 if not k.startswith("stream_")}
         if items and items not in ({"message": 1}, {"text": 1}):
             yield f"out[{counts_text({OUTPUT_ALIASES.get(k, k): v for k, v in items.items()})}]"
         calls = fields.get("calls")
@@ -3335,7 +3538,8 @@ def rate_part(fields: Json) -> str:
     """rl[r:remaining/limit t:remaining/limit rr:reset rt:reset]"""
     parts = []
     for sign, what in (("r", "requests"), ("t", "tokens")):
-        limit, left = fields.get(f"rate_limit_limit_{what}"), fields.get(f"rate_limit_remaining_{what}")
+        limit, left = (fields.get(f"rate_limit_limit_{what}"),
+                       fields.get(f"rate_limit_remaining_{what}"))
         if limit is not None or left is not None:
             shown = [count_text(v) if v is not None else "-" for v in (left, limit)]
             parts.append(f"{sign}:{'/'.join(shown)}")
@@ -3365,21 +3569,25 @@ def codex_part(fields: Json) -> str:
 def json_line(at: float, level: str, event: str, fields: Json) -> str:
     """The event as one JSON object."""
     offset = time.strftime("%z", time.localtime(at)) or "+0000"
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(at)) + f".{int(at % 1 * 1000):03d}{offset[:3]}:{offset[3:]}"
-    return dump({"log_schema": "proxai.v1", "level": level, "event": event, "ts": stamp, **fields}).decode("utf-8")
+    stamp = (time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(at))
+             + f".{int(at % 1 * 1000):03d}{offset[:3]}:{offset[3:]}")
+    return dump({"log_schema": "proxai.v1", "level": level, "event": event, "ts": stamp,
+                 **fields}).decode("utf-8")
 
 
 # -- writing -----------------------------------------------------------------
 
 class LineWriter(logging.Handler):
-    """Prints records on a thread of its own; counts and drops lines while the reader does not read."""
+    """Prints records on a thread of its own; counts and drops lines while the reader
+    does not read."""
 
     def __init__(self, stream: Any, settings: LoggingConfig, environ: Mapping[str, str]) -> None:
         super().__init__()
         terminal = bool(getattr(stream, "isatty", bool)())
         color = settings.use_color and terminal and not environ.get("NO_COLOR")
         limits = settings.duration_thresholds
-        self.lines = HumanLines(color, limits.warn_ms, limits.error_ms, LEVELS[settings.level] <= logging.DEBUG)
+        self.lines = HumanLines(color, limits.warn_ms, limits.error_ms,
+                                LEVELS[settings.level] <= logging.DEBUG)
         self.json = settings.output_format == "json"
         self.in_place = color and not self.json  # `wait` lines overwrite one another on a terminal
         self.stream, self.dropped = stream, 0
@@ -3410,7 +3618,8 @@ class LineWriter(logging.Handler):
 
     def own_line(self, level: str, event: str, fields: Json) -> str:
         """A line about the log itself."""
-        return str((json_line if self.json else self.lines.render)(time.time(), level, event, fields))
+        return str((json_line if self.json else self.lines.render)(
+            time.time(), level, event, fields))
 
     def write_lines(self) -> None:
         """The thread: print what is queued until told to end."""
@@ -3444,7 +3653,8 @@ class Log:
 
     def __init__(self, logger: logging.Logger) -> None:
         self.logger = logger
-        self.info_on = logger.isEnabledFor(logging.INFO)  # asked once, for it is asked for each request
+        # asked once, for it is asked for each request
+        self.info_on = logger.isEnabledFor(logging.INFO)
         self.debug_on = logger.isEnabledFor(logging.DEBUG)
 
     def event(self, level: int, name: str, fields: Json) -> None:
@@ -3453,7 +3663,8 @@ class Log:
             self.logger.log(level, name, extra={"fields": fields})
 
 
-def start_log(settings: LoggingConfig, stream: Any, environ: Mapping[str, str]) -> tuple[Log, LineWriter]:
+def start_log(settings: LoggingConfig, stream: Any,
+              environ: Mapping[str, str]) -> tuple[Log, LineWriter]:
     """Send this program's events, and warnings of asyncio, to `stream`."""
     writer = LineWriter(stream, settings, environ)
     logging.addLevelName(TRACE, "TRACE")
@@ -3475,10 +3686,11 @@ def start_log(settings: LoggingConfig, stream: Any, environ: Mapping[str, str]) 
 # -- time limits -------------------------------------------------------------
 
 class Watch:
-    """One time limit at a time for whoever waits; `fire` is called with the reason of the one that ran out.
+    """One time limit at a time for whoever waits; `fire` is called with the reason of the
+    one that ran out.
 
-    Setting a limit only notes it. The loop's timer is moved when it fires too early, so a limit that
-    is set for each read costs two assignments and not two heap operations.
+    Setting a limit only notes it. The loop's timer is moved when it fires too early, so a limit
+    that is set for each read costs two assignments and not two heap operations.
     """
 
     __slots__ = ("due", "fire", "loop", "progress", "reason", "secs", "timer", "when")
@@ -3491,7 +3703,8 @@ class Watch:
         self.progress: Callable[[], bool] | None = None
 
     def arm(self, secs: float, reason: str, progress: Callable[[], bool] | None = None) -> None:
-        """From now on, `secs` seconds for what `reason` names, and again as long as there is `progress`."""
+        """From now on, `secs` seconds for what `reason` names,
+        and again as long as there is `progress`."""
         self.secs, self.reason, self.progress = secs, reason, progress
         self.when = when = self.loop.time() + secs
         if when < self.due:
@@ -3550,8 +3763,10 @@ class Origin(NamedTuple):
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
-def origin_of(base_url: str, proxy_url: str | None, ca_file: str | None, environ: Mapping[str, str]) -> Origin:
-    """The origin of a provider, with the forward proxy that its setting or the environment names."""
+def origin_of(base_url: str, proxy_url: str | None, ca_file: str | None,
+              environ: Mapping[str, str]) -> Origin:
+    """The origin of a provider, with the forward proxy that its setting or the
+    environment names."""
     url = urlsplit(base_url)
     host, port = url.hostname or "", url.port or DEFAULT_PORTS[url.scheme]
     if proxy_url == "direct":
@@ -3561,8 +3776,10 @@ def origin_of(base_url: str, proxy_url: str | None, ca_file: str | None, environ
     return Origin(url.scheme, host, port, proxy, ca_file)
 
 
-def proxy_from_environment(scheme: str, host: str, port: int, environ: Mapping[str, str]) -> str | None:
-    """The forward proxy that HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY, in either case, name for a host."""
+def proxy_from_environment(scheme: str, host: str, port: int,
+                           environ: Mapping[str, str]) -> str | None:
+    """The forward proxy that HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY,
+    in either case, name for a host."""
     def variable(name: str) -> str:
         return environ.get(name.lower()) or environ.get(name.upper()) or ""
 
@@ -3575,7 +3792,8 @@ def proxy_from_environment(scheme: str, host: str, port: int, environ: Mapping[s
     try:
         return read_proxy(url)
     except ValueError as error:
-        raise ConfigError([f"{scheme.upper()}_PROXY or ALL_PROXY in the environment cannot be used: it {error}"]) from None
+        raise ConfigError([f"{scheme.upper()}_PROXY or ALL_PROXY in the environment cannot be used:"
+                           f" it {error}"]) from None
 
 
 def bypasses(host: str, port: int, no_proxy: str) -> bool:
@@ -3610,8 +3828,8 @@ class LinkReader(asyncio.StreamReader):
 
 
 class LinkProtocol(asyncio.StreamReaderProtocol):
-    """The stream protocol of a connection, watchful while it lies in the pool: whatever comes then, bytes
-    that nobody asked for or the end, makes it useless."""
+    """The stream protocol of a connection, watchful while it lies in the pool: whatever comes then,
+    bytes that nobody asked for or the end, makes it useless."""
 
     idle = False
 
@@ -3649,8 +3867,8 @@ class Link:
         return self.writer.transport.is_closing() or self.reader.at_eof()
 
     def send(self, head: bytes, body: bytes) -> None:
-        """Put a request on the way. What the socket does not take now waits in the transport, so that an
-        answer that comes before the whole request has gone is read at once."""
+        """Put a request on the way. What the socket does not take now waits in the transport, so
+        that an answer that comes before the whole request has gone is read at once."""
         if len(body) > READ_BYTES:
             self.writer.write(head)
             self.writer.write(memoryview(body))
@@ -3669,7 +3887,8 @@ class Link:
 
 
 class LinkDied(Exception):
-    """The connection ended before the answer's head was whole; `untouched` when not a byte had come."""
+    """The connection ended before the answer's head was whole;
+    `untouched` when not a byte had come."""
 
     def __init__(self, untouched: bool) -> None:
         super().__init__("the connection closed before an answer" if untouched
@@ -3681,7 +3900,8 @@ MAC_CERTIFICATES = "/etc/ssl/cert.pem"  # where Python from python.org does not 
 
 
 def tls_context(ca_file: str | None, contexts: dict[str | None, ssl.SSLContext]) -> ssl.SSLContext:
-    """The context for `ca_file` beside the system's certificates; made once, as that reads them all."""
+    """The context for `ca_file` beside the system's certificates;
+    made once, as that reads them all."""
     if ca_file not in contexts:
         context = ssl.create_default_context()
         if not context.cert_store_stats()["x509_ca"] and os.path.exists(MAC_CERTIFICATES):
@@ -3694,7 +3914,8 @@ def tls_context(ca_file: str | None, contexts: dict[str | None, ssl.SSLContext])
 
 
 def proxy_authorization(proxy: Any) -> list[bytes]:
-    """The Proxy-Authorization line for the user name and password in a forward proxy's URL, if any."""
+    """The Proxy-Authorization line for the user name and password in a forward proxy's URL,
+    if any."""
     if proxy.username is None:
         return []
     pair = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}".encode()
@@ -3704,8 +3925,8 @@ def proxy_authorization(proxy: Any) -> list[bytes]:
 def own_resolver(loop: asyncio.AbstractEventLoop) -> Callable[..., Any]:
     """A `getaddrinfo` for `loop` with a thread for each name that is being looked up.
 
-    The loop's own pool is small and is waited for at exit, so that a name server which does not answer
-    would hold up other providers and the end of the program.
+    The loop's own pool is small and is waited for at exit, so that a name server which does not
+    answer would hold up other providers and the end of the program.
     """
     running: dict[Any, asyncio.Future[Any]] = {}
 
@@ -3714,7 +3935,8 @@ def own_resolver(loop: asyncio.AbstractEventLoop) -> Callable[..., Any]:
         if key not in running:
             running[key] = loop.create_future()
             running[key].add_done_callback(lambda done: (running.pop(key), done.exception()))
-            threading.Thread(target=look_up, args=(running[key], host, port, hints), daemon=True).start()
+            threading.Thread(target=look_up, args=(running[key], host, port, hints),
+                             daemon=True).start()
         return await asyncio.shield(running[key])
 
     def look_up(found: asyncio.Future[Any], host: Any, port: Any, hints: Json) -> None:
@@ -3752,41 +3974,48 @@ async def open_link(origin: Origin, contexts: dict[str | None, ssl.SSLContext]) 
     return Link(origin, reader, asyncio.StreamWriter(transport, protocol, reader, loop), protocol)
 
 
-async def open_tunnel(proxy: Any, origin: Origin, contexts: dict[str | None, ssl.SSLContext]) -> Any:
+async def open_tunnel(proxy: Any, origin: Origin,
+                      contexts: dict[str | None, ssl.SSLContext]) -> Any:
     """The transport of a tunnel that a forward proxy opens to `origin` (9110 9.3.6)."""
     secure = tls_context(origin.ca_file, contexts) if proxy.scheme == "https" else None
     loop = asyncio.get_running_loop()
     reader = LinkReader(limit=STREAM_LIMIT, loop=loop)
-    transport, _ = await loop.create_connection(lambda: LinkProtocol(reader, loop=loop), proxy.hostname,
-                                                proxy.port or DEFAULT_PORTS[proxy.scheme], ssl=secure,
-                                                happy_eyeballs_delay=0.25)
+    transport, _ = await loop.create_connection(
+        lambda: LinkProtocol(reader, loop=loop), proxy.hostname,
+        proxy.port or DEFAULT_PORTS[proxy.scheme], ssl=secure, happy_eyeballs_delay=0.25)
     try:
-        name = f"[{origin.host}]:{origin.port}" if ":" in origin.host else f"{origin.host}:{origin.port}"
+        name = (f"[{origin.host}]:{origin.port}" if ":" in origin.host
+                else f"{origin.host}:{origin.port}")
         target = name.encode("ascii")
-        transport.write(format_lines(b"CONNECT %b HTTP/1.1" % target, b"host: " + target, *proxy_authorization(proxy)))
+        transport.write(format_lines(b"CONNECT %b HTTP/1.1" % target, b"host: " + target,
+                                     *proxy_authorization(proxy)))
         block = await reader.readuntil(b"\r\n\r\n")
         head = parse_response_head(block[:-4])
         if not 200 <= head.status < 300:
-            raise UpstreamError(f"upstream request failed: the forward proxy refused the connection with status"
-                                f" {head.status}", fix="check the user name and password in proxy_url or HTTPS_PROXY"
+            raise UpstreamError("upstream request failed: the forward proxy refused the connection"
+                                f" with status {head.status}",
+                                fix="check the user name and password in proxy_url or HTTPS_PROXY"
                                 if head.status == 407 else "check that it allows this host")
         return transport
     except BaseException as error:
         transport.abort()
-        if isinstance(error, (asyncio.IncompleteReadError, asyncio.LimitOverrunError, FramingError)):
-            raise UpstreamError("upstream request failed: the forward proxy did not answer as one") from None
+        if isinstance(error, (asyncio.IncompleteReadError, asyncio.LimitOverrunError,
+                              FramingError)):
+            raise UpstreamError("upstream request failed: the forward proxy did not answer as"
+                                " one") from None
         raise
 
 
 def connect_fault(error: BaseException) -> str:
     """Why a connection could not be opened, without addresses or URLs."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        return (f"its TLS certificate is not trusted ({error.verify_message}); if your network re-signs TLS,"
-                " set ca_file for this provider")
+        return (f"its TLS certificate is not trusted ({error.verify_message}); if your network"
+                " re-signs TLS, set ca_file for this provider")
     if isinstance(error, ssl.SSLError):
         return f"the TLS handshake failed ({error.reason or 'no reason given'})"
     if isinstance(error, socket.gaierror):
-        return "its host name cannot be resolved; check base_url and DNS, and HTTPS_PROXY where one is needed"
+        return ("its host name cannot be resolved; check base_url and DNS, and HTTPS_PROXY where"
+                " one is needed")
     if isinstance(error, ConnectionRefusedError):
         return "the connection was refused; is it running, and is the port in base_url right?"
     if isinstance(error, ConnectionError):
@@ -3855,12 +4084,14 @@ class Pool:
                 link.abort()
         self.idle.clear()
 
-    async def exchange(self, origin: Origin, head: bytes, body: bytes, watch: Watch, connect_secs: float,
-                       idle_secs: float, sent: Callable[[], None]) -> tuple[Link, ResponseHead, bytes]:
+    async def exchange(self, origin: Origin, head: bytes, body: bytes, watch: Watch,
+                       connect_secs: float, idle_secs: float,
+                       sent: Callable[[], None]) -> tuple[Link, ResponseHead, bytes]:
         """Send one request; the connection, the answer's head and the bytes behind it.
 
-        A connection from the pool may have died unnoticed. If it ends before a byte of the answer, the
-        request goes out once more on a fresh one: a provider that had taken it would have said something.
+        A connection from the pool may have died unnoticed. If it ends before a byte of the answer,
+        the request goes out once more on a fresh one: a provider that had taken it would have said
+        something.
         """
         link = self.take(origin)
         while True:
@@ -3869,12 +4100,14 @@ class Pool:
                 try:
                     link = await open_link(origin, self.contexts)
                 except (OSError, UnicodeError) as error:
-                    raise UpstreamError(f"upstream request failed: {connect_fault(error)}") from None
+                    raise UpstreamError("upstream request failed:"
+                                        f" {connect_fault(error)}") from None
             try:
                 link.send(head, body)
                 sent()
                 return link, *await read_response_head(
-                    link.reader, functools.partial(watch.arm, idle_secs, "upstream", link.sent_some))
+                    link.reader,
+                    functools.partial(watch.arm, idle_secs, "upstream", link.sent_some))
             except LinkDied as error:
                 link.abort()
                 if not (link.used and error.untouched):
@@ -3888,9 +4121,10 @@ class Pool:
                 raise
 
 
-async def read_response_head(reader: asyncio.StreamReader, waiting: Callable[[], None]) -> tuple[ResponseHead, bytes]:
-    """The final head of an answer, interim ones passed over, and the bytes behind it; `waiting` is called
-    before each wait for bytes."""
+async def read_response_head(reader: asyncio.StreamReader,
+                             waiting: Callable[[], None]) -> tuple[ResponseHead, bytes]:
+    """The final head of an answer, interim ones passed over, and the bytes behind it; `waiting` is
+    called before each wait for bytes."""
     data, interim = b"", 0
     while True:
         scanned = 0
@@ -3915,11 +4149,13 @@ async def read_response_head(reader: asyncio.StreamReader, waiting: Callable[[],
 
 
 def check_unfinished_answer(data: bytes, scanned: int) -> None:
-    """Refuse the beginning of an answer that no further bytes could make right; see `check_unfinished`."""
+    """Refuse the beginning of an answer that no further bytes could make right;
+    see `check_unfinished`."""
     if not data:
         return
     if not b"HTTP/1.".startswith(data[:7]):
-        raise FramingError("the provider does not speak HTTP/1.1; check the scheme and the port in base_url")
+        raise FramingError("the provider does not speak HTTP/1.1; check the scheme and the port in"
+                           " base_url")
     if len(data) > RESPONSE_HEAD_BYTES:
         raise FramingError(f"the head of the answer is larger than {RESPONSE_HEAD_BYTES} bytes")
     if BARE_LF.search(data, max(scanned - 1, 0)):
@@ -3940,10 +4176,12 @@ class ResponseBody:
         if coding in INFLATABLE:
             self.inflater = Inflater(coding)
         elif coding != b"identity":
-            raise FramingError(f"the provider sent the content coding {coding.decode('latin-1')}, though none was asked for")
+            raise FramingError(f"the provider sent the content coding {coding.decode('latin-1')},"
+                               f" though none was asked for")
 
     async def read(self) -> bytes:
-        """The next piece, b"" at the end; FramingError or ConnectionError when it does not end well."""
+        """The next piece, b"" at the end; FramingError or ConnectionError when it does
+        not end well."""
         decoder = self.decoder
         while not decoder.finished:
             data = self.rest
@@ -3970,7 +4208,8 @@ class ResponseBody:
         return data
 
     def clean(self, head: ResponseHead) -> bool:
-        """Whether the connection can carry another request: ended where it should, nothing behind it."""
+        """Whether the connection can carry another request:
+        ended where it should, nothing behind it."""
         return head.keep_alive and self.decoder.finished and not self.decoder.rest and not self.rest
 
 
@@ -3985,8 +4224,9 @@ class ResponseBody:
 class Connection:
     """One client connection, serving requests in their order.
 
-    Whatever ends a wait from outside, a time limit, a client that is gone or the shutdown, goes through
-    `interrupt`: it cancels the connection's task with a reason, and whoever waits decides by that.
+    Whatever ends a wait from outside, a time limit, a client that is gone or the shutdown, goes
+    through `interrupt`: it cancels the connection's task with a reason, and whoever waits decides
+    by that.
     """
 
     def __init__(self, server: Server, reader: asyncio.StreamReader) -> None:
@@ -4015,7 +4255,8 @@ class Connection:
             self.task.cancel()
 
     def take_reason(self) -> str:
-        """Why the wait was ended, for the one who handles it; a cancellation that is not ours goes on."""
+        """Why the wait was ended, for the one who handles it;
+        a cancellation that is not ours goes on."""
         reason, self.reason = self.reason, None
         if reason is None or self.task is None:
             raise asyncio.CancelledError
@@ -4049,7 +4290,8 @@ class Connection:
     async def serve_one(self) -> bool:
         """Serve one request; whether the connection can take another."""
         try:
-            self.head, self.answered, self.chunked, self.busy, self.extra = None, False, False, False, []
+            self.head, self.answered, self.chunked, self.busy, self.extra = (
+                None, False, False, False, [])
             head = self.head = await self.read_head()
             if head is None:
                 return False
@@ -4119,7 +4361,8 @@ class Connection:
         if head.expects_continue and not rest:
             self.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         decoder, parts, size = body_decoder(length), [], 0
-        keep, self.keep, self.rest = self.keep, False, b""  # a body that is left half read ends the connection
+        # a body that is left half read ends the connection
+        keep, self.keep, self.rest = self.keep, False, b""
         while True:
             part = decoder.feed(rest)
             size += len(part)
@@ -4136,8 +4379,8 @@ class Connection:
         return b"".join(parts)
 
     async def linger(self) -> None:
-        """Tell the client that nothing more comes, and read on for a moment: closing with bytes unread
-        resets the connection, and the client would lose the answer that explains why."""
+        """Tell the client that nothing more comes, and read on for a moment: closing with bytes
+        unread resets the connection, and the client would lose the answer that explains why."""
         self.exchanging = False
         if self.transport.is_closing() or self.reader.at_eof() or self.server.draining:
             return
@@ -4150,10 +4393,13 @@ class Connection:
 
     # -- answers
 
-    def write_head(self, status: int, lines: list[bytes], length: int | None, body: bytes = b"") -> None:
-        """Begin an answer with `length` bytes of body, None for a stream; `body` goes out in the same write."""
+    def write_head(self, status: int, lines: list[bytes], length: int | None,
+                   body: bytes = b"") -> None:
+        """Begin an answer with `length` bytes of body, None for a stream;
+        `body` goes out in the same write."""
         self.answered = True
-        if self.body_unread and self.head and (self.head.expects_continue or self.head.length is None
+        if self.body_unread and self.head and (self.head.expects_continue
+                                               or self.head.length is None
                                                or self.head.length > DISCARD_BYTES):
             self.keep = False  # reading such a body away would cost more than a new connection
         lines += self.extra
@@ -4166,7 +4412,8 @@ class Connection:
             self.chunked = True
             lines.append(b"transfer-encoding: chunked")
         else:
-            self.keep = False  # HTTP/1.0 knows the end of a stream only as the end of the connection
+            # HTTP/1.0 knows the end of a stream only as the end of the connection
+            self.keep = False
         if not self.keep or self.server.draining:
             self.keep = False
             lines.append(b"connection: close")
@@ -4196,7 +4443,8 @@ class Connection:
         if not self.chunked:
             # Without chunks a plain close would look like the end, so the close must be a reset.
             raw = self.transport.get_extra_info("socket")
-            on = b"\x01\0\0\0\0\0\0\0" if os.name == "posix" else b"\x01\0\0\0"  # struct linger: on, 0 s
+            # struct linger: on, 0 s
+            on = b"\x01\0\0\0\0\0\0\0" if os.name == "posix" else b"\x01\0\0\0"
             with contextlib.suppress(OSError, AttributeError):  # the socket is gone
                 raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, on)
             self.transport.abort()
@@ -4218,7 +4466,8 @@ class Connection:
         self.watch.stop()
         self.writer.close()
         if self.transport.get_write_buffer_size():
-            self.server.loop.call_later(self.server.settings.write_timeout_secs, self.transport.abort)
+            self.server.loop.call_later(self.server.settings.write_timeout_secs,
+                                        self.transport.abort)
 
 
 def malformed(error: FramingError) -> RequestError:
@@ -4228,8 +4477,8 @@ def malformed(error: FramingError) -> RequestError:
 
 def too_large(limit: int) -> RequestError:
     """The refusal of a request body above the limit."""
-    return RequestError(f"the request body is larger than the length limit of {limit} bytes", status=413,
-                        fix="send less, or raise server.max_request_body_bytes")
+    return RequestError(f"the request body is larger than the length limit of {limit} bytes",
+                        status=413, fix="send less, or raise server.max_request_body_bytes")
 
 
 class ClientProtocol(asyncio.StreamReaderProtocol):
@@ -4263,7 +4512,8 @@ class Server:
     def __init__(self, settings: ServerConfig, handler: Callable[[Connection, RequestHead], Any],
                  refuse: Callable[[Connection, ProxyError], None]) -> None:
         self.settings, self.handler, self.refuse = settings, handler, refuse
-        self.limits = HeadLimits(settings.max_request_line_bytes, settings.max_head_bytes, settings.max_headers)
+        self.limits = HeadLimits(settings.max_request_line_bytes, settings.max_head_bytes,
+                                 settings.max_headers)
         self.loop = asyncio.get_running_loop()
         self.connections: set[Connection] = set()
         self.draining = False
@@ -4277,7 +4527,8 @@ class Server:
     async def listen(self, host: str, port: int) -> int:
         """Begin to accept; returns the port. ConfigError names an address that cannot be taken."""
         try:
-            self.listener = listener = await self.loop.create_server(self.new_protocol, host, port, backlog=BACKLOG)
+            self.listener = listener = await self.loop.create_server(
+                self.new_protocol, host, port, backlog=BACKLOG)
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno else str(error)
             raise ConfigError([f"cannot listen on {host}:{port}: {reason}"],
@@ -4285,7 +4536,8 @@ class Server:
         return int(listener.sockets[0].getsockname()[1])
 
     async def drain(self, grace: float, hurry: asyncio.Event) -> None:
-        """Accept no more, let open requests end for `grace` seconds or until `hurry`, then cut the rest."""
+        """Accept no more, let open requests end for `grace` seconds or until `hurry`,
+        then cut the rest."""
         self.draining = True
         if self.listener:
             self.listener.close()
@@ -4315,14 +4567,15 @@ class Server:
 # -- admission ---------------------------------------------------------------
 
 def admit(head: RequestHead, settings: ServerConfig) -> Protocol | int:
-    """The protocol of a request that is let in, or the status it is answered with here; RequestError says
-    why not (rulings 16 and 5)."""
+    """The protocol of a request that is let in, or the status it is answered with here;
+    RequestError says why not (rulings 16 and 5)."""
     check_host(head, settings)
     if head.path == HEALTH_PATH:
         if head.method not in (b"GET", b"HEAD"):
             raise method_error(b"GET, HEAD")
         return 200
-    if head.method == b"OPTIONS" and b"origin" in head.values and b"access-control-request-method" in head.values:
+    if (head.method == b"OPTIONS" and b"origin" in head.values
+            and b"access-control-request-method" in head.values):
         return 204
     if settings.api_keys and not presents_key(head.fields, settings.api_keys):
         raise RequestError("a valid API key of this proxy is needed", status=401,
@@ -4330,7 +4583,8 @@ def admit(head: RequestHead, settings: ServerConfig) -> Protocol | int:
                            fields=[b"www-authenticate: Bearer"])
     protocol = MODEL_PATHS.get(head.path)
     if protocol is None:
-        raise RequestError("there is nothing at this path", status=404, fix="the paths are " + ", ".join(MODEL_PATHS))
+        raise RequestError("there is nothing at this path", status=404,
+                           fix="the paths are " + ", ".join(MODEL_PATHS))
     if head.method != b"POST":
         raise method_error(b"POST")
     return protocol
@@ -4338,12 +4592,13 @@ def admit(head: RequestHead, settings: ServerConfig) -> Protocol | int:
 
 def method_error(allowed: bytes) -> RequestError:
     """The refusal of a method, with those that would do."""
-    return RequestError("this method is not allowed here", status=405, fix=f"use {allowed.decode()}",
-                        fields=[b"allow: " + allowed])
+    return RequestError("this method is not allowed here", status=405,
+                        fix=f"use {allowed.decode()}", fields=[b"allow: " + allowed])
 
 
 def check_origin(head: RequestHead, settings: ServerConfig) -> list[bytes]:
-    """The header lines that let a browser's page see the answer; RequestError for one that may not call.
+    """The header lines that let a browser's page see the answer;
+    RequestError for one that may not call.
 
     Browsers reach loopback too: without this any web page could use the proxy.
     """
@@ -4352,15 +4607,18 @@ def check_origin(head: RequestHead, settings: ServerConfig) -> list[bytes]:
         return []
     if origin.decode("latin-1").lower() not in settings.cors_allow_origins:
         raise RequestError("requests from this web origin are refused", status=403,
-                           fix="list the origin in server.cors_allow_origins if it may use your providers")
-    return [b"access-control-allow-origin: " + origin, b"vary: origin", b"access-control-expose-headers: *"]
+                           fix="list the origin in server.cors_allow_origins if it may use your"
+                           " providers")
+    return [b"access-control-allow-origin: " + origin, b"vary: origin",
+            b"access-control-expose-headers: *"]
 
 
 def check_host(head: RequestHead, settings: ServerConfig) -> None:
     """On a loopback listener the Host must mean this machine; DNS rebinding brings others."""
     if not is_loopback(settings.host) or (not head.host and not head.http11):
         return
-    if not is_loopback(head.host) and head.host not in (name.lower() for name in settings.allowed_hosts):
+    if (not is_loopback(head.host)
+            and head.host not in (name.lower() for name in settings.allowed_hosts)):
         raise RequestError("the Host of this request is not this machine", status=403,
                            fix="list the name in server.allowed_hosts if it is yours")
 
@@ -4382,20 +4640,24 @@ def presents_key(fields: Iterable[Field], keys: Sequence[str]) -> bool:
 class Provider:
     """A configured provider, with what is the same for each of its requests made ready."""
 
-    __slots__ = ("fills_gaps", "first", "fixed", "name", "origin", "protocol", "settings", "target", "template_key")
+    __slots__ = ("fills_gaps", "first", "fixed", "name", "origin", "protocol", "settings", "target",
+                 "template_key")
 
     def __init__(self, name: str, settings: ProviderConfig, environ: Mapping[str, str]) -> None:
         self.name, self.settings = name, settings
         self.protocol = PROTOCOLS[settings.protocol]
         self.origin = origin_of(settings.base_url, settings.proxy_url, settings.ca_file, environ)
-        self.fills_gaps = self.protocol is MESSAGES and settings.compatibility == "anthropic_compatible"
-        self.fixed = [b"host: " + self.origin.authority.encode("ascii"), auth_line(self.protocol, settings.api_key or ""),
+        self.fills_gaps = (self.protocol is MESSAGES
+                           and settings.compatibility == "anthropic_compatible")
+        self.fixed = [b"host: " + self.origin.authority.encode("ascii"),
+                      auth_line(self.protocol, settings.api_key or ""),
                       b"accept-encoding: identity"]
         self.template_key = bool(TEMPLATE_KEY.search(settings.api_key or ""))
         self.target = join_target(urlsplit(settings.base_url).path, self.protocol.path, "")
         self.first = f"POST {self.target}".encode("ascii")
         if self.origin.proxy and self.origin.scheme == "http":
-            # Plain HTTP goes through a forward proxy in absolute form (9112 3.2.2), with its credentials.
+            # Plain HTTP goes through a forward proxy in absolute form (9112 3.2.2), with its
+            # credentials.
             self.first = f"POST http://{self.origin.authority}{self.target}".encode("ascii")
             self.fixed += proxy_authorization(urlsplit(self.origin.proxy))
 
@@ -4414,7 +4676,8 @@ class Proxy:
         self.routes = compile_routes(config.routing.routes)
         names = config.routing.default_provider_names
         self.defaults = {name: getattr(names, name) for name in PROTOCOLS}
-        self.providers = {name: Provider(name, settings, environ) for name, settings in config.providers.items()}
+        self.providers = {name: Provider(name, settings, environ)
+                          for name, settings in config.providers.items()}
         self.pool, self.ids = Pool(), RequestIds()
         self.slots = asyncio.Semaphore(config.server.max_concurrent_requests)
         self.streams: set[Exchange] = set()
@@ -4430,7 +4693,8 @@ class Proxy:
 
     async def serve(self, connection: Connection, head: RequestHead) -> None:
         """Answer one request, whatever happens."""
-        exchange = Exchange(self.ids.next(), head.method.decode("ascii"), head.path, time.perf_counter())
+        exchange = Exchange(self.ids.next(), head.method.decode("ascii"), head.path,
+                            time.perf_counter())
         connection.extra = [b"x-proxai-request-id: %d" % exchange.id]
         try:
             await self.answer(connection, head, exchange)
@@ -4446,7 +4710,8 @@ class Proxy:
             raise
         except Exception:
             self.log.logger.exception("a bug in the proxy", extra={"fields": base_fields(exchange)})
-            self.fail(connection, exchange, ProxyError("the proxy failed; this is a bug, its log has the details"))
+            self.fail(connection, exchange,
+                      ProxyError("the proxy failed; this is a bug, its log has the details"))
         finally:
             connection.exchanging = False
             connection.watch.disarm()
@@ -4454,8 +4719,10 @@ class Proxy:
     async def answer(self, connection: Connection, head: RequestHead, exchange: Exchange) -> None:
         """The way of a request that is let in."""
         if self.log.debug_on:
-            self.log.event(logging.DEBUG, "recv", {**base_fields(exchange), "content_length": head.length})
-        exchange.inbound = MODEL_PATHS.get(head.path)  # so that a refusal has the shape the client expects
+            self.log.event(logging.DEBUG, "recv",
+                           {**base_fields(exchange), "content_length": head.length})
+        # so that a refusal has the shape the client expects
+        exchange.inbound = MODEL_PATHS.get(head.path)
         connection.extra += check_origin(head, self.config.server)
         protocol = admit(head, self.config.server)
         if isinstance(protocol, int):
@@ -4489,14 +4756,17 @@ class Proxy:
         """Health, and the preflight of a browser that may call (Fetch, CORS protocol)."""
         if status == 200:
             body = b'{"status":"ok"}'
-            connection.write_head(200, [b"content-type: application/json", date_line()], len(body), body)
+            connection.write_head(200, [b"content-type: application/json", date_line()],
+                                  len(body), body)
             return
         wanted = head.values.get(b"access-control-request-headers", b"*")
-        connection.write_head(204, [b"access-control-allow-methods: POST", b"access-control-allow-headers: " + wanted,
+        connection.write_head(204, [b"access-control-allow-methods: POST",
+                                    b"access-control-allow-headers: " + wanted,
                                     b"access-control-max-age: 600"], 0)
 
     def provider_for(self, decision: Decision, exchange: Exchange) -> Provider:
-        """The provider of a decision, noted in the exchange; SetupError while its key is a template."""
+        """The provider of a decision, noted in the exchange;
+        SetupError while its key is a template."""
         provider = self.providers[decision.provider]
         exchange.provider, exchange.provider_protocol = provider.name, provider.protocol
         exchange.route, exchange.upstream_model = decision.route, decision.model
@@ -4505,9 +4775,10 @@ class Proxy:
                              fix="put your key there, or name api_key_env or api_key_file")
         return provider
 
-    async def send(self, connection: Connection, head: RequestHead, exchange: Exchange, provider: Provider,
-                   body: bytes) -> tuple[Link, ResponseHead, bytes]:
-        """Send the provider request when its turn has come; holds a slot until the answer's head is there."""
+    async def send(self, connection: Connection, head: RequestHead, exchange: Exchange,
+                   provider: Provider, body: bytes) -> tuple[Link, ResponseHead, bytes]:
+        """Send the provider request when its turn has come;
+        holds a slot until the answer's head is there."""
         if connection.gone:
             raise ConnectionResetError
         connection.exchanging = True
@@ -4537,16 +4808,18 @@ class Proxy:
         if thinking.get("type") == "enabled" and exchange.inbound is MESSAGES:
             budget = number(thinking.get("budget_tokens"))
             self.log.event(logging.WARNING, "anthropic_legacy_thinking_budget",
-                           {**base_fields(exchange), "model": exchange.model, "budget_tokens": budget})
+                           {**base_fields(exchange), "model": exchange.model,
+                            "budget_tokens": budget})
 
     # -- answers
 
-    async def respond(self, connection: Connection, exchange: Exchange, provider: Provider, answer: ResponseHead,
-                      body: ResponseBody) -> None:
+    async def respond(self, connection: Connection, exchange: Exchange, provider: Provider,
+                      answer: ResponseHead, body: ResponseBody) -> None:
         """Give the client what the provider answered."""
         content_type = answer.values.get(b"content-type")
         exchange.status, exchange.sse = answer.status, is_event_stream(content_type)
-        exchange.content_type, exchange.encoding = content_type, None if answer.length is not None else "chunked"
+        exchange.content_type, exchange.encoding = (
+            content_type, None if answer.length is not None else "chunked")
         exchange.rates = answer.fields
         if not 200 <= answer.status < 300:
             await self.respond_error(connection, exchange, provider, answer, body)
@@ -4563,10 +4836,13 @@ class Proxy:
             lines.append(b"content-type: application/json")
             await self.whole(connection, exchange, provider, answer, body, lines)
 
-    async def read_up_to(self, connection: Connection, provider: Provider, body: ResponseBody, limit: int) -> tuple[bytes, bool]:
-        """An answer's payload, and whether that is all of it: reading stops behind `limit` bytes."""
+    async def read_up_to(self, connection: Connection, provider: Provider, body: ResponseBody,
+                         limit: int) -> tuple[bytes, bool]:
+        """An answer's payload, and whether that is all of it:
+        reading stops behind `limit` bytes."""
         secs, watch = provider.settings.read_idle_timeout_secs, connection.watch
-        if body.decoder.__class__ is LengthDecoder and body.inflater is None and len(body.rest) == body.decoder.left:
+        if (body.decoder.__class__ is LengthDecoder and body.inflater is None
+                and len(body.rest) == body.decoder.left):
             return body.take_rest(), True  # all of it came with the head
         parts: list[bytes] = []
         size = 0
@@ -4582,21 +4858,23 @@ class Proxy:
             raise body_fault(provider, error) from None
         return b"".join(parts), False
 
-    async def respond_error(self, connection: Connection, exchange: Exchange, provider: Provider, answer: ResponseHead,
-                            body: ResponseBody) -> None:
+    async def respond_error(self, connection: Connection, exchange: Exchange, provider: Provider,
+                            answer: ResponseHead, body: ResponseBody) -> None:
         """A provider's own error: its body as it is where the client knows its shape, else ours."""
         raw, complete = await self.read_up_to(connection, provider, body, ERROR_BODY_BYTES)
         lines = error_lines(answer.fields)
         error = upstream_error(answer.status, raw, lines)
         self.release(body, answer, complete)
         exchange.down = len(raw)
-        if self.style == "native" and exchange.inbound is provider.protocol and error.type == UPSTREAM and complete:
+        if (self.style == "native" and exchange.inbound is provider.protocol
+                and error.type == UPSTREAM and complete):
             error.native = raw
         self.fail(connection, exchange, error, "hdr-error")
 
-    async def whole(self, connection: Connection, exchange: Exchange, provider: Provider, answer: ResponseHead,
-                    body: ResponseBody, lines: list[bytes]) -> None:
-        """An answer in one piece: held until it is known to be JSON, relayed when it is too large for that."""
+    async def whole(self, connection: Connection, exchange: Exchange, provider: Provider,
+                    answer: ResponseHead, body: ResponseBody, lines: list[bytes]) -> None:
+        """An answer in one piece: held until it is known to be JSON,
+        relayed when it is too large for that."""
         raw, complete = await self.read_up_to(connection, provider, body, CHECKED_RESPONSE_BYTES)
         exchange.down, exchange.phase = len(raw), PHASES[3]
         if not complete:
@@ -4613,10 +4891,12 @@ class Proxy:
             exchange.observed = observe_body(provider.protocol, value)
             self.log_end(exchange, logging.INFO, "end")
 
-    async def relay_rest(self, connection: Connection, exchange: Exchange, provider: Provider, answer: ResponseHead,
-                         body: ResponseBody, lines: list[bytes], data: bytes) -> None:
+    async def relay_rest(self, connection: Connection, exchange: Exchange, provider: Provider,
+                         answer: ResponseHead, body: ResponseBody, lines: list[bytes],
+                         data: bytes) -> None:
         """An answer beyond what is held for checking: its bytes pass as they come."""
-        length = answer.length if answer.length and answer.length > 0 and not body.inflater else None
+        length = (answer.length if answer.length and answer.length > 0
+                  and not body.inflater else None)
         connection.write_head(answer.status, lines, length)
         secs = provider.settings.read_idle_timeout_secs
         try:
@@ -4645,11 +4925,12 @@ class Proxy:
 
     # -- streams
 
-    async def stream(self, connection: Connection, exchange: Exchange, provider: Provider, answer: ResponseHead,
-                     body: ResponseBody, lines: list[bytes]) -> None:
+    async def stream(self, connection: Connection, exchange: Exchange, provider: Provider,
+                     answer: ResponseHead, body: ResponseBody, lines: list[bytes]) -> None:
         """A stream of the client's own protocol: bytes as they come, watched beside their way."""
         exchange.phase = PHASES[3]
-        observer = StreamObserver(provider.protocol, self.config.server.max_sse_event_bytes, exchange.choices)
+        observer = StreamObserver(provider.protocol, self.config.server.max_sse_event_bytes,
+                                  exchange.choices)
         exchange.observed = observer.seen
         self.watch_streams(exchange)
         connection.write_head(answer.status, lines, None)
@@ -4657,19 +4938,22 @@ class Proxy:
         try:
             await self.pass_stream(connection, exchange, provider, body, observer)
         except (FramingError, OSError) as error:
-            fault = str(error) if isinstance(error, FramingError) else "the connection to the provider broke"
+            fault = (str(error) if isinstance(error, FramingError)
+                     else "the connection to the provider broke")
         except asyncio.CancelledError:
             fault = connection.take_reason()
         finally:
             self.streams.discard(exchange)
             connection.exchanging = False
-        level, outcome, said = stream_outcome(observer, fault, provider.settings.read_idle_timeout_secs,
-                                              self.config.tool_calls.timeout_secs)
+        level, outcome, said = stream_outcome(
+            observer, fault, provider.settings.read_idle_timeout_secs,
+            self.config.tool_calls.timeout_secs)
         whole = observer.seen.terminal or (fault is None and observer.complete)
         if fault == "tool_stall" and (provider.fills_gaps or not observer.splitter.size):
             assert exchange.inbound
             stalled = UpstreamError(said or "", status=504, type=UPSTREAM_BODY_READ)
-            connection.write_part(render_error_event(stalled, self.style, exchange.inbound, observer.seen.sequence))
+            connection.write_part(render_error_event(stalled, self.style, exchange.inbound,
+                                                     observer.seen.sequence))
             whole = True
         if whole:
             connection.write_end()
@@ -4678,16 +4962,19 @@ class Proxy:
         self.release(body, answer, fault is None)
         self.log_end(exchange, level, outcome, said)
 
-    async def pass_stream(self, connection: Connection, exchange: Exchange, provider: Provider, body: ResponseBody,
-                          observer: StreamObserver) -> None:
-        """Relay a stream to its end. Not reading while the client does not is all the backpressure there is."""
+    async def pass_stream(self, connection: Connection, exchange: Exchange, provider: Provider,
+                          body: ResponseBody, observer: StreamObserver) -> None:
+        """Relay a stream to its end. Not reading while the client does not is all the
+        backpressure there is."""
         watch, clock, seen = connection.watch, connection.server.loop.time, observer.seen
-        idle_secs, stall_secs = provider.settings.read_idle_timeout_secs, self.config.tool_calls.timeout_secs
+        idle_secs, stall_secs = (provider.settings.read_idle_timeout_secs,
+                                 self.config.tool_calls.timeout_secs)
         fills_gaps, transport = provider.fills_gaps, connection.transport
         while True:
             if seen.pending:
                 left = observer.stall_at(stall_secs) - clock()
-                watch.arm(min(left, idle_secs), "tool_stall" if left < idle_secs else "upstream_idle")
+                watch.arm(min(left, idle_secs),
+                          "tool_stall" if left < idle_secs else "upstream_idle")
             elif seen.terminal:
                 watch.arm(min(AFTER_TERMINAL_SECS, idle_secs), "after_terminal")
             else:
@@ -4712,7 +4999,8 @@ class Proxy:
 
     # -- ends
 
-    def fail(self, connection: Connection, exchange: Exchange, error: ProxyError, event: str = "request-failed") -> None:
+    def fail(self, connection: Connection, exchange: Exchange, error: ProxyError,
+             event: str = "request-failed") -> None:
         """Answer with an error; a stream that has begun can only be cut."""
         if connection.answered:
             connection.cut()
@@ -4720,23 +5008,29 @@ class Proxy:
             return
         exchange.status = error.status
         write_error(connection, error, self.style, exchange.inbound)
-        self.log_end(exchange, logging.WARNING, event, error.message, {"error_type": error.type, "error_code": error.code,
-                                                                      "error_param": None if error.param in (ABSENT, None) else brief_param(error.param)})
+        self.log_end(exchange, logging.WARNING, event, error.message, {
+            "error_type": error.type, "error_code": error.code,
+            "error_param": None if error.param in (ABSENT, None) else brief_param(error.param)})
 
     def interrupted(self, connection: Connection, exchange: Exchange, reason: str) -> None:
         """A wait that was ended from outside before a stream began."""
         name = exchange.provider
         limits = {
-            "connect": (UPSTREAM_REQUEST, "upstream request failed: no connection within connect_timeout_secs"),
-            "upstream": (UPSTREAM_REQUEST, "upstream request failed: no answer within read_idle_timeout_secs"),
-            "upstream_body": (UPSTREAM_BODY_READ, "the provider's answer stopped for read_idle_timeout_secs"),
+            "connect": (UPSTREAM_REQUEST,
+                        "upstream request failed: no connection within connect_timeout_secs"),
+            "upstream": (UPSTREAM_REQUEST,
+                         "upstream request failed: no answer within read_idle_timeout_secs"),
+            "upstream_body": (UPSTREAM_BODY_READ,
+                              "the provider's answer stopped for read_idle_timeout_secs"),
         }
         if reason in limits:
             kind, said = limits[reason]
-            self.fail(connection, exchange, UpstreamError(f"{said} (provider `{name}`)", type=kind), "timeout")
+            self.fail(connection, exchange, UpstreamError(f"{said} (provider `{name}`)", type=kind),
+                      "timeout")
         elif reason == "body":
             connection.keep = False
-            self.fail(connection, exchange, RequestError("the request body did not arrive in time", status=408))
+            self.fail(connection, exchange,
+                      RequestError("the request body did not arrive in time", status=408))
         elif reason == "shutdown" and not connection.answered:
             connection.keep = False
             self.fail(connection, exchange, ProxyError("the proxy is shutting down", status=503))
@@ -4744,7 +5038,8 @@ class Proxy:
             connection.cut()
             self.log_end(exchange, logging.INFO, "closed", ENDED_BY.get(reason, reason))
 
-    def log_end(self, exchange: Exchange, level: int, event: str, said: str | None = None, more: Json | None = None) -> None:
+    def log_end(self, exchange: Exchange, level: int, event: str, said: str | None = None,
+                more: Json | None = None) -> None:
         """The line that closes an exchange."""
         if not self.log.logger.isEnabledFor(level):
             return
@@ -4777,49 +5072,57 @@ class Proxy:
             if idle >= SWEEP_SECS:
                 self.log.event(logging.INFO, "wait", {
                     **base_fields(exchange), "idle_ms": milliseconds(idle),
-                    "duration_ms": milliseconds(clock - exchange.started), "chunks": exchange.chunks,
-                    "down": exchange.down})
+                    "duration_ms": milliseconds(clock - exchange.started),
+                    "chunks": exchange.chunks, "down": exchange.down})
         if self.streams:
             self.ticker = loop.call_later(SWEEP_SECS, self.tick)
 
 
-ENDED_BY = {"client_gone": "the client went away", "client_write": "the client took no bytes for write_timeout_secs",
+ENDED_BY = {"client_gone": "the client went away",
+            "client_write": "the client took no bytes for write_timeout_secs",
             "shutdown": "the proxy shut down"}
 
 
-def stream_outcome(observer: StreamObserver, fault: str | None, idle_secs: float, stall_secs: float) -> tuple[int, str, str | None]:
-    """Level, event and words for the end of a stream; `fault` is None for a clean end of the bytes."""
+def stream_outcome(observer: StreamObserver, fault: str | None, idle_secs: float,
+                   stall_secs: float) -> tuple[int, str, str | None]:
+    """Level, event and words for the end of a stream;
+    `fault` is None for a clean end of the bytes."""
     seen = observer.seen
     if fault == "tool_stall":
-        return (logging.WARNING, "stream-error", "upstream SSE stalled while streaming tool arguments:"
+        return (logging.WARNING, "stream-error",
+                "upstream SSE stalled while streaming tool arguments:"
                 f" none for tool_calls.timeout_secs = {stall_secs:g}")
     if seen.failed:
         return logging.WARNING, "stream-error", seen.error_message or "the provider sent an error"
     if seen.terminal or (fault is None and observer.complete):
         return logging.INFO, "end", None
     if fault == "upstream_idle":
-        return logging.WARNING, "timeout", f"the provider was silent for read_idle_timeout_secs = {idle_secs:g}"
+        return (logging.WARNING, "timeout",
+                f"the provider was silent for read_idle_timeout_secs = {idle_secs:g}")
     if fault in ENDED_BY:
         return logging.INFO, "closed", ENDED_BY[fault]
     if fault:
         return logging.WARNING, "stream-error", fault
     if seen.pending:
-        return logging.WARNING, "unfinished-tool", "the stream ended within the arguments of a tool call"
+        return (logging.WARNING, "unfinished-tool",
+                "the stream ended within the arguments of a tool call")
     return logging.INFO, "closed", "the stream ended before its terminal event"
 
 
 def load_answer(raw: bytes, status: int) -> tuple[Any, bool]:
-    """The JSON of an answer, and whether it is JSON to the letter: local servers write NaN into log probabilities."""
+    """The JSON of an answer, and whether it is JSON to the letter:
+    local servers write NaN into log probabilities."""
     for decoder in (DECODER, LENIENT_DECODER):
         try:
             return load(raw, decoder), decoder is DECODER
         except ValueError:
             pass
-    raise UpstreamError(f"the provider answered {status} with a body that is not JSON", status=502, type=INTERNAL,
-                        fix="check that base_url is the address of an API")
+    raise UpstreamError(f"the provider answered {status} with a body that is not JSON", status=502,
+                        type=INTERNAL, fix="check that base_url is the address of an API")
 
 
-def response_body(provider: Provider, link: Link, answer: ResponseHead, rest: bytes) -> ResponseBody:
+def response_body(provider: Provider, link: Link, answer: ResponseHead,
+                  rest: bytes) -> ResponseBody:
     """The answer's body, refused where its coding is one that we cannot undo."""
     try:
         return ResponseBody(link, answer, rest)
@@ -4830,8 +5133,8 @@ def response_body(provider: Provider, link: Link, answer: ResponseHead, rest: by
 def body_fault(provider: Provider, error: Exception) -> UpstreamError:
     """A provider's answer that cannot be read to its end."""
     said = str(error) if isinstance(error, FramingError) else "the connection broke"
-    return UpstreamError(f"the provider's answer could not be read: {said} (provider `{provider.name}`)",
-                         type=UPSTREAM_BODY_READ)
+    return UpstreamError(f"the provider's answer could not be read: {said}"
+                         f" (provider `{provider.name}`)", type=UPSTREAM_BODY_READ)
 
 
 def date_line() -> bytes:
@@ -4844,7 +5147,8 @@ def has_retry_line(lines: Iterable[bytes]) -> bool:
     return any(line.lower().startswith(b"x-should-retry:") for line in lines)
 
 
-def write_error(connection: Connection, error: ProxyError, style: str, protocol: Protocol | None) -> None:
+def write_error(connection: Connection, error: ProxyError, style: str,
+                protocol: Protocol | None) -> None:
     """Answer with an error in the configured style."""
     content_type, body = render_error(error, style, protocol)
     lines = [*error.fields, b"content-type: " + content_type, date_line()]
@@ -4877,18 +5181,21 @@ def demo_text(content: Any) -> str:
     """The text in a message's content, string or parts."""
     if isinstance(content, str):
         return content
-    return " ".join(demo_text(p.get("text", p.get("content", p.get("output")))) for p in map(mapping, listing(content)))
+    return " ".join(demo_text(p.get("text", p.get("content", p.get("output"))))
+                    for p in map(mapping, listing(content)))
 
 
 def demo_last_text(content: Any) -> str:
-    """What the user wrote: a string, or the last text part; agents put reminders of their own before it."""
+    """What the user wrote: a string, or the last text part;
+    agents put reminders of their own before it."""
     if isinstance(content, str):
         return content
     return next((t for part in reversed(listing(content)) if (t := demo_text([part]).strip())), "")
 
 
 def demo_turn(protocol: Protocol, body: Json, number_: int) -> DemoTurn:
-    """Decide the turn: a tool's result is reported, an offered tool is called, anything else is said back."""
+    """Decide the turn: a tool's result is reported, an offered tool is called,
+    anything else is said back."""
     wanted = body.get(protocol.wants)
     items = [{"role": "user", "content": wanted}] if isinstance(wanted, str) else listing(wanted)
     last = mapping(items[-1]) if items else {}
@@ -4900,7 +5207,8 @@ def demo_turn(protocol: Protocol, body: Json, number_: int) -> DemoTurn:
     model, id = str(body.get("model")), f"demo{number_:06d}"
     if result is not None:
         return DemoTurn(model, f"The tool answered: {result}", None, {}, tokens, id)
-    if usable and body.get("tool_choice") != "none" and mapping(body.get("tool_choice")).get("type") != "none":
+    if (usable and body.get("tool_choice") != "none"
+            and mapping(body.get("tool_choice")).get("type") != "none"):
         tool = usable[0]
         inner = mapping(tool.get("function")) or tool
         schema_ = mapping(inner.get("parameters") or inner.get("input_schema"))
@@ -4910,7 +5218,8 @@ def demo_turn(protocol: Protocol, body: Json, number_: int) -> DemoTurn:
 
 def demo_tool_name(tool: Json) -> str | None:
     """The name of a tool that the client runs and that takes JSON; None for any other."""
-    if tool.get("type", "function") not in ("function", "custom") or (tool.get("type") == "custom" and "input_schema" not in tool):
+    if (tool.get("type", "function") not in ("function", "custom")
+            or (tool.get("type") == "custom" and "input_schema" not in tool)):
         return None
     name = mapping(tool.get("function")).get("name") or tool.get("name")
     return name if isinstance(name, str) and name else None
@@ -4922,13 +5231,16 @@ def tool_result_text(item: Json) -> str | None:
         return demo_text(item.get("content"))
     if str(item.get("type", "")).endswith("_call_output"):
         return demo_text(item.get("output"))
-    results = [b for b in map(mapping, listing(item.get("content"))) if b.get("type") == "tool_result"]
+    results = [b for b in map(mapping, listing(item.get("content")))
+               if b.get("type") == "tool_result"]
     return demo_text(results[-1].get("content")) if results else None
 
 
 def demo_arguments(schema_: Json) -> Json:
-    """Arguments that a tool's JSON schema accepts, of the plain kinds: what it requires, else all it knows."""
-    samples: Json = {"string": "demo", "integer": 1, "number": 1, "boolean": True, "array": [], "null": None}
+    """Arguments that a tool's JSON schema accepts, of the plain kinds:
+    what it requires, else all it knows."""
+    samples: Json = {"string": "demo", "integer": 1, "number": 1, "boolean": True, "array": [],
+                     "null": None}
 
     def value(kind: Json) -> Any:
         if "const" in kind or listing(kind.get("enum")):
@@ -4954,8 +5266,10 @@ def demo_chat(turn: DemoTurn, now: int) -> Json:
     message: Json = {"role": "assistant", "content": turn.text or None, "refusal": None}
     if turn.tool:
         message["tool_calls"] = [{"id": f"call_{turn.id}", "type": "function",
-                                  "function": {"name": turn.tool, "arguments": json.dumps(turn.arguments)}}]
-    return {"id": f"chatcmpl-{turn.id}", "object": "chat.completion", "created": now, "model": turn.model,
+                                  "function": {"name": turn.tool,
+                                               "arguments": json.dumps(turn.arguments)}}]
+    return {"id": f"chatcmpl-{turn.id}", "object": "chat.completion", "created": now,
+            "model": turn.model,
             "choices": [{"index": 0, "message": message, "logprobs": None,
                          "finish_reason": "tool_calls" if turn.tool else "stop"}],
             "usage": demo_chat_usage(turn)}
@@ -4964,15 +5278,18 @@ def demo_chat(turn: DemoTurn, now: int) -> Json:
 def demo_chat_usage(turn: DemoTurn) -> Json:
     """Usage as Chat counts it."""
     out = len(words(turn.text)) or 1
-    return {"prompt_tokens": turn.tokens, "completion_tokens": out, "total_tokens": turn.tokens + out}
+    return {"prompt_tokens": turn.tokens, "completion_tokens": out,
+            "total_tokens": turn.tokens + out}
 
 
 def demo_chat_stream(turn: DemoTurn, now: int, body: Json) -> Iterator[bytes]:
     """The turn as Chat chunks."""
     def chunk(delta: Json, finish: str | None = None, **more: Any) -> bytes:
-        choices = [] if more.get("usage") else [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]
-        return format_event(None, dump({"id": f"chatcmpl-{turn.id}", "object": "chat.completion.chunk", "created": now,
-                                        "model": turn.model, "choices": choices, **more}))
+        choices = ([] if more.get("usage")
+                   else [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}])
+        return format_event(None, dump({
+            "id": f"chatcmpl-{turn.id}", "object": "chat.completion.chunk", "created": now,
+            "model": turn.model, "choices": choices, **more}))
 
     yield chunk({"role": "assistant", "content": None if turn.tool else ""})
     if turn.tool:
@@ -4992,11 +5309,13 @@ def demo_message(turn: DemoTurn) -> Json:
     """The turn as an Anthropic message."""
     block: Json = {"type": "text", "text": turn.text, "citations": None}
     if turn.tool:
-        block = {"type": "tool_use", "id": f"toolu_{turn.id}", "name": turn.tool, "input": turn.arguments,
-                 "caller": {"type": "direct"}}
-    usage: Json = {**USAGE_GAPS, "input_tokens": turn.tokens, "output_tokens": len(words(turn.text)) or 1}
-    return {"id": f"msg_{turn.id}", "type": "message", "role": "assistant", "model": turn.model, "content": [block],
-            **MESSAGE_GAPS, "stop_reason": "tool_use" if turn.tool else "end_turn", "usage": usage}
+        block = {"type": "tool_use", "id": f"toolu_{turn.id}", "name": turn.tool,
+                 "input": turn.arguments, "caller": {"type": "direct"}}
+    usage: Json = {**USAGE_GAPS, "input_tokens": turn.tokens,
+                   "output_tokens": len(words(turn.text)) or 1}
+    return {"id": f"msg_{turn.id}", "type": "message", "role": "assistant", "model": turn.model,
+            "content": [block], **MESSAGE_GAPS,
+            "stop_reason": "tool_use" if turn.tool else "end_turn", "usage": usage}
 
 
 def demo_message_stream(turn: DemoTurn, now: int, body: Json) -> Iterator[bytes]:
@@ -5023,20 +5342,26 @@ def demo_message_stream(turn: DemoTurn, now: int, body: Json) -> Iterator[bytes]
 def demo_response(turn: DemoTurn, now: int, body: Json) -> Json:
     """The turn as a Response object."""
     out = len(words(turn.text)) or 1
-    item: Json = {"id": f"msg_{turn.id}", "type": "message", "role": "assistant", "status": "completed",
-                  "content": [{"type": "output_text", "text": turn.text, "annotations": [], "logprobs": []}]}
+    item: Json = {"id": f"msg_{turn.id}", "type": "message", "role": "assistant",
+                  "status": "completed",
+                  "content": [{"type": "output_text", "text": turn.text, "annotations": [],
+                               "logprobs": []}]}
     if turn.tool:
-        item = {"id": f"fc_{turn.id}", "type": "function_call", "call_id": f"call_{turn.id}", "name": turn.tool,
-                "arguments": json.dumps(turn.arguments), "status": "completed"}
-    echo: Json = {"instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True,
-            "previous_response_id": None, "reasoning": {"effort": None, "summary": None}, "store": False,
-            "temperature": 1.0, "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_p": 1.0,
-            "truncation": "disabled", "user": None}
+        item = {"id": f"fc_{turn.id}", "type": "function_call", "call_id": f"call_{turn.id}",
+                "name": turn.tool, "arguments": json.dumps(turn.arguments), "status": "completed"}
+    echo: Json = {
+        "instructions": None, "max_output_tokens": None, "metadata": {},
+        "parallel_tool_calls": True, "previous_response_id": None,
+        "reasoning": {"effort": None, "summary": None}, "store": False, "temperature": 1.0,
+        "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_p": 1.0,
+        "truncation": "disabled", "user": None}
     echo = {key: body[key] if body.get(key) is not None else value for key, value in echo.items()}
-    return {"id": f"resp_{turn.id}", "object": "response", "created_at": now, "status": "completed", "error": None,
-            "incomplete_details": None, "model": turn.model, "output": [item], **echo,
-            "usage": {"input_tokens": turn.tokens, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": out,
-                      "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": turn.tokens + out}}
+    return {"id": f"resp_{turn.id}", "object": "response", "created_at": now, "status": "completed",
+            "error": None, "incomplete_details": None, "model": turn.model, "output": [item],
+            **echo,
+            "usage": {"input_tokens": turn.tokens, "input_tokens_details": {"cached_tokens": 0},
+                      "output_tokens": out, "output_tokens_details": {"reasoning_tokens": 0},
+                      "total_tokens": turn.tokens + out}}
 
 
 def demo_response_stream(turn: DemoTurn, now: int, body: Json) -> Iterator[bytes]:
@@ -5052,18 +5377,23 @@ def demo_response_stream(turn: DemoTurn, now: int, body: Json) -> Iterator[bytes
     opened = {**whole, "status": "in_progress", "output": [], "usage": None}
     yield event("response.created", response=opened)
     yield event("response.in_progress", response=opened)
-    started = {**item, "status": "in_progress", **({"arguments": ""} if turn.tool else {"content": []})}
+    started = {**item, "status": "in_progress",
+               **({"arguments": ""} if turn.tool else {"content": []})}
     yield event("response.output_item.added", output_index=0, item=started)
     if turn.tool:
         for part in words(item["arguments"]):
             yield event("response.function_call_arguments.delta", **place, delta=part)
-        yield event("response.function_call_arguments.done", **place, name=turn.tool, arguments=item["arguments"])
+        yield event("response.function_call_arguments.done", **place, name=turn.tool,
+                    arguments=item["arguments"])
     else:
         part_ = item["content"][0]
-        yield event("response.content_part.added", **place, content_index=0, part={**part_, "text": ""})
+        yield event("response.content_part.added", **place, content_index=0,
+                    part={**part_, "text": ""})
         for word in words(turn.text):
-            yield event("response.output_text.delta", **place, content_index=0, delta=word, logprobs=[])
-        yield event("response.output_text.done", **place, content_index=0, text=turn.text, logprobs=[])
+            yield event("response.output_text.delta", **place, content_index=0, delta=word,
+                        logprobs=[])
+        yield event("response.output_text.done", **place, content_index=0, text=turn.text,
+                    logprobs=[])
         yield event("response.content_part.done", **place, content_index=0, part=part_)
     yield event("response.output_item.done", output_index=0, item=item)
     yield event("response.completed", response=whole)
@@ -5074,7 +5404,8 @@ DEMO_WHOLE: dict[str, Callable[[DemoTurn, int, Json], Json]] = {
     "messages": lambda turn, now, body: demo_message(turn),
     "responses": demo_response,
 }
-DEMO_STREAM = {"chat": demo_chat_stream, "messages": demo_message_stream, "responses": demo_response_stream}
+DEMO_STREAM = {"chat": demo_chat_stream, "messages": demo_message_stream,
+               "responses": demo_response_stream}
 
 
 class Demo:
@@ -5123,10 +5454,12 @@ class Demo:
 
 def demo_config(port: int) -> str:
     """The configuration of a proxy in front of the demo provider, as TOML."""
-    lines = ["[routing.default_provider_names]", *(f'{name} = "demo_{p.word}"' for name, p in PROTOCOLS.items())]
+    lines = ["[routing.default_provider_names]",
+             *(f'{name} = "demo_{p.word}"' for name, p in PROTOCOLS.items())]
     for name, p in PROTOCOLS.items():
-        lines += [f"[providers.demo_{p.word}]", f'protocol = "{name}"', f'base_url = "http://127.0.0.1:{port}"',
-                  'api_key = "demo"', 'proxy_url = "direct"']
+        lines += [f"[providers.demo_{p.word}]", f'protocol = "{name}"',
+                  f'base_url = "http://127.0.0.1:{port}"', 'api_key = "demo"',
+                  'proxy_url = "direct"']
     return "\n".join([*lines, "[error_responses]", 'format = "native"'])
 
 
@@ -5153,12 +5486,16 @@ def command_line() -> Any:
     import argparse
 
     parser = argparse.ArgumentParser(
-        prog="proxai.py", allow_abbrev=False, description="A local LLM proxy: any client protocol, any provider.",
-        epilog="Without --config the file in the app directory (~/.proxai/config.toml) is used, and made if missing.")
+        prog="proxai.py", allow_abbrev=False,
+        description="A local LLM proxy: any client protocol, any provider.",
+        epilog="Without --config the file in the app directory (~/.proxai/config.toml) is used,"
+               " and made if missing.")
     add = parser.add_argument
-    add("command", nargs="?", choices=["check"], help="check: load the configuration, show what would run, and exit")
+    add("command", nargs="?", choices=["check"],
+        help="check: load the configuration, show what would run, and exit")
     add("--config", metavar="PATH", help="configuration file")
-    add("--demo", action="store_true", help="run in front of an embedded provider; no key, no configuration")
+    add("--demo", action="store_true",
+        help="run in front of an embedded provider; no key, no configuration")
     add("--upstream", metavar="URL", help="base_url of the default openai_responses provider")
     add("--api-key", metavar="KEY", help="api_key of the default openai_responses provider")
     add("--port", type=port_number, metavar="N", help="server.port; 0 takes a free one")
@@ -5178,17 +5515,21 @@ def flag_overrides(args: Any, tables: Json) -> list[Override]:
     out = []
     if args.port is not None:
         out.append(Override("--port", ("server", "port"), args.port))
-    for flag, key, value in (("--log-level", "level", args.log_level), ("--log-format", "output_format", args.log_format)):
+    for flag, key, value in (("--log-level", "level", args.log_level),
+                             ("--log-format", "output_format", args.log_format)):
         if value is not None:
             out.append(Override(flag, ("logging", key), value.strip().lower()))
     for phase in PHASES:
         if getattr(args, f"capture_{phase}"):
-            out.append(Override(f"--capture-{phase.replace('_', '-')}", ("capture", f"{phase}_enabled"), True))
-    for flag, key, value in (("--upstream", "base_url", args.upstream), ("--api-key", "api_key", args.api_key)):
+            out.append(Override(f"--capture-{phase.replace('_', '-')}",
+                                ("capture", f"{phase}_enabled"), True))
+    for flag, key, value in (("--upstream", "base_url", args.upstream),
+                             ("--api-key", "api_key", args.api_key)):
         if value and value.strip():
             at = ("providers", default_responses_provider(flag, tables))
             if key == "api_key":
-                out += [Override(flag, (*at, other), None) for other in ("api_key_env", "api_key_file")]
+                out += [Override(flag, (*at, other), None)
+                        for other in ("api_key_env", "api_key_file")]
             out.append(Override(flag, (*at, key), value.strip()))
     return out + [route_override(spec, tables) for spec in args.route_override]
 
@@ -5200,7 +5541,8 @@ def default_responses_provider(flag: str, tables: Json) -> str:
     for label in mapping(tables.get("providers")):
         if wanted and label.strip().lower() == wanted:
             return str(label)
-    raise ConfigError([f"{flag} is about the default provider of {RESPONSES.name}, and there is none"],
+    raise ConfigError([f"{flag} is about the default provider of {RESPONSES.name},"
+                       " and there is none"],
                       f"set routing.default_provider_names.{RESPONSES.name}")
 
 
@@ -5216,9 +5558,10 @@ def read_file(path: Path) -> str:
 # -- what is printed ---------------------------------------------------------
 
 HINT_LEGEND = {
-    "ptc": "parallel tool calls", "pck": "prompt cache key", "instr": "instructions", "include[...]": "include",
-    "rsn": "reasoning", "rsn.enc": "encrypted reasoning", "tc:*": "tool choice", "tools[...]": "tools",
-    "mtc": "max tool calls", "pcr": "prompt cache retention", "rs": "reasoning summary", "tlp": "top logprobs",
+    "ptc": "parallel tool calls", "pck": "prompt cache key", "instr": "instructions",
+    "include[...]": "include", "rsn": "reasoning", "rsn.enc": "encrypted reasoning",
+    "tc:*": "tool choice", "tools[...]": "tools", "mtc": "max tool calls",
+    "pcr": "prompt cache retention", "rs": "reasoning summary", "tlp": "top logprobs",
 }
 
 
@@ -5226,12 +5569,15 @@ def legend(entries: Mapping[str, str]) -> str:
     """alias=meaning, three on a line, aligned."""
     pairs = [f"{alias}={meaning}" for alias, meaning in entries.items()]
     width = max(map(len, pairs)) + 2
-    rows = ["".join(f"{pair:{width}}" for pair in pairs[i:i + 3]).rstrip() for i in range(0, len(pairs), 3)]
+    rows = ["".join(f"{pair:{width}}" for pair in pairs[i:i + 3]).rstrip()
+            for i in range(0, len(pairs), 3)]
     return "\n    ".join(rows)
 
 
-def banner(config: Config, port: int, source: str, notes: Sequence[str], environ: Mapping[str, str] = os.environ) -> str:
-    """What is told when the proxy starts (contract 2.4): what runs, where, by which configuration."""
+def banner(config: Config, port: int, source: str, notes: Sequence[str],
+           environ: Mapping[str, str] = os.environ) -> str:
+    """What is told when the proxy starts (contract 2.4):
+    what runs, where, by which configuration."""
     host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
     names, logs = config.routing.default_provider_names, config.logging
     default = config.providers.get(names.openai_responses)
@@ -5249,11 +5595,14 @@ def banner(config: Config, port: int, source: str, notes: Sequence[str], environ
         ("app_dir", base), ("config", source), ("config_example", base / "config.example.toml"),
         *(("note", note) for note in notes),
         ("providers", ", ".join(f"{n} ({p.protocol})" for n, p in config.providers.items())),
-        ("client_keys", f"{len(config.server.api_keys)} accepted" if config.server.api_keys else "not asked for"),
+        ("client_keys",
+         f"{len(config.server.api_keys)} accepted" if config.server.api_keys else "not asked for"),
         ("tool_aliases", legend({alias: name for name, alias in TOOL_ALIASES.items()})),
         ("request_hints", legend(HINT_LEGEND)),
-        ("log_level", logs.level), ("log_format", logs.output_format), ("log_use_color", toml_value(logs.use_color)),
-        ("error_response_format", config.error_responses.format), ("route_count", len(config.routing.routes)),
+        ("log_level", logs.level), ("log_format", logs.output_format),
+        ("log_use_color", toml_value(logs.use_color)),
+        ("error_response_format", config.error_responses.format),
+        ("route_count", len(config.routing.routes)),
         ("read_idle_timeout_secs", f"{default.read_idle_timeout_secs:g}" if default else "none"),
         ("tool_calls.timeout_secs", f"{config.tool_calls.timeout_secs:g}"),
         *((f"capture.{name}", toml_value(on)) for name, on in captures.items()),
@@ -5264,7 +5613,8 @@ def banner(config: Config, port: int, source: str, notes: Sequence[str], environ
 
 def demo_banner(port: int) -> str:
     """What is told when the demo starts."""
-    return f"ProxAI {__version__}, demo\n  listen: http://127.0.0.1:{port}\n  provider: embedded, it says back what it is told"
+    return (f"ProxAI {__version__}, demo\n  listen: http://127.0.0.1:{port}\n"
+            "  provider: embedded, it says back what it is told")
 
 
 def tell(text: str) -> None:
@@ -5283,15 +5633,19 @@ def start_notes(config: Config) -> list[str]:
 
 
 def check_report(config: Config, source: str, environ: Mapping[str, str]) -> str:
-    """What would run: providers with their URLs, routes in order, defaults, and what will not work."""
-    lines = [f"{source}: valid", f"listen: {config.server.host} port {config.server.port}", "providers:"]
+    """What would run: providers with their URLs, routes in order,
+    defaults, and what will not work."""
+    lines = [f"{source}: valid", f"listen: {config.server.host} port {config.server.port}",
+             "providers:"]
     for name, settings in config.providers.items():
         provider = Provider(name, settings, environ)
         keys = [s for s in ("api_key_env", "api_key_file") if getattr(settings, s)]
         origin = provider.origin
         proxy = urlsplit(origin.proxy) if origin.proxy else None
-        via = f", through the forward proxy {proxy.hostname}:{proxy.port or DEFAULT_PORTS[proxy.scheme]}" if proxy else ""
-        lines.append(f"  {name}: {settings.protocol} at {origin.scheme}://{origin.authority}{provider.target},"
+        via = (", through the forward proxy"
+               f" {proxy.hostname}:{proxy.port or DEFAULT_PORTS[proxy.scheme]}" if proxy else "")
+        lines.append(f"  {name}: {settings.protocol} at"
+                     f" {origin.scheme}://{origin.authority}{provider.target},"
                      f" key from {keys[0] if keys else 'api_key'}{via}")
     lines.append("routes, first match wins:" if config.routing.routes else "routes: none")
     for i, route in enumerate(config.routing.routes):
@@ -5334,7 +5688,8 @@ def default_report(config: Config, protocol: Protocol) -> str:
 
 def tune_process() -> None:
     """What makes a long-running process cheaper; each line was measured with .ci/bench.py."""
-    bytes(1 << 20)  # raises glibc's mmap threshold: recv()'s 256 KiB buffers then come from the heap
+    # raises glibc's mmap threshold: recv()'s 256 KiB buffers then come from the heap
+    bytes(1 << 20)
     gc.collect()
     gc.freeze()  # what is there now stays; no need to look at it again and again
     gc.set_threshold(20_000, 50, 50)
@@ -5342,7 +5697,8 @@ def tune_process() -> None:
         import resource
 
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        for files in (hard, 65536, 10240):  # a stream takes two; shells allow 1024, macOS refuses "unlimited"
+        # a stream takes two; shells allow 1024, macOS refuses "unlimited"
+        for files in (hard, 65536, 10240):
             with contextlib.suppress(ValueError, OSError):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
                 break
@@ -5360,8 +5716,10 @@ def on_signals(loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) -> Non
             signal.signal(number_, lambda *_: loop.call_soon_threadsafe(stop))
 
 
-async def serve(config: Config, log: Log, environ: Mapping[str, str], started: Callable[[int], Any]) -> None:
-    """Run the proxy until a signal ends it: the first drains, the second cuts. `started` is given the port."""
+async def serve(config: Config, log: Log, environ: Mapping[str, str],
+                started: Callable[[int], Any]) -> None:
+    """Run the proxy until a signal ends it: the first drains, the second cuts.
+    `started` is given the port."""
     proxy = Proxy(config, log, environ)
     server = Server(config.server, proxy.serve, proxy.refuse)
     port = await server.listen(config.server.host, config.server.port)
@@ -5371,14 +5729,16 @@ async def serve(config: Config, log: Log, environ: Mapping[str, str], started: C
     tune_process()
     await started(port)
     await stopped.wait()
-    log.event(logging.INFO, "shutdown", {"open": len(server.connections), "grace_secs": config.server.shutdown_grace_secs})
+    log.event(logging.INFO, "shutdown",
+              {"open": len(server.connections), "grace_secs": config.server.shutdown_grace_secs})
     await server.drain(config.server.shutdown_grace_secs, hurry)
     proxy.close()
 
 
 def load_demo(args: Any, port: int, environ: Mapping[str, str]) -> Config:
     """The configuration of the demo with what the flags say of it."""
-    return load_config(demo_config(port), "the demo", environ=environ, overrides=lambda tables: flag_overrides(args, tables))
+    return load_config(demo_config(port), "the demo", environ=environ,
+                       overrides=lambda tables: flag_overrides(args, tables))
 
 
 async def run_demo(args: Any, log: Log, environ: Mapping[str, str]) -> None:
@@ -5395,7 +5755,8 @@ async def run_demo(args: Any, log: Log, environ: Mapping[str, str]) -> None:
         tell(demo_banner(port))
         question = "Hello, is anybody there?"
         answer = await ask(port, question)
-        tell(f"\nOne request went through the proxy.\n  asked:    {question}\n  answered: {answer}\n\nTry it yourself:")
+        tell(f"\nOne request went through the proxy.\n  asked:    {question}\n"
+             f"  answered: {answer}\n\nTry it yourself:")
         for protocol in PROTOCOLS.values():
             tell(f"\n{curl_line(protocol, port)}")
         tell("\nCtrl-C ends the demo.")
@@ -5414,11 +5775,13 @@ def port_taken(port: int) -> bool:
 async def ask(port: int, question: str) -> str:
     """One Chat request through the proxy on `port`, and the answer's text."""
     body = dump({"model": "demo", "messages": [{"role": "user", "content": question}]})
-    head = format_lines(b"POST /v1/chat/completions HTTP/1.1", b"host: 127.0.0.1", b"content-length: %d" % len(body))
+    head = format_lines(b"POST /v1/chat/completions HTTP/1.1", b"host: 127.0.0.1",
+                        b"content-length: %d" % len(body))
     pool = Pool()
     watch = Watch(asyncio.get_running_loop(), lambda reason: None)
     try:
-        link, answer, rest = await pool.exchange(Origin("http", "127.0.0.1", port), head, body, watch, 10, 10, lambda: None)
+        link, answer, rest = await pool.exchange(Origin("http", "127.0.0.1", port), head, body,
+                                                 watch, 10, 10, lambda: None)
         stream = ResponseBody(link, answer, rest)
         raw = b""
         while data := await stream.read():
@@ -5431,12 +5794,14 @@ async def ask(port: int, question: str) -> str:
 
 def curl_line(protocol: Protocol, port: int) -> str:
     """A command that sends a streaming request of `protocol` to the proxy."""
-    said: Any = "Tell me a story" if protocol is RESPONSES else [{"role": "user", "content": "Tell me a story"}]
+    said: Any = ("Tell me a story" if protocol is RESPONSES
+                 else [{"role": "user", "content": "Tell me a story"}])
     body: Json = {"model": "demo", "stream": True, protocol.wants: said}
     if protocol is MESSAGES:
         body["max_tokens"] = 100
     quoted = json.dumps(body)
-    return f"curl -N http://127.0.0.1:{port}{protocol.path} -H 'content-type: application/json' \\\n  -d '{quoted}'"
+    return (f"curl -N http://127.0.0.1:{port}{protocol.path} -H 'content-type: application/json'"
+            f" \\\n  -d '{quoted}'")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -5464,13 +5829,15 @@ def open_outputs() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # started with it closed
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for as long as we run
+            # for as long as we run
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def close_outputs() -> None:
-    """Flush, or give up what nobody reads, so that the interpreter's own flush at exit has nothing to fail at."""
+    """Flush, or give up what nobody reads, so that the interpreter's own flush at exit has nothing
+    to fail at."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
@@ -5514,7 +5881,8 @@ def run_logged(work: Any, writer: LineWriter) -> int:
     finally:
         writer.close()
         close_outputs()
-        if writer.thread.is_alive():  # nobody reads our output; waiting for that would hang the exit
+        # nobody reads our output; waiting for that would hang the exit
+        if writer.thread.is_alive():
             os._exit(0)
 
 
