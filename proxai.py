@@ -54,6 +54,7 @@ import functools
 import gc
 import hmac
 import ipaddress
+import itertools
 import json
 import logging
 import os
@@ -573,7 +574,7 @@ def expand_braces(pattern: str) -> list[str]:
             inside = tokens[opens[-1] + 1:close]
             commas = [-1, *(i for i, token in enumerate(inside) if token == ","), len(inside)]
             todo += [tokens[:opens[-1]] + inside[a + 1:b] + tokens[close + 1:]
-                     for a, b in zip(commas, commas[1:], strict=False)]
+                     for a, b in itertools.pairwise(commas)]
         elif "{" in tokens:
             raise re.error("the { has no }", pattern)
         else:
