@@ -1639,7 +1639,8 @@ def test_faults_name_what_is_wrong_and_how_to_recover():
 
 
 @pytest.mark.parametrize("text", ["[server", "port = ", 'a = "open', "a = 1\na = 2", "[a]\n[a]", "\x00",
-                                  "a = sk-1", "a = " + "[" * 5000], ids=lambda text: repr(text[:20]))
+                                  "a = sk-1", "a = " + "[" * 5000, "a = " + "1" * 5000],
+                         ids=lambda text: repr(text[:20]))
 def test_what_is_no_toml_is_refused_with_the_source_and_the_hint(text):
     with pytest.raises(proxai.ConfigError) as caught:
         load_text(text)
@@ -1652,7 +1653,8 @@ def test_what_is_no_toml_is_refused_with_the_source_and_the_hint(text):
     ("auto", "(a"),
     ("auto", "a\\"), ("glob", "gpt-["), ("glob", "gpt-[!"), ("glob", "{a,b"), ("glob", "[z-a]"),
     ("auto", "*[a"),
-])
+    ("regex", "a{4294967296}"), ("regex", "(" * 5000 + ")" * 5000),
+], ids=lambda value: value[:20])
 def test_a_pattern_that_does_not_work_is_refused_and_shown(kind, pattern):
     route = f"match_kind = '{kind}'\nmodel_pattern = '{pattern}'\nprovider = 'p'\n"
     (fault,) = faults_of(f"{MINIMAL}[[routing.routes]]\n{route}")
@@ -1823,6 +1825,11 @@ HIDDEN = "s3cr3t-VALUE-9"
     with_provider(f'api_key = "{HIDDEN}"', 'base_url = ""'),
     with_provider(f'base_url = "https://user:{HIDDEN}@h.example/v1"'),
     with_provider(f'base_url = "ftp://h.example/v1?key={HIDDEN}"'),
+    with_provider(f'base_url = "https://user:{HIDDEN}/x@h.example/v1"'),
+    with_provider(f'base_url = "https://user:{HIDDEN}@h.example:odd/v1"'),
+    with_provider(f'base_url = "https://user@h.example:{HIDDEN}/v1"'),
+    with_provider(f'base_url = "https://user:{HIDDEN}@[::1/v1"'),
+    with_provider(f'proxy_url = "http://user:{HIDDEN}/x@proxy.example:3128"'),
     with_provider(f'proxy_url = "socks5://user:{HIDDEN}@proxy.example:1080"'),
     with_provider(f'proxy_url = "http://user:{HIDDEN}@proxy.example:3128/path"'),
     with_provider(f'proxy_url = ["http://user:{HIDDEN}@proxy.example:3128"]'),
@@ -2533,6 +2540,58 @@ def test_what_grows_beyond_a_limit_is_refused_before_it_ends():
     assert first_refusal(b"GET / HTTP/1.1\r\nX: " + b"a" * 500, SMALL_LIMITS) == 431
     assert first_refusal(b"GET / HTTP/1.1\nHost: h\n\n", SMALL_LIMITS) == 400
     assert first_refusal(b"\x16\x03\x01", SMALL_LIMITS) == 400
+
+
+@pytest.mark.parametrize("head, status", [
+    (request_line_of(40) + b"\r\nHost: h", None),
+    (request_head_of(100), None),
+    (request_line_of(41) + b"\r\nHost: h", 414),
+    (b"GET /" + b"a" * 500, 414),
+    (request_head_of(300), 431),
+    *[(b"GET / HTTP/1.1\r\nHost: h\r\n"[:at] + b"\n" + b"X: aaaaaaaa", 400) for at in (5, 14, 20, 23)],
+    (b"GET / HTTP/1.1\r\nHost: h\r\n\n", 400),
+    (b"GET / HTTP/1.1\r\n\nHost: h", 400),
+    (b"\nGET / HTTP/1.1", 400),
+], ids=repr)
+def test_a_head_that_comes_in_small_pieces_is_judged_as_a_whole_one(head, status):
+    def refusal(pieces: list[bytes]) -> int | None:
+        """The status with which it is refused while each look begins where the last one ended."""
+        data, scanned = b"", 0
+        for piece in pieces:
+            data += piece
+            try:
+                proxai.check_unfinished(data, SMALL_LIMITS, scanned)
+            except FramingError as error:
+                return error.status
+            scanned = len(data)
+        return None
+
+    dice = random.Random(6)
+    anyhow = [random_pieces(dice, head) for _ in range(50)]
+    for pieces in ([head], bytewise(head), *two_pieces(head), *anyhow):
+        assert refusal(pieces) == status
+
+
+def test_long_lines_are_read_and_not_kept():
+    caches = [proxai.parse_request_line, proxai.parse_host, proxai.parse_status_line]
+    request_head(b"GET / HTTP/1.1", HOST_LINE)  # the short lines of this test are kept from here on
+    before = [cache.cache_info().currsize for cache in caches]
+    for i in range(20):
+        path = f"/{i}-" + "a" * 4000
+        assert request_head(f"GET {path} HTTP/1.1".encode(), HOST_LINE).path == path
+        host = b"%d" % i + b"a" * proxai.CACHED_BYTES
+        assert framing_refusal(request_head, b"GET / HTTP/1.1", b"Host: " + host) == 400
+        framing_refusal(response_head, b"HTTP/1.1 200 " + host)
+    assert [cache.cache_info().currsize for cache in caches] == before
+
+
+@pytest.mark.parametrize("size, fits", [(512, True), (513, False), (60_000, False)])
+def test_a_host_header_may_be_as_long_as_any_name(size, fits):
+    lines = [b"GET / HTTP/1.1", b"Host: " + b"a" * size]
+    if fits:
+        assert request_head(*lines).host == "a" * size
+    else:
+        assert framing_refusal(request_head, *lines) == 400
 
 
 def test_the_number_of_header_lines_is_limited():
@@ -5856,6 +5915,141 @@ def test_providers_that_trust_different_certificates_do_not_share_connections():
             != proxai.origin_of("https://api.test/", None, "b.pem", {}))
 
 
+# -- looking up names --------------------------------------------------------
+
+class NameServer:
+    """Stands in for `socket.getaddrinfo`: names with "slow" wait for `go`, names with "lost" are unknown."""
+
+    def __init__(self):
+        self.asked, self.threads, self.go = [], [], threading.Event()
+
+    def __call__(self, host, port, **hints):
+        self.asked.append(host)
+        self.threads.append(threading.current_thread())
+        if "slow" in host:
+            assert self.go.wait(2 * PATIENCE)
+        if "lost" in host:
+            raise socket.gaierror(socket.EAI_NONAME, host)
+        return [host, port, hints]
+
+
+@pytest.fixture
+def name_server(monkeypatch):
+    """A name server that is asked instead of the real one; its threads end with the test."""
+    server = NameServer()
+    with monkeypatch.context() as patch:
+        patch.setattr(proxai.socket, "getaddrinfo", server)
+        yield server
+        server.go.set()
+        for thread in server.threads:
+            thread.join(PATIENCE)
+
+
+def looking_up(scenario):
+    """Run `scenario(resolve)` in a loop; what the loop was told of errors that nobody handled."""
+    unhandled = []
+
+    async def run():
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: unhandled.append(context))
+        async with asyncio.timeout(PATIENCE):
+            await scenario(proxai.own_resolver(loop))
+
+    asyncio.run(run())
+    return unhandled
+
+
+async def several(resolve, count, host, port=443):
+    """So many look-ups of one name, all begun."""
+    tasks = [asyncio.create_task(resolve(host, port, type=socket.SOCK_STREAM)) for _ in range(count)]
+    await asyncio.sleep(0)
+    return tasks
+
+
+def test_look_ups_of_one_name_at_one_time_share_a_thread_and_its_result(name_server):
+    async def scenario(resolve):
+        tasks = await several(resolve, 3, "slow.example")
+        other = await several(resolve, 2, "slow.example", 80)  # another question
+        name_server.go.set()
+        hints = {"type": socket.SOCK_STREAM}
+        assert await asyncio.gather(*tasks) == [["slow.example", 443, hints]] * 3
+        assert await asyncio.gather(*other) == [["slow.example", 80, hints]] * 2
+        assert len(name_server.asked) == len(set(name_server.threads)) == 2
+        await resolve("slow.example", 443, type=socket.SOCK_STREAM)  # nothing is kept for later
+        assert len(name_server.asked) == 3
+
+    assert looking_up(scenario) == []
+
+
+def test_an_error_of_a_look_up_reaches_all_who_wait_for_it(name_server):
+    async def scenario(resolve):
+        tasks = await several(resolve, 3, "slow.lost.example")
+        name_server.go.set()
+        errors = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(error) for error in errors] == [socket.gaierror] * 3
+        with pytest.raises(socket.gaierror):
+            await resolve("lost.example", 443)
+
+    assert looking_up(scenario) == []
+    assert len(name_server.asked) == 2
+
+
+def test_one_who_waits_no_longer_for_a_look_up_takes_nothing_from_the_others(name_server):
+    async def scenario(resolve):
+        first, second = await several(resolve, 2, "slow.example")
+        first.cancel()
+        left = await several(resolve, 2, "slow.lost.example")
+        for task in left:
+            task.cancel()
+        await asyncio.gather(first, *left, return_exceptions=True)
+        assert first.cancelled() and not second.done()
+        name_server.go.set()
+        assert (await second)[0] == "slow.example"
+
+    looking_up(scenario)
+    assert sorted(name_server.asked) == ["slow.example", "slow.lost.example"]
+
+
+def test_names_that_are_not_found_out_do_not_delay_another(name_server):
+    async def scenario(resolve):
+        hanging = [task for i in range(50) for task in await several(resolve, 1, f"slow{i}.example")]
+        assert (await resolve("quick.example", 443))[0] == "quick.example"
+        assert not any(task.done() for task in hanging)
+        name_server.go.set()
+        await asyncio.gather(*hanging)
+
+    assert looking_up(scenario) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no signals to send")
+def test_a_second_signal_ends_the_program_although_a_look_up_hangs(tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import socket, time\n"
+        "real = socket.getaddrinfo\n"
+        "def slow(host, *more, **hints):\n"
+        "    if host in ('slow.example', b'slow.example'):\n"
+        "        print('it hangs', flush=True)\n"
+        "        time.sleep(60)\n"
+        "    return real(host, *more, **hints)\n"
+        "socket.getaddrinfo = slow\n", "utf-8")
+    config = config_for("http://slow.example", server="shutdown_grace_secs = 300")
+    program = Running(tmp_path, config=config, env={"PYTHONPATH": str(tmp_path / "site")})
+    try:
+        with program.connect() as sock:
+            raw = json.dumps(body_for(CHAT, "m")).encode()
+            sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
+                         b"content-length: %d\r\n\r\n%b" % (len(raw), raw))
+            program.wait_line("^it hangs$")
+            program.process.send_signal(signal.SIGTERM)
+            program.wait_line('"event":"shutdown"')
+            program.process.send_signal(signal.SIGTERM)
+            assert program.process.wait(PATIENCE) == 0
+    finally:
+        program.stop()
+    assert [line for line in program.lines if "Traceback" in line] == []
+
+
 # -- what the tests below share ----------------------------------------------
 
 KEY = "test-upstream-key"
@@ -6353,6 +6547,38 @@ def test_a_connection_is_used_again_after_an_answer_that_was_read_to_its_end(pro
     for _ in range(3):
         ask(program, CHAT, model)
     assert len({r.connection for r in upstream.got(model)}) == 1
+
+
+def test_a_client_that_leaves_its_answer_does_not_disturb_who_uses_the_connection_next(
+        program, upstream, model):
+    go, size = threading.Event(), 7_900_000
+
+    def next_one(peer, request):
+        peer.send(SSE_HEAD + chunk(b'data: {"choices":[]}\n\n'))
+        go.wait(PATIENCE)
+        peer.send(chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
+
+    upstream.on(model, send(whole(json.dumps({"x": "x" * size}).encode(), "content-type: application/json")))
+    upstream.on(model + "b", next_one)
+    body = json.dumps(body_for(CHAT, model))
+    with socket.socket() as leaver:
+        leaver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32768)
+        leaver.settimeout(PATIENCE)
+        leaver.connect(("127.0.0.1", program.port))
+        leaver.sendall(f"POST {CHAT.path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n"
+                       f"{body}".encode())
+        head = read_until(leaver, b"\r\n\r\n").decode("latin-1")
+        with open_stream(program, CHAT, model + "b") as sock:
+            begun = read_until(sock, b'"choices"')
+            leaver.close()  # with most of its answer unread
+            program.wait_line(rf'"event":"(closed|end)".*"model":"{model}"')
+            go.set()
+            reply = read_reply(begun + read_all(sock))
+    assert (reply.body, reply.broken) == (b'data: {"choices":[]}\n\ndata: [DONE]\n\n', False)
+    assert upstream.got(model)[0].connection == upstream.got(model + "b")[0].connection
+    assert outcome(program, reply)["event"] == "end"
+    told = [e["event"] for e in program.events(re.search("(?i)x-proxai-request-id: (\\S+)", head)[1])]
+    assert told == ["recv", "fwd", "hdr", "closed"]
 
 
 @pytest.mark.parametrize("data", [
@@ -7226,6 +7452,28 @@ def test_a_head_that_is_too_large_is_refused(tight, data):
     assert statuses(tight.talk(data)) == [431]
 
 
+@pytest.mark.parametrize("data, expected", [
+    (to_bytes("GET /healthz HTTP/1.1", "x: a", CLOSE), 200),
+    (b"GET /healthz HTTP/1.1\r\nhost: localhost\nx: " + b"a" * 100, 400),
+    (b"GET /healthz HTTP/1.1\nhost: localhost\r\nx: " + b"a" * 100, 400),
+    (b"GET /" + b"a" * 2 * LINE_LIMIT, 414),
+    (b"GET / HTTP/1.1\r\nhost: localhost\r\nx: " + b"a" * 2 * HEAD_LIMIT, 431),
+], ids=["good", "bare LF", "bare LF behind the first line", "long line", "large head"])
+def test_a_head_in_small_pieces_meets_the_same_rules(tight, data, expected):
+    with tight.connect() as sock:
+        with contextlib.suppress(ConnectionError):
+            for piece in range(0, len(data), 7):
+                sock.sendall(data[piece:piece + 7])
+                time.sleep(0.0005)
+        assert statuses(read_all(sock)) == [expected]
+
+
+@pytest.mark.parametrize("size, expected", [(512, 403), (513, 400)])
+def test_a_host_header_longer_than_any_name_is_no_request(program, size, expected):
+    request = to_bytes("GET /healthz HTTP/1.1", CLOSE, host="host: " + "a" * size)
+    assert statuses(program.talk(request)) == [expected]
+
+
 @pytest.mark.parametrize("count, expected", [(FIELD_LIMIT, 200), (FIELD_LIMIT + 1, 431)])
 def test_a_head_may_have_as_many_lines_as_the_limit(tight, count, expected):
     lines = [f"x-{n}: {n}" for n in range(count - 2)]
@@ -7360,6 +7608,52 @@ def test_a_client_that_does_not_read_stalls_the_provider_and_gets_every_byte_lat
     assert reply.body == frame * count + b"data: [DONE]\n\n"
 
 
+@pytest.mark.parametrize("asked", [HEALTH, sized("POST /nothing HTTP/1.1", b"")], ids=["health", "nothing"])
+def test_a_client_that_asks_on_and_on_and_never_reads_is_not_read_either(programs, upstream, model, asked):
+    running = programs(config_for(upstream.url), "--log-level", "error")
+    upstream.on(model, FINE)
+    assert running.post(CHAT.path, body_for(CHAT, model)).status == 200
+    before, accepted, data = resident(running), 0, asked * 1000
+    with slow_reader(running) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32768)
+        sock.settimeout(1)
+        with contextlib.suppress(TimeoutError):
+            while accepted < 48 << 20:
+                at = accepted % len(data)
+                accepted += sock.send(data[at:at + 65536])
+                if accepted < 200_000:
+                    assert running.post(CHAT.path, body_for(CHAT, model)).status == 200
+        assert running.post(CHAT.path, body_for(CHAT, model)).status == 200
+        grown = resident(running) - before
+    assert accepted < 16 << 20  # what is on its way sits in the kernel's buffers
+    assert grown < 16 << 20
+
+
+def test_bodies_are_let_go_once_the_answer_has_begun(program, upstream, model):
+    if not resident(program):
+        pytest.skip("how much memory the program has cannot be known here")
+    said = [{"role": "user", "content": "word " * 20}] * 8000  # 1 MB
+    upstream.on(model, answer_stream(b"data: {}\n\n", end=False))
+    data = chat(model, stream=True, messages=said)
+    with contextlib.ExitStack() as stack:
+        def begin() -> None:
+            sock = stack.enter_context(program.connect())
+            sock.sendall(data)
+            begun = b""
+            while b"data: {}" not in begun:
+                more = sock.recv(65536)
+                assert more
+                begun += more
+
+        begin()
+        begin()
+        before = resident(program)
+        for _ in range(20):
+            begin()
+        grown = resident(program) - before
+    assert len(data) > 1_000_000 and grown < 10 << 20
+
+
 @pytest.fixture
 def impatient(programs: Callable[..., Running], upstream: Upstream) -> Running:
     """The program that does not wait long for clients to take their answers."""
@@ -7433,6 +7727,35 @@ def test_a_client_that_goes_away_releases_the_provider(program, upstream, model,
     assert gone == [True]
     program.wait_line(rf'"event":"closed".*"model":"{model}"', 2)
     assert [line for line in program.lines[before:] if "Traceback" in line] == []
+
+
+class Torn:
+    """A transport whose socket is gone in one way or the other."""
+
+    def __init__(self, raw: Any) -> None:
+        self.raw, self.aborted = raw, 0
+
+    def get_extra_info(self, name: str) -> Any:
+        """The socket, if it is still there."""
+        return self.raw
+
+    def abort(self) -> None:
+        """Count."""
+        self.aborted += 1
+
+
+def refuse_option(*_: Any) -> None:
+    """A setsockopt() that fails, as on macOS once the peer has reset the connection."""
+    raise OSError(22, "Invalid argument")
+
+
+@pytest.mark.parametrize("raw", [types.SimpleNamespace(setsockopt=refuse_option), None],
+                         ids=["fails", "gone"])
+def test_a_cut_ends_the_connection_although_its_socket_takes_no_option(raw):
+    connection = proxai.Connection(types.SimpleNamespace(loop=FakeLoop()), types.SimpleNamespace())
+    connection.transport = transport = Torn(raw)
+    connection.cut()
+    assert (transport.aborted, connection.keep) == (1, False)
 
 
 # -- the end
@@ -7533,6 +7856,85 @@ def test_what_is_open_is_cut_when(tmp_path, upstream, model, grace, signals):
         assert drained(running) == 0
         assert ended.acquire(timeout=PATIENCE) and ended.acquire(timeout=PATIENCE)
         assert ends == [True, True]
+    finally:
+        running.stop()
+
+
+@needs_signals
+@pytest.mark.parametrize("size, lines", [
+    (6_000_000, [CLOSE]), (6_000_000, []), (12_000_000, [CLOSE]), (12_000_000, [])],
+    ids=["held", "held, keeps", "relayed", "relayed, keeps"])
+def test_a_slow_client_gets_the_tail_of_its_answer_before_the_program_ends(
+        tmp_path, upstream, model, size, lines):
+    body = json.dumps({"x": "x" * size}).encode()
+    upstream.on(model, answer(200, body, "content-type: application/json"))
+    running = Running(tmp_path, config=config_for(upstream.url))
+    try:
+        with slow_reader(running) as sock:
+            sock.sendall(chat(model, *lines))
+            parts = [sock.recv(1000)]
+            running.process.send_signal(signal.SIGTERM)
+            running.wait_line(r'"event":"shutdown"')
+            with contextlib.suppress(ConnectionError):
+                while data := sock.recv(65536):
+                    parts.append(data)
+                    time.sleep(0.002)
+        reply = read_reply(b"".join(parts))
+        assert (len(reply.body), reply.broken) == (len(body), False)
+        assert drained(running) == 0
+    finally:
+        running.stop()
+
+
+@needs_signals
+@pytest.mark.parametrize("data, answered", [
+    (to_bytes("POST /nothing HTTP/1.1", "content-length: 99999999", body=b"x" * 1000), b"HTTP/1.1 404"),
+    (b"GARBAGE\r\n\r\n" + b"x" * 1000, b"HTTP/1.1 400"),
+    (None, b"HTTP/1.1 200"),
+    (to_bytes(POST, "content-length: 100", body=b"abc"), b""),
+    (to_bytes(POST, "content-length: 100")[:-9], b""),
+], ids=["lingering", "malformed", "reads nothing", "within its body", "within its head"])
+def test_a_second_signal_does_not_wait_for_a_client_that_stays(tmp_path, upstream, model, data, answered):
+    upstream.on(model, answer_json({"x": "x" * 7_900_000}))
+    patience = settings(shutdown_grace_secs=300, write_timeout_secs=300)
+    running = Running(tmp_path, config=config_for(upstream.url, server=patience))
+    try:
+        with slow_reader(running) as sock:
+            sock.sendall(data or chat(model, CLOSE))
+            if answered:
+                assert sock.recv(20).startswith(answered)
+            assert statuses(running.talk(LAST)) == [200]  # what was sent before has been seen, too
+            running.process.send_signal(signal.SIGTERM)
+            running.wait_line(r'"event":"shutdown"')
+            running.process.send_signal(signal.SIGTERM)
+            assert drained(running) == 0
+    finally:
+        running.stop()
+    assert [line for line in running.lines if "Traceback" in line] == []
+
+
+@needs_signals
+def test_no_client_loses_what_the_kernel_had_no_room_for_when_the_end_came(tmp_path, upstream, model):
+    """A tail that the program still holds, below the mark at which it waits: for some of many sizes."""
+    sizes = range(60_000, 4_800_000, 60_000)
+    upstream.on(model, lambda peer, request: answer(200, b"%d" % request.json["n"] * (request.json["n"] // 7))(
+        peer, request))
+    running = Running(tmp_path, config=config_for(upstream.url))
+    try:
+        with contextlib.ExitStack() as stack:
+            socks = []
+            for size in sizes:
+                socks.append(stack.enter_context(slow_reader(running)))
+                socks[-1].sendall(chat(model, CLOSE, n=size))
+            heads = [sock.recv(1000) for sock in socks]
+            assert statuses(running.talk(LAST)) == [200]
+            running.process.send_signal(signal.SIGTERM)
+            running.wait_line(r'"event":"shutdown"')
+            time.sleep(0.3)  # for a program that would end too early
+            found = [read_reply(head + read_all(sock)) for head, sock in zip(heads, socks, strict=True)]
+        lost = [size for size, reply in zip(sizes, found, strict=True) if reply.broken or reply.status != 200]
+        assert lost == []
+        assert drained(running) == 0
     finally:
         running.stop()
 
@@ -7638,6 +8040,13 @@ def test_health_is_answered_here(program, target, method):
     assert first.body == (b"" if method == "HEAD" else second.body)
     assert first.headers["content-length"] == second.headers["content-length"] == str(len(second.body))
     assert first.headers["content-type"] == "application/json"
+
+
+def test_health_is_in_the_log_at_debug_level(program):
+    reply, = replies(program.talk(LAST), "GET")
+    line = program.events(reply.headers["x-proxai-request-id"])[-1]
+    assert (line["event"], line["level"], line["status"]) == ("end", "debug", 200)
+    assert line["path"] == "/healthz"
 
 
 def test_every_answer_has_one_date(program, upstream, model):
@@ -8057,6 +8466,73 @@ def test_system_items_of_responses_become_instructions(program, upstream, model)
     assert got.json == {"model": model, "input": items[1:], "stream": True, "instructions": "Rule A"}
     assert (got.target, got.header("authorization"), got.header("x-api-key")) == ("/v1/responses",
                                                                                   f"Bearer {KEY}", None)
+
+
+def around_the_deepest(works):
+    """Depths around the deepest for which `works` says yes: near it readers and writers give up."""
+    low, high = 1, 1 << 17
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if works(middle) else (low, middle)
+    return range(max(low - 40, 1), low + 40)
+
+
+@pytest.fixture
+def deep_provider(programs):
+    """A provider that answers as `answered` says, whatever the depth of a request, and its program."""
+    wire = Wire()
+
+    def handle(peer):
+        while request := peer.read_request(0):
+            peer.send(whole(wire.answered(request), "content-type: application/json"))
+
+    wire.handle, wire.answered = handle, lambda request: b"{}"
+    program = programs(config_for(wire.url))
+    yield wire, program
+    program.stop()
+    wire.close()
+
+
+def test_a_system_item_in_a_deep_request_is_lifted_or_the_request_refused(deep_provider):
+    _, program = deep_provider
+
+    def status(depth):
+        body = b'{"model":"m","input":[{"role":"system","content":"s"},%b%b]}' % (b"[" * depth, b"]" * depth)
+        return program.post(RESPONSES.path, body).status
+
+    found = [status(depth) for depth in around_the_deepest(lambda depth: status(depth) == 200)]
+    assert found == sorted(found) and set(found) == {200, 400}
+
+
+def test_a_deep_answer_whose_gaps_cannot_be_filled_passes_as_it_is(deep_provider):
+    wire, program = deep_provider
+
+    def answered(request):
+        depth = request.json["depth"]
+        return (b'{"id":"x","role":"assistant","model":"m","content":[],"usage":{},"x":%b%b}'
+                % (b"[" * depth, b"]" * depth))
+
+    def outcome_of(depth):
+        body = body_for(MESSAGES, "m", depth=depth)
+        reply = program.post(MESSAGES.path, body)
+        if reply.status == 200:
+            as_it_is = reply.body == answered(Received("", "", [], json.dumps(body).encode(), 0))
+            return "as it is" if as_it_is else "filled" if b'"stop_reason":null' in reply.body else "changed"
+        return reply.status
+
+    wire.answered = answered
+    depths = around_the_deepest(lambda depth: outcome_of(depth) == "filled")
+    assert {outcome_of(depth) for depth in depths} <= {"filled", "as it is", 502}
+
+
+def test_a_deep_event_whose_gaps_cannot_be_filled_passes_as_it_is():
+    def filled(depth):
+        data = frame({"type": "message_start", "message": {**SPARSE, "own": "deep"}})
+        assert data.count(b'"deep"') == 1
+        return proxai.fill_gaps_in_frame(data.replace(b'"deep"', b"[" * depth + b"]" * depth)) is not None
+
+    depths = around_the_deepest(filled)  # nothing raises
+    assert {filled(depth) for depth in depths} == {True, False}
 
 
 @pytest.mark.parametrize("protocol, ours, theirs", [
@@ -10290,6 +10766,27 @@ def test_check_shows_the_model_of_a_route_override(check):
     assert status == 0 and "other-model" in out
 
 
+@pytest.mark.parametrize("guard", [None, *proxai.PROTOCOLS])
+@pytest.mark.parametrize("provider", list(proxai.PROTOCOLS))
+def test_check_tells_which_protocols_a_route_cannot_serve(provider, guard, check):
+    def missing(name: str) -> bool:
+        try:
+            proxai.pair_for(proxai.PROTOCOLS[name], proxai.PROTOCOLS[provider])
+        except proxai.SetupError:
+            return True
+        return False
+
+    text = (f'[providers.a]\nprotocol = "{provider}"\nbase_url = "http://h"\napi_key = "k"\n'
+            '[[routing.routes]]\nname = "claude"\nmodel_pattern = "claude*"\nprovider = "a"\n'
+            + (f'request_protocol = "{guard}"\n' if guard else ""))
+    status, out, _ = check(text)
+    line = next(line for line in out.splitlines() if " claude" in line)
+    names = [name for name in proxai.PROTOCOLS if guard in (None, name) and missing(name)]
+    assert status == 0
+    assert ("not translated" in line) is bool(names)
+    assert not names or f"not for {' and '.join(names)}" in line
+
+
 @pytest.mark.parametrize("key", ["replace-me", "your-api-key", "<key>"])
 def test_check_tells_of_template_keys(key, check):
     status, out, _ = check(TWO_PROVIDERS.replace("sk-main-key", key))
@@ -10373,6 +10870,32 @@ def test_a_fault_in_a_provider_whose_name_has_capitals_is_told_once(check):
     assert status == 1 and err.count("Error: ") == 1
 
 
+def a_route(pattern: str) -> str:
+    """TWO_PROVIDERS with that regular expression."""
+    route = f'match_kind = "regex"\nmodel_pattern = "{pattern}"\nprovider = "main"\n'
+    return f"{TWO_PROVIDERS}[[routing.routes]]\n{route}"
+
+
+@pytest.mark.parametrize("text, env, said", [
+    (a_route("a{4294967296}"), {}, "routing.routes[2].model_pattern"),
+    (a_route("(" * 5000 + ")" * 5000), {}, "routing.routes[2].model_pattern"),
+    (f"[server]\nport = {'1' * 5000}\n{TWO_PROVIDERS}", {}, "not valid TOML"),
+    (TWO_PROVIDERS, {"HTTPS_PROXY": "socks5://u:s3cr3t@p.test:1"}, "HTTPS_PROXY"),
+    (TWO_PROVIDERS, {"https_proxy": "http://u:s3cr3t@p.test/path"}, "HTTPS_PROXY"),
+    (TWO_PROVIDERS, {"HTTPS_PROXY": "http://u:s3cr3t/x@p.test:1"}, "HTTPS_PROXY"),
+    (TWO_PROVIDERS, {"HTTPS_PROXY": "http://u@p.test:s3cr3t"}, "HTTPS_PROXY"),
+], ids=["repetition", "parentheses", "digits", "socks proxy", "proxy with a path", "proxy with an odd port",
+        "proxy without a port"])
+@pytest.mark.parametrize("command", [["check"], ["--port", "0"]], ids=["check", "start"])
+def test_what_no_reader_takes_is_one_fault(command, text, env, said, tmp_path):
+    (tmp_path / "c.toml").write_text(text, "utf-8")
+    done = run_program(tmp_path, *command, "--config", "c.toml", env=env)
+    assert (done.returncode, done.stdout) == (1, "")
+    fault, *rest = [line for line in done.stderr.splitlines() if not line.startswith("Hint: ")]
+    assert fault.startswith("Error: ") and said in fault and rest == []
+    assert "s3cr3t" not in fault
+
+
 @pytest.mark.parametrize("old, new", [
     ('api_key = "sk-main-key"', 'api_key = "s3cr3t with blanks"'),
     ('api_key = "sk-main-key"', 'api_key = ["s3cr3t"]'),
@@ -10385,6 +10908,8 @@ def test_a_fault_in_a_provider_whose_name_has_capitals_is_told_once(check):
     ('[providers.Main]', '[server]\napi_keys = ["s3cr3t s3cr3t"]\n[providers.Main]'),
     ('[providers.Main]', '[server]\napi_keys = [["s3cr3t"]]\n[providers.Main]'),
     ("https://main.example.com", "https://user:s3cr3t@main.example.com"),
+    ("https://main.example.com", "https://user:s3cr3t/x@main.example.com"),
+    ("https://main.example.com", "https://user:s3cr3t@main.example.com:odd"),
     ("http://someone:pass-word@", "htp://someone:s3cr3t@"),
     ("http://someone:pass-word@proxy.example.com:3128", "http://someone:s3cr3t@proxy.example.com:3128/path"),
 ], ids=lambda v: v[:48])
