@@ -5624,7 +5624,8 @@ def demo_banner(port: int) -> str:
 def tell(text: str) -> None:
     """Print, where anybody reads; a reader that is gone does not end the proxy."""
     with contextlib.suppress(OSError, ValueError):
-        print(text, flush=True)
+        sys.stdout.write(text + "\n")  # in one piece: the log writes here too
+        sys.stdout.flush()
 
 
 def start_notes(config: Config) -> list[str]:
