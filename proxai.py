@@ -977,9 +977,10 @@ class ServerConfig:
         SECONDS, "How long open requests may go on after SIGTERM or Ctrl-C.", 30.0)
     first_event_hold_secs: float = setting(
         SECONDS, "Translated streams: how long the 200 is held back for the first event, so that an"
-        " early failure keeps its status.", 10.0)
+        " early failure keeps its status. Not in this version.", 10.0)
     sse_keepalive_secs: float = setting(
-        SECONDS, "Translated streams: a sign of life to the client after this much silence.", 15.0)
+        SECONDS, "Translated streams: a sign of life to the client after this much silence. Not in"
+        " this version.", 15.0)
 
 
 @schema
@@ -1036,18 +1037,20 @@ class CaptureConfig:
     """Which phases of an exchange are written to files.
     This version does not write captures yet."""
 
-    inbound_request_enabled: bool = setting(BOOLEAN, "What the client sent.", False)
-    provider_request_enabled: bool = setting(BOOLEAN, "What was sent to the provider.", False)
-    upstream_response_enabled: bool = setting(BOOLEAN, "What the provider answered.", False)
-    outbound_response_enabled: bool = setting(BOOLEAN, "What the client got.", False)
+    inbound_request_enabled: bool = setting(BOOLEAN, "What the client sent. Not in this version.", False)
+    provider_request_enabled: bool = setting(BOOLEAN, "What was sent to the provider. Not in this version.",
+                                              False)
+    upstream_response_enabled: bool = setting(BOOLEAN, "What the provider answered. Not in this version.",
+                                              False)
+    outbound_response_enabled: bool = setting(BOOLEAN, "What the client got. Not in this version.", False)
 
 
 @schema
 class McpConfig:
     """The control listener. This version does not open it yet."""
 
-    host: str = setting(ADDRESS, "Loopback address to listen on.", "127.0.0.1")
-    port: int = setting(whole(0, 65535), "Port to listen on.", 18081)
+    host: str = setting(ADDRESS, "Loopback address to listen on. Not in this version.", "127.0.0.1")
+    port: int = setting(whole(0, 65535), "Port to listen on. Not in this version.", 18081)
 
 
 @schema
