@@ -4209,9 +4209,12 @@ class ResponseBody:
             self.inflater = None
         return b""
 
-    def take_rest(self) -> bytes:
-        """What came behind the head, when that is the whole payload."""
-        data, self.rest = self.decoder.feed(self.rest), b""
+    def take_whole(self) -> bytes | None:
+        """The whole payload where all of it came with the head, else None."""
+        decoder = self.decoder
+        if self.inflater or not isinstance(decoder, LengthDecoder) or len(self.rest) != decoder.left:
+            return None
+        data, self.rest = decoder.feed(self.rest), b""
         return data
 
     def clean(self, head: ResponseHead) -> bool:
@@ -4848,9 +4851,9 @@ class Proxy:
         """An answer's payload, and whether that is all of it:
         reading stops behind `limit` bytes."""
         secs, watch = provider.settings.read_idle_timeout_secs, connection.watch
-        if (body.decoder.__class__ is LengthDecoder and body.inflater is None
-                and len(body.rest) == body.decoder.left):
-            return body.take_rest(), True  # all of it came with the head
+        whole = body.take_whole()
+        if whole is not None:
+            return whole, True
         parts: list[bytes] = []
         size = 0
         try:
@@ -5695,8 +5698,7 @@ def default_report(config: Config, protocol: Protocol) -> str:
 # -- running -----------------------------------------------------------------
 
 def tune_process() -> None:
-    """What makes a long-running process cheaper; each line was measured with .ci/bench.py."""
-    # raises glibc's mmap threshold: recv()'s 256 KiB buffers then come from the heap
+    """Settings of the process that make a long run cheaper, and room for many connections."""
     bytes(1 << 20)
     gc.collect()
     gc.freeze()  # what is there now stays; no need to look at it again and again
