@@ -33,18 +33,23 @@ Sections, each using only the ones above it (a test holds the file to that):
    6  HTTP grammar
    7  Event streams
    8  Providers
-   9  Translation
-  10  Observation
-  11  Logs
-  12  Upstream
-  13  Server
-  14  Pipeline
-  15  Demo provider
-  16  Command line
+   9  Capabilities
+  10  Conversations
+  11  Requests
+  12  Answers
+  13  Pairs
+  14  Observation
+  15  Logs
+  16  Upstream
+  17  Server
+  18  Pipeline
+  19  Demo provider
+  20  Command line
 """
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import base64
 import contextlib
@@ -52,6 +57,7 @@ import dataclasses
 import difflib
 import functools
 import gc
+import hashlib
 import hmac
 import ipaddress
 import itertools
@@ -69,11 +75,11 @@ import time
 import tomllib
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, dataclass_transform
-from urllib.parse import unquote, urlsplit
+from typing import Any, NamedTuple, TypeVar, cast, dataclass_transform
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 __all__ = ["Config", "ConfigError", "ProxyError", "load_config", "main"]
 __version__ = "0.1.0"
@@ -317,6 +323,8 @@ class ProxyError(Exception):
         super().__init__(self.message)
         # the provider's own body, where the client knows its shape
         self.native: bytes | None = None
+        # of a stream that fails: what its client is sent before the error
+        self.events: Sequence[Json] = ()
         self.status = status or self.status
         self.type = type or self.type
         self.code, self.param, self.fields, self.retry = code, param, fields, retry
@@ -873,6 +881,102 @@ def schema(cls: type[T]) -> type[T]:
 
 
 @schema
+class ProfileConfig:
+    """What a provider takes, for translated requests. What is not set comes from a table of known
+    hosts and models; pass-through never looks at it."""
+
+    vision: bool | None = setting(BOOLEAN, "Images can be sent.", None, example=True)
+    max_tokens_cap: int | None = setting(
+        whole(1), "Largest output limit that is sent.", None, example=32000)
+    default_max_tokens: int | None = setting(
+        whole(1), "messages: output limit when the client named none.", None, example=32000)
+    web_search: str | None = setting(
+        choice("off", "native", "options", "openrouter"), "How web search is asked for.", None,
+        example="off")
+    cache: str | None = setting(
+        choice("off", "auto", "on"), "Prompt cache marks. messages: on sets them where the client"
+        " has none; auto is on for api.anthropic.com. Others: on forwards the client's.", None,
+        example="auto")
+    vendor_fields: bool | None = setting(
+        BOOLEAN, "Fields that only the vendor itself takes (service_tier, prompt_cache_key, ...).",
+        None, example=False)
+    max_tokens_field: str | None = setting(
+        choice("max_tokens", "max_completion_tokens"), "chat: name of the output limit.", None,
+        example="max_tokens")
+    reasoning_control: str | None = setting(
+        choice("effort", "effort-basic", "effort-lowhigh", "openrouter", "deepseek", "kimi", "glm",
+               "qwen", "groq", "mistral", "template"), "chat: dialect of reasoning control.", None,
+        example="effort")
+    reasoning_replay: str | None = setting(
+        choice("none", "reasoning_content", "reasoning", "reasoning_details", "auto"),
+        "chat: field that takes back earlier reasoning; auto: the one it came in.", None,
+        example="auto")
+    reasoning_required: str | None = setting(
+        choice("off", "calls", "all"), "chat: assistant messages that must have it.", None,
+        example="off")
+    late_system: str | None = setting(
+        choice("keep", "fold"), "chat: system messages within a conversation stay, or become"
+        " reminders in user messages.", None, example="fold")
+    tool_images: str | None = setting(
+        choice("user", "inline", "drop"), "chat: where images of tool results go.", None,
+        example="user")
+    files: str | None = setting(
+        choice("native", "drop"), "chat: file parts are taken.", None, example="drop")
+    json_schema: str | None = setting(
+        choice("schema", "object"), "chat: response_format that is taken.", None, example="schema")
+    stream_usage: bool | None = setting(
+        BOOLEAN, "chat: stream_options.include_usage is taken.", None, example=True)
+    top_k: bool | None = setting(BOOLEAN, "chat: top_k is taken.", None, example=True)
+    call_ids: str | None = setting(
+        choice("any", "40", "9"), "chat: ids of tool calls: any, at most 40 characters, or exactly"
+        " 9 letters and digits.", None, example="any")
+    parallel_tool_calls: bool | None = setting(
+        BOOLEAN, "chat: parallel_tool_calls is taken.", None, example=True)
+    strict_tools: bool | None = setting(
+        BOOLEAN, "strict is taken on tools and schemas.", None, example=False)
+    lenient_done: bool | None = setting(
+        BOOLEAN, "chat: [DONE] without a finish_reason ends a complete answer.", None, example=True)
+    tool_arguments: str | None = setting(
+        choice("stream", "buffer"), "Arguments pass as they come, or repaired and whole.", None,
+        example="stream")
+    think_tags: str | None = setting(
+        choice("auto", "off"), "chat: <think> at the start of a text is reasoning.", None,
+        example="auto")
+    deferred_tools: str | None = setting(
+        choice("referenced", "all"), "Which deferred tools are sent.", None, example="referenced")
+    custom_tools: bool | None = setting(
+        BOOLEAN, "Custom (free text) tools are taken.", None, example=False)
+    allowed_tools: bool | None = setting(
+        BOOLEAN, "chat: tool_choice allowed_tools is taken.", None, example=False)
+    model_class: str | None = setting(
+        choice("K0", "K1", "K2", "K3", "K4", "K5", "X"), "messages: class of Claude models, from K0"
+        " (3.5 and older) to K5 (newest); X is another model.", None, example="K4")
+    lenient_thinking: bool | None = setting(
+        BOOLEAN, "messages: thinking without a signature is taken.", None, example=False)
+    native_system: bool | None = setting(
+        BOOLEAN, "messages: role system within messages is taken.", None, example=False)
+    thinking_binding: bool | None = setting(
+        BOOLEAN, "messages: thinking is bound to its prefix.", None, example=False)
+    reasoning: bool | None = setting(
+        BOOLEAN, "responses: the model reasons.", None, example=True)
+    efforts: tuple[str, ...] | None = setting(
+        several(choice("none", "minimal", "low", "medium", "high", "xhigh", "max")),
+        "responses: effort levels that are taken.", None, example=["low", "medium", "high"])
+    encrypted_reasoning: bool | None = setting(
+        BOOLEAN, "responses: encrypted reasoning can be asked for.", None, example=True)
+    reasoning_summary: bool | None = setting(
+        BOOLEAN, "responses: reasoning summaries can be asked for.", None, example=True)
+    sampling: bool | None = setting(
+        BOOLEAN, "responses: temperature and top_p are taken.", None, example=False)
+    max_output_tokens: bool | None = setting(
+        BOOLEAN, "responses: max_output_tokens is taken.", None, example=True)
+    output_lists: bool | None = setting(
+        BOOLEAN, "responses: tool outputs may have images.", None, example=True)
+    phase: bool | None = setting(
+        BOOLEAN, "responses: phase is taken on assistant messages.", None, example=False)
+
+
+@schema
 class ProviderConfig:
     """One place to send requests to. Its name is a label; `protocol` decides the wire format."""
 
@@ -903,6 +1007,8 @@ class ProviderConfig:
     ca_file: str | None = setting(
         TEXT, "PEM file of certificates to trust beside the system's.", None,
         example="/etc/ssl/company-ca.pem")
+    profile: ProfileConfig = setting(
+        Section(ProfileConfig), "What the provider takes, where the table of hosts is wrong.")
 
 
 @schema
@@ -2514,21 +2620,5769 @@ def fill_gaps_in_frame(frame: bytes) -> bytes | None:
 
 
 # ============================================================================
-#  9  Translation
+#  9  Capabilities
+# ============================================================================
+# What hosts and models take, as tables that [providers.<name>.profile]
+# overrides key by key. Nothing below decides by a host's or a model's name;
+# all facts about vendors that may change stand here.
+
+# What is assumed of a host that no row below names (translation-chat.md 1.1, last row;
+# translation-responses.md 1.2). Every key is one of ProfileConfig.
+PROFILE_DEFAULTS: Mapping[str, Json] = {
+    "chat": {
+        "vision": True, "max_tokens_field": "max_tokens", "reasoning_control": "template",
+        "reasoning_replay": "auto", "reasoning_required": "off", "late_system": "fold",
+        "tool_images": "user", "files": "drop", "json_schema": "schema", "stream_usage": True,
+        "top_k": True, "call_ids": "any", "cache": "off", "parallel_tool_calls": True,
+        "strict_tools": False, "lenient_done": True, "tool_arguments": "stream",
+        "think_tags": "auto", "deferred_tools": "referenced", "web_search": "off",
+        "custom_tools": False, "allowed_tools": False, "vendor_fields": False,
+    },
+    "messages": {
+        "vision": True, "cache": "auto", "lenient_thinking": False, "native_system": False,
+        "web_search": "off", "vendor_fields": False, "thinking_binding": False,
+        "strict_tools": True,
+    },
+    "responses": {
+        "vision": True, "max_output_tokens": True, "output_lists": False, "web_search": "off",
+        "custom_tools": False, "phase": False, "vendor_fields": False, "cache": "off",
+        "strict_tools": True, "deferred_tools": "referenced", "tool_arguments": "stream",
+    },
+}
+# (protocol, host, what differs there): the first row whose pattern is the whole host wins. A host
+# has its port where that is not the default one.
+HOST_PROFILES: tuple[tuple[str, str, Json], ...] = (
+    ("chat", r"api\.openai\.com|.*\.openai\.azure\.com",
+     {"max_tokens_field": "max_completion_tokens", "reasoning_control": "effort",
+      "reasoning_replay": "none", "late_system": "keep", "files": "native", "top_k": False,
+      "call_ids": "40", "strict_tools": True, "custom_tools": True, "allowed_tools": True,
+      "vendor_fields": True, "web_search": "options"}),
+    ("chat", r"openrouter\.ai",
+     {"reasoning_control": "openrouter", "reasoning_replay": "reasoning_details",
+      "late_system": "keep", "files": "native", "cache": "on", "strict_tools": True,
+      "web_search": "openrouter"}),
+    ("chat", r"api\.deepseek\.com",
+     {"reasoning_control": "deepseek", "reasoning_replay": "reasoning_content",
+      "reasoning_required": "all", "json_schema": "object", "top_k": False}),
+    ("chat", r"api\.moonshot\..*|api\.kimi\.com",
+     {"reasoning_control": "kimi", "reasoning_replay": "reasoning_content",
+      "reasoning_required": "calls", "json_schema": "object", "top_k": False}),
+    ("chat", r"(.*\.)?(z\.ai|bigmodel\.cn)",
+     {"reasoning_control": "glm", "reasoning_replay": "reasoning_content",
+      "json_schema": "object", "top_k": False}),
+    ("chat", r"dashscope.*",
+     {"reasoning_control": "qwen", "reasoning_replay": "reasoning_content",
+      "json_schema": "object"}),
+    ("chat", r"api\.groq\.com",
+     {"max_tokens_field": "max_completion_tokens", "reasoning_control": "groq",
+      "reasoning_replay": "reasoning", "tool_images": "drop", "top_k": False}),
+    ("chat", r"api\.mistral\.ai",
+     {"reasoning_control": "mistral", "reasoning_replay": "none", "stream_usage": False,
+      "top_k": False, "call_ids": "9"}),
+    ("chat", r"api\.x\.ai",
+     {"max_tokens_field": "max_completion_tokens", "reasoning_control": "effort-lowhigh",
+      "reasoning_replay": "reasoning_content", "late_system": "keep", "top_k": False}),
+    ("chat", r"generativelanguage\.googleapis\.com",
+     {"reasoning_control": "effort", "reasoning_replay": "none", "top_k": False}),
+    ("chat", r".*:11434|(.*\.)?ollama(\..*)?",
+     {"reasoning_control": "effort-basic", "reasoning_replay": "reasoning",
+      "tool_images": "inline", "top_k": False}),
+    ("messages", r"api\.anthropic\.com",
+     {"native_system": True, "web_search": "native", "vendor_fields": True}),
+    ("responses", r"api\.openai\.com|.*\.openai\.azure\.com",
+     {"output_lists": True, "web_search": "native", "custom_tools": True, "vendor_fields": True}),
+    ("responses", r"chatgpt\.com", {"max_output_tokens": False, "output_lists": True}),
+)
+FIRST_PARTY_ANTHROPIC = re.compile(r"api\.anthropic\.com|bedrock.*|.*aiplatform\.googleapis\.com")
+# Models that take no sampling parameters and reason: OpenAI's own names.
+REASONING_MODEL = re.compile(r"o[1-9]|gpt-[5-9]|.*codex|gpt-oss")
+FIXED_SAMPLING_MODEL = re.compile(r"o\d|gpt-[5-9]|kimi-k2[.-][5-9]|kimi-k[3-9]")
+
+
+class ModelClass(NamedTuple):
+    """What a class of Claude models takes (translation-chat.md 1.2)."""
+
+    name: str
+    manual: bool  # thinking enabled with a budget
+    adaptive: bool
+    disabled: bool  # whether thinking may be switched off by name
+    sampling: bool
+    forced: bool  # whether a tool may be forced
+    prefill: bool
+    schema: bool  # native JSON schema
+    system: bool  # role system within messages
+    max_tokens: int
+    default_max_tokens: int = 32000
+
+
+MODEL_CLASSES = {c.name: c for c in (
+    ModelClass("K0", False, False, False, True, True, True, False, False, 4096, 4096),
+    ModelClass("K1", True, False, True, True, True, True, False, False, 64000),
+    ModelClass("K2", True, True, True, True, True, False, True, False, 128000),
+    ModelClass("K3", False, True, True, False, True, False, True, False, 128000),
+    ModelClass("K4", False, True, True, False, True, False, True, True, 128000),
+    ModelClass("K5", False, True, False, False, True, False, True, True, 128000),
+    ModelClass("X", True, False, True, True, True, True, False, False, 1 << 30, 8192),
+)}
+CLAUDE_NAME = re.compile(r"(?:(opus|sonnet|haiku|fable|mythos)-(\d+|preview)(?:-(\d{1,2}))?(?!\d)"
+                         r"|claude-(?:v|instant-v?)?(\d)(?:-(\d{1,2}))?(?!\d))")
+
+
+@functools.lru_cache(maxsize=64)
+def model_class(model: str) -> ModelClass:
+    """The class of a model by its id, any vendor prefix; an unknown Claude is taken for a new one.
+
+    >>> model_class("anthropic/claude-sonnet-4.5").name
+    'K1'
+    """
+    name = re.sub(r"[._]", "-", model.lower())
+    match = CLAUDE_NAME.search(name)
+    if not match:
+        return MODEL_CLASSES["K4" if "claude" in name else "X"]
+    family = match[1] or (m[0] if (m := re.search("opus|sonnet|haiku", name)) else "")
+    version = (int(match[2] or match[4]) if match[2] != "preview" else 5,
+               int(match[3] or match[5] or 0))
+    if "instant" in name or version < (3, 7):
+        limit = 8192 if version >= (3, 5) else 4096
+        return MODEL_CLASSES["K0"]._replace(max_tokens=limit)
+    if family in ("fable", "mythos") or (version >= (5, 5) and family != "haiku"):
+        return MODEL_CLASSES["K5"]._replace(forced=version == (5, 0),
+                                            system=match[2] != "preview")
+    if version < (4, 6):
+        return MODEL_CLASSES["K1"]._replace(
+            schema=version == (4, 5),
+            max_tokens=32000 if family == "opus" and version >= (4, 0) else 64000)
+    return MODEL_CLASSES["K2" if version == (4, 6) else "K3" if version == (4, 7) else "K4"]
+
+
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+# Thinking budgets for effort levels, chosen so that a round trip gives the level again.
+BUDGETS = {"minimal": 1024, "low": 1024, "medium": 4096, "high": 16384, "xhigh": 32768,
+           "max": 63999}
+BUDGET_LEVELS = ((32768, "xhigh"), (8192, "high"), (2048, "medium"), (1024, "low"), (1, "minimal"))
+
+
+def budget_level(budget: int) -> str:
+    """The effort level of a thinking budget (translation-chat.md 1.3a)."""
+    return next((level for least, level in BUDGET_LEVELS if budget >= least), "none")
+
+
+def openai_efforts(model: str) -> tuple[str, ...]:
+    """The effort levels a model of OpenAI takes (translation-responses.md 1.2)."""
+    if re.match(r"gpt-5[.-][1-9]|gpt-[6-9]", model):
+        return ("none", "low", "medium", "high", "xhigh")
+    return ("minimal", "low", "medium", "high") if model.startswith("gpt-5") else EFFORTS[2:5]
+
+
+def clamp_effort(level: str, levels: Sequence[str]) -> str:
+    """`level`, or the nearest lower one of `levels`, or the lowest."""
+    at = EFFORTS.index(level) if level in EFFORTS else EFFORTS.index("medium")
+    lower = [e for e in levels if EFFORTS.index(e) <= at]
+    return max(lower or levels, key=EFFORTS.index) if lower else min(levels, key=EFFORTS.index)
+
+
+@functools.lru_cache(maxsize=256)
+def capabilities(protocol: str, host: str, model: str, profile: ProfileConfig) -> ProfileConfig:
+    """The profile of a provider for a model: its own settings, else the model's, else the host's,
+    else the defaults."""
+    found: Json = dict(PROFILE_DEFAULTS[protocol])
+    found |= next((row for word, pattern, row in HOST_PROFILES
+                   if word == protocol and re.fullmatch(pattern, host)), {})
+    name = model.lower().rsplit("/", 1)[-1]
+    if protocol == "chat" and re.match(r"kimi-k(2[.-][6-9]|[3-9])", name):
+        found["max_tokens_field"] = "max_completion_tokens"
+    if protocol == "responses":
+        reasons = bool(REASONING_MODEL.match(name)) and "-chat" not in name
+        found |= {"reasoning": reasons, "encrypted_reasoning": reasons,
+                  "reasoning_summary": reasons, "sampling": not reasons,
+                  "efforts": openai_efforts(name)}
+    if protocol == "messages":
+        kind = model_class(model)
+        first_party = bool(FIRST_PARTY_ANTHROPIC.fullmatch(host))
+        found |= {"model_class": kind.name,
+                  "lenient_thinking": not first_party and kind.name == "X",
+                  "default_max_tokens": kind.default_max_tokens,
+                  "thinking_binding": host == "api.anthropic.com" and (
+                      not kind.forced or "haiku-5-5" in name.replace(".", "-"))}
+    found |= {field.name: value for field in dataclasses.fields(profile)
+              if (value := getattr(profile, field.name)) is not None}
+    if found["cache"] == "auto":
+        found["cache"] = "on" if host == "api.anthropic.com" else "off"
+    return ProfileConfig(**found)
+
+
+
+# ============================================================================
+#  10  Conversations
+# ============================================================================
+# What all pairs share: the neutral form of a request, ids and names of tools,
+# pairing of calls and results, arguments, JSON schemas, media, reasoning
+# carriers, token estimates. Pure; no wire format is written here.
+
+# -- one exchange ------------------------------------------------------------
+
+DONE = "[DONE]"
+PING: Any = object()  # asks a stream for a sign of life, see `translated()`
+
+
+class Context:
+    """What one exchange's translation knows beside the payload.
+
+    `inbound` and `provider` are protocol words, `host` is the provider's (with its port where that
+    is not the default one), `realm` tells one provider's reasoning from another's, `now` is in
+    seconds. A request fills what its answer needs; `dropped` maps paths to reasons.
+    """
+
+    __slots__ = ("caps", "dropped", "echo", "estimate", "headers", "host", "ids", "inbound",
+                 "include_usage", "kind", "legacy", "model", "now", "provider", "realm", "schema",
+                 "stream", "tools", "wants_thinking", "web_search")
+
+    def __init__(self, inbound: str, provider: str, model: str, *, host: str = "",
+                 profile: Any = None, realm: str | None = None, now: int = 0) -> None:
+        self.inbound, self.provider, self.model, self.now = inbound, provider, model, now
+        self.host = host
+        if not isinstance(profile, ProfileConfig):
+            profile = ProfileConfig(**(profile or {}))
+        self.caps = capabilities(provider, host, model, profile)
+        self.kind = MODEL_CLASSES["X"]
+        if provider == MESSAGES.word:
+            own = model_class(model)
+            given = self.caps.model_class or own.name
+            self.kind = own if own.name == given else MODEL_CLASSES[given]
+        self.realm = sha(realm if realm is not None else host)[:6]
+        self.dropped: dict[str, str] = {}
+        self.headers: list[bytes] = []
+        self.tools: dict[str, Tool] = {}  # by the name that goes over the wire
+        self.echo: Json = {}  # what a Responses answer repeats of its request
+        self.ids: set[str] = set()  # of the tool calls in the request's history
+        self.stream = self.legacy = self.web_search = False
+        # what an answer has unless its request says otherwise
+        self.include_usage = self.wants_thinking = True
+        self.schema: Json | None = None
+        self.estimate = 0  # of the input, in tokens
+
+    def drop(self, path: str, reason: str = "") -> None:
+        """Note that something of the request is not carried over."""
+        if len(self.dropped) < DROPS_NOTED:
+            self.dropped.setdefault(path, reason or f"{TITLES[self.provider]} has no such field")
+
+
+TITLES = {p.word: p.title for p in PROTOCOLS.values()}
+DROPS_NOTED = 1000  # of one request
+
+
+class Part(NamedTuple):
+    """A piece of content: text, image, file, audio, refusal, or `raw` (a block of the target)."""
+
+    kind: str
+    text: str = ""
+    url: str | None = None
+    media: str | None = None
+    data: str | None = None  # base64
+    id: str | None = None  # in the vendor's file store
+    name: str | None = None
+    detail: str | None = None
+    mark: Json | None = None  # a cache mark, in Anthropic's form
+    path: str = ""
+    current: bool = False  # of the request at hand, not of its history
+    type: str = ""  # what the client called it
+    raw: Any = None
+
+
+class User(NamedTuple):
+    """What the user said, in one message."""
+
+    parts: list[Part]
+
+
+class System(NamedTuple):
+    """A system or developer message within the conversation."""
+
+    parts: list[Part]
+    role: str = "system"
+
+
+class Said(NamedTuple):
+    """What the assistant said, in one message or block."""
+
+    parts: list[Part]
+
+
+class Thought(NamedTuple):
+    """A piece of reasoning as a carrier kept it: `kind` as in translation-responses.md 1.5, or
+    `search` for a web search that was made."""
+
+    kind: str
+    text: str
+    body: Any
+
+
+class Call(NamedTuple):
+    """A tool call; `input` where its kind has one of its own shape, else `arguments`."""
+
+    id: str
+    name: str
+    arguments: str = ""
+    input: Json | None = None
+    kind: str = "function"
+    space: str = ""
+    mark: Json | None = None
+    missing: bool = False  # its result never came
+
+
+class Out(NamedTuple):
+    """The result of a tool call."""
+
+    id: str
+    parts: list[Part]
+    error: bool = False
+    name: str = ""
+    kind: str = "function"
+    mark: Json | None = None
+    stub: bool = False
+
+
+Atom = User | System | Said | Thought | Call | Out
+
+
+class Tool(NamedTuple):
+    """A tool that a client declared."""
+
+    kind: str
+    name: str
+    description: str | None = None
+    schema: Json | None = None
+    space: str = ""
+    strict: bool | None = None
+    mark: Json | None = None
+    raw: Any = None  # what the client sent
+    deferred: bool = False
+    path: str = ""
+
+
+class Choice(NamedTuple):
+    """A wish about tools: mode auto, none, required, tool (the one in `names`) or allowed."""
+
+    mode: str
+    names: tuple[tuple[str, str], ...] = ()  # of (space, name)
+    required: bool = False  # of mode allowed
+    path: str = "tool_choice"
+    kind: str = "function"
+
+
+class Effort(NamedTuple):
+    """How much reasoning is wanted; `display` how it is to be shown."""
+
+    level: str | None = None
+    budget: int | None = None
+    display: str | None = None  # summarized, omitted
+    switched: str | None = None  # on or off by name, whatever the level
+
+
+class Format(NamedTuple):
+    """The shape an answer must have: `schema` None for any JSON object."""
+
+    schema: Json | None
+    name: str = "output"
+    strict: bool | None = None
+    description: str | None = None
+
+
+@dataclasses.dataclass(slots=True)
+class Ask:
+    """A request in neutral form: what a reader found, and a writer puts into a wire format."""
+
+    model: str
+    system: list[Part] = dataclasses.field(default_factory=list)
+    atoms: list[Atom] = dataclasses.field(default_factory=list)
+    tools: list[Tool] = dataclasses.field(default_factory=list)
+    choice: Choice | None = None
+    parallel: bool | None = None
+    stream: bool | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    stop: list[str] = dataclasses.field(default_factory=list)
+    effort: Effort | None = None
+    format: Format | None = None
+    user: str | None = None
+    tier: str | None = None  # in OpenAI's words
+    ttl: str | None = None  # of cache marks that name none
+    marks: bool = True  # whether marks may be set where there are none
+    search: Json | None = None  # web search options
+    more: Json = dataclasses.field(default_factory=dict)  # as both sides call it
+
+
+class Fields:
+    """An object of a request while a reader takes it apart.
+
+    Checks types (400 with the path), and at the end knows what nobody asked for.
+    """
+
+    __slots__ = ("ctx", "left", "path")
+
+    def __init__(self, ctx: Context, value: Any, path: str = "") -> None:
+        if type(value) is not dict:
+            raise RequestError(f"`{path}` must be an object", param=path)
+        self.ctx, self.path, self.left = ctx, path, dict(value)
+
+    def at(self, key: str) -> str:
+        """The path of a member."""
+        return f"{self.path}.{key}" if self.path else key
+
+    def get(self, key: str, *kinds: type) -> Any:
+        """A member that is null, missing or of one of `kinds` (of any, where none is named)."""
+        value = self.left.pop(key, None)
+        if kinds and value is not None and type(value) not in kinds:
+            wants = " or ".join(TYPE_NAMES[kind] for kind in kinds)
+            raise RequestError(f"`{self.at(key)}` must be {wants}", param=self.at(key))
+        return value
+
+    def text(self, key: str) -> str | None:
+        """A string."""
+        value: str | None = self.get(key, str)
+        return value
+
+    def flag(self, key: str) -> bool | None:
+        """A boolean."""
+        value: bool | None = self.get(key, bool)
+        return value
+
+    def number(self, key: str) -> float | None:
+        """A number."""
+        value: float | None = self.get(key, int, float)
+        return value
+
+    def count(self, key: str) -> int | None:
+        """A whole number."""
+        value = self.get(key, int, float)
+        return None if value is None else int(value)
+
+    def list(self, key: str) -> list[Any]:
+        """An array; empty where there is none."""
+        return self.get(key, list) or []
+
+    def object(self, key: str) -> Fields | None:
+        """An object, to be taken apart in turn."""
+        value = self.get(key, dict)
+        return None if value is None else Fields(self.ctx, value, self.at(key))
+
+    def json(self, key: str) -> Json | None:
+        """An object as it is."""
+        value: Json | None = self.get(key, dict)
+        return value
+
+    def close(self, reason: str = "", trifles: Collection[str] = ()) -> None:
+        """Report what is left and no trifle."""
+        for key, value in self.left.items():
+            if value is not None and value != [] and value != {} and key not in trifles:
+                self.ctx.drop(self.at(key), reason)
+
+
+TYPE_NAMES = {str: "a string", int: "a number", float: "a number", bool: "true or false",
+              list: "an array", dict: "an object"}
+TYPE_NAMES[int] = TYPE_NAMES[float]
+
+# -- ids ---------------------------------------------------------------------
+
+SAFE_ID = re.compile(r"[a-zA-Z0-9_-]+")
+NINE = re.compile(r"[a-zA-Z0-9]{9}")
+BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+
+
+def sha(text: str) -> str:
+    """SHA-256 in hexadecimal: ids that look random and are the same each time."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def to_base64url(data: bytes) -> str:
+    """Base64 with the alphabet of URLs and no padding."""
+    return base64.urlsafe_b64encode(data).decode("ascii").rstrip("=")
+
+
+def from_base64url(text: str) -> bytes | None:
+    """The bytes of such a text, None where it is none."""
+    try:
+        return base64.b64decode(text + "=" * (-len(text) % 4), b"-_", validate=True)
+    except ValueError:
+        return None
+
+
+def encode_id(id: str, seed: str | None = None) -> str:
+    """A foreign id in Anthropic's alphabet, from which original_id() gets it back.
+
+    >>> encode_id("c.1:x")
+    'pxid_817f150cYy4xOng'
+    """
+    data = id.encode("utf-8", "surrogatepass")
+    return f"pxid_{sha(id if seed is None else seed)[:8]}{to_base64url(data)}"
+
+
+def original_id(id: str) -> str:
+    """The id a client got from the provider, in the provider's own form."""
+    if id.startswith("pxid_"):
+        data = from_base64url(id[13:])
+        if data is not None:
+            with contextlib.suppress(UnicodeDecodeError):
+                return data.decode("utf-8") or "call_" + sha(id)[:24]
+    return id
+
+
+def short_call_id(id: str) -> str:
+    """An id within the 64 characters of the Responses API."""
+    return id if len(id) <= 64 else f"{id[:43]}_{sha(id)[:20]}"
+
+
+def nine_characters(id: str) -> str:
+    """An id in the form that Mistral demands."""
+    if NINE.fullmatch(id):
+        return id
+    value, out = int(sha(id), 16), ""
+    while len(out) < 9:
+        value, digit = divmod(value, 62)
+        out += BASE62[digit]
+    return out
+
+
+def forty_characters(id: str) -> str:
+    """An id within the 40 characters of OpenAI's Chat Completions."""
+    return id if len(id) <= 40 else "call_" + sha(id)[:35]
+
+
+def any_id(id: str) -> str:
+    """An id as it is."""
+    return id
+
+
+CALL_IDS = {"any": any_id, "40": forty_characters, "9": nine_characters}
+
+
+def safe_id(id: str) -> str:
+    """An id as Anthropic takes it."""
+    return id if SAFE_ID.fullmatch(id) else encode_id(id)
+
+
+def bare_id(id: Any) -> str:
+    """A provider's response id without the prefix of its kind, in Anthropic's alphabet."""
+    text = re.sub(r"^(chatcmpl[-_]|resp_|msg_)", "", id if isinstance(id, str) else "")
+    return re.sub(r"[^a-zA-Z0-9_-]", "_", text)[:64]
+
+
+# -- names of tools ----------------------------------------------------------
+
+BAD_NAME = re.compile(r"[^a-zA-Z0-9_-]")
+
+
+def full_name(space: str, name: str) -> str:
+    """The one name of a tool within a namespace."""
+    if space in ("", "functions"):
+        return name
+    return space + name if space.endswith("__") else f"{space}__{name}"
+
+
+class ToolNames:
+    """Names of tools as a provider takes them, one for each (namespace, name).
+
+    Names that are valid keep themselves, whatever stands before them in the request.
+    """
+
+    def __init__(self, tools: Iterable[Tool], limit: int) -> None:
+        self.limit = limit
+        self.wire: dict[tuple[str, str], str] = {}
+        self.taken: set[str] = set()
+        self.declared: dict[str, Tool] = {}
+        listed = list(tools)
+        for valid in (True, False):
+            for tool in listed:
+                if self.valid(full_name(tool.space, tool.name)) is valid:
+                    self.declared.setdefault(self.of(tool.space, tool.name), tool)
+
+    def valid(self, name: str) -> bool:
+        """Whether a provider takes the name."""
+        return 0 < len(name) <= self.limit and not BAD_NAME.search(name)
+
+    def of(self, space: str, name: str) -> str:
+        """The wire name of a tool; one that was never declared is cleaned the same way."""
+        key = (space, name)
+        if key not in self.wire:
+            whole = full_name(space, name)
+            clean = BAD_NAME.sub("_", whole) or "_"
+            if len(clean) > self.limit or clean in self.taken:
+                clean = f"{clean[:self.limit - 9]}_{sha(whole)[:8]}"
+            self.wire[key] = clean
+            self.taken.add(clean)
+        return self.wire[key]
+
+    def pick(self, choice: Choice) -> list[str]:
+        """The wire names of a choice, each of them declared; else 400."""
+        names = [self.of(*name) for name in choice.names]
+        for (_, name), wire in zip(choice.names, names, strict=True):
+            if wire not in self.declared:
+                raise RequestError(f"tool_choice names `{name}`, which is not among the tools",
+                                   param=choice.path)
+        return names
+
+
+def unique_tools(tools: Iterable[Tool]) -> list[Tool]:
+    """Tools without a second definition of the same name: the first stays, so that a longer
+    conversation does not change what stood before."""
+    seen: dict[tuple[str, str], Tool] = {}
+    for tool in tools:
+        seen.setdefault((tool.space, tool.name), tool)
+    return list(seen.values())
+
+
+def settle_choice(ask: Ask, names: ToolNames) -> tuple[str | None, str | None]:
+    """What a choice comes to: a mode (auto, none, required, tool) and the tool's wire name.
+
+    allowed_tools leaves only its tools in `ask.tools`. Without tools there is no choice.
+    """
+    choice = ask.choice
+    if not choice or not ask.tools:
+        return None, None
+    if choice.mode == "allowed":
+        wanted = set(choice.names)
+        ask.tools = [t for t in ask.tools if (t.space, t.name) in wanted]
+        if not ask.tools:
+            raise RequestError("none of the allowed tools is declared", param=choice.path)
+        if not choice.required:
+            return "auto", None
+        if len(ask.tools) == 1:
+            return "tool", names.of(ask.tools[0].space, ask.tools[0].name)
+        return "required", None
+    if choice.mode == "tool":
+        return "tool", names.pick(choice)[0]
+    return choice.mode, None
+
+
+# -- pairing of calls and results (translation-responses.md 1.8) ------------
+
+NO_RESULT = "[no result was recorded for this call]"
+
+
+def pair_up(atoms: Sequence[Atom], wire: Callable[[str], str], ctx: Context) -> list[Atom]:
+    """The atoms with each run of the assistant followed by the results of its calls, in call order.
+
+    Results without a call and later different ones become user text; a missing one becomes a stub.
+    Ids become what `wire` makes of them, unique over the request. What an appended item changes
+    is at the end only.
+    """
+    answers, strays = match_results(atoms)
+    used: set[str] = set()
+    out: list[Atom] = []
+    run: list[Call] = []
+
+    def finish_run() -> None:
+        for call in run:
+            answer = answers.get(id(call))
+            stub = Out("", [Part("text", NO_RESULT)], error=True, stub=True)
+            out.append((answer or stub)._replace(id=ids[id(call)], kind=call.kind, name=call.name))
+        run.clear()
+
+    ids: dict[int, str] = {}
+    for atom in atoms:
+        if isinstance(atom, (Said, Thought)):
+            out.append(atom)
+        elif isinstance(atom, Call):
+            ids[id(atom)] = unique_id(atom.id or f"call_px_{len(ids)}", wire, used)
+            ctx.ids.add(atom.id)
+            run.append(atom)
+            out.append(atom._replace(id=ids[id(atom)]))
+        else:
+            finish_run()
+            if isinstance(atom, Out):
+                if (note := strays.get(id(atom))) is not None:
+                    out.append(User([Part("text", note + "\n"), *atom.parts]))
+            else:
+                out.append(atom)
+    finish_run()
+    return out
+
+
+def match_results(atoms: Sequence[Atom]) -> tuple[dict[int, Out], dict[int, str]]:
+    """The result of each call, and what is to be said of results that belong to none; by id()."""
+    current: dict[str, Call] = {}
+    open_calls: dict[int, Call] = {}
+    answers: dict[int, Out] = {}
+    strays: dict[int, str] = {}
+    for atom in atoms:
+        if isinstance(atom, Call):
+            current[atom.id] = open_calls[id(atom)] = atom
+        elif isinstance(atom, Out):
+            call = current.get(atom.id)
+            if not atom.id:
+                waiting = list(open_calls.values())
+                call = next((c for c in waiting if atom.name and c.name == atom.name),
+                            waiting[0] if waiting else None)
+            if call is None:
+                strays[id(atom)] = f"[result of unknown tool call {atom.id}]"
+            elif id(call) not in answers:
+                answers[id(call)] = atom
+                open_calls.pop(id(call), None)
+            elif answers[id(call)].parts != atom.parts:
+                strays[id(atom)] = f"[later result of tool call {atom.id}]"
+    return answers, strays
+
+
+def unique_id(id: str, wire: Callable[[str], str], used: set[str]) -> str:
+    """The wire id of a call: a second call of the same id gets _2, and so on."""
+    found, n = wire(id), 1
+    while found in used:
+        n += 1
+        found = wire(f"{id}_{n}")
+    used.add(found)
+    return found
+
+
+def runs(atoms: Iterable[Atom]) -> Iterator[tuple[bool, list[Atom]]]:
+    """The atoms in groups: of the assistant (True), or between two of its turns."""
+    for own, group in itertools.groupby(atoms, lambda a: isinstance(a, (Said, Thought, Call))):
+        yield own, list(group)
+
+
+# -- arguments ---------------------------------------------------------------
+
+def parse_arguments(value: Any) -> Json:
+    """Tool arguments as an object, whatever a model wrote (translation-chat.md 1.6)."""
+    if isinstance(value, dict):
+        return value
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return {}
+    found = value if not isinstance(value, str) else read_arguments(value)
+    if found is ABSENT:
+        return {"raw_arguments": value}
+    if found is None:
+        return {}
+    return found if isinstance(found, dict) else {"value": found}
+
+
+def read_arguments(text: str) -> Any:
+    """The value that a text means, by ever more lenient readings; ABSENT where none fits."""
+    found = loose_json(text)
+    if isinstance(found, str):
+        inner = loose_json(found)
+        found = found if inner is ABSENT else inner
+    if found is not ABSENT:
+        return found
+    bare = re.sub(r"^\s*```(?:json)?\s*|\s*```\s*$", "", text)
+    found = loose_json(re.sub(r",(\s*[}\]])", r"\1", bare))
+    if found is ABSENT and bare.startswith(("{'", '{"')) and len(bare) <= LITERAL_CHARS:
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+            literal = ast.literal_eval(bare)
+            dump(literal)
+            found = literal
+    return found
+
+
+LITERAL_CHARS = 100_000  # of a Python dict that is tried as arguments
+
+
+def loose_json(text: str) -> Any:
+    """A JSON text, control characters in strings allowed; ABSENT where it is none."""
+    try:
+        return LOOSE_DECODER.decode(text)
+    except (ValueError, RecursionError):
+        return ABSENT
+
+
+LOOSE_DECODER = json.JSONDecoder(strict=False, parse_constant=refuse_constant, parse_float=finite)
+
+
+def dump_arguments(value: Any) -> str:
+    """Arguments as text; what parse_arguments() could not read is what it was."""
+    if isinstance(value, dict) and list(value) == ["raw_arguments"] and \
+            isinstance(value["raw_arguments"], str):
+        return str(value["raw_arguments"])
+    return compact(value)
+
+
+def compact(value: Any) -> str:
+    """A value as compact JSON text."""
+    return dump(value).decode("utf-8")
+
+
+def is_object(text: str) -> bool:
+    """Whether arguments are complete: the text of one JSON object."""
+    return text.rstrip()[-1:] == "}" and isinstance(loose_json(text), dict)
+
+
+# -- JSON schemas (translation-chat.md 1.7) ----------------------------------
+
+EMPTY_SCHEMA: Json = {"type": "object", "properties": {}}
+FORMATS_KEPT = ("date-time", "time", "date", "duration", "email", "hostname", "uri", "ipv4", "ipv6",
+                "uuid")
+SCHEMA_KEPT = ("type", "title", "description", "properties", "required", "items", "anyOf", "allOf",
+               "enum", "const", "$ref", "$defs", "definitions", "default")
+
+
+def input_schema(schema: Any) -> Json:
+    """A tool's parameters with an object at their root, as Anthropic demands."""
+    if not isinstance(schema, dict):
+        return dict(EMPTY_SCHEMA)
+    out = {**schema, "type": "object"}
+    properties, required = dict(mapping(schema.get("properties"))), listing(schema.get("required"))
+    for union in ("anyOf", "oneOf", "allOf"):
+        for branch in map(mapping, listing(out.pop(union, None))):
+            for name, value in mapping(branch.get("properties")).items():
+                properties.setdefault(name, value)
+            if union == "allOf":
+                required = [*required, *(r for r in listing(branch.get("required"))
+                                         if r not in required)]
+    out["properties"] = properties
+    if required:
+        out["required"] = required
+    return out
+
+
+def closed_schema(schema: Any) -> Json:
+    """A schema in the form that Anthropic's structured output takes: objects closed, and what it
+    cannot say moved into descriptions."""
+    if not isinstance(schema, dict):
+        return {"type": "string"}
+    out: Json = {}
+    for key in ("$defs", "definitions"):
+        if isinstance(schema.get(key), dict):
+            out[key] = {name: closed_schema(s) for name, s in schema[key].items()}
+    if isinstance(schema.get("$ref"), str):
+        return {**out, "$ref": schema["$ref"]}
+    said: list[str] = []
+    for key, value in schema.items():
+        if key in ("$defs", "definitions", "additionalProperties") or value is None:
+            continue
+        if key == "properties" and isinstance(value, dict):
+            out[key] = {name: closed_schema(s) for name, s in value.items()}
+        elif key == "items" and isinstance(value, dict):
+            out[key] = closed_schema(value)
+        elif key in ("anyOf", "oneOf", "allOf") and isinstance(value, list):
+            out["anyOf" if key == "oneOf" else key] = [closed_schema(s) for s in value]
+        elif key == "type" and ("enum" in schema or "const" in schema):
+            continue
+        elif (key in SCHEMA_KEPT or (key == "format" and value in FORMATS_KEPT)
+              or (key == "minItems" and value in (0, 1) and type(value) is int)):
+            out[key] = value
+        else:
+            said.append(f"{key}: {value if isinstance(value, str) else compact(value)}")
+    if said:
+        note = "{" + ", ".join(said) + "}"
+        before = out.get("description")
+        out["description"] = f"{before}\n\n{note}" if isinstance(before, str) and before else note
+    if out.get("type") == "object" or "properties" in out:
+        out["additionalProperties"] = False
+    if not any(key in out for key in ("type", "anyOf", "allOf", "enum", "const")):
+        out["type"] = "object" if "properties" in out else "string"
+    return out
+
+
+def is_strict(schema: Any) -> bool:
+    """Whether a schema is what OpenAI's strict mode demands: all objects closed, all required."""
+    if isinstance(schema, list):
+        return all(map(is_strict, schema))
+    if not isinstance(schema, dict):
+        return True
+    if schema.get("type") == "object" or "properties" in schema:
+        properties = mapping(schema.get("properties"))
+        if schema.get("additionalProperties") is not False:
+            return False
+        if set(properties) != {r for r in listing(schema.get("required")) if isinstance(r, str)}:
+            return False
+        if not all(map(is_strict, properties.values())):
+            return False
+    if any(key in schema for key in ("oneOf", "allOf", "not", "patternProperties", "if")):
+        return False
+    return (all(is_strict(schema.get(key)) for key in ("items", "anyOf"))
+            and all(is_strict(s) for key in ("$defs", "definitions")
+                    for s in mapping(schema.get(key)).values()))
+
+
+def filled_schema(schema: Any, root: bool = True) -> Any:
+    """A schema whose objects all have `properties`, which several Chat servers demand."""
+    if isinstance(schema, list):
+        return [filled_schema(s, False) for s in schema]
+    if not isinstance(schema, dict):
+        return dict(EMPTY_SCHEMA) if root else schema
+    out = {key: filled_schema(value, False)
+           if key in ("items", "anyOf", "oneOf", "allOf", "additionalProperties")
+           else {name: filled_schema(s, False) for name, s in value.items()}
+           if key in ("properties", "$defs", "definitions") and isinstance(value, dict)
+           else value for key, value in schema.items()}
+    if out.get("type") == "object" and "properties" not in out:
+        out["properties"] = {}
+    return out or dict(EMPTY_SCHEMA)
+
+
+# -- media -------------------------------------------------------------------
+
+IMAGE_TYPES = ("image/jpeg", "image/png", "image/gif", "image/webp")
+MAGIC = ((b"\xff\xd8", "image/jpeg"), (b"\x89PNG", "image/png"), (b"GIF8", "image/gif"),
+         (b"RIFF", "image/webp"), (b"%PDF", "application/pdf"))
+TEXT_TYPES = re.compile(r"text/.*|application/(json|xml|csv|yaml|x-yaml|toml|javascript)")
+DATA_URL = re.compile(r"data:([^;,]*)((?:;[^;,]*)*?)(;base64)?,", re.IGNORECASE)
+
+
+def read_data_url(url: str) -> tuple[str, str] | None:
+    """Media type and base64 of a data: URL; None for any other."""
+    match = DATA_URL.match(url)
+    if not match:
+        return None
+    data = url[match.end():]
+    if not match[3]:
+        data = base64.b64encode(unquote_to_bytes(data)).decode("ascii")
+    media = match[1].lower().strip()
+    media = "image/jpeg" if media == "image/jpg" else media
+    if media in ("", "application/octet-stream", "binary/octet-stream"):
+        media = sniffed(data) or media
+    return media, data
+
+
+def sniffed(data: str) -> str | None:
+    """The media type that the first bytes of base64 data tell."""
+    with contextlib.suppress(ValueError):
+        first = base64.b64decode(data[:16] + "=" * (-len(data[:16]) % 4))
+        return next((media for magic, media in MAGIC if first.startswith(magic)), None)
+    return None
+
+
+def media_part(url: str, **more: Any) -> Part:
+    """An image or a file from a URL of either kind."""
+    found = read_data_url(url)
+    if found is None:
+        return Part(url=url, **more)
+    return Part(media=found[0], data=found[1], **more)
+
+
+def decoded_text(part: Part) -> str:
+    """The text of a file that is one."""
+    try:
+        return base64.b64decode(part.data or "").decode("utf-8", "replace")
+    except ValueError:
+        return ""
+
+
+def document_text(part: Part, text: str) -> str:
+    """A document as text for a model that takes no files."""
+    title = f' title="{part.name}"' if part.name else ""
+    return f"<document{title}>\n{text}\n</document>"
+
+
+def data_url(part: Part) -> str:
+    """A part with data as a URL."""
+    return f"data:{part.media};base64,{part.data}"
+
+
+def join_lines(texts: Iterable[str]) -> str:
+    """Texts on lines of their own (the join rule of translation-chat.md 3.2)."""
+    out = ""
+    for text in texts:
+        out += text if not out or out.endswith("\n") else "\n" + text
+    return out
+
+
+def texts_of(parts: Iterable[Part]) -> list[str]:
+    """The texts among parts, empty ones left out."""
+    return [p.text for p in parts if p.kind in ("text", "refusal") and p.text.strip()]
+
+
+def reminder(text: str) -> str:
+    """A late system text as part of what the user says."""
+    return f"<system-reminder>\n{text}\n</system-reminder>"
+
+
+# -- reasoning carriers (translation-responses.md 1.5) -----------------------
+
+CARRIER = "px1."
+CARRIER_BYTES = 8 << 20  # of what a packed carrier may hold
+
+
+def seal(kind: str, body: str, text: str, ctx: Context) -> str:
+    """Opaque reasoning as one string for the client's own opaque field."""
+    bound = text if kind == "at" else ""
+    check = sha("\0".join((kind, ctx.realm, bound, body)))[:8]
+    return f"{CARRIER}{kind}.{ctx.realm}.{check}.{len(body)}.{body}"
+
+
+def unseal(value: Any, text: str, ctx: Context) -> Thought | None:
+    """What seal() put in; None for foreign, cut or edited strings, and for another provider's."""
+    parts = value.split(".", 5) if isinstance(value, str) else []
+    if len(parts) != 6 or parts[0] != "px1":
+        return None
+    _, kind, realm, check, length, body = parts
+    bound = text if kind == "at" else ""
+    if (realm != ctx.realm or length != str(len(body))
+            or check != sha("\0".join((kind, realm, bound, body)))[:8]):
+        return None
+    if kind not in ("ab", "cd"):
+        return Thought(kind, text, body)
+    packed = unpack(body)
+    return None if packed is ABSENT else Thought(kind, text, packed)
+
+
+def pack(value: Any) -> str:
+    """A value as the body of a carrier."""
+    return to_base64url(zlib.compress(dump(value), 9))
+
+
+def unpack(body: str) -> Any:
+    """What pack() was given; ABSENT where that cannot be told."""
+    data = from_base64url(body)
+    if data is None:
+        return ABSENT
+    try:
+        inflater = zlib.decompressobj()
+        raw = inflater.decompress(data, CARRIER_BYTES)
+        return load(raw) if inflater.eof else ABSENT
+    except (ValueError, zlib.error):
+        return ABSENT
+
+
+# -- token estimates (translation-chat.md 4) ---------------------------------
+
+IMAGE_TOKENS = 1600
+OPAQUE_KEYS = ("data", "url", "file_data", "image_url", "encrypted_content", "signature")
+
+
+def text_tokens(text: str) -> int:
+    """Tokens of a text, a little high: late compaction hurts more than early."""
+    ascii_ = len(text) if text.isascii() else len(text.encode("ascii", "ignore"))
+    return -int(-ascii_ / 3.6 // 1) + len(text) - ascii_
+
+
+def estimate_tokens(value: Any) -> int:
+    """Input tokens of a payload: its texts and names, 4 for each object, a flat rate for media."""
+    total, todo = 0, [value]
+    while todo:
+        at = todo.pop()
+        if type(at) is str:
+            total += text_tokens(at)
+        elif type(at) is list:
+            todo += at
+        elif type(at) is dict:
+            total += 4
+            for key, inner in at.items():
+                if key in OPAQUE_KEYS and type(inner) is str:
+                    total += IMAGE_TOKENS if len(inner) > 1000 else 20
+                else:
+                    todo.append(inner)
+    return max(1, total)
+
+
+
+# ============================================================================
+#  11  Requests
+# ============================================================================
+# One reader for each inbound protocol (body to Ask) and one writer for each
+# provider protocol (Ask to body); a pair is a reader and a writer. Every field
+# is read, reported as dropped, or refused with its path. Pure.
+
+# -- reading Responses (translation-responses.md 2.1, 4.1) -------------------
+
+STATEFUL = ("background", "previous_response_id", "conversation", "prompt")
+ECHOED: Json = {
+    "instructions": None, "metadata": {}, "max_output_tokens": None, "max_tool_calls": None,
+    "temperature": None, "top_p": None, "top_logprobs": 0, "tools": [], "tool_choice": "auto",
+    "parallel_tool_calls": True, "reasoning": {"effort": None, "summary": None},
+    "text": {"format": {"type": "text"}}, "truncation": "disabled", "user": None,
+    "safety_identifier": None, "prompt_cache_key": None, "service_tier": None, "prompt": None,
+}
+# What history carries and no other protocol has a place for: not worth a word.
+ITEM_TRIFLES = frozenset(("id", "status", "phase", "type", "internal_chat_message_metadata_passthrough",
+                          "agent", "caller", "created_by"))
+PART_TRIFLES = frozenset(("annotations", "logprobs", "type", "parsed"))
+
+
+def read_responses(body: Json, ctx: Context) -> Ask:
+    """A Responses request in neutral form."""
+    fields = Fields(ctx, body)
+    for name in STATEFUL:
+        if fields.get(name):
+            raise RequestError(f"`{name}` needs state, and this proxy keeps no state;"
+                               " send the full input", param=name)
+    ctx.echo = {name: default if body.get(name) is None else body[name]
+                for name, default in ECHOED.items()}
+    ask = Ask(fields.text("model") or ctx.model, stream=fields.flag("stream"))
+    ask.parallel = fields.flag("parallel_tool_calls")
+    ask.max_tokens = fields.count("max_output_tokens")
+    if ask.max_tokens is not None and ask.max_tokens < 1:
+        raise RequestError("`max_output_tokens` must be 1 or more", param="max_output_tokens")
+    ask.temperature, ask.top_p = fields.number("temperature"), fields.number("top_p")
+    if instructions := fields.text("instructions"):
+        ask.system.append(Part("text", instructions, path="instructions"))
+    read_responses_reasoning(ask, fields.object("reasoning"))
+    if text := fields.object("text"):
+        ask.format = read_text_format(text.object("format"))
+        keep(ask, text, "verbosity")
+        text.close()
+    read_openai_common(ask, fields)
+    if fields.count("top_logprobs"):
+        ask.more["top_logprobs"] = ("top_logprobs", body["top_logprobs"])
+    include = fields.list("include")
+    if "message.output_text.logprobs" in include:
+        ask.more.setdefault("logprobs", ("include", True))
+    for name in ("stream_options", "store"):
+        fields.get(name)
+    for i, tool in enumerate(fields.list("tools")):
+        ask.tools += read_responses_tool(ctx, tool, f"tools[{i}]")
+    ask.choice = read_responses_choice(fields.get("tool_choice", str, dict), ctx)
+    read_responses_input(ask, fields.get("input", str, list), ctx)
+    fields.close()
+    finish_tools(ask, ctx)
+    return ask
+
+
+def keep(ask: Ask, fields: Fields, *names: str) -> None:
+    """Keep members for a provider that has the same; the others' writers report them."""
+    for name in names:
+        if (value := fields.left.pop(name, None)) is not None:
+            ask.more[name] = (fields.at(name), value)
+
+
+def read_openai_common(ask: Ask, fields: Fields) -> None:
+    """What Responses and Chat call by the same names: user, tier, cache."""
+    metadata = fields.json("metadata")
+    ids = [mapping(metadata).get("user_id"), fields.left.get("safety_identifier"),
+           fields.left.get("user")]
+    ask.user = next((id for id in ids if isinstance(id, str) and id), None)
+    if metadata and list(metadata) != ["user_id"]:
+        ask.more["metadata"] = ("metadata", metadata)
+    ask.tier = fields.text("service_tier")
+    options = fields.json("prompt_cache_options") or {}
+    if options.get("ttl") in ("30m", "12h", "1h") or \
+            fields.left.get("prompt_cache_retention") == "24h":
+        ask.ttl = "1h"
+    ask.marks = options.get("mode") != "explicit"
+    if options:
+        ask.more["prompt_cache_options"] = ("prompt_cache_options", options)
+    for name in ("safety_identifier", "user", "prompt_cache_key", "prompt_cache_retention"):
+        fields.left[name] = fields.text(name)
+        keep(ask, fields, name)
+    if (moderation := fields.left.get("moderation")) and "block" in compact(moderation):
+        raise RequestError("`moderation` cannot be done by this provider", param="moderation")
+
+
+def read_responses_reasoning(ask: Ask, fields: Fields | None) -> None:
+    """The reasoning wish of a Responses request, or of a later configuration_update."""
+    if fields is None:
+        return
+    level = known_effort(fields, "effort")
+    summary = fields.text("summary") or fields.left.pop("generate_summary", None)
+    fields.left.pop("generate_summary", None)
+    if level or summary:
+        before = ask.effort or Effort(display="omitted")
+        ask.effort = before._replace(level=level or before.level,
+                                     display="summarized" if summary else before.display)
+    fields.close()
+
+
+def known_effort(fields: Fields, name: str) -> str | None:
+    """An effort level that is one."""
+    level = fields.text(name)
+    if level is not None and level not in EFFORTS:
+        fields.ctx.drop(fields.at(name), "unknown effort level")
+        return None
+    return level
+
+
+def read_text_format(fields: Fields | None) -> Format | None:
+    """The answer's format in the flat shape of Responses."""
+    kind = fields.text("type") if fields else None
+    if fields is None or kind in (None, "text"):
+        return None
+    if kind == "json_object":
+        return Format(None)
+    if kind != "json_schema":
+        raise RequestError(f"`{fields.at('type')}` must be text, json_object or json_schema",
+                           param=fields.at("type"))
+    return Format(fields.json("schema") or {}, fields.text("name") or "output",
+                  fields.flag("strict"), fields.text("description"))
+
+
+SHELL_SCHEMA: Json = {"type": "object", "properties": {
+    "command": {"type": "array", "items": {"type": "string"}}, "workdir": {"type": "string"},
+    "timeout_ms": {"type": "integer"},
+    "env": {"type": "object", "additionalProperties": {"type": "string"}}},
+    "required": ["command"]}
+# Built-in tools that the client runs, as the function tools that stand for them (1.4).
+CLIENT_TOOLS: Mapping[str, tuple[str, Json]] = {
+    "local_shell": ("Runs a command on the user's machine.", SHELL_SCHEMA),
+    "shell": ("Runs shell commands on the user's machine.", {"type": "object", "properties": {
+        "commands": {"type": "array", "items": {"type": "string"}},
+        "timeout_ms": {"type": "integer"}, "max_output_length": {"type": "integer"}},
+        "required": ["commands"]}),
+    "apply_patch": ("Creates, changes or deletes a file.", {"type": "object", "properties": {
+        "type": {"type": "string", "enum": ["create_file", "update_file", "delete_file"]},
+        "path": {"type": "string"}, "diff": {"type": "string"}}, "required": ["type", "path"]}),
+    "tool_search": ("Finds tools by what they do.", {"type": "object", "properties": {
+        "query": {"type": "string"}, "limit": {"type": "integer"}}, "required": ["query"]}),
+}
+TOOL_TRIFLES = ("type", "output_schema", "async", "defer_loading", "allowed_callers")
+
+
+def read_responses_tool(ctx: Context, value: Any, path: str, space: str = "",
+                        about: str = "") -> list[Tool]:
+    """One entry of `tools` (a namespace holds several)."""
+    fields = Fields(ctx, value, path)
+    kind = fields.text("type") or "function"
+    if kind == "namespace":
+        space, about = fields.text("name") or "", fields.text("description") or ""
+        return [tool for i, child in enumerate(fields.list("tools"))
+                for tool in read_responses_tool(ctx, child, f"{path}.tools[{i}]", space, about)]
+    deferred = bool(fields.flag("defer_loading"))
+    if kind in CLIENT_TOOLS:
+        text, schema = cast("tuple[str, Json | None]", CLIENT_TOOLS[kind])
+        if kind == "tool_search":
+            if fields.text("execution") != "client":
+                return [Tool("hosted_search", kind, path=path)]
+            schema = fields.json("parameters") or schema
+        return [Tool(kind, kind, fields.text("description") or text, schema, raw=value, path=path)]
+    if kind not in ("function", "custom"):
+        if kind.startswith("web_search"):
+            return [Tool("web_search", "web_search", raw=value, path=path)]
+        return [Tool("hosted", kind, raw=value, path=path)]
+    name = fields.text("name")
+    if not name:
+        raise RequestError(f"`{path}.name` must be a non-empty string", param=f"{path}.name")
+    description = fields.text("description")
+    if about and len(about) < 200:
+        description = f"[{about}] {description or ''}".rstrip()
+    schema = fields.json("parameters") if kind == "function" else None
+    return [Tool(kind, name, description, schema, space, fields.flag("strict"), raw=value,
+                 deferred=deferred, path=path)]
+
+
+def read_responses_choice(value: Any, ctx: Context) -> Choice | None:
+    """The tool_choice of a Responses request."""
+    if value is None or isinstance(value, str):
+        if value not in (None, "auto", "none", "required"):
+            raise RequestError("`tool_choice` must be auto, none, required or an object",
+                               param="tool_choice")
+        return Choice(value) if value else None
+    fields = Fields(ctx, value, "tool_choice")
+    kind = fields.text("type")
+    if kind == "allowed_tools":
+        names = tuple(choice_name(Fields(ctx, tool, f"tool_choice.tools[{i}]"))
+                      for i, tool in enumerate(fields.list("tools")))
+        return Choice("allowed", names, fields.text("mode") == "required")
+    return Choice("tool", (choice_name(fields),), kind=kind or "function")
+
+
+def choice_name(fields: Fields) -> tuple[str, str]:
+    """Which tool a choice means: (namespace, name); built-in tools are named by their type."""
+    name = fields.text("name") or fields.text("type") or ""
+    return fields.text("namespace") or "", "web_search" if name.startswith("web_search_") else name
+
+
+def finish_tools(ask: Ask, ctx: Context) -> None:
+    """Leave the tools that can be sent: deferred ones once they were loaded, hosted ones not."""
+    declared = len(ask.tools)
+    by_client = any(tool.kind == "tool_search" for tool in ask.tools)
+    forced = ask.choice.names[0][1] if ask.choice and ask.choice.mode == "tool" else None
+    kept = []
+    for tool in unique_tools(sorted(ask.tools, key=lambda t: t.deferred and by_client)):
+        searches = tool.kind == "web_search" and (
+            ctx.caps.web_search != "off" and mapping(tool.raw).get("external_web_access") is not False)
+        if tool.kind in ("hosted", "hosted_search") or (tool.kind == "web_search" and not searches):
+            ctx.drop(tool.path, f"no {tool.name} with this provider")
+            if forced == tool.name:
+                raise RequestError(f"tool_choice forces `{tool.name}`, which this provider"
+                                   " does not have", param="tool_choice")
+        elif not (tool.deferred and by_client):
+            kept.append(tool)
+    if declared and not kept and not by_client and \
+            any(tool.kind in ("hosted", "web_search") for tool in ask.tools):
+        raise RequestError(f"tool `{ask.tools[0].name}` is not available with this provider",
+                           param=ask.tools[0].path)
+    ask.tools = kept
+
+
+def read_responses_input(ask: Ask, value: Any, ctx: Context) -> None:
+    """`input` as atoms; leading system texts become the system text."""
+    if value is None or (not value and not ask.system):
+        raise RequestError("`input` must be a non-empty string or an array", param="input")
+    if isinstance(value, str):
+        ask.atoms.append(User([Part("text", value, path="input", current=True)]))
+        return
+    for i, item in enumerate(value):
+        fields = Fields(ctx, item, f"input[{i}]")
+        kind = fields.text("type") or ("message" if "role" in fields.left else None)
+        if kind in (None, "item_reference"):
+            raise RequestError(f"`input[{i}]` refers to an item that only OpenAI has stored;"
+                               " send the item itself", param=f"input[{i}]")
+        reader = RESPONSES_ITEMS.get(kind)
+        if reader is None:
+            ask.atoms.append(User([omitted_item(kind, ctx)]))
+            continue
+        atom = reader(ask, fields)
+        fields.close(trifles=ITEM_TRIFLES)
+        if isinstance(atom, System) and not ask.atoms:
+            ask.system += [part._replace(type=atom.role) for part in atom.parts]
+        elif atom is not None:
+            ask.atoms.append(atom)
+
+
+TRANSLATED_TO = {"messages": "Anthropic", "chat": "Chat Completions", "responses": "Responses"}
+
+
+def omitted_item(kind: str, ctx: Context) -> Part:
+    """The words that stand for an item which the provider's protocol cannot say."""
+    return Part("text", f"[OpenAI Responses item `{kind}` omitted during"
+                        f" {TRANSLATED_TO[ctx.provider]} translation]")
+
+
+def read_message_item(ask: Ask, fields: Fields) -> Atom | None:
+    """A message of any role."""
+    role = fields.text("role")
+    parts = read_content(fields, "content", responses_part_of)
+    if role == "user":
+        return User(parts)
+    if role in ("system", "developer"):
+        return System(parts, role)
+    if role != "assistant":
+        raise RequestError(f"`{fields.at('role')}` must be user, assistant, system or developer",
+                           param=fields.path)
+    return Said(parts)
+
+
+def read_content(fields: Fields, key: str, read: Callable[[Fields, str], Part]) -> list[Part]:
+    """A content member, string or array, as parts."""
+    value, path = fields.get(key, str, list), fields.at(key)
+    if isinstance(value, str):
+        return [Part("text", value, path=path)] if value else []
+    found = [read_part(fields.ctx, part, f"{path}[{i}]", read)
+             for i, part in enumerate(value or [])]
+    return [inner for part in found
+            for inner in (part.raw if part.kind == "several" else (part,))]
+
+
+def read_part(ctx: Context, value: Any, path: str, read: Callable[[Fields, str], Part]) -> Part:
+    """One part of a content array; a bare string is text."""
+    if isinstance(value, str):
+        return Part("text", value, path=path)
+    fields = Fields(ctx, value, path)
+    return read(fields, fields.text("type") or "")
+
+
+def responses_part_of(fields: Fields, kind: str) -> Part:
+    """A content part of a Responses item."""
+    path, mark = fields.path, openai_mark(fields.left.get("prompt_cache_breakpoint"))
+    if kind in ("input_text", "output_text", "text", "summary_text", "reasoning_text"):
+        return Part("text", fields.text("text") or "", path=path, mark=mark, type=kind)
+    if kind == "refusal":
+        return Part("refusal", fields.text("refusal") or "", path=path, type=kind)
+    if kind == "input_image":
+        url, id, detail = fields.text("image_url"), fields.text("file_id"), fields.text("detail")
+        more: Json = {"kind": "image", "detail": detail, "path": path, "mark": mark, "type": kind}
+        return media_part(url, **more) if url else Part(id=id or "", **more)
+    if kind == "input_file":
+        return file_part(fields, mark, kind, fields.text("file_url"))
+    return Part("audio" if kind == "input_audio" else "unknown", path=path, type=kind,
+                raw=dict(fields.left))
+
+
+def openai_mark(value: Any) -> Json | None:
+    """A prompt_cache_breakpoint as a cache mark."""
+    if mapping(value).get("mode") != "explicit":
+        return None
+    long = mapping(value).get("ttl") in ("30m", "12h", "1h")
+    return {"type": "ephemeral", "ttl": "1h"} if long else {"type": "ephemeral"}
+
+
+def file_part(fields: Fields, mark: Json | None, kind: str, url: str | None = None) -> Part:
+    """A file part of either OpenAI protocol: data as data: URL or bare base64, a URL, or an id."""
+    name, data, id = fields.text("filename"), fields.text("file_data"), fields.text("file_id")
+    more: Json = {"kind": "file", "name": name, "path": fields.path, "mark": mark, "type": kind}
+    if data and not data.startswith(("data:", "http://", "https://")):
+        media = "application/pdf" if data.startswith("JVBER") else MEDIA_OF.get(
+            (name or "").rsplit(".", 1)[-1].lower(), "application/octet-stream")
+        return Part(media=media, data=data, **more)
+    if data or url:
+        part = media_part(data or url or "", **more)
+        return part._replace(media="application/pdf") if (
+            part.media in ("", "application/octet-stream")
+            and (name or "").lower().endswith(".pdf")) else part
+    return Part(id=id or "", **more)
+
+
+MEDIA_OF = {"pdf": "application/pdf", "txt": "text/plain", "md": "text/markdown",
+            "csv": "text/csv", "json": "application/json", "xml": "text/xml", "html": "text/html",
+            "png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "gif": "image/gif",
+            "webp": "image/webp"}
+
+
+def read_reasoning_item(ask: Ask, fields: Fields) -> Atom | None:
+    """A reasoning item whose carrier is ours and whole; foreign ones go without a word."""
+    texts = [text for part in fields.list("summary")
+             if isinstance(text := mapping(part).get("text"), str)]
+    fields.left.pop("content", None)
+    sealed = fields.text("encrypted_content")
+    thought = unseal(sealed, "\n\n".join(texts), fields.ctx)
+    if thought is None and sealed:
+        fields.ctx.drop(fields.path, "reasoning_foreign: not of this provider, cut or edited")
+    return thought
+
+
+def read_call_item(ask: Ask, fields: Fields) -> Atom:
+    """A call of a function or a custom tool."""
+    name, id = fields.text("name") or "", fields.text("call_id") or ""
+    space = fields.text("namespace") or ""
+    if "input" in fields.left:
+        text = fields.text("input") or ""
+        return Call(id, name, compact({"input": text}), {"input": text}, "custom", space)
+    value = fields.get("arguments", str, dict)
+    arguments = compact(value) if isinstance(value, dict) else value or ""
+    return Call(id, name, arguments, space=space)
+
+
+def read_output_item(ask: Ask, fields: Fields) -> Atom:
+    """The result of a call of any kind."""
+    failed = fields.left.get("status") == "incomplete"
+    id = fields.text("call_id") or ""
+    value = fields.left.get("output")
+    if isinstance(value, list) and all(isinstance(mapping(v).get("type"), str) for v in value):
+        parts = read_content(fields, "output", responses_part_of)
+    else:
+        fields.left.pop("output", None)
+        text = value if isinstance(value, str) else "" if value is None else compact(value)
+        parts = [Part("text", text)] if text else []
+    return Out(id, parts, failed)
+
+
+def read_local_shell_call(ask: Ask, fields: Fields) -> Atom:
+    """A local_shell_call as a call with the arguments of CLIENT_TOOLS."""
+    action = fields.json("action") or {}
+    names = {"command": "command", "working_directory": "workdir", "timeout_ms": "timeout_ms",
+             "env": "env"}
+    found = {new: action[old] for old, new in names.items() if action.get(old) not in (None, {})}
+    return client_call(fields, "local_shell", found)
+
+
+def read_shell_call(ask: Ask, fields: Fields) -> Atom:
+    """A shell_call as a call."""
+    action = fields.json("action") or {}
+    names = ("commands", "timeout_ms", "max_output_length")
+    return client_call(fields, "shell", {n: action[n] for n in names if action.get(n) is not None})
+
+
+def read_patch_call(ask: Ask, fields: Fields) -> Atom:
+    """An apply_patch_call as a call."""
+    operation = fields.json("operation") or {}
+    names = ("type", "path", "diff")
+    found = {n: operation[n] for n in names if operation.get(n) is not None}
+    return client_call(fields, "apply_patch", found)
+
+
+def client_call(fields: Fields, kind: str, input: Json) -> Call:
+    """A call of a built-in tool that the client runs."""
+    id = fields.text("call_id") or fields.text("id") or ""
+    return Call(id, kind, compact(input), input, kind)
+
+
+def read_shell_output(ask: Ask, fields: Fields) -> Atom:
+    """A shell_call_output as text: what the commands wrote, and how they ended."""
+    value, texts = fields.get("output", str, list), []
+    for entry in value if isinstance(value, list) else []:
+        entry = mapping(entry)
+        outcome = mapping(entry.get("outcome"))
+        texts += [text for key in ("stdout",) if isinstance(text := entry.get(key), str) and text]
+        if isinstance(entry.get("stderr"), str) and entry["stderr"]:
+            texts.append("[stderr]\n" + entry["stderr"])
+        texts.append("[timed out]" if outcome.get("type") == "timeout"
+                     else f"[exit code {outcome.get('exit_code', 0)}]")
+    text = value if isinstance(value, str) else join_lines(texts)
+    id = fields.text("call_id") or fields.text("id") or ""
+    return Out(id, [Part("text", text)] if text else [], kind="shell")
+
+
+def read_patch_output(ask: Ask, fields: Fields) -> Atom:
+    """An apply_patch_call_output as text."""
+    status, text = fields.text("status") or "completed", fields.text("output")
+    return Out(fields.text("call_id") or "", [Part("text", text or status)], status == "failed")
+
+
+def read_local_shell_output(ask: Ask, fields: Fields) -> Atom:
+    """A local_shell_call_output, which names its call by `id` in older clients."""
+    if not fields.left.get("call_id"):
+        fields.left["call_id"] = fields.left.get("id")
+    return read_output_item(ask, fields)
+
+
+def read_search_call(ask: Ask, fields: Fields) -> Atom | None:
+    """A tool_search_call that the client runs; the server's own need no words."""
+    if not fields.left.get("call_id"):
+        return None
+    value = fields.get("arguments", str, dict)
+    return client_call(fields, "tool_search", parse_arguments(value))
+
+
+def read_search_output(ask: Ask, fields: Fields) -> Atom | None:
+    """Tools that were found: they join the tools, and the model is told their names."""
+    found = load_tools(ask, fields)
+    id = fields.text("call_id")
+    names = ", ".join(full_name(tool.space, tool.name) for tool in found)
+    return Out(id, [Part("text", f"Loaded tools: {names}")]) if id else None
+
+
+def load_tools(ask: Ask, fields: Fields) -> list[Tool]:
+    """Register the tools of an item."""
+    found = [tool._replace(deferred=False) for i, value in enumerate(fields.list("tools"))
+             for tool in read_responses_tool(fields.ctx, value, f"{fields.at('tools')}[{i}]")]
+    ask.tools += found
+    return found
+
+
+def read_additional_tools(ask: Ask, fields: Fields) -> None:
+    """An additional_tools item."""
+    load_tools(ask, fields)
+    fields.left.pop("role", None)
+
+
+def read_configuration(ask: Ask, fields: Fields) -> None:
+    """A configuration_update: the last one holds."""
+    read_responses_reasoning(ask, fields.object("reasoning"))
+    if text := fields.object("text"):
+        ask.format = read_text_format(text.object("format")) or ask.format
+
+
+def read_nothing(ask: Ask, fields: Fields) -> None:
+    """An item that needs no words."""
+    fields.left.clear()
+
+
+RESPONSES_ITEMS: dict[str | None, Callable[[Ask, Fields], Atom | None]] = {
+    "message": read_message_item, "reasoning": read_reasoning_item,
+    "function_call": read_call_item, "function_call_output": read_output_item,
+    "custom_tool_call": read_call_item, "custom_tool_call_output": read_output_item,
+    "local_shell_call": read_local_shell_call,
+    "local_shell_call_output": read_local_shell_output,
+    "shell_call": read_shell_call, "shell_call_output": read_shell_output,
+    "apply_patch_call": read_patch_call, "apply_patch_call_output": read_patch_output,
+    "tool_search_call": read_search_call, "tool_search_output": read_search_output,
+    "additional_tools": read_additional_tools, "configuration_update": read_configuration,
+    "web_search_call": read_nothing,
+}
+
+# -- reading Chat Completions (translation-chat.md 2.2-2.6) ------------------
+
+# Known members that nobody else has; a value that changes nothing is no loss.
+CHAT_ONLY: Json = {"n": 1, "seed": None, "logit_bias": {}, "frequency_penalty": 0, "presence_penalty": 0,
+             "prediction": None, "logprobs": False, "top_logprobs": 0, "store": False}
+
+
+def read_chat(body: Json, ctx: Context) -> Ask:
+    """A Chat Completions request in neutral form."""
+    fields = Fields(ctx, body)
+    ask = Ask(fields.text("model") or ctx.model, stream=fields.flag("stream"))
+    messages = fields.list("messages")
+    if not messages:
+        raise RequestError("`messages` must be a non-empty array", param="messages")
+    if (fields.count("n") or 1) > 1:
+        raise RequestError("`n` above 1 is not possible with this provider", param="n")
+    if "audio" in fields.list("modalities"):
+        raise RequestError("audio output is not possible with this provider", param="modalities")
+    ask.parallel = fields.flag("parallel_tool_calls")
+    limits = [fields.count("max_completion_tokens"), fields.count("max_tokens")]
+    ask.max_tokens = next((max(limit, 1) for limit in limits if limit is not None), None)
+    ask.temperature, ask.top_p = fields.number("temperature"), fields.number("top_p")
+    ask.top_k = fields.count("top_k")
+    stop = fields.get("stop", str, list)
+    ask.stop = [s for s in (stop if isinstance(stop, list) else [stop])
+                if isinstance(s, str) and s.strip()]
+    read_chat_reasoning(ask, fields)
+    read_openai_common(ask, fields)
+    ask.format = read_response_format(fields.object("response_format"))
+    ask.search = fields.json("web_search_options")
+    read_stream_options(fields, ask, ctx)
+    for name, idle in CHAT_ONLY.items():
+        if fields.left.get(name) == idle:
+            fields.left.pop(name, None)
+        keep(ask, fields, name)
+    keep(ask, fields, "verbosity")
+    read_chat_tools(ask, fields, ctx)
+    read_chat_messages(ask, messages, ctx)
+    fields.close()
+    return ask
+
+
+def read_stream_options(fields: Fields, ask: Ask, ctx: Context) -> None:
+    """Whether a stream ends with its usage; an answer in one piece always has it."""
+    options = fields.object("stream_options")
+    usage = options.flag("include_usage") if options else None
+    ctx.include_usage = bool(usage) or not ask.stream
+
+
+def read_chat_reasoning(ask: Ask, fields: Fields) -> None:
+    """The reasoning wish, in one of the four ways that Chat clients know."""
+    level = known_effort(fields, "reasoning_effort")
+    wish, thinking = fields.object("reasoning"), fields.object("thinking")
+    output = fields.object("output_config")
+    found: Effort | None = Effort(level, display="summarized") if level else None
+    if wish:
+        budget, enabled = wish.count("max_tokens"), wish.flag("enabled")
+        inner = known_effort(wish, "effort") or {
+            True: "medium", False: "none", None: None}[enabled]
+        level = None if budget else level or inner
+        if level or budget:
+            found = Effort(level, budget, "summarized")
+        if found and wish.flag("exclude"):
+            found = found._replace(display=None)
+        wish.close()
+    if thinking:
+        kind, budget = thinking.text("type"), thinking.count("budget_tokens")
+        display = thinking.text("display")
+        inner = known_effort(output, "effort") if output else None
+        found = Effort("none") if kind == "disabled" else Effort(
+            inner or (None if budget else level), budget, display)
+    elif output and (inner := known_effort(output, "effort")):
+        found = Effort(inner, display="summarized")
+    ask.effort = found
+
+
+def read_response_format(fields: Fields | None) -> Format | None:
+    """The answer's format in the nested shape of Chat Completions."""
+    kind = fields.text("type") if fields else None
+    if fields is None or kind in (None, "text"):
+        return None
+    if kind == "json_object":
+        return Format(None)
+    inner = fields.object("json_schema") if kind == "json_schema" else None
+    if inner is None:
+        raise RequestError(f"`{fields.at('type')}` must be text, json_object or json_schema",
+                           param=fields.at("type"))
+    return Format(inner.json("schema") or {}, inner.text("name") or "output", inner.flag("strict"),
+                  inner.text("description"))
+
+
+ANTHROPIC_TOOL = re.compile(r"(bash|text_editor|computer|memory|web_search|web_fetch"
+                            r"|code_execution)_\d{8}")
+
+
+def read_chat_tools(ask: Ask, fields: Fields, ctx: Context) -> None:
+    """Tools, functions (their older form) and the wishes about them."""
+    functions = fields.list("functions")
+    for i, value in enumerate(fields.list("tools")):
+        ask.tools += read_chat_tool(ctx, value, f"tools[{i}]")
+    for i, value in enumerate(functions):
+        ask.tools.append(read_function(Fields(ctx, value, f"functions[{i}]"), "function", None))
+    if functions and not ctx.legacy:
+        ctx.legacy, ask.parallel = True, False
+    choice = fields.get("tool_choice", str, dict)
+    if choice is None and (old := fields.get("function_call", str, dict)) is not None:
+        choice = {"type": "function", "function": old} if isinstance(old, dict) else old
+    ask.choice = read_chat_choice(choice, ctx)
+    last = {tool.name: tool for tool in ask.tools}
+    unserved = [tool for tool in ask.tools if tool.kind == "hosted"]
+    for tool in unserved:
+        ctx.drop(tool.path, f"no {tool.name} with this provider")
+    ask.tools = [tool for tool in last.values() if tool.kind != "hosted"]
+    if unserved and not ask.tools:
+        raise RequestError(f"tool `{unserved[0].name}` is not available with this provider",
+                           param=unserved[0].path)
+
+
+def read_chat_tool(ctx: Context, value: Any, path: str) -> list[Tool]:
+    """One entry of `tools`."""
+    fields = Fields(ctx, value, path)
+    kind = fields.text("type") or "function"
+    mark = cache_mark(fields.left.pop("cache_control", None))
+    if kind in ("function", "custom"):
+        inner = fields.object(kind) or (fields if "name" in fields.left else None)
+        if inner is None:
+            raise RequestError(f"`{path}.{kind}` must be an object", param=f"{path}.{kind}")
+        return [read_function(inner, kind, mark)]
+    if ANTHROPIC_TOOL.fullmatch(kind) and ctx.provider == MESSAGES.word:
+        return [Tool("raw", fields.text("name") or kind, raw=value, path=path)]
+    return [Tool("hosted", kind, path=path)]
+
+
+def read_function(fields: Fields, kind: str, mark: Json | None) -> Tool:
+    """The inner object of a function or custom tool."""
+    name = fields.text("name")
+    if not name:
+        raise RequestError(f"`{fields.at('name')}` must be a non-empty string",
+                           param=fields.at("name"))
+    mark = mark or cache_mark(fields.left.pop("cache_control", None))
+    extra = {key: fields.left.pop(key) for key in ("defer_loading", "eager_input_streaming",
+                                                   "input_examples")
+             if isinstance(fields.left.get(key), (bool, list))}
+    raw = {"format": fields.json("format")} if kind == "custom" else extra
+    found = Tool(kind, name, fields.text("description"), fields.json("parameters"),
+                 strict=fields.flag("strict"), mark=mark, raw=raw, path=fields.path)
+    fields.close()
+    return found
+
+
+def read_chat_choice(value: Any, ctx: Context) -> Choice | None:
+    """The tool_choice of a Chat request."""
+    if value is None or isinstance(value, str):
+        if value not in (None, "auto", "none", "required", "any"):
+            raise RequestError("`tool_choice` must be auto, none, required or an object",
+                               param="tool_choice")
+        return Choice("required" if value == "any" else value) if value else None
+    fields = Fields(ctx, value, "tool_choice")
+    kind = fields.text("type") or "function"
+    if kind in ("auto", "none", "any", "tool"):  # Anthropic's own form
+        name = fields.text("name") or ""
+        return Choice({"any": "required"}.get(kind, kind), (("", name),) if name else ())
+    inner = fields.object(kind) or fields
+    if kind == "allowed_tools":
+        tools = [Fields(ctx, tool, f"tool_choice.tools[{i}]")
+                 for i, tool in enumerate(inner.list("tools"))]
+        names = tuple(choice_name(tool.object(tool.text("type") or "function") or tool)
+                      for tool in tools)
+        return Choice("allowed", names, inner.text("mode") == "required")
+    return Choice("tool", (choice_name(inner),), kind=kind)
+
+
+def cache_mark(value: Any) -> Json | None:
+    """A cache_control object of a client, with nothing in it but what is known."""
+    if not isinstance(value, dict):
+        return None
+    ttl = value.get("ttl")
+    return {"type": "ephemeral", "ttl": ttl} if ttl in ("5m", "1h") else {"type": "ephemeral"}
+
+
+def read_chat_messages(ask: Ask, messages: list[Any], ctx: Context) -> None:
+    """`messages` as atoms. What follows the assistant's last word is the request at hand: only
+    there can a part that the provider cannot take be refused."""
+    last = max((i for i, m in enumerate(messages) if mapping(m).get("role") == "assistant"),
+               default=-1)
+    legacy: list[tuple[str, str]] = []  # name and id of function_call without a result
+    for i, message in enumerate(messages):
+        fields = Fields(ctx, message, f"messages[{i}]")
+        role = fields.text("role") or ""
+        mark = cache_mark(fields.left.pop("cache_control", None))
+        if role == "assistant":
+            ask.atoms += read_assistant(fields, i, legacy, mark)
+        else:
+            parts = read_content(fields, "content", chat_part_of)
+            if i > last:
+                parts = [part._replace(current=True) for part in parts]
+            atom = read_chat_turn(fields, role, parts, legacy)
+            if mark and isinstance(atom, Out):
+                atom = atom._replace(mark=mark)
+            elif mark and parts:
+                parts[-1] = parts[-1]._replace(mark=mark)
+            if isinstance(atom, System) and not ask.atoms:
+                ask.system += atom.parts
+            else:
+                ask.atoms.append(atom)
+        fields.close(trifles=MESSAGE_TRIFLES)
+
+
+MESSAGE_TRIFLES = frozenset(("annotations", "parsed", "id", "provider_specific_fields"))
+
+
+def read_chat_turn(fields: Fields, role: str, parts: list[Part],
+                   legacy: list[tuple[str, str]]) -> Atom:
+    """A message of anyone but the assistant."""
+    if role in ("system", "developer"):
+        return System(parts, role)
+    if role == "tool":
+        return Out(fields.text("tool_call_id") or "", parts, name=fields.text("name") or "")
+    if role == "function":
+        name = fields.text("name") or ""
+        found = next((pair for pair in reversed(legacy) if pair[0] == name), None)
+        if found:
+            legacy.remove(found)
+        return Out(found[1] if found else name, parts, name=name)
+    if role != "user":
+        fields.ctx.drop(fields.at("role"), "unknown role, taken for the user's")
+    return User(parts)
+
+
+def read_assistant(fields: Fields, i: int, legacy: list[tuple[str, str]],
+                   mark: Json | None) -> list[Atom]:
+    """An assistant message: reasoning at its place among text and calls, as `x_at` says."""
+    parts = read_content(fields, "content", chat_part_of)
+    if refusal := fields.text("refusal"):
+        parts.append(Part("refusal", refusal, path=fields.at("refusal")))
+    if mark and parts:
+        parts[-1] = parts[-1]._replace(mark=mark)
+    calls = [read_chat_call(Fields(fields.ctx, call, f"{fields.at('tool_calls')}[{k}]"))
+             for k, call in enumerate(fields.list("tool_calls"))]
+    if (old := fields.object("function_call")) is not None:
+        name = old.text("name") or ""
+        legacy.append((name, f"fc_{i}"))
+        calls.append(Call(f"fc_{i}", name, old.text("arguments") or ""))
+    if mark and calls and not parts:
+        calls[-1] = calls[-1]._replace(mark=mark)
+    if fields.left.pop("audio", None):
+        fields.ctx.drop(fields.at("audio"))
+    thoughts = read_details(fields)
+    if any(at and at[0] > sum(len(p.text) for p in parts) for at, _ in thoughts):
+        fields.ctx.drop(fields.at("reasoning_details"), "the text it belongs to was edited")
+        thoughts = []
+    return place_thoughts(thoughts, parts, calls)
+
+
+def place_thoughts(thoughts: list[tuple[tuple[int, int] | None, Thought]], parts: list[Part],
+                   calls: list[Call]) -> list[Atom]:
+    """Text, then calls, with each thought at (characters of text, calls) that came before it."""
+    out: list[Atom] = [thought for at, thought in thoughts if at is None]
+    placed = [(at, thought) for at, thought in thoughts if at is not None]
+    done = 0
+    for part in parts:
+        while placed and placed[0][0][1] == 0 and placed[0][0][0] < done + len(part.text):
+            (chars, _), thought = placed.pop(0)
+            cut = chars - done
+            if cut > 0:
+                out.append(Said([part._replace(text=part.text[:cut], mark=None)]))
+                part, done = part._replace(text=part.text[cut:]), chars
+            out.append(thought)
+        out.append(Said([part]))
+        done += len(part.text)
+    for n, call in enumerate(calls):
+        while placed and placed[0][0][1] <= n:
+            out.append(placed.pop(0)[1])
+        out.append(call)
+    return out + [thought for _, thought in placed]
+
+
+def read_chat_call(fields: Fields) -> Call:
+    """One entry of tool_calls."""
+    kind, id = fields.text("type") or "function", fields.text("id") or ""
+    inner = fields.object("custom" if kind == "custom" else "function") or fields
+    name = inner.text("name") or ""
+    mark = cache_mark(fields.left.pop("cache_control", None))
+    if kind == "custom":
+        text = inner.text("input") or ""
+        return Call(id, name, compact({"input": text}), {"input": text}, "custom", mark=mark)
+    value = inner.get("arguments", str, dict)
+    arguments = compact(value) if isinstance(value, dict) else value or ""
+    return Call(id, name, arguments, mark=mark)
+
+
+def read_details(fields: Fields) -> list[tuple[tuple[int, int] | None, Thought]]:
+    """The reasoning of an assistant message that can be sent back, with its places."""
+    ctx, plain = fields.ctx, fields.left.pop("reasoning_content", None)
+    plain = plain or fields.left.pop("reasoning", None)
+    fields.left.pop("reasoning", None)
+    details = fields.left.pop("reasoning_details", None)
+    blocks = fields.left.pop("thinking_blocks", None) or mapping(
+        fields.left.get("provider_specific_fields")).get("thinking_blocks")
+    found = []
+    for entry in map(mapping, listing(details)):
+        at = re.fullmatch(r"(\d{1,9}):(\d{1,9})", str(entry.get("x_at")))
+        if thought := detail_thought(entry, ctx):
+            found.append(((int(at[1]), int(at[2])) if at else None, thought))
+    if not found:
+        found = [(None, thought) for block in map(mapping, listing(blocks))
+                 if (thought := block_thought(block))]
+    if not found and isinstance(plain, str) and plain and ctx.caps.lenient_thinking:
+        found = [(None, Thought("at", plain, ""))]
+    elif plain and not found:
+        ctx.drop(fields.at("reasoning_content"), "no signature of this provider came with it")
+    return found
+
+
+def detail_thought(entry: Json, ctx: Context) -> Thought | None:
+    """An entry of reasoning_details that this provider's own answer was the source of."""
+    form, text, data = entry.get("format"), entry.get("text"), entry.get("data")
+    if isinstance(data, str) and data.startswith(CARRIER):
+        return unseal(data, "", ctx)
+    if form not in (None, "anthropic-claude-v1"):
+        return None
+    if isinstance(entry.get("signature"), str) and isinstance(text, str):
+        return Thought("at", text, entry["signature"])
+    return Thought("ar", "", data) if isinstance(data, str) and data else None
+
+
+def block_thought(block: Json) -> Thought | None:
+    """Anthropic's own block, as LiteLLM hands it to clients."""
+    if isinstance(block.get("thinking"), str) and isinstance(block.get("signature"), str):
+        return Thought("at", block["thinking"], block["signature"])
+    return Thought("ar", "", block["data"]) if isinstance(block.get("data"), str) else None
+
+
+def chat_part_of(fields: Fields, kind: str) -> Part:
+    """A content part of a Chat message."""
+    path = fields.path
+    mark = cache_mark(fields.left.get("cache_control")) or openai_mark(
+        fields.left.get("prompt_cache_breakpoint"))
+    if kind in ("text", "input_text", "output_text") or (not kind and "text" in fields.left):
+        return Part("text", fields.text("text") or "", path=path, mark=mark, type=kind)
+    if kind == "refusal":
+        return Part("refusal", fields.text("refusal") or "", path=path, type=kind)
+    if kind == "image_url":
+        value = fields.get("image_url", str, dict)
+        inner = Fields(fields.ctx, {"url": value} if isinstance(value, str) else value or {},
+                       f"{path}.image_url")
+        url, detail = inner.text("url") or "", inner.text("detail")
+        more: Json = {"kind": "image", "detail": detail, "path": path, "mark": mark, "type": kind}
+        return Part(id=url, **more) if url.startswith("file_") or not url else media_part(url, **more)
+    if kind == "file":
+        inner_file = fields.object("file") or fields
+        return file_part(inner_file, mark, kind)._replace(path=path)
+    if kind in ("image", "document", "tool_result", "search_result") and (
+            "source" in fields.left or kind in ("tool_result", "search_result")):
+        raw = {"type": kind, **fields.left}
+        return Part("raw", path=path, type=kind, raw=raw)
+    return Part("audio" if kind == "input_audio" else "unknown", path=path, type=kind,
+                raw=dict(fields.left))
+
+# -- reading Anthropic Messages (translation-responses.md 3.1, -chat.md 3.2-3.5)
+
+SERVER_STATE = ("mcp_servers", "thread", "compaction")
+BILLING_HEADER = re.compile(r"x-anthropic-billing-header:\s*(?:[\w.-]+=[^;\n]*;?[ \t]*)*\n?")
+# A client's word for the end of thinking that its later thinking cannot do without.
+MESSAGES_ONLY = ("container", "context_management", "fallbacks", "fallback_credit_token",
+                 "inference_geo", "diagnostics", "user_profile_id", "workspace_id", "betas",
+                 "billing_policy")
+
+
+def read_messages(body: Json, ctx: Context) -> Ask:
+    """An Anthropic Messages request in neutral form."""
+    fields = Fields(ctx, body)
+    ask = Ask(fields.text("model") or ctx.model, stream=fields.flag("stream"))
+    messages = fields.list("messages")
+    if not messages:
+        raise RequestError("`messages` must be a non-empty array", param="messages")
+    for name in SERVER_STATE:
+        if fields.get(name):
+            raise RequestError(f"`{name}` needs a server of Anthropic; this provider has none",
+                               param=name)
+    ask.max_tokens = fields.count("max_tokens")
+    ask.temperature, ask.top_p = fields.number("temperature"), fields.number("top_p")
+    ask.top_k = fields.count("top_k")
+    ask.stop = [s for s in fields.list("stop_sequences") if isinstance(s, str) and s]
+    ask.system = [part for part in read_content(fields, "system", messages_part_of)
+                  if part.kind == "text"]
+    ask.system = [p._replace(text=BILLING_HEADER.sub("", p.text, count=1))
+                  if p.text.startswith("x-anthropic-billing-header:") else p for p in ask.system]
+    read_messages_wishes(ask, fields, ctx)
+    search = MessagesTools(ask, ctx)
+    search.read(fields.list("tools"))
+    effort = read_message_list(ask, messages, ctx, search)
+    if effort and ask.effort and not ask.effort.switched:
+        ask.effort = ask.effort._replace(level=effort)
+    elif effort and not ask.effort:
+        ask.effort = Effort(effort)
+    ask.choice = read_messages_choice(fields.object("tool_choice"), ask)
+    search.settle()
+    for name in MESSAGES_ONLY:
+        if fields.left.pop(name, None):
+            ctx.drop(name)
+    fields.left.pop("cache_control", None)
+    fields.close()
+    return ask
+
+
+def read_messages_wishes(ask: Ask, fields: Fields, ctx: Context) -> None:
+    """Thinking, effort, format, user and tier."""
+    output = fields.object("output_config")
+    thinking = fields.object("thinking")
+    kind = thinking.text("type") if thinking else None
+    level = known_effort(output, "effort") if output else None
+    ctx.wants_thinking = kind in ("enabled", "adaptive")
+    if thinking:
+        budget, display = thinking.count("budget_tokens"), thinking.text("display")
+        off = kind in ("disabled", "between_tools")
+        ask.effort = Effort("none" if off else level, budget if kind == "enabled" else None,
+                            display or ("summarized" if ctx.wants_thinking else None),
+                            "off" if off else "on")
+    elif level:
+        ask.effort = Effort(level)
+    form = output.object("format") if output else None
+    old = fields.object("output_format")
+    form = form or old
+    if form:
+        if form.text("type") != "json_schema":
+            raise RequestError(f"`{form.at('type')}` must be json_schema", param=form.at("type"))
+        ask.format = Format(form.json("schema") or {}, "anthropic_json_schema")
+    if output:
+        output.close()
+    metadata = fields.object("metadata")
+    ask.user = metadata.text("user_id") if metadata else None
+    tier = fields.text("service_tier")
+    ask.tier = {"auto": "auto", "standard_only": "default"}.get(tier or "")
+    if fields.text("speed") == "fast":
+        ask.tier = "priority"
+
+
+def read_messages_choice(fields: Fields | None, ask: Ask) -> Choice | None:
+    """The tool_choice of a Messages request."""
+    if fields is None:
+        return None
+    kind = fields.text("type")
+    if fields.flag("disable_parallel_tool_use"):
+        ask.parallel = False
+    if kind not in ("auto", "any", "none", "tool"):
+        raise RequestError("`tool_choice.type` must be auto, any, none or tool",
+                           param="tool_choice.type")
+    if kind == "tool":
+        return Choice("tool", (("", fields.text("name") or ""),))
+    return Choice("required" if kind == "any" else kind)
+
+
+def read_message_list(ask: Ask, messages: list[Any], ctx: Context,
+                      tools: MessagesTools) -> str | None:
+    """`messages` as atoms; the effort that the last system message among them asks for."""
+    effort: str | None = None
+    users = [i for i, m in enumerate(messages) if mapping(m).get("role") == "user"]
+    last = users[-1] if users else -1
+    for i, message in enumerate(messages):
+        fields = Fields(ctx, message, f"messages[{i}]")
+        role = fields.text("role")
+        if role not in ("user", "assistant", "system"):
+            raise RequestError(f"`{fields.at('role')}` must be user or assistant",
+                               param=fields.at("role"))
+        content = fields.get("content", str, list)
+        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
+        if role == "system":
+            if config := fields.object("output_config"):
+                effort = known_effort(config, "effort") or effort
+            if fields.text("clear_at") == "next_user_message" and i < last:
+                continue
+        atoms: list[Atom] = []
+        for k, block in enumerate(blocks):
+            part = Fields(ctx, block, f"{fields.at('content')}[{k}]")
+            atoms += read_block(part, part.text("type") or "", role, tools, ctx)
+        add_message(ask, role, atoms)
+    return effort
+
+
+def add_message(ask: Ask, role: str, atoms: list[Atom]) -> None:
+    """Put a message's atoms in: results first, and user parts together."""
+    if role == "user":
+        parts = [part for atom in atoms if isinstance(atom, User) for part in atom.parts]
+        ask.atoms += [atom for atom in atoms if isinstance(atom, Out)]
+        if parts:
+            ask.atoms.append(User(parts))
+    elif role == "system":
+        parts = [part for atom in atoms if isinstance(atom, (User, Said)) for part in atom.parts]
+        if texts_of(parts) and not ask.atoms:
+            ask.system += parts
+        elif texts_of(parts):
+            ask.atoms.append(System(parts, "developer"))
+    else:
+        ask.atoms += atoms
+
+
+def read_block(fields: Fields, kind: str, role: str, tools: MessagesTools,
+               ctx: Context) -> list[Atom]:
+    """One content block as atoms."""
+    if kind == "tool_use" and role == "assistant":
+        name = fields.text("name") or ""
+        tools.used(name)
+        id = original_id(fields.text("id") or "")
+        value = fields.get("input")
+        return [Call(id, name, dump_arguments(parse_arguments(value)), parse_arguments(value))]
+    if kind == "tool_result":
+        parts = read_content(fields, "content", messages_part_of)
+        for part in parts:
+            if part.type == "tool_reference":
+                tools.used(part.name or "")
+        return [Out(original_id(fields.text("tool_use_id") or ""), parts,
+                    bool(fields.flag("is_error")))]
+    if kind in ("thinking", "redacted_thinking") and role == "assistant":
+        return read_thinking(fields, kind, ctx)
+    if kind in ("tool_addition", "tool_removal"):
+        tools.change(fields, kind)
+        return []
+    if kind == "compaction":
+        text = fields.text("content")
+        return [User([Part("text", f"<summary>\n{text}\n</summary>")])] if text else []
+    if kind in SERVER_BLOCKS or kind.endswith("_tool_result"):
+        return read_server_block(fields, kind, tools, ctx)
+    part = messages_part_of(fields, kind)
+    if part.kind == "unknown":
+        ctx.drop(fields.path, f"no {brief_kind(kind)} blocks with this provider")
+        return []
+    parts = part.raw if part.kind == "several" else [part]
+    return [Said(parts)] if role == "assistant" else [User(parts)]
+
+
+def brief_kind(kind: str) -> str:
+    """A type from a request as it can stand in a log line."""
+    return kind if re.fullmatch(r"[a-z0-9_]{1,40}", kind) else "unknown"
+
+
+def read_thinking(fields: Fields, kind: str, ctx: Context) -> list[Atom]:
+    """A thinking block whose signature is our carrier."""
+    key, text = ("signature", fields.text("thinking") or "") if kind == "thinking" else ("data", "")
+    thought = unseal(fields.text(key), text, ctx)
+    if thought is None:
+        ctx.drop(fields.path, "reasoning_foreign: not of this provider, cut or edited")
+    return [thought] if thought else []
+
+
+SERVER_BLOCKS = ("server_tool_use", "mcp_tool_use", "mcp_tool_result", "advisor_tool_result")
+RENDERED_CHARS = 8000  # of a server tool's result in a history rendered as text
+
+
+def read_server_block(fields: Fields, kind: str, tools: MessagesTools,
+                      ctx: Context) -> list[Atom]:
+    """What a server's tool did, as the text that another provider's model can read."""
+    if kind in ("server_tool_use", "mcp_tool_use"):
+        input = mapping(fields.get("input"))
+        id, name = fields.text("id") or "", fields.text("name") or "tool"
+        if id.startswith("srvtoolu_px_") and ctx.caps.web_search == "native":
+            inner = from_base64url(id.removeprefix("srvtoolu_px_"))
+            ctx.web_search = True
+            return [Thought("search", "", ((inner or b"").decode("utf-8", "replace"),
+                                           str(input.get("query") or "")))]
+        said = next((str(input[k]) for k in ("query", "url", "command", "code")
+                     if isinstance(input.get(k), str)), "")
+        return [Said([Part("text", f'[{name} "{said}"]' if said else f"[{name}]")])]
+    id = fields.text("tool_use_id") or ""
+    if id.startswith("srvtoolu_px_") and ctx.caps.web_search == "native":
+        return []
+    text = rendered_result(fields.get("content"), tools)
+    return [Said([Part("text", text)])] if text else []
+
+
+def rendered_result(content: Any, tools: MessagesTools) -> str:
+    """The result of a server tool as text; encrypted content stays out."""
+    if isinstance(content, str):
+        return content[:RENDERED_CHARS]
+    if isinstance(content, dict):
+        if isinstance(content.get("error_code"), str):
+            return f"[failed: {content['error_code']}]"
+        inner = content.get("content")
+        references = listing(content.get("tool_references"))
+        if references:
+            names = [str(mapping(r).get("tool_name")) for r in references]
+            for name in names:
+                tools.used(name)
+            return "Found tools: " + ", ".join(names)
+        texts = [str(content[k]) for k in ("url", "stdout", "stderr") if content.get(k)]
+        source = mapping(mapping(inner).get("source"))
+        if isinstance(source.get("data"), str) and source.get("type") == "text":
+            texts.append(source["data"])
+        return join_lines(texts)[:RENDERED_CHARS]
+    lines = []
+    for entry in map(mapping, listing(content)):
+        if isinstance(entry.get("url"), str):
+            lines.append(f"- {entry.get('title') or entry['url']}: {entry['url']}")
+        elif isinstance(entry.get("text"), str):
+            lines.append(entry["text"])
+    return join_lines(lines)[:RENDERED_CHARS]
+
+
+def messages_part_of(fields: Fields, kind: str) -> Part:
+    """A content block that is a piece of content."""
+    path, mark = fields.path, cache_mark(fields.left.get("cache_control"))
+    more: Json = {"path": path, "mark": mark, "type": kind}
+    if kind == "text":
+        return Part("text", fields.text("text") or "", **more)
+    if kind in ("image", "document"):
+        return source_part(fields, kind, more)
+    if kind == "search_result":
+        texts = [text for block in fields.list("content")
+                 if isinstance(text := mapping(block).get("text"), str)]
+        source = fields.get("source")
+        return Part("text", join_lines([f"Title: {fields.text('title') or ''}",
+                                        f"Source: {source if isinstance(source, str) else ''}",
+                                        *texts]), **more)
+    if kind == "tool_reference":
+        name = fields.text("tool_name") or fields.text("name") or ""
+        return Part("text", f"Tool loaded: {name}", name=name, **more)
+    if kind == "container_upload":
+        return Part("text", "[container file omitted]", **more)
+    if fields.path.count(".content") > 1:  # within a tool result: better said than lost
+        return Part("text", compact({"type": kind, **fields.left})[:2000], **more)
+    return Part("unknown", **more)
+
+
+def source_part(fields: Fields, kind: str, more: Json) -> Part:
+    """An image or document block by its source."""
+    source, title = fields.object("source"), fields.text("title")
+    what = source.text("type") if source else None
+    if source is None or what is None:
+        return Part("text", f"[{kind} omitted]", **more)
+    if what == "base64":
+        media = (source.text("media_type") or "").lower()
+        shape = "image" if kind == "image" else "file"
+        return Part(shape, media=media, data=source.text("data") or "", name=title, **more)
+    if what == "url":
+        return Part("image" if kind == "image" else "file", url=source.text("url") or "",
+                    name=title, **more)
+    if what == "text":
+        part = Part("file", name=title, **more)
+        return part._replace(kind="text", text=document_text(part, source.text("data") or ""))
+    if what == "content":
+        inner = read_content(source, "content", messages_part_of)
+        return Part("several", raw=inner, **more)
+    return Part("text", f"[file {source.text('file_id') or ''} omitted]", **more)
+
+
+EDIT_FIELDS: Json = {
+    "path": {"type": "string"}, "old_str": {"type": "string"}, "new_str": {"type": "string"},
+    "insert_line": {"type": "integer"}, "insert_text": {"type": "string"},
+    "file_text": {"type": "string"},
+    "view_range": {"type": "array", "items": {"type": "integer"}}}
+
+
+def enum_schema(key: str, values: str, properties: Json, required: Sequence[str]) -> Json:
+    """The schema of a tool with one field that says what to do."""
+    return {"type": "object", "required": list(required),
+            "properties": {key: {"type": "string", "enum": values.split()}, **properties}}
+
+
+PAIR_OF_NUMBERS: Json = {"type": "array", "items": {"type": "integer"}}
+# Tools that Anthropic's models know by name and clients run: (pattern, description, schema).
+ANTHROPIC_TOOLS: tuple[tuple[str, str, Json], ...] = (
+    ("bash_", "Runs a command in a shell that keeps its state.", {
+        "type": "object", "properties": {"command": {"type": "string"},
+                                         "restart": {"type": "boolean"}}}),
+    ("text_editor_2024|text_editor_20250124", "Views and edits text files.", enum_schema(
+        "command", "view create str_replace insert undo_edit", EDIT_FIELDS, ("command", "path"))),
+    ("text_editor_", "Views and edits text files.", enum_schema(
+        "command", "view create str_replace insert", EDIT_FIELDS, ("command", "path"))),
+    ("memory_", "Keeps notes in files between conversations.", enum_schema(
+        "command", "view create str_replace insert delete rename",
+        {**EDIT_FIELDS, "old_path": {"type": "string"}, "new_path": {"type": "string"}},
+        ("command",))),
+    ("computer_", "Uses a screen, mouse and keyboard.", enum_schema(
+        "action", "key type mouse_move left_click left_click_drag right_click middle_click"
+        " double_click triple_click left_mouse_down left_mouse_up scroll hold_key wait screenshot"
+        " cursor_position zoom",
+        {"coordinate": PAIR_OF_NUMBERS, "start_coordinate": PAIR_OF_NUMBERS,
+         "text": {"type": "string"}, "scroll_direction": {"type": "string"},
+         "scroll_amount": {"type": "integer"}, "duration": {"type": "number"},
+         "region": PAIR_OF_NUMBERS}, ("action",))),
+)
+SEARCH_TOOL = re.compile(r"tool_search_tool_(regex|bm25)")
+HOSTED_TOOL = re.compile(r"(web_search|web_fetch|code_execution|advisor|mcp_toolset|tool_search)"
+                         r"|.*_toolset_.*")
+
+
+class MessagesTools:
+    """The tools of a Messages request: declared, loaded on the way, or dropped (-chat.md 3.5)."""
+
+    def __init__(self, ask: Ask, ctx: Context) -> None:
+        self.ask, self.ctx = ask, ctx
+        self.named: list[str] = []  # by calls and references, in their order
+        self.dropped: list[str] = []
+        self.server_search = False
+
+    def read(self, values: list[Any]) -> None:
+        """The declared tools."""
+        for i, value in enumerate(values):
+            fields = Fields(self.ctx, value, f"tools[{i}]")
+            tool = self.tool(fields, fields.text("type") or "custom")
+            if tool:
+                self.ask.tools.append(tool)
+
+    def tool(self, fields: Fields, kind: str) -> Tool | None:
+        """One declared tool; None for one that only Anthropic's servers run."""
+        if kind.startswith("web_search_") and self.ctx.caps.web_search != "off":
+            raw = {key: fields.left[key] for key in ("allowed_domains", "user_location", "max_uses")
+                   if fields.left.get(key) is not None}
+            return Tool("web_search", "web_search", raw=raw, path=fields.path)
+        if HOSTED_TOOL.match(kind):
+            self.server_search = self.server_search or bool(SEARCH_TOOL.match(kind))
+            self.dropped.append(kind)
+            self.ctx.drop(fields.path, f"no {brief_kind(kind)} with this provider")
+            return None
+        inner = fields.object("function") if kind == "function" else None
+        fields = inner or fields
+        name = fields.text("name")
+        if not name:
+            raise RequestError(f"`{fields.at('name')}` must be a non-empty string",
+                               param=fields.at("name"))
+        known = next((row for row in ANTHROPIC_TOOLS if re.match(row[0], kind)), None)
+        if known:
+            about = known[1]
+            if kind.startswith("computer_"):
+                width, height = (fields.left.get(f"display_{k}_px") for k in ("width", "height"))
+                about += f" The display is {width} x {height} pixels."
+            return Tool("function", name, about, known[2], path=fields.path)
+        if kind not in ("custom", "function"):
+            self.dropped.append(kind)
+            self.ctx.drop(fields.path, f"no {brief_kind(kind)} with this provider")
+            return None
+        text = fields.text("description")
+        if examples := fields.list("input_examples"):
+            text = f"{text or ''}\n\nExamples: {compact(examples)}"
+        schema = fields.json("input_schema") or fields.json("parameters")
+        return Tool("function", name, text, schema, strict=fields.flag("strict"),
+                    deferred=bool(fields.flag("defer_loading")), path=fields.path,
+                    mark=cache_mark(fields.left.pop("cache_control", None)))
+
+    def used(self, name: str) -> None:
+        """A call or a reference names a tool."""
+        self.named.append(name)
+
+    def change(self, fields: Fields, kind: str) -> None:
+        """A tool_addition or tool_removal block within the conversation."""
+        found = fields.object("tool_definition") or fields.object("tool")
+        name = fields.text("tool_name") or fields.text("name") or (
+            found.left.get("name") if found else None)
+        if kind == "tool_removal":
+            self.ask.tools = [tool for tool in self.ask.tools if tool.name != name]
+        elif found and (tool := self.tool(found, found.text("type") or "custom")):
+            self.ask.tools.append(tool._replace(deferred=False))
+        elif isinstance(name, str):
+            self.used(name)
+
+    def settle(self) -> None:
+        """Leave the tools that are sent: deferred ones behind, in the order they were named."""
+        tools = unique_tools(self.ask.tools)
+        if self.ask.choice:
+            self.named += [name for _, name in self.ask.choice.names]
+        plain = [tool for tool in tools if not tool.deferred]
+        if plain and not self.server_search and self.ctx.caps.deferred_tools == "referenced":
+            deferred = {tool.name: tool for tool in tools if tool.deferred}
+            loaded = [deferred.pop(name) for name in self.named if name in deferred]
+            for tool in deferred.values():
+                self.ctx.drop(tool.path, "deferred, and nothing has named it")
+            tools = plain + loaded
+        if self.dropped and not tools:
+            raise RequestError(f'server tool "{brief_kind(self.dropped[0])}" is not available with'
+                               " this provider", param="tools")
+        self.ask.tools = tools
+
+# -- writing Anthropic Messages (translation-responses.md 2.1, -chat.md 2.2-2.8)
+
+CACHED_FROM = 2048  # tokens, below which a cache mark costs more than it saves
+MARKS = 4  # cache marks that Anthropic takes
+
+
+def write_messages(ask: Ask, ctx: Context) -> Json:
+    """A neutral request as the body of an Anthropic Messages request."""
+    names = ToolNames(ask.tools, 64 if ctx.inbound == RESPONSES.word else 128)
+    mode, tool = settle_choice(ask, names)
+    tools = messages_tools(ask, names, ctx)
+    system = [text_block(part) for part in ask.system if part.kind == "text" and part.text.strip()]
+    for part in ask.system:
+        if part.kind not in ("text", "refusal"):
+            system += anthropic_blocks(part, ctx)
+    atoms = pair_up(ask.atoms, safe_id, ctx)
+    messages = messages_turns(atoms, names, ctx)
+    out: Json = {"model": ctx.model, "max_tokens": 0, "messages": messages}
+    if ask.stream is not None:
+        out["stream"] = ask.stream
+    calls = [atom for atom in atoms if isinstance(atom, Call)]
+    if not tools and calls:
+        tools = [{"name": name, "description": "(no longer available)",
+                  "input_schema": dict(EMPTY_SCHEMA)}
+                 for name in dict.fromkeys(names.of(c.space, c.name) for c in calls)]
+        mode, tool = "none", None
+    choice, nudge = messages_choice(mode, tool, ask, ctx)
+    system += [text_block(Part("text", text)) for text in (*format_texts(ask, ctx, out), *nudge)]
+    ask_for_thinking(ask, ctx, out, choice)
+    fit_tokens(ask, ctx, out)
+    if tools:
+        out["tools"] = tools
+        if choice:
+            out["tool_choice"] = choice
+    if system:
+        out["system"] = system
+    messages_sampling(ask, ctx, out)
+    messages_extras(ask, ctx, out)
+    finish_thinking(atoms, ctx, out)
+    end_with_user(out, ctx.kind)
+    set_marks(ask, ctx, out)
+    shorten(out)
+    ctx.stream = bool(ask.stream)
+    return out
+
+
+def text_block(part: Part) -> Json:
+    """A text block, with its cache mark."""
+    return marked({"type": "text", "text": part.text}, part.mark)
+
+
+def marked(block: Json, mark: Json | None) -> Json:
+    """A block with a cache mark, where there is one."""
+    if mark is not None:
+        block["cache_control"] = mark
+    return block
+
+
+def anthropic_blocks(part: Part, ctx: Context) -> list[Json]:
+    """A part as content blocks: none for an empty text."""
+    if part.kind in ("text", "refusal"):
+        return [text_block(part)] if part.text.strip() else []
+    if part.kind == "raw":
+        return [part.raw]
+    if part.kind == "image" and not ctx.caps.vision:
+        return [text_block(Part("text", "[image omitted: this model cannot see images]"))]
+    block = anthropic_media(part) if part.kind in ("image", "file") else None
+    if block is None:
+        return [text_block(Part("text", cannot_send(part, ctx)))]
+    return [marked(block, part.mark)]
+
+
+def anthropic_media(part: Part) -> Json | None:
+    """An image or document block; None for what Anthropic takes in no form."""
+    if part.url and part.kind == "image":
+        return {"type": "image", "source": {"type": "url", "url": part.url}}
+    if part.url and (part.type == "input_file" or part.url.split("?")[0].endswith(".pdf")):
+        return {"type": "document", "source": {"type": "url", "url": part.url}}
+    if not part.data:
+        return None
+    if part.media in IMAGE_TYPES:
+        return {"type": "image",
+                "source": {"type": "base64", "media_type": part.media, "data": part.data}}
+    title = {"title": part.name} if part.name else {}
+    if part.media == "application/pdf":
+        return {"type": "document", "source": {
+            "type": "base64", "media_type": "application/pdf", "data": part.data}, **title}
+    if part.kind == "file" and part.media and TEXT_TYPES.fullmatch(part.media):
+        return {"type": "document", "source": {
+            "type": "text", "media_type": "text/plain", "data": decoded_text(part)}, **title}
+    return None
+
+
+def cannot_send(part: Part, ctx: Context) -> str:
+    """The words that stand for a part; a Chat request at hand is refused instead."""
+    what = {"image": "image", "file": "file", "audio": "audio"}.get(part.kind, "part")
+    if ctx.inbound == CHAT.word:
+        if part.current:
+            said = f" of type {part.media}" if part.media else ""
+            raise RequestError(f"this provider takes no such {what}{said}", param=part.path)
+        note = part.media if part.kind == "image" else part.name
+        return f"[{what} omitted: {note}]" if note else f"[{what} omitted]"
+    return (f"[OpenAI Responses content `{brief_kind(part.type)}` omitted during"
+            f" {TRANSLATED_TO[ctx.provider]} translation]")
+
+
+def messages_turns(atoms: list[Atom], names: ToolNames, ctx: Context) -> list[Json]:
+    """Messages that alternate: the user's begin with tool results, late system texts have their
+    place behind them."""
+    native = ctx.caps.native_system and ctx.kind.system
+    out: list[Json] = []
+    for own, group in runs(atoms):
+        if own:
+            if blocks := assistant_blocks(group, names, ctx):
+                add_turn(out, "assistant", blocks)
+            continue
+        blocks = [block for atom in group if isinstance(atom, Out)
+                  for block in result_blocks(atom, ctx)]
+        late: list[Json] = []
+        turns = any(isinstance(atom, (Out, User)) for atom in group)
+        for atom in group:
+            if isinstance(atom, User):
+                for part in atom.parts:
+                    blocks += anthropic_blocks(part, ctx)
+            elif isinstance(atom, System):
+                texts = [p.text if p.kind == "text" else cannot_send(p, ctx) for p in atom.parts]
+                texts = [text for text in texts if text.strip()]
+                if native and turns:
+                    late += [{"type": "text", "text": text} for text in texts]
+                elif texts:
+                    blocks.append({"type": "text", "text": reminder("\n".join(texts))})
+        if blocks:
+            add_turn(out, "user", blocks)
+        if late:
+            add_turn(out, "system" if blocks else "user", late)
+    if not out or out[0]["role"] != "user":
+        out.insert(0, {"role": "user", "content": [{"type": "text", "text": "."}]})
+    return out
+
+
+def add_turn(out: list[Json], role: str, blocks: list[Json]) -> None:
+    """Append a message, or its blocks to the last one of the same role."""
+    if out and out[-1]["role"] == role:
+        out[-1]["content"] += blocks
+    else:
+        out.append({"role": role, "content": blocks})
+
+
+def assistant_blocks(group: list[Atom], names: ToolNames, ctx: Context) -> list[Json]:
+    """One run of the assistant as blocks; thinking that nothing follows is left out."""
+    blocks: list[Json] = []
+    for atom in group:
+        if isinstance(atom, Said):
+            for part in atom.parts:
+                blocks += anthropic_blocks(part, ctx)
+        elif isinstance(atom, Call):
+            input = atom.input if atom.input is not None else parse_arguments(atom.arguments)
+            blocks.append(marked({"type": "tool_use", "id": atom.id,
+                                  "name": names.of(atom.space, atom.name), "input": input},
+                                 atom.mark))
+        elif isinstance(atom, Thought):
+            blocks += thought_blocks(atom, ctx)
+    while blocks and blocks[-1]["type"] in THINKING:
+        blocks.pop()
+    answered = {block.get("tool_use_id") for block in blocks}
+    return [block for i, block in enumerate(blocks) if block["type"] != "server_tool_use"
+            or block.get("id") in answered or i == len(blocks) - 1]
+
+
+THINKING = ("thinking", "redacted_thinking")
+
+
+def thought_blocks(thought: Thought, ctx: Context) -> list[Json]:
+    """Reasoning as the provider gave it; that of another protocol's provider is left out."""
+    if thought.kind == "at" and (thought.body or ctx.caps.lenient_thinking):
+        return [{"type": "thinking", "thinking": thought.text, "signature": thought.body}]
+    if thought.kind == "ar":
+        return [{"type": "redacted_thinking", "data": thought.body}]
+    if thought.kind == "ab":
+        return [block for block in listing(thought.body)
+                if isinstance(block, dict) and isinstance(block.get("type"), str)]
+    return []
+
+
+def result_blocks(out: Out, ctx: Context) -> list[Json]:
+    """The result of a call as a block."""
+    block: Json = {"type": "tool_result", "tool_use_id": out.id}
+    if len(out.parts) == 1 and out.parts[0].kind == "text" and not out.parts[0].mark:
+        block["content"] = out.parts[0].text
+    elif content := [b for part in out.parts for b in anthropic_blocks(part, ctx)]:
+        block["content"] = content
+    if out.error:
+        block["is_error"] = True
+    return [marked(block, out.mark)]
+
+
+def messages_tools(ask: Ask, names: ToolNames, ctx: Context) -> list[Json]:
+    """The tools, each remembered under the name it goes by."""
+    found = []
+    for tool in ask.tools:
+        if tool.kind == "raw":
+            found.append(tool.raw)
+            continue
+        if tool.kind == "web_search":
+            ctx.web_search = True
+            found.append(hosted_search(mapping(tool.raw)))
+            continue
+        wire = names.of(tool.space, tool.name)
+        ctx.tools[wire] = tool
+        item: Json = {"name": wire}
+        description = tool.description
+        schema = input_schema(tool.schema)
+        if tool.kind == "custom":
+            description, schema = custom_tool(tool)
+        if description:
+            item["description"] = description
+        item["input_schema"] = schema
+        if tool.strict:
+            if ctx.kind.schema and ctx.caps.strict_tools and \
+                    schema.get("additionalProperties") is False:
+                item["strict"] = True
+            else:
+                ctx.drop(f"{tool.path}.strict", "needs a closed schema and a newer model")
+        if ctx.inbound == CHAT.word and isinstance(tool.raw, dict) and tool.kind == "function":
+            item |= tool.raw
+        found.append(marked(item, tool.mark))
+    if ask.search is not None:
+        if ctx.caps.web_search == "native":
+            ctx.web_search = True
+            found.append(hosted_search(ask.search))
+        else:
+            ctx.drop("web_search_options")
+    return found
+
+
+SEARCH_USES = {"low": 1, "medium": 5, "high": 10}
+
+
+def hosted_search(options: Json) -> Json:
+    """Anthropic's web search by the options of either OpenAI protocol."""
+    out: Json = {"type": "web_search_20250305", "name": "web_search"}
+    filters = mapping(options.get("filters"))
+    for key in ("allowed_domains", "blocked_domains"):
+        if value := listing(options.get(key)) or listing(filters.get(key)):
+            out[key] = value
+    location = mapping(options.get("user_location"))
+    place = mapping(location.get("approximate")) or location
+    place = {key: place[key] for key in ("city", "region", "country", "timezone")
+             if isinstance(place.get(key), str)}
+    if place:
+        out["user_location"] = {"type": "approximate", **place}
+    uses = SEARCH_USES.get(str(options.get("search_context_size")))
+    if uses and "type" not in options:
+        out["max_uses"] = uses
+    return out
+
+
+def custom_tool(tool: Tool) -> tuple[str | None, Json]:
+    """A free text tool as a function with one string; its grammar is only told."""
+    format_ = mapping(mapping(tool.raw).get("format"))
+    grammar = mapping(format_.get("grammar")) or format_
+    description, definition = tool.description, grammar.get("definition")
+    if isinstance(definition, str):
+        note = (f'"input" must match this {grammar.get("syntax") or ""} grammar:\n'
+                f"```\n{definition}\n```")
+        description = f"{description}\n\n{note}" if description else note
+    return description, {"type": "object", "properties": {"input": {"type": "string"}},
+                         "required": ["input"], "additionalProperties": False}
+
+
+def messages_choice(mode: str | None, tool: str | None, ask: Ask,
+                    ctx: Context) -> tuple[Json | None, list[str]]:
+    """tool_choice, and the words that stand in for a choice that the model refuses."""
+    nudge: list[str] = []
+    plain = ctx.inbound == RESPONSES.word  # to these `auto` is the same as no choice
+    if mode in ("required", "tool") and not ctx.kind.forced:
+        nudge = [f'Call the tool "{tool}" to answer.' if tool
+                 else "Call one of the tools to answer."]
+        mode = None if plain else "auto"
+    elif mode == "auto" and plain and ask.choice and ask.choice.mode == "auto":
+        mode = None
+    if mode is None and ask.parallel is False and (ask.tools or ask.search):
+        mode = "auto"
+    if mode is None:
+        return None, nudge
+    choice: Json = {"type": "any" if mode == "required" else mode}
+    if mode == "tool":
+        choice["name"] = tool
+    if ask.parallel is False and mode != "none":
+        choice["disable_parallel_tool_use"] = True
+    return choice, nudge
+
+
+def format_texts(ask: Ask, ctx: Context, out: Json) -> list[str]:
+    """The answer's format: native where the class has it, else words for the system text."""
+    form = ask.format
+    if form is None:
+        return []
+    if form.schema is None:
+        return ["Answer with one JSON object only."]
+    if ctx.kind.schema:
+        out["output_config"] = {"format": {"type": "json_schema",
+                                           "schema": closed_schema(form.schema)}}
+        return []
+    return [f"Answer only with JSON that matches this JSON schema:\n{compact(form.schema)}"]
+
+
+def ask_for_thinking(ask: Ask, ctx: Context, out: Json, choice: Json | None) -> None:
+    """thinking and output_config.effort by the model's class (-chat.md 2.6, -responses.md 2.1.8)."""
+    wish, kind = ask.effort, ctx.kind
+    if wish is None:
+        return
+    if not kind.manual and not kind.adaptive:
+        ctx.drop("reasoning", "this model does not reason")
+        return
+    level = wish.level or (budget_level(wish.budget) if wish.budget is not None else None)
+    forced = choice is not None and choice["type"] in ("any", "tool")
+    effort = None
+    if level == "none":
+        if kind.disabled and kind.name != "K1":
+            out["thinking"] = {"type": "disabled"}
+        elif kind.name == "K5":
+            effort = "low"
+    elif kind.adaptive:
+        if forced and kind.disabled:
+            out["thinking"] = {"type": "disabled"}
+        else:
+            out["thinking"] = {"type": "adaptive"}
+            if wish.display:
+                out["thinking"]["display"] = wish.display
+        effort = {"minimal": "low", "xhigh": "max" if kind.name == "K2" else "xhigh"}.get(
+            level or "", level)
+    elif forced:
+        if ctx.inbound == RESPONSES.word:
+            out["thinking"] = {"type": "disabled"}
+    else:
+        budget = wish.budget if wish.budget is not None else BUDGETS[level or "medium"]
+        out["thinking"] = {"type": "enabled", "budget_tokens": max(budget, 1024)}
+    if effort in ("xhigh", "max") and "opus-5" in ctx.model and \
+            mapping(out.get("thinking")).get("type") == "disabled":
+        effort = "high"
+    if effort:
+        out.setdefault("output_config", {})["effort"] = effort
+
+
+def fit_tokens(ask: Ask, ctx: Context, out: Json) -> None:
+    """max_tokens, and the thinking budget that must be below it."""
+    default = ctx.caps.default_max_tokens or ctx.kind.default_max_tokens
+    limit = min(ctx.kind.max_tokens, ctx.caps.max_tokens_cap or 1 << 30)
+    thinking = mapping(out.get("thinking"))
+    budget = thinking.get("budget_tokens")
+    if ask.max_tokens is None:
+        out["max_tokens"] = min(limit, default + (budget or 0))
+    else:
+        out["max_tokens"] = max(1, min(ask.max_tokens, limit))
+    if budget is not None:
+        budget = min(budget, out["max_tokens"] - 1024)
+        if budget < 1024:
+            del out["thinking"]
+            ctx.drop("reasoning", "the output limit leaves no room for thinking")
+        else:
+            thinking["budget_tokens"] = budget
+
+
+def messages_sampling(ask: Ask, ctx: Context, out: Json) -> None:
+    """temperature, top_p and top_k where the class takes them; never beside thinking."""
+    thinks = mapping(out.get("thinking")).get("type") in ("enabled", "adaptive")
+    reason = ("not beside thinking" if thinks else
+              None if ctx.kind.sampling else "this model takes no sampling parameters")
+    for name, value in (("temperature", ask.temperature), ("top_p", ask.top_p),
+                        ("top_k", ask.top_k)):
+        if value is None:
+            continue
+        if reason:
+            ctx.drop(name, reason)
+        elif name == "top_p" and ask.temperature is not None and ctx.kind.name in ("K1", "K2"):
+            ctx.drop(name, "not beside temperature")
+        elif name == "temperature":
+            out[name] = max(0, min(value, 1.0))
+        else:
+            out[name] = value
+
+
+MAIL_OR_PHONE = re.compile(r"[^@\s]+@[^@\s]+|\+?[\d\s().-]{7,}")
+
+
+def messages_extras(ask: Ask, ctx: Context, out: Json) -> None:
+    """Stop sequences, user, tier; what is left of the request is dropped."""
+    if ask.stop:
+        out["stop_sequences"] = ask.stop
+    if user := ask.user:
+        if len(user) > 256 or not user.isprintable() or MAIL_OR_PHONE.fullmatch(user):
+            user = sha(user)
+        out["metadata"] = {"user_id": user}
+    tier = {"auto": "auto", "default": "standard_only"}.get(ask.tier or "")
+    if tier and ctx.caps.vendor_fields:
+        out["service_tier"] = tier
+    elif ask.tier:
+        ctx.drop("service_tier", "not taken by this provider")
+    for name, (path, _) in ask.more.items():
+        if name not in ("user", "safety_identifier"):
+            ctx.drop(path)
+
+
+def finish_thinking(atoms: list[Atom], ctx: Context, out: Json) -> None:
+    """Thinking and the history's thinking blocks, so that they go together (-chat.md 1.5a)."""
+    messages = out["messages"]
+    manual = mapping(out.get("thinking")).get("type") == "enabled" and ctx.kind.name == "K1"
+    if manual:
+        last = next((m for m in reversed(messages) if m["role"] == "assistant"), None)
+        calls = last and any(b["type"] == "tool_use" for b in last["content"])
+        if last and calls and messages[-1]["role"] == "user" and any(
+                b["type"] == "tool_result" for b in messages[-1]["content"]) and \
+                last["content"][0]["type"] not in THINKING:
+            del out["thinking"]
+            strip_thinking(messages)
+            ctx.drop("reasoning", "the last tool call came without its thinking")
+    if ctx.caps.thinking_binding:
+        has = any(b["type"] in THINKING for m in messages if m["role"] == "assistant"
+                  for b in m["content"])
+        if ctx.kind.disabled and "thinking" not in out:
+            strip_thinking(messages)
+        elif has or "thinking" in out:
+            thinking = out.setdefault("thinking", {"type": "adaptive"})
+            thinking["block_binding"] = {"prefix_mismatch_behavior": "drop_block"}
+            ctx.headers.append(b"anthropic-beta: thinking-binding-controls-2026-08-01")
+
+
+def strip_thinking(messages: list[Json]) -> None:
+    """Leave all thinking blocks out, and messages that had nothing else."""
+    for message in messages:
+        message["content"] = [b for b in message["content"] if b["type"] not in THINKING]
+    kept: list[Json] = []
+    for message in messages:
+        if message["content"]:
+            add_turn(kept, message["role"], message["content"])
+    messages[:] = kept
+
+
+def end_with_user(out: Json, kind: ModelClass) -> None:
+    """A conversation that ends with the assistant is a prefill, where the class knows that."""
+    last = out["messages"][-1]
+    if last["role"] != "assistant" or last["content"][-1]["type"] == "server_tool_use" or \
+            last["content"][-1]["type"].endswith("_tool_result"):
+        return
+    if not kind.prefill:
+        out["messages"].append({"role": "user",
+                                "content": [{"type": "text", "text": "Continue."}]})
+        return
+    if last["content"][-1]["type"] == "text":
+        last["content"][-1] = {**last["content"][-1],
+                               "text": last["content"][-1]["text"].rstrip()}
+
+
+def set_marks(ask: Ask, ctx: Context, out: Json) -> None:
+    """Cache marks: the client's own, at most four, else automatic ones (-chat.md 2.7)."""
+    blocks = marked_blocks(out)
+    if blocks:
+        keep_marks(blocks, ask.ttl)
+        return
+    messages, tools = out["messages"], out.get("tools")
+    worth = tools or any(m["role"] == "assistant" for m in messages)
+    if ctx.caps.cache != "on" or not ask.marks or not worth or \
+            estimate_tokens([out.get("system"), tools, messages]) < CACHED_FROM:
+        return
+    mark: Json = {"type": "ephemeral", "ttl": ask.ttl} if ask.ttl else {"type": "ephemeral"}
+    users = [m for m in messages if m["role"] == "user"][-2:]
+    for place in (tools, out.get("system"), *(m["content"] for m in users)):
+        if place:
+            place[-1] = {**place[-1], "cache_control": mark}
+
+
+def marked_blocks(out: Json) -> list[list[Json]]:
+    """The blocks with a cache mark: of tools and system, and of messages."""
+    fixed = [b for b in [*out.get("tools", ()), *out.get("system", ())] if "cache_control" in b]
+    moving = [b for m in out["messages"] for b in m["content"] if "cache_control" in b]
+    moving += [b for m in out["messages"] for result in m["content"]
+               if result["type"] == "tool_result" and isinstance(result.get("content"), list)
+               for b in result["content"] if "cache_control" in b]
+    return [fixed, moving] if fixed or moving else []
+
+
+def keep_marks(blocks: list[list[Json]], ttl: str | None) -> None:
+    """At most four marks, those of system and tools first, then the last; none of five minutes
+    stands before one of an hour."""
+    fixed, moving = blocks
+    kept = fixed[:MARKS]
+    kept += moving[len(moving) - min(len(moving), MARKS - len(kept)):]
+    for block in (*fixed, *moving):
+        if not any(block is k for k in kept):
+            del block["cache_control"]
+    long = False
+    for block in reversed(kept):
+        if ttl and "ttl" not in block["cache_control"]:
+            block["cache_control"] = {**block["cache_control"], "ttl": ttl}
+        long = long or block["cache_control"].get("ttl") == "1h"
+        if long:
+            block["cache_control"] = {**block["cache_control"], "ttl": "1h"}
+
+
+def shorten(out: Json) -> None:
+    """Write a content of one unmarked text as a string."""
+    for message in out["messages"]:
+        if message["role"] != "system":
+            message["content"] = shortest(message["content"])
+    if "system" in out:
+        out["system"] = shortest(out["system"])
+
+
+def shortest(blocks: list[Json]) -> Any:
+    """A string for one unmarked text block, else the blocks."""
+    if len(blocks) == 1 and blocks[0].keys() == {"type", "text"}:
+        return blocks[0]["text"]
+    return blocks
+
+# -- writing Chat Completions (translation-responses.md 4.1) -----------------
+
+def write_chat(ask: Ask, ctx: Context) -> Json:
+    """A neutral request as the body of a Chat Completions request."""
+    caps = ctx.caps
+    names = ToolNames(ask.tools, 64)
+    mode, tool = settle_choice(ask, names)
+    atoms = pair_up(ask.atoms, CALL_IDS[caps.call_ids or "any"], ctx)
+    level = asked_level(ask)
+    out: Json = {"model": ctx.model}
+    messages = chat_system(ask, ctx) + chat_turns(atoms, names, level, ctx)
+    if not any(message["role"] not in ("system", "developer") for message in messages):
+        messages.append({"role": "user", "content": "."})
+    out["messages"] = messages
+    if ask.stream is not None:
+        out["stream"] = ask.stream
+        if ask.stream and caps.stream_usage:
+            out["stream_options"] = {"include_usage": True}
+    if ask.max_tokens is not None:
+        limit = max(ask.max_tokens, 1)
+        out[caps.max_tokens_field or "max_tokens"] = min(limit, caps.max_tokens_cap or limit)
+    chat_tools(ask, names, mode, tool, ctx, out)
+    chat_sampling(ask, level, ctx, out)
+    out |= reasoning_fields(ask, level, bool(out.get("tools")), ctx)
+    chat_format(ask, ctx, out)
+    chat_extras(ask, ctx, out)
+    ctx.stream = bool(ask.stream)
+    return out
+
+
+def asked_level(ask: Ask) -> str | None:
+    """The effort level that a request comes to, None where it asks for none in particular."""
+    wish = ask.effort
+    if wish is None or wish.level is not None:
+        return wish.level if wish else None
+    return budget_level(wish.budget) if wish.budget is not None else None
+
+
+def chat_system(ask: Ask, ctx: Context) -> list[Json]:
+    """The leading system messages: as they were, or in one, which is what templates accept."""
+    texts = texts_of(ask.system)
+    if not texts:
+        return []
+    if ctx.caps.late_system == "keep" and ctx.inbound == RESPONSES.word:
+        return [{"role": chat_role(part, ctx), "content": part.text} for part in ask.system
+                if part.text.strip()]
+    return [{"role": "system", "content": join_lines(texts)}]
+
+
+def chat_role(part: Part, ctx: Context) -> str:
+    """Which of the two system roles a text came with."""
+    return "developer" if part.type == "developer" else "system"
+
+
+def chat_turns(atoms: list[Atom], names: ToolNames, level: str | None,
+               ctx: Context) -> list[Json]:
+    """The conversation: one message for each run of the assistant, its results, what follows."""
+    out: list[Json] = []
+    fold = ctx.caps.late_system == "fold"
+    for own, group in runs(atoms):
+        if own:
+            if message := chat_assistant(group, names, level, ctx):
+                out.append(message)
+            continue
+        images: list[Json] = []
+        for atom in group:
+            if isinstance(atom, Out):
+                message, media = chat_result(atom, ctx)
+                out.append(message)
+                images += media
+        if images:
+            out.append({"role": "user", "content": images})
+        for atom in group:
+            if isinstance(atom, User):
+                content = chat_content(atom.parts, ctx)
+                if content and fold and out and out[-1]["role"] == "user":
+                    out[-1]["content"] = merged(out[-1]["content"], content)
+                elif content:
+                    out.append({"role": "user", "content": content})
+            elif isinstance(atom, System):
+                add_late_system(out, atom, ctx)
+    return out
+
+
+def add_late_system(out: list[Json], atom: System, ctx: Context) -> None:
+    """A system text within the conversation: in place, or as a reminder in what stands before it;
+    behind the assistant it is a user message, which the next one joins."""
+    text = join_lines(texts_of(atom.parts))
+    if not text:
+        return
+    if ctx.caps.late_system == "keep":
+        role = "system" if ctx.inbound == MESSAGES.word else atom.role
+        out.append({"role": role, "content": text})
+    elif out and out[-1]["role"] in ("user", "tool"):
+        out[-1]["content"] = merged(out[-1]["content"], reminder(text))
+    else:
+        out.append({"role": "user", "content": reminder(text)})
+
+
+def merged(before: Any, after: Any) -> Any:
+    """Two contents as one: a text with the other on new lines, or an array of parts."""
+    if isinstance(before, str) and isinstance(after, str):
+        return join_lines([before, after])
+    return [*as_parts(before), *as_parts(after)]
+
+
+def as_parts(content: Any) -> list[Json]:
+    """A content as an array of parts."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def chat_content(parts: list[Part], ctx: Context) -> Any:
+    """The content of a user message: a string where it is all text, else parts in order."""
+    parts = [p for p in parts if p.kind not in ("text", "refusal") or p.text.strip()]
+    found = [chat_part(part, ctx) for part in parts]
+    texts = [part["text"] for part in found if part["type"] == "text"]
+    lists = ctx.caps.files == "native" and ctx.inbound == RESPONSES.word
+    if len(texts) == len(found) and (len(found) < 2 or not lists):
+        return join_lines(texts)
+    return found
+
+
+def chat_part(part: Part, ctx: Context) -> Json:
+    """A piece of content as a Chat part."""
+    if part.kind in ("text", "refusal"):
+        found: Json = {"type": "text", "text": part.text}
+        return marked(found, part.mark) if ctx.caps.cache == "on" else found
+    if part.kind == "image" and not ctx.caps.vision:
+        return {"type": "text", "text": "[image omitted: this model cannot see images]"}
+    if part.kind == "image" and (part.url or part.media in IMAGE_TYPES):
+        image: Json = {"url": part.url or data_url(part)}
+        if part.detail:
+            image["detail"] = "high" if part.detail == "original" else part.detail
+        return {"type": "image_url", "image_url": image}
+    if part.kind == "file" and (file := chat_file(part, ctx)):
+        return file
+    if part.kind == "audio" and ctx.caps.vendor_fields and isinstance(part.raw, dict):
+        return {"type": "input_audio", **part.raw}
+    return {"type": "text", "text": omitted_part(part, ctx)}
+
+
+def chat_file(part: Part, ctx: Context) -> Json | None:
+    """A file as a Chat part: native where files are taken, text where it is text."""
+    if part.data and part.media in IMAGE_TYPES:
+        return {"type": "image_url", "image_url": {"url": data_url(part)}}
+    if part.data and part.media and TEXT_TYPES.fullmatch(part.media):
+        return {"type": "text", "text": document_text(part, decoded_text(part))}
+    if part.data and part.media == "application/pdf" and ctx.caps.files == "native":
+        name = part.name or "document.pdf"
+        return {"type": "file", "file": {"filename": name, "file_data": data_url(part)}}
+    if part.id and ctx.caps.vendor_fields:
+        return {"type": "file", "file": {"file_id": part.id}}
+    if part.url and ctx.caps.web_search == "openrouter":
+        return {"type": "file", "file": {"filename": part.name or "document.pdf",
+                                         "file_data": part.url}}
+    return None
+
+
+def omitted_part(part: Part, ctx: Context) -> str:
+    """The words that stand for what a Chat provider does not take."""
+    if ctx.inbound == MESSAGES.word:
+        if part.url:
+            return f"[document: {part.url}]"
+        return f'[document "{part.name or ""}" omitted: provider takes no files]'
+    where = f" ({part.url})" if part.url else ""
+    return (f"[OpenAI Responses content `{brief_kind(part.type)}` omitted during"
+            f" {TRANSLATED_TO[ctx.provider]} translation]{where}")
+
+
+def chat_result(out: Out, ctx: Context) -> tuple[Json, list[Json]]:
+    """A tool message, and the images that must go into a user message behind all of them."""
+    texts: list[str] = []
+    media: list[Json] = []
+    for part in out.parts:
+        found = chat_part(part, ctx)
+        if found["type"] == "text":
+            texts.append(found["text"])
+        elif ctx.caps.tool_images == "drop":
+            texts.append(f"[{part.kind} omitted]")
+        else:
+            media.append(found)
+            if ctx.caps.tool_images == "user":
+                texts.append(f"[see image {len(media)} below]")
+    text = "\n".join(texts)
+    if out.error and ctx.inbound == MESSAGES.word and not out.stub:
+        text = with_error(text)
+    message: Json = {"role": "tool", "tool_call_id": out.id, "content": text}
+    if not media:
+        return message, []
+    if ctx.caps.tool_images == "inline":
+        message["content"] = [*([{"type": "text", "text": text}] if text else []), *media]
+        return message, []
+    return message, [{"type": "text", "text": f"Images from tool result {out.id}:"}, *media]
+
+
+def with_error(text: str) -> str:
+    """A failed tool's text that says so."""
+    return text if "error" in text[:200].lower() else f"Error: {text}"
+
+
+def chat_assistant(group: list[Atom], names: ToolNames, level: str | None,
+                   ctx: Context) -> Json | None:
+    """One run of the assistant as one message; None where nothing of it can be said."""
+    texts, refusals, calls, thoughts = [], [], [], []
+    for atom in group:
+        if isinstance(atom, Said):
+            own = [p for p in atom.parts if p.kind != "refusal" or not ctx.caps.vendor_fields]
+            refusals += [p.text for p in atom.parts if p not in own]
+            text = "".join(p.text if p.kind in ("text", "refusal") else chat_part(p, ctx).get(
+                "text", "") for p in own)
+            if text.strip():
+                texts.append(text)
+        elif isinstance(atom, Call):
+            calls.append(chat_call(atom, names, ctx))
+        elif isinstance(atom, Thought):
+            thoughts.append(atom)
+    join = "\n\n".join if ctx.inbound == RESPONSES.word else join_lines
+    message: Json = {"role": "assistant", "content": join(texts) if texts else None}
+    if refusals:
+        message["refusal"] = "\n".join(refusals)
+    if calls:
+        message["tool_calls"] = calls
+    reasoning = replayed_reasoning(thoughts, calls, level, ctx)
+    if not (texts or refusals or calls):
+        return None
+    return {**message, **reasoning}
+
+
+def chat_call(call: Call, names: ToolNames, ctx: Context) -> Json:
+    """A tool call of the history. Arguments that do not parse are repaired for servers whose
+    templates read them."""
+    name = names.of(call.space, call.name)
+    if call.kind == "custom" and ctx.caps.custom_tools:
+        return {"id": call.id, "type": "custom",
+                "custom": {"name": name, "input": mapping(call.input).get("input", "")}}
+    text = call.arguments if call.arguments.strip() else "{}"
+    if not ctx.caps.vendor_fields and not isinstance(loose_json(text), dict):
+        text = compact(parse_arguments(text))
+    return {"id": call.id, "type": "function", "function": {"name": name, "arguments": text}}
+
+
+def replayed_reasoning(thoughts: list[Thought], calls: list[Json], level: str | None,
+                       ctx: Context) -> Json:
+    """Reasoning fields of an assistant message, as the provider wants to see its own again."""
+    found: list[tuple[str, str, list[Any]]] = []
+    out: Json = {}
+    signatures: Json = {}
+    for thought in thoughts:
+        if thought.kind == "cr":
+            found.append((thought.text, str(thought.body), []))
+        elif thought.kind == "cd" and isinstance(thought.body, dict):
+            found.append((thought.text, "reasoning_details", listing(thought.body.get("d"))))
+            signatures |= mapping(thought.body.get("t"))
+    text = "\n\n".join(text for text, _, _ in found if text)
+    field = ctx.caps.reasoning_replay or "none"
+    details = next((d for _, _, d in found if d), None)
+    if field == "auto" and found:
+        field = "reasoning_details" if details else str(found[0][1])
+    if found and field == "reasoning_details":
+        out[field] = ([with_text(d, text) for d in map(mapping, details)] if details else
+                      [{"type": "reasoning.text", "text": text, "index": 0}])
+    elif found and text and field in ("reasoning_content", "reasoning"):
+        out[field] = text
+    required = ctx.caps.reasoning_required
+    if required != "off" and level != "none" and (calls or required == "all") and \
+            field in ("reasoning_content", "reasoning") and not out.get(field):
+        out[field] = " "
+    for call in calls:
+        if call["id"] in signatures:
+            call["extra_content"] = signatures[call["id"]]
+    return out
+
+
+def with_text(detail: Json, text: str) -> Json:
+    """A reasoning detail with the text that its carrier did not repeat."""
+    if detail.get("type") == "reasoning.text" and "text" not in detail:
+        return {**detail, "text": text}
+    if detail.get("type") == "reasoning.summary" and "summary" not in detail:
+        return {**detail, "summary": text}
+    return detail
+
+
+def chat_tools(ask: Ask, names: ToolNames, mode: str | None, forced: str | None, ctx: Context,
+               out: Json) -> None:
+    """tools, tool_choice and parallel_tool_calls."""
+    caps, tools = ctx.caps, []
+    for tool in ask.tools:
+        if tool.kind == "web_search":
+            search_fields(mapping(tool.raw), ctx, out)
+            continue
+        wire = names.of(tool.space, tool.name)
+        ctx.tools[wire] = tool
+        if tool.kind == "custom" and caps.custom_tools:
+            tools.append({"type": "custom", "custom": native_custom(tool, wire)})
+            continue
+        description, schema = tool.description, cast(Any, filled_schema(tool.schema))
+        if tool.kind == "custom":
+            description, schema = custom_tool(tool)
+        function: Json = {"name": wire}
+        if description:
+            function["description"] = description
+        function["parameters"] = schema
+        if tool.strict and caps.strict_tools and (ctx.inbound != MESSAGES.word
+                                                  or is_strict(schema)):
+            function["strict"] = True
+        elif tool.strict:
+            ctx.drop(f"{tool.path}.strict", "not taken by this provider")
+        item = {"type": "function", "function": function}
+        tools.append(marked(item, tool.mark) if caps.cache == "on" else item)
+    if ask.search is not None:
+        search_fields(ask.search, ctx, out)
+    if not tools:
+        return
+    out["tools"] = tools
+    if mode == "tool":
+        native = caps.custom_tools and names.declared[forced or ""].kind == "custom"
+        kind = "custom" if native else "function"
+        out["tool_choice"] = {"type": kind, kind: {"name": forced}}
+    elif mode:
+        out["tool_choice"] = mode
+    if ask.parallel is False and caps.parallel_tool_calls:
+        out["parallel_tool_calls"] = False
+
+
+def native_custom(tool: Tool, wire: str) -> Json:
+    """A custom tool in the nested shape of Chat Completions."""
+    out: Json = {"name": wire}
+    if tool.description:
+        out["description"] = tool.description
+    form = mapping(mapping(tool.raw).get("format"))
+    if form.get("type") == "grammar" and "grammar" not in form:
+        form = {"type": "grammar", "grammar": {key: form[key] for key in ("syntax", "definition")
+                                               if key in form}}
+    return {**out, "format": form} if form else out
+
+
+def search_fields(options: Json, ctx: Context, out: Json) -> None:
+    """Web search, in the way of the provider."""
+    if ctx.caps.web_search == "openrouter":
+        plugin: Json = {"id": "web"}
+        uses = options.get("max_uses") or SEARCH_USES.get(str(options.get("search_context_size")))
+        out["plugins"] = [{**plugin, "max_results": uses} if uses else plugin]
+    elif ctx.caps.web_search != "off":
+        names = ("search_context_size", "user_location")
+        out["web_search_options"] = {n: options[n] for n in names if options.get(n)}
+        ctx.web_search = True
+
+
+def chat_sampling(ask: Ask, level: str | None, ctx: Context, out: Json) -> None:
+    """temperature, top_p, top_k, stop; models that reason take none of the first two."""
+    name = ctx.model.lower().rsplit("/", 1)[-1]
+    fixed = bool(FIXED_SAMPLING_MODEL.match(name)) and "-chat" not in name and level != "none"
+    thinks = ctx.caps.reasoning_control == "deepseek" and level not in (None, "none")
+    for key, value in (("temperature", ask.temperature), ("top_p", ask.top_p)):
+        if value is not None and (fixed or thinks):
+            ctx.drop(key, "this model takes no sampling parameters")
+        elif value is not None:
+            out[key] = value
+    if ask.top_k is not None and ctx.caps.top_k:
+        out["top_k"] = ask.top_k
+    elif ask.top_k is not None:
+        ctx.drop("top_k")
+    if ask.stop:
+        stop = ask.stop[:4] if ctx.caps.vendor_fields else ask.stop
+        if ctx.caps.vendor_fields and fixed:
+            ctx.drop("stop_sequences" if ctx.inbound == MESSAGES.word else "stop")
+        else:
+            out["stop"] = stop[0] if len(stop) == 1 else stop
+
+
+def reasoning_fields(ask: Ask, level: str | None, tools: bool, ctx: Context) -> Json:
+    """Reasoning control in the provider's dialect (translation-chat.md 1.3b)."""
+    dialect, model = ctx.caps.reasoning_control or "", ctx.model.lower().rsplit("/", 1)[-1]
+    budget = ask.effort.budget if ask.effort else None
+    word_ = {"xhigh": "high", "max": "high", "minimal": "low"}.get(level or "", level)
+    if level is None:
+        return {"reasoning_format": "parsed"} if dialect == "groq" and ask.effort else {}
+    off, out = level == "none", cast(Json, {})
+    if dialect == "effort":
+        if tools and not off and re.match(r"gpt-5[.-]([4-9]|\d\d)", model):
+            ctx.drop("reasoning.effort", "this model takes no effort beside tools here")
+        elif not off or re.match(r"gpt-5[.-][1-9]|gpt-[6-9]", model):
+            known = openai_efforts(model) if model.startswith("gpt") else EFFORTS[2:5]
+            out = {"reasoning_effort": clamp_effort(level, known)}
+    elif dialect == "effort-basic":
+        out = {"reasoning_effort": "none" if off else word_}
+    elif dialect == "effort-lowhigh":
+        if not off and not model.startswith("grok-4"):
+            out = {"reasoning_effort": "low" if word_ == "low" else "high"}
+    elif dialect == "openrouter":
+        out = {"reasoning": {"enabled": False} if off else {"max_tokens": budget} if budget else
+               {"effort": "xhigh" if level == "max" else level}}
+    elif dialect == "deepseek":
+        out = {"thinking": {"type": "disabled"}} if off else {
+            "thinking": {"type": "enabled"},
+            "reasoning_effort": "max" if level in ("xhigh", "max") else "high"}
+    elif dialect == "kimi":
+        out = {"thinking": {"type": "disabled" if off else "enabled"}}
+    elif dialect == "glm":
+        out = {"thinking": {"type": "disabled"} if off else
+               {"type": "enabled", "clear_thinking": False}}
+    elif dialect == "qwen":
+        out = {"enable_thinking": not off}
+        if budget and not off:
+            out["thinking_budget"] = budget
+    elif dialect == "groq":
+        out = {"reasoning_format": "parsed"}
+        if "qwen" in model:
+            out["reasoning_effort"] = "none" if off else "default"
+        elif not off:
+            out["reasoning_effort"] = word_
+    elif dialect == "mistral":
+        if not off and model.startswith("magistral"):
+            out = {"prompt_mode": "reasoning"}
+    elif dialect == "template":
+        out = {"chat_template_kwargs": {"enable_thinking": not off}}
+        if not off:
+            out["reasoning_effort"] = word_
+    return out
+
+
+def chat_format(ask: Ask, ctx: Context, out: Json) -> None:
+    """response_format; servers that know no schema are told it in words."""
+    form = ask.format
+    if form is None:
+        return
+    if form.schema is not None and ctx.caps.json_schema == "schema":
+        inner: Json = {"name": form.name, "schema": form.schema}
+        if form.strict is not None and ctx.inbound != MESSAGES.word:
+            inner["strict"] = form.strict
+        elif ctx.inbound == MESSAGES.word and ctx.caps.strict_tools and is_strict(form.schema):
+            inner["strict"] = True
+        if form.description:
+            inner["description"] = form.description
+        out["response_format"] = {"type": "json_schema", "json_schema": inner}
+        return
+    out["response_format"] = {"type": "json_object"}
+    if form.schema is not None:
+        add_system(out["messages"],
+                   f"Answer only with JSON that matches this JSON schema:\n{compact(form.schema)}")
+    elif not any("json" in str(m.get("content")).lower() for m in out["messages"]):
+        add_system(out["messages"], "Answer in JSON.")
+
+
+def add_system(messages: list[Json], text: str) -> None:
+    """Add to the leading system message."""
+    if messages and messages[0]["role"] in ("system", "developer"):
+        messages[0]["content"] = merged(messages[0]["content"], text)
+    else:
+        messages.insert(0, {"role": "system", "content": text})
+
+
+# Members that OpenAI's own Chat Completions takes as a client sent them.
+CHAT_EXTRAS = ("verbosity", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+               "prompt_cache_options")
+
+
+def chat_extras(ask: Ask, ctx: Context, out: Json) -> None:
+    """What OpenAI's Chat Completions has and others may not know."""
+    vendor = ctx.caps.vendor_fields
+    more = dict(ask.more)
+    if ctx.inbound == MESSAGES.word and ask.user and vendor:
+        out["safety_identifier"] = ask.user if len(ask.user) <= 64 else sha(ask.user)
+        out["prompt_cache_key"] = sha(ask.user)[:32]
+    elif ctx.inbound == MESSAGES.word and ask.user:
+        ctx.drop("metadata.user_id", "stays here: it may name an account")
+    if "user" in more:
+        out["user"] = more.pop("user")[1]
+    if "top_logprobs" in more or "logprobs" in more:
+        out["logprobs"] = True
+        more.pop("logprobs", None)
+        if "top_logprobs" in more:
+            out["top_logprobs"] = more.pop("top_logprobs")[1]
+    for name in CHAT_EXTRAS:
+        if name in more and vendor:
+            out[name] = more.pop(name)[1]
+    if ask.tier and vendor:
+        out["service_tier"] = ask.tier
+    elif ask.tier:
+        ctx.drop("service_tier", "not taken by this provider")
+    for path, _ in more.values():
+        ctx.drop(path)
+
+# -- writing Responses (translation-responses.md 3.1, 5.1) -------------------
+
+LEAST_OUTPUT_TOKENS = 16  # that the Responses API takes
+
+
+def write_responses(ask: Ask, ctx: Context) -> Json:
+    """A neutral request as the body of a Responses request."""
+    caps, out = ctx.caps, cast(Json, {"model": ctx.model})
+    names = ToolNames(ask.tools, 64)
+    mode, tool = settle_choice(ask, names)
+    texts = texts_of(ask.system)
+    instructions = (join_lines(texts) if ctx.inbound == MESSAGES.word else "\n\n".join(texts))
+    items = response_items(pair_up(ask.atoms, short_call_id, ctx), names, ctx)
+    if ask.format and ask.format.schema is None and \
+            "json" not in (instructions + compact(items)).lower():
+        instructions = join_lines([t for t in (instructions, "Answer in JSON.") if t])
+    if instructions:
+        out["instructions"] = instructions
+    out["input"] = items or [message_item("user", [Part("text", ".")], ctx)]
+    if ask.stream is not None:
+        out["stream"] = ask.stream
+    if ask.max_tokens is not None and caps.max_output_tokens:
+        limit = min(ask.max_tokens, caps.max_tokens_cap or ask.max_tokens)
+        out["max_output_tokens"] = max(limit, LEAST_OUTPUT_TOKENS)
+    elif ask.max_tokens is not None:
+        ctx.drop("max_tokens", "not taken by this provider")
+    response_tools(ask, names, mode, tool, ctx, out)
+    effort = response_reasoning(ask, ctx, out)
+    response_sampling(ask, effort, ctx, out)
+    response_text(ask, ctx, out)
+    response_extras(ask, ctx, out)
+    out["store"] = False
+    include = []
+    if caps.encrypted_reasoning and ctx.wants_thinking:
+        include.append("reasoning.encrypted_content")
+    if ctx.web_search and caps.web_search == "native":
+        include.append("web_search_call.action.sources")
+    if ask.more.get("logprobs") and not caps.reasoning:
+        include.append("message.output_text.logprobs")
+    if include:
+        out["include"] = include
+    ctx.stream, ctx.estimate = bool(ask.stream), estimate_tokens(
+        [out.get("instructions"), out["input"], out.get("tools")])
+    return out
+
+
+def response_items(atoms: list[Atom], names: ToolNames, ctx: Context) -> list[Json]:
+    """The conversation as items."""
+    out: list[Json] = []
+    for own, group in runs(atoms):
+        if own:
+            out += assistant_items(group, names, ctx)
+            continue
+        media: list[Part] = []
+        for atom in group:
+            if isinstance(atom, Out):
+                item, more = output_item(atom, ctx)
+                out.append(item)
+                media += more
+        if media:
+            out.append(message_item("user", media, ctx))
+        for atom in group:
+            if isinstance(atom, User):
+                parts = [p for p in atom.parts if p.kind != "text" or p.text.strip()]
+                if parts:
+                    out.append(message_item("user", parts, ctx))
+            elif isinstance(atom, System) and texts_of(atom.parts):
+                out.append(message_item("developer", [Part("text", join_lines(
+                    texts_of(atom.parts)))], ctx))
+    return out
+
+
+def message_item(role: str, parts: list[Part], ctx: Context) -> Json:
+    """A message item of the user or a developer."""
+    return {"type": "message", "role": role,
+            "content": [response_part(part, ctx) for part in parts]}
+
+
+def response_part(part: Part, ctx: Context) -> Json:
+    """A piece of content as an input part."""
+    found: Json | None = None
+    if part.kind in ("text", "refusal"):
+        found = {"type": "input_text", "text": part.text}
+    elif part.kind == "image" and not ctx.caps.vision:
+        found = {"type": "input_text", "text": "[image omitted: this model cannot see images]"}
+    elif part.kind == "image" and (part.url or part.media in IMAGE_TYPES):
+        found = {"type": "input_image", "image_url": part.url or data_url(part),
+                 "detail": part.detail or "auto"}
+    elif part.kind == "file" and part.url:
+        found = {"type": "input_file", "file_url": part.url}
+    elif part.kind == "file" and part.data:
+        found = {"type": "input_file", "filename": part.name or "document.pdf",
+                 "file_data": data_url(part)}
+    elif part.kind == "file" and part.id:
+        found = {"type": "input_file", "file_id": part.id}
+    if found is None:
+        what = part.kind if part.kind in ("image", "file", "audio") else "part"
+        if part.current:
+            raise RequestError(f"this provider takes no such {what}", param=part.path)
+        found = {"type": "input_text", "text": f"[{what} omitted]"}
+    if part.mark and ctx.caps.cache == "on":
+        found["prompt_cache_breakpoint"] = {"mode": "explicit"}
+    return found
+
+
+def assistant_items(group: list[Atom], names: ToolNames, ctx: Context) -> list[Json]:
+    """One run of the assistant as items; reasoning that nothing follows is left out."""
+    out: list[Json] = []
+    for k, atom in enumerate(group):
+        if isinstance(atom, Said):
+            parts = [output_part(part) for part in atom.parts
+                     if part.kind not in ("text", "refusal") or part.text.strip()]
+            if not parts:
+                continue
+            if out and out[-1]["type"] == "message":
+                out[-1]["content"] += parts
+                continue
+            out.append({"type": "message", "role": "assistant", "content": parts})
+            if ctx.caps.phase:
+                calls = any(isinstance(later, Call) for later in group[k:])
+                out[-1]["phase"] = "commentary" if calls else "final_answer"
+        elif isinstance(atom, Call):
+            out.append(call_item(atom, names, ctx))
+        elif isinstance(atom, Thought):
+            out += thought_items(atom, ctx)
+    while out and out[-1]["type"] == "reasoning":
+        out.pop()
+    return out
+
+
+def output_part(part: Part) -> Json:
+    """A piece of what the assistant said."""
+    if part.kind == "refusal":
+        return {"type": "refusal", "refusal": part.text}
+    text = part.text if part.kind == "text" else f"[{part.kind} omitted]"
+    return {"type": "output_text", "text": text}
+
+
+def call_item(call: Call, names: ToolNames, ctx: Context) -> Json:
+    """A call; without an id, for one would make the API demand its reasoning item."""
+    name = names.of(call.space, call.name)
+    if call.kind == "custom" and ctx.caps.custom_tools:
+        return {"type": "custom_tool_call", "call_id": call.id, "name": name,
+                "input": mapping(call.input).get("input", "")}
+    return {"type": "function_call", "call_id": call.id, "name": name,
+            "arguments": call.arguments if call.arguments.strip() else "{}"}
+
+
+def thought_items(thought: Thought, ctx: Context) -> list[Json]:
+    """Reasoning that came from this provider, and web searches that it made."""
+    if thought.kind == "search":
+        id, query = thought.body
+        return [{"type": "web_search_call", "id": id, "status": "completed",
+                 "action": {"type": "search", "query": query}}]
+    if thought.kind != "or":
+        return []
+    id, _, sealed = str(thought.body).partition(":")
+    out: Json = {"type": "reasoning"}
+    if id:
+        out["id"] = id
+    text = thought.text
+    out["summary"] = [{"type": "summary_text", "text": text}] if text and sealed else []
+    if sealed:
+        out["encrypted_content"] = sealed
+    elif text and not ctx.caps.encrypted_reasoning:
+        out["content"] = [{"type": "reasoning_text", "text": text}]
+    else:
+        return []
+    return [out]
+
+
+def output_item(out: Out, ctx: Context) -> tuple[Json, list[Part]]:
+    """The result of a call, and the media that must go into a user message behind all results."""
+    kind = "custom_tool_call_output" if out.kind == "custom" and ctx.caps.custom_tools \
+        else "function_call_output"
+    texts = [p.text for p in out.parts if p.kind in ("text", "refusal")]
+    media = [p for p in out.parts if p.kind not in ("text", "refusal")]
+    text = "\n".join(texts)
+    if out.error and not out.stub:
+        text = with_error(text)
+    item: Json = {"type": kind, "call_id": out.id, "output": text}
+    if media and ctx.caps.output_lists:
+        parts = list(out.parts)
+        if out.error and text != "\n".join(texts):
+            parts.insert(0, Part("text", "Error:"))
+        item["output"] = [response_part(part, ctx) for part in parts]
+        media = []
+    if media:
+        media = [Part("text", f"Images from tool result {out.id}:"), *media]
+    return item, media
+
+
+def response_tools(ask: Ask, names: ToolNames, mode: str | None, forced: str | None, ctx: Context,
+                   out: Json) -> None:
+    """tools, tool_choice and parallel_tool_calls."""
+    tools = []
+    for tool in ask.tools:
+        if tool.kind == "web_search":
+            tools.append(response_search(mapping(tool.raw)))
+            ctx.web_search = True
+            continue
+        wire = names.of(tool.space, tool.name)
+        ctx.tools[wire] = tool
+        if tool.kind == "custom" and ctx.caps.custom_tools:
+            tools.append({"type": "custom", **flat_custom(tool, wire)})
+            continue
+        description, schema = tool.description, tool.schema or dict(EMPTY_SCHEMA)
+        if tool.kind == "custom":
+            description, schema = custom_tool(tool)
+        item: Json = {"type": "function", "name": wire}
+        if description:
+            item["description"] = description
+        strict = bool(tool.strict and ctx.caps.strict_tools
+                      and (ctx.inbound != MESSAGES.word or is_strict(schema)))
+        tools.append({**item, "parameters": schema, "strict": strict})
+    if ask.search is not None and ctx.caps.web_search == "native":
+        tools.append(response_search(ask.search))
+        ctx.web_search = True
+    if not tools:
+        return
+    out["tools"] = tools
+    if mode == "tool":
+        kind = names.declared[forced or ""].kind
+        if kind == "web_search":
+            out["tool_choice"] = {"type": "web_search"}
+        else:
+            kind = "custom" if kind == "custom" and ctx.caps.custom_tools else "function"
+            out["tool_choice"] = {"type": kind, "name": forced}
+    elif mode:
+        out["tool_choice"] = mode
+    if ask.parallel is not None and (ask.parallel is False or ctx.inbound == CHAT.word):
+        out["parallel_tool_calls"] = ask.parallel
+
+
+def flat_custom(tool: Tool, wire: str) -> Json:
+    """A custom tool in the flat shape of Responses."""
+    out: Json = {"name": wire}
+    if tool.description:
+        out["description"] = tool.description
+    form = mapping(mapping(tool.raw).get("format"))
+    if isinstance(form.get("grammar"), dict):
+        form = {"type": "grammar", **form["grammar"]}
+    return {**out, "format": form} if form else out
+
+
+def response_search(options: Json) -> Json:
+    """The hosted web search by the options of another protocol."""
+    out: Json = {"type": "web_search"}
+    if domains := listing(options.get("allowed_domains")):
+        out["filters"] = {"allowed_domains": domains}
+    if size := options.get("search_context_size"):
+        out["search_context_size"] = size
+    location = mapping(options.get("user_location"))
+    if location:
+        out["user_location"] = {"type": "approximate", **mapping(location.get("approximate")),
+                                **{k: v for k, v in location.items() if k != "approximate"}}
+    return out
+
+
+def response_reasoning(ask: Ask, ctx: Context, out: Json) -> str | None:
+    """The reasoning wish, clamped to what the model takes; the effort that is sent."""
+    wish, caps = ask.effort, ctx.caps
+    if wish is None or not caps.reasoning:
+        if wish is not None:
+            ctx.drop("thinking" if ctx.inbound == MESSAGES.word else "reasoning_effort",
+                     "this model does not reason")
+        return None
+    level = asked_level(ask)
+    found: Json = {}
+    if level is not None:
+        found["effort"] = clamp_effort(level, caps.efforts or EFFORTS[2:5])
+    shown = wish.switched == "on" if ctx.inbound == MESSAGES.word else level != "none"
+    if shown and wish.display != "omitted" and caps.reasoning_summary:
+        found["summary"] = "auto"
+    if found:
+        out["reasoning"] = found
+    return found.get("effort")
+
+
+def response_sampling(ask: Ask, effort: str | None, ctx: Context, out: Json) -> None:
+    """temperature and top_p where the model takes them; the API knows no others."""
+    for name, value in (("temperature", ask.temperature), ("top_p", ask.top_p)):
+        if value is not None and (ctx.caps.sampling or effort == "none"):
+            out[name] = value
+        elif value is not None:
+            ctx.drop(name, "this model takes no sampling parameters")
+    if ask.top_k is not None:
+        ctx.drop("top_k")
+    if ask.stop:
+        ctx.drop("stop_sequences" if ctx.inbound == MESSAGES.word else "stop")
+
+
+def response_text(ask: Ask, ctx: Context, out: Json) -> None:
+    """The answer's format and verbosity."""
+    text: Json = {}
+    form = ask.format
+    if form is not None and form.schema is None:
+        text["format"] = {"type": "json_object"}
+    elif form is not None and form.schema is not None:
+        strict = (is_strict(form.schema) and bool(ctx.caps.strict_tools)
+                  if ctx.inbound == MESSAGES.word else bool(form.strict))
+        text["format"] = {"type": "json_schema", "name": form.name, "schema": form.schema,
+                          "strict": strict}
+        if form.description:
+            text["format"]["description"] = form.description
+    if "verbosity" in ask.more:
+        text["verbosity"] = ask.more.pop("verbosity")[1]
+    if text:
+        out["text"] = text
+
+
+# Members that OpenAI's own Responses API takes as a Chat client sent them.
+RESPONSES_EXTRAS = ("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+                    "prompt_cache_options", "metadata")
+
+
+def response_extras(ask: Ask, ctx: Context, out: Json) -> None:
+    """What OpenAI's Responses API has and others may not know."""
+    vendor, more = ctx.caps.vendor_fields, dict(ask.more)
+    if ctx.inbound == MESSAGES.word and ask.user:
+        if vendor:
+            plain = len(ask.user) <= 64 and not ask.user.startswith("{")
+            out["safety_identifier"] = ask.user if plain else sha(ask.user)
+            out["prompt_cache_key"] = sha(ask.user)[:32]
+        else:
+            ctx.drop("metadata.user_id", "stays here: it may name an account")
+    if vendor:
+        for name in RESPONSES_EXTRAS:
+            if name in more:
+                out[name] = more.pop(name)[1]
+    if ask.tier and vendor and ask.tier != "scale":
+        out["service_tier"] = ask.tier
+    elif ask.tier:
+        ctx.drop("service_tier", "not taken by this provider")
+    if "top_logprobs" in more and not ctx.caps.reasoning:
+        out["top_logprobs"] = more.pop("top_logprobs")[1]
+    if not ctx.caps.reasoning:
+        more.pop("logprobs", None)
+    for path, _ in more.values():
+        ctx.drop(path)
+
+
+
+# ============================================================================
+#  12  Answers
+# ============================================================================
+# One reader for each provider protocol (events of its stream to segments) and
+# one writer for each client protocol (segments to the client's events). A pair
+# is a reader and a writer; an answer in one piece goes the same way, so both
+# agree. Pure: a stream is a generator that is sent events.
+
+# -- what readers and writers share ------------------------------------------
+
+class Usage(NamedTuple):
+    """Tokens of an answer; `input` with what came from the cache and went into it."""
+
+    input: int = 0
+    cached: int = 0
+    written: int = 0
+    output: int = 0
+    reasoning: int | None = None
+    tier: str | None = None
+
+
+class Stop(NamedTuple):
+    """Why an answer ended: end, tool, sequence, length, context, pause, refusal or filter."""
+
+    reason: str
+    text: str | None = None  # a refusal's explanation, or the stop sequence
+    category: str | None = None
+
+
+class Citation(NamedTuple):
+    """A source of a text: a span of it, or what it quotes."""
+
+    url: str
+    title: str
+    start: int | None = None
+    end: int | None = None
+    quote: str = ""
+
+
+class Segment:
+    """A stretch of an answer that has a beginning and an end: text, refusal, thinking, call,
+    opaque (a block nobody else knows) or search. A writer keeps its own marks here."""
+
+    __slots__ = ("at", "citations", "closed", "decoder", "id", "index", "item", "kind", "live",
+                 "name", "raw", "shown", "text", "thought")
+
+    def __init__(self, kind: str, id: str = "", name: str = "", raw: Any = None) -> None:
+        self.kind, self.id, self.name, self.raw = kind, id, name, raw
+        self.text: list[str] = []
+        self.thought: tuple[str, Any] | None = None  # kind and body of its carrier
+        self.citations: list[Citation] = []
+        self.live = self.closed = self.shown = False
+        self.index, self.item, self.at = -1, cast(Json, {}), (0, 0)
+        self.decoder: InputDecoder | None = None
+
+    def whole(self) -> str:
+        """All text so far."""
+        if len(self.text) > 1:
+            self.text = ["".join(self.text)]
+        return self.text[0] if self.text else ""
+
+
+class Writer:
+    """Segments to events. Where the client takes one segment at a time (`serial`), the others
+    wait in the order in which they began."""
+
+    serial = True
+
+    def __init__(self, ctx: Context) -> None:
+        self.ctx, self.usage = ctx, cast("Usage | None", None)
+        self.events: list[Any] = []
+        self.queue: deque[Segment] = deque()
+        self.begun = self.done = False
+        self.calls = 0  # tool calls that began
+        self.characters = 0  # of text
+
+    def begin(self, id: Any, model: Any, created: Any = None) -> None:
+        """The answer begins; only the first word counts."""
+        if not self.begun:
+            self.begun = True
+            self.start_answer(id if isinstance(id, str) else "",
+                              model if isinstance(model, str) and model else self.ctx.model,
+                              created if type(created) is int and created > 0 else self.ctx.now)
+
+    def open(self, segment: Segment) -> Segment:
+        """A segment begins."""
+        if not self.begun:
+            self.begin(None, None)
+        if self.serial:
+            self.queue.append(segment)
+            if len(self.queue) > 1:
+                return segment
+        segment.live = True
+        self.start(segment)
+        return segment
+
+    def add(self, segment: Segment, text: str) -> None:
+        """A segment goes on."""
+        segment.text.append(text)
+        if segment.live and not segment.closed:
+            self.write(segment, text)
+
+    def close(self, segment: Segment) -> None:
+        """A segment ends; those that waited have their turn."""
+        if segment.closed:
+            return
+        segment.closed = True
+        if not segment.live:
+            return
+        self.stop(segment)
+        if not self.serial:
+            return
+        self.queue.popleft()
+        while self.queue:
+            head = self.queue[0]
+            head.live = True
+            self.start(head)
+            if head.text:
+                self.write(head, head.whole())
+            if not head.closed:
+                break
+            self.stop(head)
+            self.queue.popleft()
+
+    def waiting(self) -> bool:
+        """Whether a segment waits for another to end."""
+        return len(self.queue) > 1
+
+    def ping(self) -> None:
+        """A sign of life, where the protocol has one of its own."""
+
+    def start_answer(self, id: str, model: str, created: int) -> None:
+        """The first events."""
+        raise NotImplementedError
+
+    def start(self, segment: Segment) -> None:
+        """The events that open a segment."""
+        raise NotImplementedError
+
+    def write(self, segment: Segment, text: str) -> None:
+        """The event of a piece of a segment."""
+        raise NotImplementedError
+
+    def stop(self, segment: Segment) -> None:
+        """The events that close a segment."""
+        raise NotImplementedError
+
+    def finish(self, stop: Stop) -> None:
+        """The last events of a whole answer."""
+        raise NotImplementedError
+
+    def fail(self, error: ProxyError) -> None:
+        """Give an error what a client must get before it."""
+
+
+class Reader:
+    """Events of a provider's stream to segments of a writer."""
+
+    def __init__(self, out: Writer, ctx: Context) -> None:
+        self.out, self.ctx = out, ctx
+
+    def take(self, event: Json) -> None:
+        """One event."""
+        raise NotImplementedError
+
+    def end(self, done: bool = False) -> None:
+        """The stream ended; `done` by [DONE]."""
+        raise NotImplementedError
+
+
+Stream = Generator[list[Any], Any, list[Any]]
+
+
+def translated(reader: Reader, out: Writer) -> Stream:
+    """The stream of a pair: is sent events of the provider, yields lists of the client's.
+
+    Send parsed events, DONE, None at the end of the provider's stream, PING for a sign of life, or
+    the ProxyError of a transport that failed. Returns the last events of a whole answer; raises a
+    ProxyError whose `events` go to the client before the error itself.
+    """
+    item: Any = yield []
+    while True:
+        try:
+            if isinstance(item, dict):
+                reader.take(item)
+            elif item is None or item == DONE:
+                reader.end(item == DONE)
+            elif item is PING:
+                out.ping()
+            elif isinstance(item, ProxyError):
+                raise item
+            else:
+                raise broken("an event is no JSON object")
+        except ProxyError as error:
+            out.fail(error)
+            raise
+        except (RecursionError, ValueError):  # of values that cannot be written
+            deep = broken("an event is nested too deeply")
+            out.fail(deep)
+            raise deep from None
+        events, out.events = out.events, []
+        if out.done:
+            return events
+        item = yield events
+
+
+def broken(what: str) -> UpstreamError:
+    """A provider's stream that cannot be translated."""
+    return UpstreamError(f"the provider's stream is unusable: {what}", type=STREAM_TRANSLATION)
+
+
+def cut_short(terminal: str) -> UpstreamError:
+    """A provider's stream that ended in the middle."""
+    return UpstreamError(f"upstream stream ended before {terminal}", type=STREAM_TRANSLATION)
+
+
+# Status of an error that comes in a 2xx answer, by the words of its code or type.
+FAULT_STATUS = {
+    "invalid_request_error": 400, "invalid_prompt": 400, "context_length_exceeded": 400,
+    "authentication_error": 401, "invalid_api_key": 401, "billing_error": 402,
+    "insufficient_quota": 402, "permission_error": 403, "not_found_error": 404,
+    "request_too_large": 413, "rate_limit_error": 429, "rate_limit_exceeded": 429,
+    "too_many_requests": 429, "timeout_error": 504, "timeout": 504, "overloaded_error": 529,
+    "overloaded": 503, "server_is_overloaded": 529, "insufficient_system_resource": 529,
+}
+
+
+def fault_of(error: Any, status: int = 502) -> UpstreamError:
+    """The error that a provider's own error object in an event or answer stands for."""
+    if isinstance(error, str):
+        error = {"message": error}
+    error = mapping(error)
+    code, kind, message = error.get("code"), error.get("type"), error.get("message")
+    found = next((FAULT_STATUS[w] for w in (code, kind)
+                  if isinstance(w, str) and w in FAULT_STATUS), 0)
+    if type(code) is int and 400 <= code < 600:
+        found = found or code
+    text = message if isinstance(message, str) and message else "the provider sent an error"
+    return UpstreamError(text[:ERROR_TEXT_CHARS], status=found or status, type=UPSTREAM,
+                         code=word(code) if isinstance(code, str) else None)
+
+
+def text_of(value: Any) -> str:
+    """A string, or an empty one for anything else."""
+    return value if isinstance(value, str) else ""
+
+
+# -- reading Anthropic Messages (translation-responses.md 2.3, -chat.md 2.10)
+
+MESSAGES_STOPS = {"end_turn": "end", "stop_sequence": "sequence", "tool_use": "tool",
+                  "max_tokens": "length", "model_context_window_exceeded": "context",
+                  "compaction": "context", "pause_turn": "pause", "refusal": "refusal"}
+
+
+class MessagesReader(Reader):
+    """Reads the stream of an Anthropic Messages provider."""
+
+    def __init__(self, out: Writer, ctx: Context) -> None:
+        super().__init__(out, ctx)
+        self.blocks: dict[Any, Segment] = {}  # open ones by index
+        self.counts: Json = {}
+        self.reason: Any = None
+        self.details: Json = {}
+
+    def take(self, event: Json) -> None:
+        """One event; unknown ones are no matter."""
+        kind = event.get("type")
+        if kind == "content_block_delta":
+            self.delta(event.get("index"), mapping(event.get("delta")))
+        elif kind == "content_block_start":
+            self.start(event.get("index"), mapping(event.get("content_block")))
+        elif kind == "content_block_stop":
+            self.stop(event.get("index"))
+        elif kind == "message_start":
+            message = mapping(event.get("message")) or event
+            self.count(message.get("usage"))
+            self.out.begin(message.get("id"), message.get("model"))
+        elif kind == "message_delta":
+            delta = mapping(event.get("delta"))
+            self.count(event.get("usage"))
+            self.reason = delta.get("stop_reason") or self.reason
+            self.details = mapping(delta.get("stop_details")) or self.details
+            self.sequence = text_of(delta.get("stop_sequence"))
+        elif kind == "message_stop":
+            self.finish()
+        elif kind == "error":
+            raise fault_of(event.get("error"))
+
+    def count(self, usage: Any) -> None:
+        """Take counters over; they are totals, and null says nothing."""
+        for name, value in mapping(usage).items():
+            if value is not None:
+                self.counts[name] = value
+
+    def start(self, index: Any, block: Json) -> None:
+        """A block begins."""
+        kind = block.get("type")
+        key = index if isinstance(index, (int, str)) else None
+        if key in self.blocks:
+            self.stop(key)
+        if kind == "text":
+            segment = self.out.open(Segment("text"))
+            self.say(segment, block.get("text"))
+            for citation in listing(block.get("citations")):
+                self.cite(segment, mapping(citation))
+        elif kind == "thinking":
+            segment = self.out.open(Segment("thinking"))
+            self.say(segment, block.get("thinking"))
+            segment.thought = ("at", text_of(block.get("signature")))
+        elif kind == "redacted_thinking":
+            segment = self.out.open(Segment("thinking"))
+            segment.thought = ("ar", text_of(block.get("data")))
+        elif kind == "tool_use":
+            segment = self.out.open(Segment("call", text_of(block.get("id")),
+                                            text_of(block.get("name")), block.get("input")))
+        else:
+            segment = self.out.open(Segment("opaque", raw=block))
+        self.blocks[key] = segment
+
+    def say(self, segment: Segment, text: Any) -> None:
+        """Text of a block, where there is some."""
+        if isinstance(text, str) and text:
+            self.out.add(segment, text)
+
+    def delta(self, index: Any, delta: Json) -> None:
+        """A piece of a block; a block that never began begins with it."""
+        kind = delta.get("type")
+        segment = self.blocks.get(index if isinstance(index, (int, str)) else None)
+        if segment is None:
+            if kind not in ("text_delta", "thinking_delta"):
+                return
+            self.start(index, {"type": text_of(kind).removesuffix("_delta")})
+            segment = self.blocks[index if isinstance(index, (int, str)) else None]
+        if kind == "text_delta":
+            self.say(segment, delta.get("text"))
+        elif kind == "input_json_delta":
+            self.say(segment, delta.get("partial_json"))
+        elif kind == "thinking_delta":
+            self.say(segment, delta.get("thinking"))
+        elif kind == "signature_delta":
+            segment.thought = ("at", text_of(delta.get("signature")))
+        elif kind == "citations_delta":
+            self.cite(segment, mapping(delta.get("citation")))
+
+    def cite(self, segment: Segment, citation: Json) -> None:
+        """A source; only addresses can be told to clients of other protocols."""
+        url = citation.get("url") if citation.get("type") == "web_search_result_location" \
+            else citation.get("source")
+        if isinstance(url, str) and url.startswith(("http://", "https://")):
+            segment.citations.append(Citation(url, text_of(citation.get("title")) or url,
+                                              quote=text_of(citation.get("cited_text"))))
+
+    def stop(self, index: Any) -> None:
+        """A block ends."""
+        segment = self.blocks.pop(index if isinstance(index, (int, str)) else None, None)
+        if segment is None:
+            return
+        if segment.kind == "call" and not segment.text:
+            input = mapping(segment.raw)
+            self.out.add(segment, dump_arguments(input))
+        elif segment.kind == "opaque" and segment.text:
+            segment.raw = {**segment.raw, "input": parse_arguments(segment.whole())}
+        self.out.close(segment)
+
+    def finish(self) -> None:
+        """The message is whole."""
+        for index in list(self.blocks):
+            self.stop(index)
+        self.out.begin(None, None)
+        self.out.usage = messages_usage(self.counts)
+        reason = MESSAGES_STOPS.get(text_of(self.reason), "end")
+        said = self.details.get("explanation") if reason == "refusal" else None
+        self.out.finish(Stop(reason, text_of(said) or None,
+                             word(self.details.get("category"))))
+
+    def end(self, done: bool = False) -> None:
+        """The stream ended: whole if the reason is known and no block is open."""
+        if self.reason is None or self.blocks:
+            raise cut_short("message_stop")
+        self.finish()
+
+
+def messages_usage(counts: Json) -> Usage | None:
+    """Usage as Anthropic counts it: cached tokens beside the input."""
+    if not counts:
+        return None
+    cached, written = (number(counts.get(f"cache_{what}_input_tokens"))
+                       for what in ("read", "creation"))
+    thinking = mapping(counts.get("output_tokens_details")).get("thinking_tokens")
+    return Usage(number(counts.get("input_tokens")) + cached + written, cached, written,
+                 number(counts.get("output_tokens")),
+                 None if thinking is None else number(thinking), word(counts.get("service_tier")))
+
+
+# -- reading Chat Completions (translation-responses.md 4.3, -chat.md 3.9) ---
+
+CHAT_STOPS = {
+    "stop": "end", "eos": "end", "end_turn": "end", "complete": "end", "stop_sequence": "end",
+    "tool_calls": "tool", "function_call": "tool", "tool_use": "tool", "length": "length",
+    "max_tokens": "length", "max_output_tokens": "length", "model_length": "context",
+    "model_context_window_exceeded": "context", "content_filter": "filter", "sensitive": "filter",
+    "safety": "filter", "refusal": "filter",
+}
+CHAT_FAULTS = ("error", "network_error", "abort", "cancelled", "insufficient_system_resource")
+THINK, END_THINK = "<think>", "</think>"
+
+
+class ChatCall:
+    """A tool call as fragments of it come in."""
+
+    __slots__ = ("braces", "id", "index", "name", "segment", "text")
+
+    def __init__(self, index: Any) -> None:
+        self.index, self.id, self.name = index, "", ""
+        self.text: list[str] = []
+        self.braces = 0  # open ones, those in strings too: a quick no
+        self.segment: Segment | None = None
+
+    def whole(self) -> str:
+        """The arguments so far."""
+        if len(self.text) > 1:
+            self.text = ["".join(self.text)]
+        return self.text[0] if self.text else ""
+
+    def complete(self) -> bool:
+        """Whether the arguments are a whole JSON object."""
+        return self.braces <= 0 and bool(self.text) and is_object(self.whole())
+
+
+class ChatReader(Reader):
+    """Reads the stream of a Chat Completions provider."""
+
+    def __init__(self, out: Writer, ctx: Context) -> None:
+        super().__init__(out, ctx)
+        self.open: Segment | None = None  # of text, refusal or thinking
+        self.calls: list[ChatCall] = []
+        self.usage: Json | None = None
+        self.reason: str | None = None
+        self.refusal: list[str] = []
+        self.blank = ""  # whitespace that came before anything else
+        self.spoke = False
+        self.tags = "start" if ctx.caps.think_tags == "auto" else "off"
+        self.held = ""  # of a text that may begin a tag
+        self.source: str | None = None  # the field that reasoning comes in
+        self.details: dict[Any, Json] = {}
+        self.signatures: Json = {}
+
+    def take(self, event: Json) -> None:
+        """One chunk."""
+        if event.get("error") or event.get("object") == "error":
+            raise fault_of(event.get("error") or event)
+        choices = [mapping(c) for c in listing(event.get("choices"))]
+        choice = next((c for c in choices if c.get("index") in (0, None)), None)
+        usage = (event.get("usage") or (choice or {}).get("usage")
+                 or mapping(event.get("x_groq")).get("usage"))
+        if isinstance(usage, dict):
+            self.usage = usage
+        if choice is not None:
+            self.out.begin(event.get("id"), event.get("model"), event.get("created"))
+            if self.reason is None:
+                self.delta(mapping(choice.get("delta") or choice.get("message")), choice)
+            self.finished(choice)
+        if self.reason is not None and self.usage is usage and usage:
+            self.finish()
+
+    def finished(self, choice: Json) -> None:
+        """A finish_reason, the first of which counts."""
+        reason = choice.get("finish_reason")
+        if not isinstance(reason, str) or not reason:
+            return
+        if reason in CHAT_FAULTS:
+            raise fault_of(choice.get("error") or {
+                "message": f"the provider ended the answer with {reason}", "type": reason})
+        if self.reason is None or (reason == "tool_calls" and self.reason == "stop"):
+            self.reason = reason
+
+    def delta(self, delta: Json, choice: Json) -> None:
+        """What a chunk adds: reasoning, text, refusal, calls, in this order."""
+        self.reasoning(delta)
+        content = delta.get("content")
+        if isinstance(content, str) and content:
+            self.content(content, mapping(choice.get("logprobs")).get("content"))
+        for part in map(mapping, listing(content)):
+            if part.get("type") == "thinking":
+                self.think("".join(text_of(mapping(p).get("text")) for p in
+                                   listing(part.get("thinking"))), "thinking")
+            elif text := text_of(part.get("text")):
+                self.say(text)
+                self.close_open()
+        if refusal := text_of(delta.get("refusal")):
+            self.segment("refusal", refusal)
+        for annotation in map(mapping, listing(delta.get("annotations"))):
+            inner = mapping(annotation.get("url_citation"))
+            if self.open and isinstance(inner.get("url"), str):
+                self.open.citations.append(Citation(
+                    inner["url"], text_of(inner.get("title")) or inner["url"],
+                    number(inner.get("start_index")), number(inner.get("end_index"))))
+        used: list[ChatCall] = []
+        for call in map(mapping, listing(delta.get("tool_calls"))):
+            self.call(call, used)
+        if isinstance(delta.get("function_call"), dict):
+            self.call({"index": 0, "function": delta["function_call"]}, used)
+
+    def reasoning(self, delta: Json) -> None:
+        """Reasoning text, in the first field that had some; its opaque part is collected."""
+        texts = {name: text for name in ("reasoning_content", "reasoning", "thinking")
+                 if (text := text_of(delta.get(name)))}
+        details = listing(delta.get("reasoning_details"))
+        for detail in map(mapping, details):
+            self.merge(detail)
+        if not texts and details:
+            found = "".join(text_of(mapping(d).get("text")) or text_of(mapping(d).get("summary"))
+                            for d in details)
+            texts = {"reasoning_details": found} if found else {}
+        if texts:
+            self.source = self.source if self.source in texts else self.source or next(iter(texts))
+            self.think(texts.get(self.source or "", ""), self.source or "")
+
+    def merge(self, detail: Json) -> None:
+        """A piece of a reasoning detail: strings of growing members are joined."""
+        key = detail.get("index")
+        key = key if isinstance(key, (int, str)) else len(self.details)
+        known = self.details.setdefault(key, {})
+        for name, value in detail.items():
+            grows = name in ("text", "summary", "data", "signature")
+            if grows and isinstance(value, str) and isinstance(known.get(name), str):
+                known[name] += value
+            elif value is not None:
+                known[name] = value
+
+    def think(self, text: str, source: str) -> None:
+        """Reasoning goes on."""
+        if not text:
+            return
+        self.source = self.source or source
+        self.tags = "off" if self.tags == "start" else self.tags
+        self.segment("thinking", text)
+
+    def content(self, text: str, logprobs: Any) -> None:
+        """Text, or reasoning between think tags at its start."""
+        if self.tags == "start":
+            self.held += text
+            bare = self.held.lstrip()
+            if len(bare) < len(THINK) and THINK.startswith(bare):
+                return
+            text, self.held = self.held, ""
+            self.tags = "off"
+            if bare.startswith(THINK):
+                self.tags, text = "inside", bare[len(THINK):].lstrip("\n")
+        if self.tags == "inside":
+            text = self.held + text
+            before, tag, after = text.partition(END_THINK)
+            if tag:
+                self.held, self.tags = "", "off"
+                self.think(before.rstrip("\n"), "think")
+                self.close_open()
+                text = after.lstrip()
+            else:
+                keep_ = next((n for n in range(len(END_THINK) - 1, 0, -1)
+                              if text.endswith(END_THINK[:n])), 0)
+                while keep_ < len(text) and text[len(text) - keep_ - 1] == "\n":
+                    keep_ += 1  # line ends before the tag are not the reasoning's
+                self.held = text[len(text) - keep_:] if keep_ else ""
+                self.think(text[:len(text) - keep_], "think")
+                return
+        self.say(text, logprobs)
+
+    def say(self, text: str, logprobs: Any = None) -> None:
+        """Text goes on; whitespace before anything else waits for what follows."""
+        if not self.spoke and not text.strip():
+            self.blank += text
+            return
+        if text:
+            segment = self.segment("text", "")
+            if isinstance(logprobs, list) and logprobs:
+                segment.raw = logprobs
+            self.out.add(segment, self.blank + text)
+            self.blank = ""
+
+    def segment(self, kind: str, text: str) -> Segment:
+        """Text of a kind, in the open segment or a new one."""
+        if self.open is None or self.open.kind != kind:
+            self.close_open()
+            self.make_way()
+            self.open = self.out.open(Segment(kind))
+        self.spoke = self.spoke or kind != "thinking"
+        if text:
+            self.out.add(self.open, text)
+        return self.open
+
+    def close_open(self) -> None:
+        """End the segment of text or reasoning that is open."""
+        if self.open is None:
+            return
+        if self.open.kind == "thinking":
+            self.open.thought = self.carrier(self.open)
+        self.out.close(self.open)
+        self.open = None
+
+    def carrier(self, segment: Segment | None) -> tuple[str, Any]:
+        """Kind and body of the carrier of a stretch of reasoning."""
+        if not self.details and not self.signatures:
+            return "cr", self.source or "reasoning_content"
+        text = segment.whole() if segment else ""
+        details = [{name: value for name, value in detail.items()
+                    if not (name in ("text", "summary") and value == text)}
+                   for detail in self.details.values()]
+        body: Json = {"d": details}
+        if self.signatures:
+            body["t"] = self.signatures
+        self.details, self.signatures = {}, {}
+        return "cd", body
+
+    def make_way(self) -> None:
+        """End the calls whose arguments are complete, since something else begins."""
+        if self.out.serial:
+            for call in self.calls:
+                if call.segment and not call.segment.closed and call.complete():
+                    self.out.close(call.segment)
+
+    def call(self, part: Json, used: list[ChatCall]) -> None:
+        """A fragment of a tool call."""
+        function = mapping(part.get("function")) or mapping(part.get("custom"))
+        name, id = text_of(function.get("name")), text_of(part.get("id"))
+        call = self.slot(part.get("index"), id, name, used)
+        used.append(call)
+        call.id = call.id or id
+        if name and call.segment is None and name != call.name:
+            call.name = name if name.startswith(call.name) else call.name + name
+        google = mapping(mapping(part.get("extra_content")).get("google"))
+        if google and call.id:
+            self.signatures[call.id] = part["extra_content"]
+        arguments = function.get("arguments", function.get("input"))
+        custom = "custom" in part
+        text = arguments if isinstance(arguments, str) else "" if arguments is None \
+            else compact(arguments)
+        if custom and text:
+            call.text.append(text)
+        elif text := self.news(call, text):
+            call.text.append(text)
+            call.braces += text.count("{") - text.count("}")
+        if call.segment is None and call.name:
+            self.begin_call(call, custom)
+        elif call.segment is not None and text:
+            self.out.add(call.segment, text)
+            if self.out.waiting() and call.complete():
+                self.out.close(call.segment)
+
+    def begin_call(self, call: ChatCall, custom: bool) -> None:
+        """A call whose name is known begins."""
+        self.close_open()
+        self.make_way()
+        self.blank, self.held = "", ""
+        self.spoke = True
+        if self.signatures and self.out.serial:
+            segment = self.out.open(Segment("thinking"))
+            segment.thought = self.carrier(None)
+            self.out.close(segment)
+        call.segment = self.out.open(Segment("custom" if custom else "call", call.id, call.name))
+        if call.text:
+            self.out.add(call.segment, call.whole())
+
+    def news(self, call: ChatCall, text: str) -> str:
+        """What of a fragment is new: some providers send all the arguments again each time."""
+        before = call.whole() if len(text) >= 8 else ""
+        if len(before) >= 8 and before.startswith("{") and text.startswith(before):
+            return text[len(before):]
+        return text
+
+    def slot(self, index: Any, id: str, name: str, used: list[ChatCall]) -> ChatCall:
+        """The call that a fragment belongs to, whatever the provider says or leaves out."""
+        last = self.calls[-1] if self.calls else None
+        found: ChatCall | None = None
+        if type(index) is int:
+            found = next((c for c in reversed(self.calls) if c.index == index), None)
+            if found and id and found.id and id != found.id and name and (
+                    found.complete() or (not found.text and found.name)):
+                found = None
+        elif id:
+            found = next((c for c in self.calls if c.id == id), None)
+        elif last and last not in used and not (name and last.complete()):
+            found = last
+        if found is None:
+            found = ChatCall(index if type(index) is int else None)
+            self.calls.append(found)
+        return found
+
+    def flush(self) -> None:
+        """All that was held comes out, and all segments end."""
+        if self.held or self.blank:
+            text, self.held = self.held, ""
+            if self.tags == "inside":
+                self.think(text.rstrip("\n"), "think")
+            elif text.strip() and self.tags == "start":
+                self.tags = "off"
+                self.say(text)
+        if (not self.details and not self.signatures) or self.open:
+            self.close_open()
+        if self.details or self.signatures:
+            self.close_open()
+            segment = self.out.open(Segment("thinking"))
+            segment.thought = self.carrier(None)
+            self.out.close(segment)
+        for call in self.calls:
+            if call.segment:
+                if not call.text:
+                    self.out.add(call.segment, "{}" if call.segment.kind == "call" else "")
+                self.out.close(call.segment)
+
+    def finish(self) -> None:
+        """The answer is whole."""
+        self.flush()
+        self.out.begin(None, None)
+        self.out.usage = chat_usage(self.usage)
+        self.out.finish(Stop(CHAT_STOPS.get((self.reason or "stop").lower(), "end")))
+
+    def end(self, done: bool = False) -> None:
+        """[DONE] or the end of the bytes."""
+        if self.reason is None:
+            whole = all(call.complete() or not call.text for call in self.calls)
+            if not (done and whole and (self.spoke or self.open) and self.ctx.caps.lenient_done):
+                if done:
+                    raise broken("it sent [DONE] before a finish_reason")
+                raise cut_short("finish_reason")
+        self.finish()
+
+
+def chat_usage(usage: Json | None) -> Usage | None:
+    """Usage in the dialects of Chat providers (translation-chat.md 3.8)."""
+    if not usage:
+        return None
+    prompt, output = (mapping(usage.get(f"{what}_tokens_details"))
+                      for what in ("prompt", "completion"))
+    cached = next((number(v) for v in (
+        prompt.get("cached_tokens"), usage.get("prompt_cache_hit_tokens"),
+        usage.get("cached_tokens"), usage.get("cache_read_input_tokens")) if v is not None), 0)
+    written = next((number(v) for v in (
+        prompt.get("cache_write_tokens"), usage.get("cache_creation_tokens"),
+        usage.get("cache_creation_input_tokens")) if v is not None), 0)
+    reasoning = output.get("reasoning_tokens")
+    reasoning = None if reasoning is None else number(reasoning)
+    sent, got, total = (number(usage.get(f"{what}_tokens"))
+                        for what in ("prompt", "completion", "total"))
+    if reasoning and total == sent + got + reasoning:
+        got += reasoning  # xAI counts them beside the completion
+    return Usage(sent, cached, written, got, reasoning)
+
+
+# -- reading Responses (translation-responses.md 3.3, 5.3) -------------------
+
+REFUSAL_CODES = ("invalid_prompt", "cyber_policy")
+
+
+class ResponsesReader(Reader):
+    """Reads the stream of a Responses provider."""
+
+    def __init__(self, out: Writer, ctx: Context) -> None:
+        super().__init__(out, ctx)
+        self.items: dict[Any, str] = {}  # kinds of items by output_index; "" once they are done
+        self.segments: dict[Any, Segment] = {}  # by (output_index, content_index or kind)
+        self.refused: list[str] = []
+        self.summaries: set[Any] = set()  # items whose summary came, so their raw text is not shown
+        self.has_call = False
+
+    def take(self, event: Json) -> None:
+        """One event, by the table of its type; progress and unknown ones are no matter."""
+        kind = text_of(event.get("type"))
+        step = RESPONSES_STEPS.get(kind)
+        if kind in ("response.created", "response.queued", "response.in_progress"):
+            self.begin(event.get("response"))
+        elif step is not None:
+            self.out.begin(None, None)
+            step(self, event, event.get("output_index"))
+        elif kind in ("response.completed", "response.incomplete", "response.failed",
+                      "response.cancelled"):
+            self.terminal(mapping(event.get("response")), kind.removeprefix("response."))
+        elif kind == "error":
+            raise fault_of(event.get("error") or event)
+
+    def begin(self, response: Any) -> None:
+        """The first word about the answer."""
+        response = mapping(response)
+        self.out.begin(response.get("id"), response.get("model"), response.get("created_at"))
+
+    # -- text
+
+    def part_added(self, event: Json, index: Any) -> None:
+        """A content part begins."""
+        if mapping(event.get("part")).get("type") in ("output_text", "refusal"):
+            self.text_segment(event, index, text_of(event["part"]["type"]))
+
+    def text_segment(self, event: Json, index: Any, kind: str) -> Segment:
+        """The segment of a content part."""
+        key = (key_of(index), key_of(event.get("content_index")))
+        if key not in self.segments:
+            self.items.setdefault(key[0], "message")
+            refusal = kind == "refusal"
+            self.segments[key] = self.out.open(Segment("refusal" if refusal else "text"))
+        return self.segments[key]
+
+    def text_delta(self, event: Json, index: Any) -> None:
+        """Text goes on."""
+        if text := text_of(event.get("delta")):
+            segment = self.text_segment(event, index, "output_text")
+            if listing(event.get("logprobs")):
+                segment.raw = event["logprobs"]
+            self.out.add(segment, text)
+
+    def text_done(self, event: Json, index: Any) -> None:
+        """A text is whole: what of it was not streamed comes now."""
+        if text := text_of(event.get("text")):
+            self.rest(self.text_segment(event, index, "output_text"), text)
+
+    def refusal_delta(self, event: Json, index: Any) -> None:
+        """A refusal goes on."""
+        if text := text_of(event.get("delta")):
+            self.refused.append(text)
+            self.out.add(self.text_segment(event, index, "refusal"), text)
+
+    def refusal_done(self, event: Json, index: Any) -> None:
+        """A refusal is whole."""
+        if text := text_of(event.get("refusal")):
+            segment = self.text_segment(event, index, "refusal")
+            self.refused.append(self.rest(segment, text))
+
+    def annotation(self, event: Json, index: Any) -> None:
+        """A source of a text."""
+        found = mapping(event.get("annotation"))
+        if found.get("type") == "url_citation" and isinstance(found.get("url"), str):
+            segment = self.text_segment(event, index, "output_text")
+            segment.citations.append(Citation(
+                found["url"], text_of(found.get("title")) or found["url"],
+                number(found.get("start_index")), number(found.get("end_index"))))
+
+    def part_done(self, event: Json, index: Any) -> None:
+        """A content part is whole."""
+        part = mapping(event.get("part"))
+        if part.get("type") not in ("output_text", "refusal"):
+            return
+        self.whole_part(part, {"content_index": event.get("content_index")}, index)
+
+    def whole_part(self, part: Json, event: Json, index: Any) -> None:
+        """A content part with all that is in it."""
+        kind = text_of(part.get("type"))
+        text = text_of(part.get("refusal" if kind == "refusal" else "text"))
+        key = (key_of(index), key_of(event.get("content_index")))
+        if not text and key not in self.segments:
+            return
+        segment = self.text_segment(event, index, kind)
+        if segment.closed:
+            return
+        if not segment.citations:
+            for annotation in listing(part.get("annotations")):
+                self.annotation({**event, "annotation": annotation}, index)
+        if listing(part.get("logprobs")) and not segment.raw:
+            segment.raw = part["logprobs"]
+        new = self.rest(segment, text)
+        if kind == "refusal":
+            self.refused.append(new)
+        self.out.close(segment)
+
+    def rest(self, segment: Segment, text: str) -> str:
+        """Add what `text` has beyond what was streamed; return that."""
+        before = segment.whole()
+        if segment.closed or not text.startswith(before) or len(text) == len(before):
+            return ""
+        self.out.add(segment, text[len(before):])
+        return text[len(before):]
+
+    # -- reasoning
+
+    def thinking_segment(self, index: Any) -> Segment:
+        """The segment of a reasoning item."""
+        key = (key_of(index), "thinking")
+        if key not in self.segments:
+            self.items.setdefault(key[0], "reasoning")
+            self.segments[key] = self.out.open(Segment("thinking"))
+        return self.segments[key]
+
+    def summary_added(self, event: Json, index: Any) -> None:
+        """A further part of a summary begins."""
+        segment = self.segments.get((key_of(index), "thinking"))
+        if segment and segment.text and number(event.get("summary_index")):
+            self.out.add(segment, "\n\n")
+
+    def summary_delta(self, event: Json, index: Any) -> None:
+        """A summary goes on."""
+        if text := text_of(event.get("delta")):
+            self.summaries.add(key_of(index))
+            self.out.add(self.thinking_segment(index), text)
+
+    def raw_delta(self, event: Json, index: Any) -> None:
+        """Raw reasoning goes on, shown while there is no summary."""
+        if key_of(index) not in self.summaries and (text := text_of(event.get("delta"))):
+            self.out.add(self.thinking_segment(index), text)
+
+    def end_reasoning(self, item: Json, index: Any) -> None:
+        """A reasoning item is whole: its carrier closes it."""
+        texts = [text_of(mapping(p).get("text")) for p in listing(item.get("summary"))] or [
+            text_of(mapping(p).get("text")) for p in listing(item.get("content"))]
+        text, sealed = "\n\n".join(filter(None, texts)), text_of(item.get("encrypted_content"))
+        if not text and not sealed and (key_of(index), "thinking") not in self.segments:
+            return
+        segment = self.thinking_segment(index)
+        self.rest(segment, text)
+        segment.thought = ("or", f"{text_of(item.get('id'))}:{sealed}")
+        self.out.close(segment)
+
+    # -- calls
+
+    def item_added(self, event: Json, index: Any) -> None:
+        """An item begins; calls once their name is known."""
+        item, key = mapping(event.get("item")), key_of(index)
+        if key in self.items:
+            return
+        self.items[key] = text_of(item.get("type"))
+        if item.get("type") == "reasoning":
+            return
+        if item.get("name") and item.get("call_id"):
+            self.call_segment(item, index)
+
+    def call_segment(self, item: Json, index: Any) -> Segment | None:
+        """The segment of a call item; None for an item that is no call, or has no name."""
+        key, kind = (key_of(index), "call"), item.get("type")
+        if key in self.segments:
+            return self.segments[key]
+        if kind not in ("function_call", "custom_tool_call") or not item.get("name"):
+            return None
+        name = full_name(text_of(item.get("namespace")), text_of(item["name"]))
+        self.has_call = True
+        self.segments[key] = self.out.open(Segment(
+            "custom" if kind == "custom_tool_call" else "call", text_of(item.get("call_id")), name))
+        return self.segments[key]
+
+    def call_delta(self, event: Json, index: Any) -> None:
+        """Arguments go on."""
+        segment = self.segments.get((key_of(index), "call"))
+        if segment and (text := text_of(event.get("delta"))):
+            self.out.add(segment, text)
+
+    def call_done(self, event: Json, index: Any) -> None:
+        """Arguments are whole."""
+        segment = self.segments.get((key_of(index), "call"))
+        text = text_of(event.get("arguments")) or text_of(event.get("input"))
+        if segment and text not in ("", "{}"):
+            self.rest(segment, text)
+
+    def item_done(self, event: Json, index: Any) -> None:
+        """An item is whole, whether or not it was seen to begin."""
+        item, key = mapping(event.get("item")), key_of(index)
+        kind = text_of(item.get("type"))
+        if self.items.get(key) == "":
+            return
+        self.items[key] = ""
+        if kind == "reasoning":
+            self.end_reasoning(item, index)
+        elif kind == "message":
+            for k, part in enumerate(map(mapping, listing(item.get("content")))):
+                if part.get("type") in ("output_text", "refusal"):
+                    self.whole_part(part, {"content_index": k}, index)
+            self.close_all(key)
+        elif (segment := self.call_segment(item, index)) is not None:
+            text = text_of(item.get("arguments")) or text_of(item.get("input"))
+            if text not in ("", "{}"):
+                self.rest(segment, text)
+            self.out.close(segment)
+        elif kind == "web_search_call" and self.ctx.web_search:
+            self.out.close(self.out.open(Segment("search", text_of(item.get("id")), raw=item)))
+
+    def close_all(self, key: Any = ABSENT) -> None:
+        """End the open segments of an item, or of all."""
+        for (index, _), segment in self.segments.items():
+            if key is ABSENT or index == key:
+                self.out.close(segment)
+
+    # -- the end
+
+    def terminal(self, response: Json, kind: str) -> None:
+        """The last word: items that were never seen, usage, and why it ended."""
+        self.begin(response)
+        if kind in ("completed", "incomplete"):
+            for i, item in enumerate(map(mapping, listing(response.get("output")))):
+                if self.items.get(i) != "":
+                    cut = item.get("status") == "incomplete" and "call" in text_of(item.get("type"))
+                    if not (cut and not is_object(text_of(item.get("arguments")))):
+                        self.item_done({"item": item}, i)
+        self.out.usage = responses_usage(response.get("usage"))
+        error = mapping(response.get("error"))
+        if kind in ("failed", "cancelled") and error.get("code") not in REFUSAL_CODES:
+            raise fault_of(error or {"message": f"the provider's answer has status {kind}"})
+        self.close_all()
+        self.out.finish(self.stop_of(response, kind, error))
+
+    def stop_of(self, response: Json, kind: str, error: Json) -> Stop:
+        """Why the answer ended."""
+        if kind == "failed":
+            category = "cyber" if error.get("code") == "cyber_policy" else None
+            return Stop("refusal", text_of(error.get("message")) or None, category)
+        reason = mapping(response.get("incomplete_details")).get("reason")
+        if kind == "incomplete" and reason != "steered":
+            return Stop("filter" if reason == "content_filter" else "length")
+        if self.has_call:
+            return Stop("tool")
+        if refused := "".join(self.refused):
+            return Stop("refusal", refused)
+        return Stop("pause" if response.get("end_turn") is False else "end")
+
+    def end(self, done: bool = False) -> None:
+        """The stream ended before its terminal event."""
+        raise cut_short("response.completed")
+
+
+RESPONSES_STEPS: dict[str, Callable[[ResponsesReader, Json, Any], None]] = {
+    "response.content_part.added": ResponsesReader.part_added,
+    "response.content_part.done": ResponsesReader.part_done,
+    "response.output_text.delta": ResponsesReader.text_delta,
+    "response.output_text.done": ResponsesReader.text_done,
+    "response.output_text.annotation.added": ResponsesReader.annotation,
+    "response.refusal.delta": ResponsesReader.refusal_delta,
+    "response.refusal.done": ResponsesReader.refusal_done,
+    "response.reasoning_summary_part.added": ResponsesReader.summary_added,
+    "response.reasoning_summary_text.delta": ResponsesReader.summary_delta,
+    "response.reasoning_text.delta": ResponsesReader.raw_delta,
+    "response.reasoning.delta": ResponsesReader.raw_delta,
+    "response.function_call_arguments.delta": ResponsesReader.call_delta,
+    "response.function_call_arguments.done": ResponsesReader.call_done,
+    "response.custom_tool_call_input.delta": ResponsesReader.call_delta,
+    "response.custom_tool_call_input.done": ResponsesReader.call_done,
+    "response.output_item.added": ResponsesReader.item_added,
+    "response.output_item.done": ResponsesReader.item_done,
+}
+
+
+def responses_usage(usage: Any) -> Usage | None:
+    """Usage as the Responses API counts it."""
+    if not isinstance(usage, dict):
+        return None
+    sent, got = mapping(usage.get("input_tokens_details")), mapping(
+        usage.get("output_tokens_details"))
+    reasoning = got.get("reasoning_tokens")
+    return Usage(number(usage.get("input_tokens")), number(sent.get("cached_tokens")),
+                 number(sent.get("cache_write_tokens")), number(usage.get("output_tokens")),
+                 None if reasoning is None else number(reasoning))
+
+# -- writing Responses (translation-responses.md 2.2, 2.3, 4.2, 4.3) ---------
+
+STRING_PIECE = re.compile(
+    r'(?:[^"\\\ud800-\udfff]|\\(?:["\\/bfnrt]|u(?![dD][89a-fA-F])[0-9a-fA-F]{4}'
+    r'|u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}))*')
+INPUT_BEGINS = re.compile(r'\s*\{\s*"input"\s*:\s*"')
+
+
+class InputDecoder:
+    """Takes the text out of {"input": "..."} while it comes in (translation-responses.md 2.3.3)."""
+
+    __slots__ = ("began", "ended", "off", "rest", "sent")
+
+    def __init__(self) -> None:
+        self.rest, self.sent = "", cast("list[str]", [])
+        self.began = self.ended = self.off = False
+
+    def feed(self, text: str) -> str:
+        """What can be said of the text with one more fragment."""
+        if self.off or self.ended:
+            return ""
+        self.rest += text
+        if not self.began:
+            match = INPUT_BEGINS.match(self.rest)
+            if not match:
+                self.off = len(self.rest) > 64 or (bool(self.rest.strip()) and not \
+                    '{"input":"'.startswith(re.sub(r"\s", "", self.rest)))
+                return ""
+            self.began, self.rest = True, self.rest[match.end():]
+        piece = STRING_PIECE.match(self.rest)
+        assert piece
+        self.rest = self.rest[piece.end():]
+        self.ended = self.rest.startswith('"')
+        found: str = LOOSE_DECODER.decode(f'"{piece[0]}"') if piece[0] else ""
+        if found:
+            self.sent.append(found)
+        return found
+
+    def close(self, whole: str) -> tuple[str, str]:
+        """The input by all the arguments, and what of it was not said yet."""
+        sent, value = "".join(self.sent), loose_json(whole)
+        if isinstance(value, dict):
+            found = value.get("input")
+            if not isinstance(found, str):
+                texts = [v for v in value.values() if isinstance(v, str)]
+                found = texts[0] if len(value) == 1 and texts else compact(value)
+        else:
+            found = whole if not self.began else sent
+        return (found, found[len(sent):]) if found.startswith(sent) else (sent, "")
+
+
+# What restores the calls of built-in tools from their arguments: item type and member.
+def shell_action(input: Json) -> Json | None:
+    """The action of a local_shell_call."""
+    command = input.get("command")
+    if not isinstance(command, list) or not all(isinstance(c, str) for c in command):
+        return None
+    return {"action": {"type": "exec", "command": command, "env": mapping(input.get("env")),
+                       "timeout_ms": input.get("timeout_ms"),
+                       "working_directory": input.get("workdir"), "user": None}}
+
+
+def commands_action(input: Json) -> Json | None:
+    """The action of a shell_call."""
+    commands = input.get("commands")
+    if not isinstance(commands, list) or not all(isinstance(c, str) for c in commands):
+        return None
+    return {"action": {"commands": commands, "timeout_ms": input.get("timeout_ms"),
+                       "max_output_length": input.get("max_output_length")}}
+
+
+def patch_operation(input: Json) -> Json | None:
+    """The operation of an apply_patch_call."""
+    if not all(isinstance(input.get(key), str) for key in ("type", "path")):
+        return None
+    return {"operation": {key: input[key] for key in ("type", "path", "diff") if key in input}}
+
+
+def search_arguments(input: Json) -> Json | None:
+    """The arguments of a tool_search_call."""
+    return {"arguments": input, "execution": "client"}
+
+
+class CallForm(NamedTuple):
+    """How a tool call looks to a Responses client."""
+
+    type: str
+    prefix: str  # of item ids
+    restore: Callable[[Json], Json | None] | None = None
+
+
+CALL_FORMS = {
+    "function": CallForm("function_call", "fc"),
+    "custom": CallForm("custom_tool_call", "ctc"),
+    "local_shell": CallForm("local_shell_call", "lsh", shell_action),
+    "shell": CallForm("shell_call", "sh", commands_action),
+    "apply_patch": CallForm("apply_patch_call", "apc", patch_operation),
+    "tool_search": CallForm("tool_search_call", "ts", search_arguments),
+}
+
+
+class ResponsesWriter(Writer):
+    """Writes the stream of a Responses client, and with its last event the whole answer."""
+
+    def __init__(self, ctx: Context) -> None:
+        super().__init__(ctx)
+        self.sequence = 0
+        self.output: list[Json] = []
+        self.message: Json | None = None  # the open message item
+        self.message_index = 0
+        self.blocks: list[Json] = []  # opaque ones that await their carrier
+        self.search: tuple[Json, int] | None = None
+        self.held: list[Segment] = []  # calls whose arguments are no JSON
+        self.base: Json = {}
+
+    def emit(self, type_: str, **more: Any) -> None:
+        """One event, numbered."""
+        more["type"] = type_
+        more["sequence_number"] = self.sequence
+        self.sequence += 1
+        self.events.append(more)
+
+    def start_answer(self, id: str, model: str, created: int) -> None:
+        """created and in_progress, with what the request said."""
+        ctx = self.ctx
+        self.bare = bare_id(id) or sha(f"{compact(ctx.echo)}{ctx.now}")[:24]
+        provider = id if ctx.provider == MESSAGES.word and id else self.bare
+        self.base = {"id": f"resp_{provider}", "object": "response", "created_at": created,
+                     "completed_at": None, "status": "in_progress", "error": None,
+                     "incomplete_details": None, **(ctx.echo or ECHOED), "model": model,
+                     "output": [], "usage": None, "store": False, "background": False,
+                     "previous_response_id": None}
+        self.emit("response.created", response=self.base)
+        self.emit("response.in_progress", response=self.base)
+
+    def item_id(self, prefix: str, index: int) -> str:
+        """The id of an item, within 64 characters."""
+        id = f"{prefix}_{self.bare}_{index}"
+        return id if len(id) <= 64 else f"{id[:43]}_{sha(id)[:20]}"
+
+    def add_item(self, item: Json) -> int:
+        """A new item's place in the output."""
+        self.output.append(item)
+        return len(self.output) - 1
+
+    # -- segments
+
+    def start(self, segment: Segment) -> None:
+        """Open what a segment is in, and close what it is not in."""
+        kind = segment.kind
+        if kind not in ("text", "refusal"):
+            self.end_message("completed")
+        if kind != "opaque":
+            self.end_opaque()
+        if kind in ("text", "refusal"):
+            self.start_part(segment)
+        elif kind == "thinking":
+            segment.index = self.add_item(item := {
+                "id": "", "type": "reasoning", "summary": [], "status": "in_progress"})
+            item["id"] = self.item_id("rs", segment.index)
+            self.emit("response.output_item.added", output_index=segment.index, item=dict(item))
+            segment.item = item
+        elif kind in ("call", "custom"):
+            self.start_call(segment)
+
+    def start_part(self, segment: Segment) -> None:
+        """A content part, in a message that is opened for it if none is."""
+        if segment.kind == "refusal" and not segment.text and not segment.live:
+            return
+        if self.message is None:
+            self.message_index = self.add_item({})
+            self.message = {"id": self.item_id("msg", self.message_index), "type": "message",
+                            "role": "assistant", "status": "in_progress", "content": []}
+            self.output[self.message_index] = self.message
+            self.emit("response.output_item.added", output_index=self.message_index,
+                      item={**self.message, "content": []})
+        segment.index, segment.item = len(self.message["content"]), self.message
+        part: Json = ({"type": "refusal", "refusal": ""} if segment.kind == "refusal" else
+                      {"type": "output_text", "text": "", "annotations": [], "logprobs": []})
+        self.message["content"].append(part)
+        self.emit("response.content_part.added", item_id=self.message["id"],
+                  output_index=self.message_index, content_index=segment.index, part=dict(part))
+
+    def start_call(self, segment: Segment) -> None:
+        """A call item; those of built-in tools are held until they are whole."""
+        self.calls += 1
+        tool = self.tool_of(segment.name)
+        kind = tool.kind if tool else "custom" if segment.kind == "custom" else "function"
+        form = CALL_FORMS.get(kind, CALL_FORMS["function"])
+        segment.index = self.add_item({})
+        item: Json = {"id": self.item_id(form.prefix, segment.index), "type": form.type,
+                      "status": "in_progress", "call_id": self.call_id(segment)}
+        if form.restore is None:
+            item["name"] = tool.name if tool else segment.name
+            if tool and tool.space:
+                item["namespace"] = tool.space
+            item["input" if form.type == "custom_tool_call" else "arguments"] = ""
+            self.emit("response.output_item.added", output_index=segment.index, item=dict(item))
+        if form.type == "custom_tool_call" and segment.kind == "call":
+            segment.decoder = InputDecoder()
+        segment.item = self.output[segment.index] = item
+
+    def tool_of(self, name: str) -> Tool | None:
+        """The declared tool of a name that the model used, whatever the case of its letters."""
+        if name in self.ctx.tools:
+            return self.ctx.tools[name]
+        alike = [tool for wire, tool in self.ctx.tools.items() if wire.lower() == name.lower()]
+        return alike[0] if len(alike) == 1 else None
+
+    def call_id(self, segment: Segment) -> str:
+        """The provider's id of a call; a new one where it has none, or used it before."""
+        ids = self.ctx.ids
+        id = segment.id
+        if self.ctx.provider == CHAT.word and (not id or id in ids):
+            id = "call_" + sha(f"{self.base['id']}{segment.index}")[:24]
+        ids.add(id)
+        return id
+
+    def write(self, segment: Segment, text: str) -> None:
+        """A delta of whatever is open."""
+        kind = segment.kind
+        if kind == "text":
+            logprobs, segment.raw = segment.raw or [], None
+            if logprobs:
+                segment.item["content"][segment.index]["logprobs"] += logprobs
+            self.emit("response.output_text.delta", item_id=segment.item["id"],
+                      output_index=self.message_index, content_index=segment.index,
+                      delta=text, logprobs=logprobs)
+        elif kind == "thinking":
+            if not segment.shown:
+                segment.shown = True
+                self.emit("response.reasoning_summary_part.added", item_id=segment.item["id"],
+                          output_index=segment.index, summary_index=0,
+                          part={"type": "summary_text", "text": ""})
+            self.emit("response.reasoning_summary_text.delta", item_id=segment.item["id"],
+                      output_index=segment.index, summary_index=0, delta=text)
+        elif kind == "refusal":
+            self.emit("response.refusal.delta", item_id=segment.item["id"],
+                      output_index=self.message_index, content_index=segment.index, delta=text)
+        elif kind in ("call", "custom"):
+            self.write_call(segment, text)
+
+    def write_call(self, segment: Segment, text: str) -> None:
+        """A delta of arguments or input."""
+        name = {"function_call": "function_call_arguments",
+                "custom_tool_call": "custom_tool_call_input"}.get(segment.item["type"])
+        if segment.decoder:
+            text = segment.decoder.feed(text)
+        if name and text:
+            self.emit(f"response.{name}.delta", item_id=segment.item["id"],
+                      output_index=segment.index, delta=text)
+
+    def stop(self, segment: Segment) -> None:
+        """The events that make a segment whole."""
+        kind = segment.kind
+        if kind in ("text", "refusal"):
+            self.stop_part(segment)
+        elif kind == "thinking":
+            self.stop_thinking(segment)
+        elif kind in ("call", "custom"):
+            whole = segment.whole()
+            if kind == "call" and not isinstance(loose_json(whole), dict):
+                self.held.append(segment)  # done if the answer ends well, cut off if not
+            else:
+                self.stop_call(segment)
+        elif kind == "opaque":
+            self.stop_opaque(mapping(segment.raw))
+
+    def stop_part(self, segment: Segment) -> None:
+        """A content part is whole."""
+        text, item = segment.whole(), segment.item
+        where: Json = {"item_id": item["id"], "output_index": self.message_index,
+                       "content_index": segment.index}
+        part = item["content"][segment.index]
+        if segment.kind == "refusal":
+            part["refusal"] = text
+            self.emit("response.refusal.done", **where, refusal=text)
+        else:
+            part["text"] = text
+            for k, found in enumerate(segment.citations):
+                annotation = {"type": "url_citation", "url": found.url, "title": found.title,
+                              "start_index": found.start or 0,
+                              "end_index": len(text) if found.end is None else found.end}
+                part["annotations"].append(annotation)
+                self.emit("response.output_text.annotation.added", **where, annotation_index=k,
+                          annotation=annotation)
+            self.emit("response.output_text.done", **where, text=text, logprobs=part["logprobs"])
+        self.emit("response.content_part.done", **where, part=part)
+
+    def stop_thinking(self, segment: Segment) -> None:
+        """A reasoning item is whole, with its carrier."""
+        text, item = segment.whole(), segment.item
+        where = {"item_id": item["id"], "output_index": segment.index, "summary_index": 0}
+        part = {"type": "summary_text", "text": text}
+        if segment.shown:
+            self.emit("response.reasoning_summary_text.done", **where, text=text)
+            self.emit("response.reasoning_summary_part.done", **where, part=part)
+        item["summary"] = [part] if text else []
+        item["encrypted_content"] = self.sealed(segment, text)
+        item["status"] = "completed"
+        self.emit("response.output_item.done", output_index=segment.index, item=item)
+
+    def sealed(self, segment: Segment, text: str) -> str | None:
+        """The carrier of a reasoning segment; None where nothing could be sent back."""
+        kind, body = segment.thought or ("at", "")
+        if kind == "at" and not body and not self.ctx.caps.lenient_thinking:
+            return None
+        return seal(kind, pack(body) if kind == "cd" else body, text, self.ctx)
+
+    def stop_call(self, segment: Segment, status: str = "completed") -> None:
+        """A call is whole; one that was cut off gets no done events, for clients run those."""
+        item, whole = segment.item, segment.whole()
+        form = next(f for f in CALL_FORMS.values() if f.type == item["type"])
+        item["status"] = status
+        if form.restore:
+            self.restore(segment, form)
+            return
+        where = {"item_id": item["id"], "output_index": segment.index}
+        if item["type"] == "custom_tool_call":
+            more = ""
+            item["input"] = whole
+            if segment.decoder:
+                item["input"], more = segment.decoder.close(whole)
+            if status != "completed":
+                return
+            if more:
+                self.emit("response.custom_tool_call_input.delta", **where, delta=more)
+            self.emit("response.custom_tool_call_input.done", **where, input=item["input"])
+        else:
+            item["arguments"] = whole
+            if status != "completed":
+                return
+            self.emit("response.function_call_arguments.done", **where, arguments=whole,
+                      name=item["name"])
+        self.emit("response.output_item.done", output_index=segment.index, item=item)
+
+    def restore(self, segment: Segment, form: CallForm) -> None:
+        """The call of a built-in tool; a plain function call where its arguments do not fit."""
+        item, whole = segment.item, segment.whole()
+        value = loose_json(whole)
+        found = form.restore(value) if form.restore and isinstance(value, dict) else None
+        if found is None:
+            item.update(type="function_call", name=segment.name, arguments=whole,
+                        id=self.item_id("fc", segment.index))
+            found = {}
+        item.update(found)
+        if item["status"] == "completed":
+            self.emit("response.output_item.added", output_index=segment.index,
+                      item={**item, "status": "in_progress"})
+            self.emit("response.output_item.done", output_index=segment.index, item=item)
+
+    def end_message(self, status: str) -> None:
+        """The open message is whole."""
+        if self.message is not None:
+            self.message["status"] = status
+            self.emit("response.output_item.done", output_index=self.message_index,
+                      item=self.message)
+            self.message = None
+
+    # -- blocks that nobody else knows
+
+    def stop_opaque(self, block: Json) -> None:
+        """Keep a block for its carrier; a web search is shown."""
+        self.blocks.append(block)
+        kind = block.get("type")
+        if kind == "server_tool_use" and block.get("name") == "web_search":
+            index = self.add_item({})
+            item: Json = {"id": self.item_id("ws", index), "type": "web_search_call",
+                          "status": "in_progress"}
+            self.output[index] = item
+            self.emit("response.output_item.added", output_index=index, item=dict(item))
+            for step in ("in_progress", "searching"):
+                self.emit(f"response.web_search_call.{step}", item_id=item["id"],
+                          output_index=index)
+            query = text_of(mapping(block.get("input")).get("query"))
+            item["action"] = {"type": "search", "query": query, "queries": [query], "sources": []}
+            self.search = item, index
+        elif kind == "web_search_tool_result" and self.search:
+            content = block.get("content")
+            self.search[0]["action"]["sources"] = [
+                {"type": "url", "url": entry["url"]} for entry in map(mapping, listing(content))
+                if isinstance(entry.get("url"), str)]
+            self.end_search("completed" if isinstance(content, list) else "failed")
+
+    def end_search(self, status: str) -> None:
+        """A web search is over."""
+        if self.search:
+            item, index = self.search
+            self.search, item["status"] = None, status
+            if status == "completed":
+                self.emit("response.web_search_call.completed", item_id=item["id"],
+                          output_index=index)
+            self.emit("response.output_item.done", output_index=index, item=item)
+
+    def end_opaque(self) -> None:
+        """The carrier of the blocks that were kept."""
+        if self.blocks:
+            self.end_search("failed")
+            blocks, self.blocks = self.blocks, []
+            index = self.add_item({})
+            item = {"id": self.item_id("rs", index), "type": "reasoning", "summary": [],
+                    "encrypted_content": seal("ab", pack(blocks), "", self.ctx),
+                    "status": "completed"}
+            self.output[index] = item
+            self.emit("response.output_item.added", output_index=index,
+                      item={**item, "encrypted_content": None, "status": "in_progress"})
+            self.emit("response.output_item.done", output_index=index, item=item)
+
+    # -- the end
+
+    def finish(self, stop: Stop) -> None:
+        """The terminal event, with the whole answer."""
+        reason = stop.reason
+        cut = reason in ("length", "context", "filter")
+        if reason != "refusal":
+            self.end_opaque()
+        for segment in self.held:
+            self.stop_call(segment, "incomplete" if cut else "completed")
+        if reason != "refusal":
+            self.end_message("incomplete" if cut else "completed")
+        if cut and self.output:
+            self.output[-1]["status"] = "incomplete"
+        status = "failed" if reason == "refusal" else "incomplete" if cut else "completed"
+        more: Json = {"status": status}
+        if status == "completed":
+            more["completed_at"] = self.ctx.now
+        if cut:
+            more["incomplete_details"] = {
+                "reason": "content_filter" if reason == "filter" else "max_output_tokens"}
+        if reason == "refusal":
+            about = f" (category {stop.category})" if stop.category else ""
+            more["error"] = {"code": "invalid_prompt", "message":
+                             stop.text or f"The model refused to answer{about}."}
+        if reason == "pause":
+            more["end_turn"] = False
+        if self.usage and self.usage.tier:
+            tiers = {"standard": "default", "priority": "priority"}
+            more["service_tier"] = tiers.get(self.usage.tier, self.base["service_tier"])
+        self.base = {**self.base, **more, "output": self.output,
+                     "usage": responses_counts(self.usage)}
+        self.emit(f"response.{status}", response=self.base)
+        self.done = True
+
+    def fail(self, error: ProxyError) -> None:
+        """response.failed, with what there is; the transport sends the error event behind it."""
+        if not self.begun:
+            return
+        for segment in (*self.held, *(s for s in self.queue if s.live)):
+            if segment.kind in ("call", "custom") and segment.item:
+                self.stop_call(segment, "incomplete")
+            elif segment.kind == "thinking":
+                text = segment.whole()
+                segment.item["summary"] = [{"type": "summary_text", "text": text}] if text else []
+            elif segment.kind in ("text", "refusal") and segment.item:
+                part = segment.item["content"][segment.index]
+                part["refusal" if segment.kind == "refusal" else "text"] = segment.whole()
+        for item in self.output:
+            if item.get("status") == "in_progress":
+                item["status"] = "incomplete"
+        told = native_error(error, RESPONSES)["error"]
+        self.base = {**self.base, "status": "failed", "output": [i for i in self.output if i],
+                     "error": {"code": told["code"] or "server_error", "message": error.message}}
+        self.emit("response.failed", response=self.base)
+        error.events = self.events
+
+
+def responses_counts(usage: Usage | None) -> Json | None:
+    """Usage as a Responses client counts it."""
+    if usage is None:
+        return None
+    return {"input_tokens": usage.input,
+            "input_tokens_details": {"cached_tokens": usage.cached,
+                                     "cache_write_tokens": usage.written},
+            "output_tokens": usage.output,
+            "output_tokens_details": {"reasoning_tokens": usage.reasoning or 0},
+            "total_tokens": usage.input + usage.output}
+
+
+# -- writing Chat Completions (translation-chat.md 2.9, 2.10) ----------------
+
+class ChatWriter(Writer):
+    """Writes the stream of a Chat Completions client."""
+
+    serial = False  # the index of a tool call tells fragments apart
+
+    def __init__(self, ctx: Context) -> None:
+        super().__init__(ctx)
+        self.base: Json = {}
+        self.annotations: list[Json] = []
+        self.entries = 0  # of reasoning_details
+        self.thought = self.opaque = False  # whether reasoning, or blocks of a server, came
+        self.refusal: list[str] = []
+        self.searched = 0  # characters in which citations were looked for
+
+    def emit(self, delta: Json, finish: str | None = None, logprobs: Any = None) -> None:
+        """One chunk."""
+        self.events.append({**self.base, "choices": [
+            {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}]})
+
+    def start_answer(self, id: str, model: str, created: int) -> None:
+        """The only chunk with a role: SDKs join the strings of all."""
+        bare = bare_id(id) or sha(f"{self.ctx.model}{created}")[:24]
+        keep_ = id if self.ctx.provider == MESSAGES.word and id else bare
+        prefix = "chatcmpl_" if self.ctx.provider == MESSAGES.word else "chatcmpl-"
+        self.base = {"id": prefix + keep_, "object": "chat.completion.chunk", "created": created,
+                     "model": model, "system_fingerprint": None}
+        if self.ctx.include_usage and self.ctx.stream:
+            self.base["usage"] = None
+        self.emit({"role": "assistant", "content": ""})
+
+    def start(self, segment: Segment) -> None:
+        """Calls are announced; other segments begin with their text."""
+        kind = segment.kind
+        segment.at = (self.characters, self.calls)
+        if kind == "opaque":
+            block = mapping(segment.raw)
+            self.opaque = self.opaque or block.get("type") in ("server_tool_use", "mcp_tool_use")
+        elif kind in ("call", "custom"):
+            tool = self.ctx.tools.get(segment.name)
+            segment.name = tool.name if tool else segment.name
+            segment.index = self.calls
+            self.calls += 1
+            if tool and tool.kind == "custom" and kind == "call":
+                segment.kind = "held"
+            elif self.ctx.legacy:
+                if segment.index == 0:
+                    self.emit({"function_call": {"name": segment.name, "arguments": ""}})
+            else:
+                key, text = ("custom", "input") if kind == "custom" else ("function", "arguments")
+                self.emit({"tool_calls": [{"index": segment.index, "id": segment.id, "type": key,
+                                           key: {"name": segment.name, text: ""}}]})
+
+    def write(self, segment: Segment, text: str) -> None:
+        """A piece of a segment."""
+        kind = segment.kind
+        if kind == "text":
+            self.characters += len(text)
+            logprobs, segment.raw = segment.raw, None
+            self.emit({"content": text}, None,
+                      {"content": logprobs, "refusal": None} if logprobs else None)
+        elif kind == "thinking":
+            if self.thought and not segment.shown:
+                self.emit({"reasoning_content": "\n\n" + text})
+            else:
+                self.emit({"reasoning_content": text})
+            self.thought = segment.shown = True
+        elif kind == "refusal":
+            self.refusal.append(text)
+        elif kind == "call" and self.ctx.legacy:
+            if segment.index == 0:
+                self.emit({"function_call": {"arguments": text}})
+        elif kind in ("call", "custom"):
+            key, name = ("custom", "input") if kind == "custom" else ("function", "arguments")
+            self.emit({"tool_calls": [{"index": segment.index, key: {name: text}}]})
+
+    def stop(self, segment: Segment) -> None:
+        """A reasoning block leaves its opaque part, a text its sources."""
+        if segment.kind == "thinking" and segment.thought and not self.opaque:
+            self.leave_detail(segment)
+        elif segment.kind == "text":
+            self.cite(segment)
+        elif segment.kind == "held":
+            whole = segment.whole()
+            text, _ = InputDecoder().close(whole)
+            self.emit({"tool_calls": [{"index": segment.index, "id": segment.id, "type": "custom",
+                                       "custom": {"name": segment.name, "input": text}}]})
+
+    def leave_detail(self, segment: Segment) -> None:
+        """One entry of reasoning_details, whole: SDKs join strings of the same index."""
+        kind, body = segment.thought or ("", "")
+        entry: Json = {"type": "reasoning.text", "text": segment.whole(), "signature": body,
+                       "format": "anthropic-claude-v1"}
+        if kind == "ar":
+            entry = {"type": "reasoning.encrypted", "data": body, "format": "anthropic-claude-v1"}
+        elif kind == "or":
+            id, _, sealed = str(body).partition(":")
+            entry = {"type": "reasoning.encrypted", "id": id, "format": "openai-responses-v1",
+                     "data": seal(kind, str(body), "", self.ctx)}
+            if not sealed:
+                return
+        if not body:
+            return
+        entry["index"] = self.entries
+        entry["x_at"] = f"{segment.at[0]}:{segment.at[1]}"
+        self.entries += 1
+        self.emit({"reasoning_details": [entry]})
+
+    def cite(self, segment: Segment) -> None:
+        """Sources of a text as spans of the whole content."""
+        text, base, at = segment.whole(), segment.at[0], 0
+        for found in segment.citations:
+            start, end = found.start, found.end
+            if start is None or end is None:
+                place = text.find(found.quote, at) if found.quote else -1
+                start, end = (place, place + len(found.quote)) if place >= 0 else (0, len(text))
+                at = end if place >= 0 else at
+            self.annotations.append({"type": "url_citation", "url_citation": {
+                "start_index": base + start, "end_index": base + end, "title": found.title,
+                "url": found.url}})
+
+    def finish(self, stop: Stop) -> None:
+        """Refusal, sources, the reason, usage, [DONE]."""
+        reason, refusal = stop.reason, "".join(self.refusal)
+        if reason == "refusal" and not refusal and not self.characters:
+            refusal = stop.text or "The model declined to answer."
+        if refusal:
+            self.emit({"refusal": refusal})
+        if self.annotations:
+            self.emit({"annotations": self.annotations})
+        called = "function_call" if self.ctx.legacy else "tool_calls"
+        ends = {"length": "length", "context": "length", "pause": "length", "filter":
+                "content_filter", "refusal": "stop"}
+        self.emit({}, ends.get(reason) or (called if self.calls else "stop"))
+        if self.ctx.include_usage and self.usage is not None:
+            self.events.append({**self.base, "choices": [], "usage": chat_counts(self.usage)})
+        self.events.append(DONE)
+        self.done = True
+
+
+def chat_counts(usage: Usage) -> Json:
+    """Usage as a Chat client counts it."""
+    out: Json = {"prompt_tokens": usage.input, "completion_tokens": usage.output,
+                 "total_tokens": usage.input + usage.output,
+                 "prompt_tokens_details": {"cached_tokens": usage.cached,
+                                           "cache_write_tokens": usage.written}}
+    if usage.reasoning is not None:
+        out["completion_tokens_details"] = {"reasoning_tokens": usage.reasoning}
+    return out
+
+
+# -- writing Anthropic Messages (translation-responses.md 3.2, 3.3) ----------
+
+MESSAGES_ENDS = {"end": "end_turn", "tool": "tool_use", "sequence": "stop_sequence",
+                 "length": "max_tokens", "context": "model_context_window_exceeded",
+                 "pause": "pause_turn", "refusal": "refusal", "filter": "refusal"}
+
+
+class MessagesWriter(Writer):
+    """Writes the stream of an Anthropic Messages client."""
+
+    def __init__(self, ctx: Context) -> None:
+        super().__init__(ctx)
+        self.index = -1
+        self.searches = 0
+        self.id = ""
+
+    def emit(self, type_: str, **more: Any) -> None:
+        """One event."""
+        self.events.append({"type": type_, **more})
+
+    def ping(self) -> None:
+        """A sign of life, which has its place behind message_start."""
+        self.begin(None, None)
+        self.emit("ping")
+
+    def start_answer(self, id: str, model: str, created: int) -> None:
+        """message_start; the real numbers come at the end."""
+        self.id = id if self.ctx.provider == RESPONSES.word and id else \
+            "msg_" + (bare_id(id) or sha(f"{self.ctx.model}{created}")[:24])
+        self.emit("message_start", message={
+            "id": self.id, "type": "message", "role": "assistant", "model": model, "content": [],
+            "stop_reason": None, "stop_sequence": None, "stop_details": None,
+            "usage": {"input_tokens": self.ctx.estimate, "cache_creation_input_tokens": 0,
+                      "cache_read_input_tokens": 0, "output_tokens": 0}})
+
+    def block(self, block: Json) -> int:
+        """A content block begins."""
+        self.index += 1
+        self.emit("content_block_start", index=self.index, content_block=block)
+        return self.index
+
+    def delta(self, index: int, kind: str, **more: Any) -> None:
+        """A piece of a block."""
+        self.emit("content_block_delta", index=index, delta={"type": kind, **more})
+
+    def start(self, segment: Segment) -> None:
+        """Text and calls open at once, thinking with its first text."""
+        if segment.kind in ("text", "refusal"):
+            segment.index = self.block({"type": "text", "text": ""})
+        elif segment.kind in ("call", "custom"):
+            self.calls += 1
+            tool = self.ctx.tools.get(segment.name)
+            segment.index = self.block({"type": "tool_use", "id": self.call_id(segment.id),
+                                        "name": tool.name if tool else segment.name, "input": {}})
+            if segment.kind == "custom":
+                self.delta(segment.index, "input_json_delta", partial_json='{"input":"')
+
+    def call_id(self, id: str) -> str:
+        """A provider's call id in Anthropic's alphabet, unused in the conversation."""
+        ids = self.ctx.ids
+        if not SAFE_ID.fullmatch(id) or id in ids:
+            id = encode_id(id, f"{self.id}{self.calls}")
+        ids.add(id)
+        return id
+
+    def write(self, segment: Segment, text: str) -> None:
+        """A piece of a segment."""
+        kind = segment.kind
+        if kind in ("text", "refusal"):
+            self.delta(segment.index, "text_delta", text=text)
+        elif kind == "thinking":
+            if not self.ctx.wants_thinking:
+                return
+            if segment.index < 0:
+                segment.index = self.block({"type": "thinking", "thinking": "", "signature": ""})
+            self.delta(segment.index, "thinking_delta", thinking=text)
+        elif kind == "custom":
+            self.delta(segment.index, "input_json_delta", partial_json=compact(text)[1:-1])
+        elif kind == "call" and self.ctx.caps.tool_arguments != "buffer":
+            self.delta(segment.index, "input_json_delta", partial_json=text)
+
+    def stop(self, segment: Segment) -> None:
+        """The end of a block: a signature, sources, or all that was held."""
+        kind = segment.kind
+        if kind == "thinking":
+            self.stop_thinking(segment)
+        elif kind == "search":
+            self.show_search(mapping(segment.raw))
+        elif kind == "text" and self.ctx.web_search:
+            for found in segment.citations:
+                self.delta(segment.index, "citations_delta", citation={
+                    "type": "web_search_result_location", "url": found.url, "title": found.title,
+                    "cited_text": segment.whole()[found.start:found.end], "encrypted_index": ""})
+        elif kind == "custom":
+            self.delta(segment.index, "input_json_delta", partial_json='"}')
+        elif kind == "call" and self.ctx.caps.tool_arguments == "buffer":
+            self.delta(segment.index, "input_json_delta",
+                       partial_json=compact(parse_arguments(segment.whole())))
+        if segment.index >= 0:
+            self.emit("content_block_stop", index=segment.index)
+
+    def stop_thinking(self, segment: Segment) -> None:
+        """The carrier: as the signature, or as a redacted block where there is no text."""
+        if not self.ctx.wants_thinking:
+            return
+        kind, body = segment.thought or ("", "")
+        sealed = seal(kind, pack(body) if kind == "cd" else str(body), segment.whole(), self.ctx)
+        if segment.index >= 0:
+            self.delta(segment.index, "signature_delta", signature=sealed)
+        elif body and not str(body).endswith(":"):
+            segment.index = self.block({"type": "redacted_thinking", "data": sealed})
+
+    def show_search(self, item: Json) -> None:
+        """A web search as Anthropic shows its own."""
+        action = mapping(item.get("action"))
+        if action.get("type") not in (None, "search"):
+            return
+        self.searches += 1
+        id = "srvtoolu_px_" + to_base64url(text_of(item.get("id")).encode())
+        index = self.block({"type": "server_tool_use", "id": id, "name": "web_search",
+                            "input": {}})
+        query = {"query": text_of(action.get("query"))}
+        self.delta(index, "input_json_delta", partial_json=compact(query))
+        self.emit("content_block_stop", index=index)
+        content: Any = [{"type": "web_search_result", "url": s["url"], "title": s["url"],
+                         "encrypted_content": "", "page_age": None}
+                        for s in map(mapping, listing(action.get("sources")))
+                        if isinstance(s.get("url"), str)]
+        if item.get("status") == "failed":
+            content = {"type": "web_search_tool_result_error", "error_code": "unavailable"}
+        index = self.block({"type": "web_search_tool_result", "tool_use_id": id,
+                            "content": content})
+        self.emit("content_block_stop", index=index)
+
+    def finish(self, stop: Stop) -> None:
+        """message_delta with the real numbers, and message_stop."""
+        reason = "tool" if self.calls and stop.reason in ("end", "refusal") else stop.reason
+        reason = "end" if reason == "tool" and not self.calls else reason
+        delta: Json = {"stop_reason": MESSAGES_ENDS[reason],
+                       "stop_sequence": stop.text if reason == "sequence" else None,
+                       "stop_details": None}
+        if reason in ("refusal", "filter"):
+            delta["stop_details"] = {"type": "refusal", "category": stop.category,
+                                     "explanation": stop.text}
+        self.emit("message_delta", delta=delta, usage=self.counts())
+        self.emit("message_stop")
+        self.done = True
+
+    def counts(self) -> Json:
+        """Usage as Anthropic counts it: never 0, which Claude Code takes for unknown."""
+        usage = self.usage or Usage(input=self.ctx.estimate)
+        out: Json = {"input_tokens": max(1, usage.input - usage.cached - usage.written),
+                     "cache_creation_input_tokens": usage.written,
+                     "cache_read_input_tokens": usage.cached, "output_tokens": usage.output}
+        if usage.reasoning is not None:
+            out["output_tokens_details"] = {"thinking_tokens": usage.reasoning}
+        out["server_tool_use"] = ({"web_search_requests": self.searches, "web_fetch_requests": 0}
+                                  if self.searches else None)
+        out["service_tier"] = {"default": "standard", "priority": "priority"}.get(
+            usage.tier or "")
+        return out
+
+
+
+# ============================================================================
+#  13  Pairs
 # ============================================================================
 # One explicit pair for each (inbound, provider) combination of different
-# protocols, and the only place that knows about pairs. Pure: payload to payload.
+# protocols, and the only place that knows about pairs; how an answer in one
+# piece goes through the stream of its pair. Pure: payload to payload.
 
+# -- an answer in one piece, as the events of its stream ---------------------
+
+def messages_events(body: Json) -> list[Any]:
+    """An Anthropic message as events; an error object is one, too."""
+    if body.get("type") == "error" or ("error" in body and "content" not in body):
+        return [{"type": "error", "error": body.get("error")}]
+    blocks = body.get("content")
+    if not isinstance(blocks, list) or not isinstance(body.get("stop_reason"), str):
+        raise unusable("content and a stop_reason")
+    out: list[Any] = [{"type": "message_start", "message": {**body, "content": []}}]
+    for index, block in enumerate(map(mapping, blocks)):
+        out.append({"type": "content_block_start", "index": index, "content_block": block})
+        out.append({"type": "content_block_stop", "index": index})
+    delta = {key: body.get(key) for key in ("stop_reason", "stop_sequence", "stop_details")}
+    return [*out, {"type": "message_delta", "delta": delta, "usage": {}}, {"type": "message_stop"}]
+
+
+def chat_events(body: Json) -> list[Any]:
+    """A Chat completion as one chunk."""
+    if body.get("error") or body.get("object") == "error":
+        return [body]
+    choices = [c for c in map(mapping, listing(body.get("choices")))
+               if c.get("index") in (0, None)]
+    message = mapping(choices[0].get("message")) if choices else {}
+    reason = text_of(choices[0].get("finish_reason")) if choices else ""
+    said = any(message.get(key) for key in ("content", "tool_calls", "function_call", "refusal",
+                                            "reasoning_content", "reasoning"))
+    if not choices or not (reason or said):
+        raise unusable("choices with a message")
+    calls = [{**mapping(call), "index": k} for k, call in enumerate(
+        listing(message.get("tool_calls")))]
+    choice = {**choices[0], "index": 0, "delta": {**message, "tool_calls": calls},
+              "finish_reason": reason or ("tool_calls" if calls else "stop")}
+    return [{**body, "choices": [choice]}, DONE]
+
+
+def responses_events(body: Json) -> list[Any]:
+    """A Response as its first and last event: the last has all items."""
+    if body.get("error") and not isinstance(body.get("output"), list):
+        return [{"type": "error", "error": body["error"]}]
+    status = body.get("status")
+    if not isinstance(body.get("output"), list) or status not in (
+            None, "completed", "incomplete", "failed", "cancelled"):
+        raise unusable("output and a final status")
+    return [{"type": "response.created", "response": {**body, "output": []}},
+            {"type": f"response.{status or 'completed'}", "response": body}]
+
+
+def unusable(wants: str) -> UpstreamError:
+    """A provider's answer in one piece that cannot be translated."""
+    return UpstreamError(f"the provider's answer has no {wants}", type=UPSTREAM)
+
+
+# -- a client's events, as an answer in one piece ----------------------------
+
+def collect_responses(events: list[Any]) -> Json:
+    """The answer that the terminal event of a Responses stream holds."""
+    body: Json = events[-1]["response"]
+    return body
+
+
+def collect_chat(events: list[Any]) -> Json:
+    """A Chat completion of its chunks."""
+    message: Json = {"role": "assistant", "content": None, "refusal": None}
+    calls: list[Json] = []
+    reason = usage = None
+    logprobs: list[Any] = []
+    for chunk in events:
+        if chunk == DONE:
+            continue
+        usage = chunk.get("usage") or usage
+        for choice in chunk["choices"]:
+            reason = choice["finish_reason"] or reason
+            logprobs += mapping(choice["logprobs"]).get("content") or []
+            delta = choice["delta"]
+            for name in ("content", "refusal", "reasoning_content"):
+                if delta.get(name):
+                    message[name] = (message.get(name) or "") + delta[name]
+            for name in ("annotations", "reasoning_details"):
+                if name in delta:
+                    message[name] = message.get(name, []) + delta[name]
+            for call in delta.get("tool_calls", ()):
+                collect_call(calls, call)
+            if "function_call" in delta:
+                known = message.setdefault("function_call", {"name": "", "arguments": ""})
+                for key, text in delta["function_call"].items():
+                    known[key] += text
+    if calls:
+        message["tool_calls"] = calls
+    first = next(chunk for chunk in events if chunk != DONE)
+    found = {"content": logprobs, "refusal": None} if logprobs else None
+    return {"id": first["id"], "object": "chat.completion", "created": first["created"],
+            "model": first["model"], "choices": [{
+                "index": 0, "message": message, "logprobs": found, "finish_reason": reason}],
+            "usage": usage, "system_fingerprint": None}
+
+
+def collect_call(calls: list[Json], part: Json) -> None:
+    """A fragment of a tool call joins its call."""
+    part = dict(part)
+    if part.pop("index") == len(calls):
+        calls.append({"id": part["id"], "type": part["type"],
+                      part["type"]: {**part[part["type"]]}})
+        return
+    kind = calls[-1]["type"]
+    for call in calls:
+        kind = call["type"]
+    inner = calls[-1][kind]
+    for key, text in part[kind].items():
+        inner[key] = inner.get(key, "") + text
+
+
+def collect_messages(events: list[Any]) -> Json:
+    """An Anthropic message of its events."""
+    message: Json = {}
+    arguments: dict[int, list[str]] = {}
+    content: list[Json] = []
+    for event in events:
+        kind = event["type"]
+        if kind == "message_start":
+            message = {**event["message"], "content": content}
+        elif kind == "content_block_start":
+            content.append(dict(event["content_block"]))
+        elif kind == "content_block_delta":
+            block, delta = content[event["index"]], event["delta"]
+            if delta["type"] == "input_json_delta":
+                arguments.setdefault(event["index"], []).append(delta["partial_json"])
+            elif delta["type"] == "citations_delta":
+                block["citations"] = [*(block.get("citations") or ()), delta["citation"]]
+            else:
+                name = delta["type"].removesuffix("_delta")
+                block[name] = block[name] + delta[name]
+        elif kind == "message_delta":
+            message |= {**event["delta"], "usage": {**message["usage"], **event["usage"]}}
+    for index, parts in arguments.items():
+        content[index]["input"] = parse_arguments("".join(parts))
+    for block in content:
+        if block["type"] == "text":
+            block.setdefault("citations", None)
+    return {**message, "container": None}
+
+
+EXPLODE: dict[str, Callable[[Json], list[Any]]] = {
+    "messages": messages_events, "chat": chat_events, "responses": responses_events}
+COLLECT: dict[str, Callable[[list[Any]], Json]] = {
+    "messages": collect_messages, "chat": collect_chat, "responses": collect_responses}
+
+
+def explode(provider: str, body: Any) -> list[Any]:
+    """A provider's answer in one piece as the events of its stream."""
+    if not isinstance(body, dict):
+        raise UpstreamError("the provider's answer is no JSON object", type=UPSTREAM)
+    return EXPLODE[provider](body)
+
+
+def collect(inbound: str, events: list[Any]) -> Json:
+    """A whole stream of a client's events as the answer in one piece."""
+    return COLLECT[inbound](events)
+
+
+# -- the pairs ---------------------------------------------------------------
 
 class Pair(NamedTuple):
     """The three functions of a pair, named by the way the data travels."""
 
-    request: Callable[[Json, Any], Json]
-    response: Callable[[Json, Any], Json]
-    stream: Callable[[Any], Any]
+    request: Callable[[Json, Context], Json]
+    response: Callable[[Any, Context], Json]
+    stream: Callable[[Context], Stream]
 
 
-PAIRS: dict[tuple[str, str], Pair] = {}
+def rewritten(read: Callable[[Json, Context], Ask], write: Callable[[Ask, Context], Json],
+              body: Json, ctx: Context) -> Json:
+    """A request through a reader and a writer."""
+    try:
+        return write(read(body, ctx), ctx)
+    except RecursionError:
+        raise RequestError("the request body is nested too deeply") from None
+
+
+def answered(stream: Stream, body: Any, ctx: Context) -> Json:
+    """An answer in one piece through the stream of its pair."""
+    next(stream)
+    out: list[Any] = []
+    try:
+        for event in [*explode(ctx.provider, body), None]:
+            out += stream.send(event)
+    except StopIteration as stop:
+        return collect(ctx.inbound, out + stop.value)
+    raise cut_short("its end")
+
+
+def responses_to_messages_request(body: Json, ctx: Context) -> Json:
+    """A Responses request for an Anthropic Messages provider."""
+    return rewritten(read_responses, write_messages, body, ctx)
+
+
+def messages_to_responses_stream(ctx: Context) -> Stream:
+    """The stream of an Anthropic Messages provider for a Responses client."""
+    out = ResponsesWriter(ctx)
+    return translated(MessagesReader(out, ctx), out)
+
+
+def messages_to_responses_response(body: Any, ctx: Context) -> Json:
+    """The answer of an Anthropic Messages provider for a Responses client."""
+    return answered(messages_to_responses_stream(ctx), body, ctx)
+
+
+def responses_to_chat_request(body: Json, ctx: Context) -> Json:
+    """A Responses request for a Chat Completions provider."""
+    return rewritten(read_responses, write_chat, body, ctx)
+
+
+def chat_to_responses_stream(ctx: Context) -> Stream:
+    """The stream of a Chat Completions provider for a Responses client."""
+    out = ResponsesWriter(ctx)
+    return translated(ChatReader(out, ctx), out)
+
+
+def chat_to_responses_response(body: Any, ctx: Context) -> Json:
+    """The answer of a Chat Completions provider for a Responses client."""
+    return answered(chat_to_responses_stream(ctx), body, ctx)
+
+
+def chat_to_messages_request(body: Json, ctx: Context) -> Json:
+    """A Chat Completions request for an Anthropic Messages provider."""
+    return rewritten(read_chat, write_messages, body, ctx)
+
+
+def messages_to_chat_stream(ctx: Context) -> Stream:
+    """The stream of an Anthropic Messages provider for a Chat Completions client."""
+    out = ChatWriter(ctx)
+    return translated(MessagesReader(out, ctx), out)
+
+
+def messages_to_chat_response(body: Any, ctx: Context) -> Json:
+    """The answer of an Anthropic Messages provider for a Chat Completions client."""
+    return answered(messages_to_chat_stream(ctx), body, ctx)
+
+
+def messages_to_responses_request(body: Json, ctx: Context) -> Json:
+    """An Anthropic Messages request for a Responses provider."""
+    return rewritten(read_messages, write_responses, body, ctx)
+
+
+def responses_to_messages_stream(ctx: Context) -> Stream:
+    """The stream of a Responses provider for an Anthropic Messages client."""
+    out = MessagesWriter(ctx)
+    return translated(ResponsesReader(out, ctx), out)
+
+
+def responses_to_messages_response(body: Any, ctx: Context) -> Json:
+    """The answer of a Responses provider for an Anthropic Messages client."""
+    return answered(responses_to_messages_stream(ctx), body, ctx)
+
+
+PAIRS: dict[tuple[str, str], Pair] = {
+    ("responses", "messages"): Pair(responses_to_messages_request, messages_to_responses_response,
+                                    messages_to_responses_stream),
+    ("responses", "chat"): Pair(responses_to_chat_request, chat_to_responses_response,
+                                chat_to_responses_stream),
+    ("chat", "messages"): Pair(chat_to_messages_request, messages_to_chat_response,
+                               messages_to_chat_stream),
+    ("messages", "responses"): Pair(messages_to_responses_request, responses_to_messages_response,
+                                    responses_to_messages_stream),
+}
 
 
 def pair_for(inbound: Protocol, provider: Protocol) -> Pair | None:
@@ -2547,7 +8401,7 @@ def pair_for(inbound: Protocol, provider: Protocol) -> Pair | None:
 
 
 # ============================================================================
-#  10  Observation
+#  14  Observation
 # ============================================================================
 # What an exchange tells about itself without its content: hints of a request,
 # usage, outcome, the state of tool calls. Looks at payloads that pass by and
@@ -3164,7 +9018,7 @@ def request_max_tokens(body: Json) -> int | None:
 
 
 # ============================================================================
-#  11  Logs
+#  15  Logs
 # ============================================================================
 # What an operator reads: one line for people or one JSON object for programs
 # per event, never a body, a key, a query or a provider's URL. Rendering is
@@ -3682,7 +9536,7 @@ def start_log(settings: LoggingConfig, stream: Any,
 
 
 # ============================================================================
-#  12  Upstream
+#  16  Upstream
 # ============================================================================
 # Connections to providers: forward proxies, TLS, the pool, one request and its
 # answer's bytes. Knows HTTP, does not know clients, protocols or JSON.
@@ -4225,7 +10079,7 @@ class ResponseBody:
 
 
 # ============================================================================
-#  13  Server
+#  17  Server
 # ============================================================================
 # Client connections: heads, bodies, limits, answers, the end of it all. Knows
 # HTTP and sockets, does not know what requests mean: a handler does.
@@ -4569,7 +10423,7 @@ class Server:
 
 
 # ============================================================================
-#  14  Pipeline
+#  18  Pipeline
 # ============================================================================
 # One request through the four phases: admitted, read, routed, prepared, sent,
 # answered. The only place that joins what the sections above know.
@@ -5169,7 +11023,7 @@ def write_error(connection: Connection, error: ProxyError, style: str,
 
 
 # ============================================================================
-#  15  Demo provider
+#  19  Demo provider
 # ============================================================================
 # A provider that needs no key: it speaks all three protocols over real HTTP,
 # says back what it was told, calls a tool when it is offered one. Its replies
@@ -5475,7 +11329,7 @@ def demo_config(port: int) -> str:
 
 
 # ============================================================================
-#  16  Command line
+#  20  Command line
 # ============================================================================
 # Flags, the banner, signals, and the order in which things start and stop.
 
