@@ -139,6 +139,7 @@ LOG_TEXT_CHARS = 300  # of a provider's error text in a log line
 CHECKED_RESPONSE_BYTES = 8 << 20  # a non-stream answer is held and checked up to this, then relayed
 INFLATE_FREE_BYTES = 1 << 20  # decompressed output that is never suspicious,
 INFLATE_RATIO = 200  # beyond it, output over input (JSON reaches about 40, a bomb 1030)
+DROPPED_NAMES, DROPPED_BYTES = 20, 1000  # in the header that tells what a translation left out
 OBSERVED_THINGS = 4096  # items, calls and so on of one answer that are told apart
 OBSERVED_CHARS = 200  # of a provider's word in a log line
 IDLE_LINKS_PER_ORIGIN = 256  # kept-alive connections to one provider (httpx 20, Go 2, nginx 32-512)
@@ -306,13 +307,15 @@ class ProxyError(Exception):
 
     `code` and `param` appear only where given (a param of None is rendered as null), `fields` are
     extra header lines, `retry` False adds `x-should-retry: false`, which the official SDKs obey.
+    `kind` is the provider's own type of it. `events` are what a client whose stream was translated
+    gets before it.
     """
 
     status, type = 500, INTERNAL
 
     def __init__(self, message: str, *, fix: str = "", status: int = 0, type: str = "",
                  code: str | None = None, param: Any = ABSENT, fields: Sequence[bytes] = (),
-                 retry: bool = True) -> None:
+                 retry: bool = True, kind: str = "", events: Sequence[Json] = ()) -> None:
         self.message = f"{message}; {fix}" if fix else message
         super().__init__(self.message)
         # the provider's own body, where the client knows its shape
@@ -320,6 +323,7 @@ class ProxyError(Exception):
         self.status = status or self.status
         self.type = type or self.type
         self.code, self.param, self.fields, self.retry = code, param, fields, retry
+        self.kind, self.events = kind, events
 
     def payload(self) -> Json:
         """The error object of the `json` format, keys in the order of the contract."""
@@ -381,19 +385,29 @@ OPENAI_TYPES = {401: ("authentication_error", "invalid_api_key"),
                 503: ("overloaded_error", "overloaded"), 504: ("server_error", "timeout"),
                 529: ("overloaded_error", "overloaded")}
 OVERLOADED = (503, 529)
+CONTEXT_CODE = "context_length_exceeded"
 QUOTA_CODES = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
+# Types of both vendors (Anthropic's, OpenAI's) by code, for codes that say more than a status.
+CODE_TYPES = {
+    CONTEXT_CODE: ("invalid_request_error", "invalid_request_error"),
+    "rate_limit_exceeded": ("rate_limit_error", "rate_limit_error"),
+    **dict.fromkeys(QUOTA_CODES, ("billing_error", "insufficient_quota")),
+    **dict.fromkeys(("overloaded", "server_is_overloaded", "slow_down"),
+                    ("overloaded_error", "overloaded_error")),
+}
 
 
 def native_error(error: ProxyError, protocol: Protocol) -> Json:
     """The error body that the SDKs of `protocol` expect."""
     status, client_fault = error.status, 400 <= error.status < 500
+    known = CODE_TYPES.get(error.code or "")
     if protocol is MESSAGES:
         kind = ANTHROPIC_TYPES.get(status, "invalid_request_error" if client_fault else "api_error")
-        if error.code in QUOTA_CODES:
-            kind = "billing_error"
-        return {"type": "error", "error": {"type": kind, "message": error.message}}
+        return {"type": "error", "error": {"type": known[0] if known else kind,
+                                           "message": error.message}}
     kind, code = OPENAI_TYPES.get(
         status, ("invalid_request_error" if client_fault else "server_error", None))
+    kind = known[1] if known else kind
     if status == 404 and "model" in error.message.lower():
         code = "model_not_found"
     if status in OVERLOADED and protocol is RESPONSES:
@@ -418,15 +432,18 @@ def render_error(error: ProxyError, style: str, protocol: Protocol | None) -> tu
 
 
 def render_error_event(error: ProxyError, style: str, protocol: Protocol,
-                       sequence: int | None = None) -> bytes:
+                       sequence: int | None = None, nested: bool = False) -> bytes:
     """The SSE event that tells a client of `protocol` that its stream has failed.
 
-    A Responses client always gets the top-level shape of its own protocol (contract 7.7).
+    A Responses client always gets the top-level shape of its own protocol (contract 7.7); `nested`
+    adds the other one, where openai-python and Zed look.
     """
     if protocol is RESPONSES:
-        param = None if error.param is ABSENT else error.param
+        told = native_error(error, protocol)["error"]
         body: Json = {"type": "error", "sequence_number": sequence, "code": error.code,
-                      "message": error.message, "param": param}
+                      "message": error.message, "param": told.pop("param")}
+        if nested:
+            body["error"] = told
     elif style == "native":
         body = native_error(error, protocol)
         if protocol is CHAT:
@@ -444,9 +461,9 @@ def upstream_error(status: int, body: bytes, fields: Sequence[bytes] = ()) -> Pr
     """
     text = body.decode("utf-8", "replace").strip()
 
-    def failed(kind: str, message: str, **more: Any) -> ProxyError:
+    def failed(type: str, message: str, **more: Any) -> ProxyError:
         retry = not (status == 402 or more.get("code") in QUOTA_CODES)
-        return UpstreamError(message, status=status, type=kind, fields=fields, retry=retry, **more)
+        return UpstreamError(message, status=status, type=type, fields=fields, retry=retry, **more)
 
     if not text:
         return failed(UPSTREAM_EMPTY, f"the provider answered {status} with an empty body")
@@ -465,6 +482,8 @@ def upstream_error(status: int, body: bytes, fields: Sequence[bytes] = ()) -> Pr
     code, more = first_of(value, "/error/code", "/code"), {}
     if isinstance(code, str):
         more["code"] = code
+    kind = first_of(value, "/error/type")
+    more["kind"] = kind if isinstance(kind, str) else ""
     param = first_of(value, "/error/param", "/param")
     if param is not ABSENT and fits(param):
         more["param"] = param
@@ -490,6 +509,73 @@ def first_of(value: Any, *pointers: str) -> Any:
         if at is not ABSENT:
             return at
     return ABSENT
+
+
+# What an error is about whatever its status, found in "status type code message" as providers
+# write them, and the code that clients know it by. A rate limit that ends by itself is no spent
+# quota, and a max_tokens that is too large no prompt that is.
+CAUSES = tuple((code, re.compile(words, re.I | re.S)) for code, words in (
+    (CONTEXT_CODE, r"(?!429 )(?!.*max_(?:completion_)?tokens\W* is too large).*(?:"
+     r"context_length_exceeded|model_max_prompt_tokens_exceeded|exceed_context_size"
+     r"|prompt is too long|exceed context limit|maximum context length|maximum prompt length"
+     r"|available context size|(?:longer than|exceeds?) the (?:model's|maximum model|context)"
+     r" (?:context )?(?:length|window)|exceeds the context window|prompt token count of"
+     r"|input token count|input tokens exceed|exceeded model token limit)"),
+    (QUOTA_CODES[0], rf"402 |.*(?:{'|'.join(QUOTA_CODES)}|exceeded_current_quota|billing_error)"
+     r"|429 (?!.*(?:try again|retry) in\b).*(?:billing|credit)"),
+    ("overloaded", r".*(?:overloaded_error|server_is_overloaded|slow_down|server_busy)"
+     r"|(?:429|5\d\d) .*(?:overloaded|capacity|no healthy upstream)"),
+))
+# Where a text on an overflow has the size of the prompt (N, or N + P) and the limit (M).
+CONTEXT_SIZES = tuple(
+    re.compile(re.sub("([NPM])", r"(?P<\1>[0-9][0-9,]{0,14})", words), re.I | re.S) for words in (
+        r"\bN tokens > M\b",
+        r"context limit: N \+ P > M\b",
+        r"(?:length is|length of|limit of) M tokens.{1,60}?(?:resulted in|requested(?: a total of"
+        r"| about)?|has|contains) N\b",
+        r"\((?:length )?N(?: tokens)?\) .{1,60}?\(?M\b",
+        r"count of N exceeds the limit of M\b",
+        r"length is M\b.{1,60}?contains N\b",
+        r"contains N tokens.{1,60}?model with M\b",
+        r"token limit: M \(requested: N\b",
+        r"(?:context|prompt) (?:length|window|size) (?:is|of) M\b",
+    ))
+
+
+def translated_error(error: ProxyError, protocol: Protocol, estimate: int = 0) -> ProxyError:
+    """A provider's error for a client of another protocol, with the code, and for an overflow the
+    words, that clients of `protocol` react to (translation-chat.md 1.8, -responses.md 1.9).
+
+    `estimate` is our own count of the prompt's tokens, for a provider that does not tell.
+    """
+    said = f"{error.status} {error.kind} {error.code or ''} {error.message}"[:ERROR_TEXT_CHARS]
+    cause = next((code for code, words in CAUSES if words.match(said)), None)
+    message, code = error.message, cause or error.code
+    if cause == CONTEXT_CODE:
+        message = overflow_message(error.message, protocol, estimate)
+    elif cause == "overloaded" and protocol is RESPONSES:
+        code = "server_is_overloaded"
+    return UpstreamError(message, status=error.status, type=error.type, code=code,
+                         param=error.param, fields=error.fields, kind=error.kind,
+                         retry=error.retry and cause != QUOTA_CODES[0], events=error.events)
+
+
+def overflow_message(said: str, protocol: Protocol, estimate: int) -> str:
+    """The words for a prompt that is too long. Claude Code makes room only when it reads exactly
+    these, numbers included; others look for the words of OpenAI."""
+    text = said[:ERROR_TEXT_CHARS]
+    found = next(filter(None, (words.search(text) for words in CONTEXT_SIZES)), None)
+    size = {name: int(digits.replace(",", "")) for name, digits in
+            (found.groupdict() if found else {}).items()}
+    limit, tokens = size.get("M", 0), size.get("N", 0) + size.get("P", 0)
+    if protocol is not MESSAGES and not (limit and tokens):
+        return f"the maximum context length of the model is exceeded: {said}"
+    tokens = max(tokens or estimate, limit + 1, 2)
+    limit = limit or tokens - 1
+    if protocol is MESSAGES:
+        return f"prompt is too long: {tokens} tokens > {limit} maximum"
+    return (f"This model's maximum context length is {limit} tokens. However, your messages"
+            f" resulted in {tokens} tokens. Please reduce the length of the messages.")
 
 
 def joined_detail(value: Any) -> str | None:
