@@ -49,6 +49,7 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import functools
 import gc
@@ -2393,6 +2394,16 @@ NOT_DOWNSTREAM = HOP_BY_HOP | {
 ERROR_FIELDS = frozenset((b"retry-after", b"retry-after-ms", b"x-request-id", b"request-id",
                            b"openai-processing-ms", b"x-should-retry"))
 ERROR_FIELD_PREFIXES = (b"x-ratelimit-", b"anthropic-ratelimit-")
+# What a provider of another protocol is told of a client's headers: who it is and whose trace the
+# request belongs to. The others are options, versions, accounts and sessions of the client's own
+# protocol, which mean nothing there or the wrong thing, or are none of that vendor's business.
+TRANSLATED_FIELDS = frozenset((b"user-agent", b"accept-language", b"traceparent", b"tracestate",
+                               b"x-request-id"))
+# How Anthropic names what OpenAI tells in its headers.
+TO_OPENAI = {b"request-id": b"x-request-id"} | {
+    b"anthropic-ratelimit-%b-%b" % (what, kind): b"x-ratelimit-%b-%b" % (kind, what)
+    for what in (b"requests", b"tokens") for kind in (b"limit", b"remaining", b"reset")}
+TO_ANTHROPIC = {theirs: name for name, theirs in TO_OPENAI.items()}
 
 
 def auth_line(protocol: Protocol, key: str) -> bytes:
@@ -2401,27 +2412,37 @@ def auth_line(protocol: Protocol, key: str) -> bytes:
     return form % key.encode("ascii")
 
 
-def provider_lines(head: RequestHead, protocol: Protocol, fixed: Sequence[bytes],
-                   length: int) -> list[bytes]:
+def provider_lines(head: RequestHead, protocol: Protocol, fixed: Sequence[bytes], length: int,
+                   translated: Sequence[bytes] | None = None) -> list[bytes]:
     """The header lines of a provider request: the client's, but for those that belong to its own
     hop or carry its keys, then ours. `fixed` holds the lines that are the same for each request
-    (host, key)."""
+    (host, key). `translated` are the lines of a translated request, which has few of the client's.
+    """
     values: Mapping[bytes, bytes] = head.values
     dropped = NOT_UPSTREAM
     if b"connection" in values:
         options = connection_options(values)
         dropped, values = (dropped | options,
                            {name: values[name] for name in values.keys() - options})
-    lines = [line for name, _, line in head.fields if name not in dropped]
+    lines = [line for name, _, line in head.fields
+             if name not in dropped and (translated is None or name in TRANSLATED_FIELDS)]
     lines += fixed
     lines.append(b"content-length: %d" % length)
     if b"user-agent" not in values:
         lines.append(b"user-agent: " + USER_AGENT)
-    if b"accept" not in values:
+    if translated is not None:
+        lines += translated
+    elif b"accept" not in values:
         lines.append(b"accept: */*")
-    if protocol is MESSAGES and b"anthropic-version" not in values:
+    if protocol is MESSAGES and (translated is not None or b"anthropic-version" not in values):
         lines.append(b"anthropic-version: " + ANTHROPIC_VERSION)
     return lines
+
+
+def translated_lines(stream: bool, more: Iterable[bytes]) -> list[bytes]:
+    """The header lines that a translated request has of its own."""
+    return [b"content-type: application/json",
+            b"accept: " + (b"text/event-stream" if stream else b"application/json"), *more]
 
 
 def client_lines(head: ResponseHead, decoded: bool) -> list[bytes]:
@@ -2439,6 +2460,68 @@ def error_lines(fields: Iterable[Field]) -> list[bytes]:
     when to retry, ids, rate limits."""
     return [field.line for field in fields
             if field.name in ERROR_FIELDS or field.name.startswith(ERROR_FIELD_PREFIXES)]
+
+
+def mapped_lines(fields: Iterable[Field], inbound: Protocol, provider: Protocol,
+                 now: int) -> list[bytes]:
+    """The header lines of a provider's answer that a client of another protocol gets: when to
+    retry, and its id and rate limits by the names of the client's vendor."""
+    names: dict[bytes, bytes] = {}  # both protocols of OpenAI name them alike
+    kept = {b"date", b"retry-after", b"retry-after-ms", b"x-should-retry"}
+    if MESSAGES in (inbound, provider):
+        names = TO_ANTHROPIC if inbound is MESSAGES else TO_OPENAI
+    else:
+        kept |= ERROR_FIELDS
+    lines = []
+    for name, value, line in fields:
+        if name in names:
+            if b"-reset" in name:
+                value = mapped_reset(value.decode("latin-1"), now)
+            if value:
+                lines.append(b"%b: %b" % (names[name], value))
+        elif name in kept or (not names and name.startswith(b"x-ratelimit-")):
+            lines.append(line)
+    return lines
+
+
+RESET_PART = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ms|[smhd])")
+RESET_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def reset_secs(text: str) -> float | None:
+    """The seconds of a duration as OpenAI writes it, such as 6m0s; None where it is none."""
+    parts = RESET_PART.findall(text[:64])
+    return sum(float(n) * RESET_UNITS[unit] for n, unit in parts) if parts else None
+
+
+def mapped_reset(text: str, now: int) -> bytes:
+    """When a rate limit ends, as the other vendor tells it: OpenAI a duration, Anthropic the time
+    (RFC 3339); b"" for what is neither."""
+    secs = reset_secs(text)
+    if "-" not in text:
+        return b"" if secs is None else time.strftime(
+            "%Y-%m-%dT%H:%M:%SZ", time.gmtime(now + min(secs, 1e9))).encode()
+    try:
+        at = datetime.datetime.fromisoformat(text)
+    except ValueError:
+        return b""
+    return b"%ds" % max(at.replace(tzinfo=at.tzinfo or datetime.UTC).timestamp() - now, 0)
+
+
+DROPPED_FIELD = b"x-proxai-dropped: "
+NOT_PRINTABLE = re.compile(r"[^ -~]")
+
+
+def dropped_lines(paths: Iterable[str]) -> list[bytes]:
+    """The header line that names what a translation left out, cut where there is too much of it."""
+    told = ""
+    for count, path in enumerate(paths):
+        longer = (f"{told}, " if told else "") + NOT_PRINTABLE.sub("?", path[:DROPPED_BYTES])
+        if count == DROPPED_NAMES or len(longer) > DROPPED_BYTES:
+            told += ", ..." if told else "..."
+            break
+        told = longer
+    return [DROPPED_FIELD + told.encode("ascii")] if told else []
 
 
 def is_event_stream(content_type: bytes | None) -> bool:
