@@ -2795,10 +2795,11 @@ class Observed:
 class Exchange:
     """Everything about one request that is told afterwards, in the log and in headers."""
 
-    __slots__ = ("body", "choices", "chunks", "content_type", "down", "encoding", "error",
-                 "head_at", "id", "inbound", "inbound_bytes", "last_byte_at", "method", "model",
-                 "observed", "path", "phase", "provider", "provider_bytes", "provider_protocol",
-                 "rates", "route", "sse", "started", "status", "upstream_model")
+    __slots__ = ("body", "choices", "chunks", "content_type", "down", "dropped", "encoding",
+                 "error", "head_at", "id", "inbound", "inbound_bytes", "last_byte_at", "method",
+                 "model", "observed", "path", "phase", "provider", "provider_bytes",
+                 "provider_protocol", "rates", "route", "sse", "started", "status",
+                 "upstream_model")
 
     def __init__(self, id: int, method: str, path: str, started: float) -> None:
         self.id, self.method, self.path, self.started = id, method, path, started
@@ -2807,7 +2808,7 @@ class Exchange:
         self.provider_protocol: Protocol | None = None
         self.provider = self.model = self.upstream_model = ""
         self.route: str | None = None
-        self.body: Json | None = None  # of the provider request, for hints
+        self.body: Json | None = None  # of the client's request, for hints
         self.choices = 1  # answers that a Chat request asks for
         self.inbound_bytes = self.provider_bytes = 0
         self.status = self.down = self.chunks = 0
@@ -2815,6 +2816,7 @@ class Exchange:
         self.content_type: bytes | None = None
         self.encoding: str | None = None  # the Transfer-Encoding of the answer
         self.sse = False
+        self.dropped = 0  # how many parts a translation has left out, as far as was told
         self.rates: Sequence[Field] = ()
         self.observed: Observed | None = None
         self.error: str | None = None
@@ -3065,6 +3067,16 @@ WATCHERS = {
 COMMON_SPELLINGS = (b'"finish_reason":null', b'"finish_reason": null')
 
 
+# NaN, which local servers write into log probabilities, must not reach a client.
+STREAM_DECODER = json.JSONDecoder(parse_constant=lambda name: None)
+
+
+def not_translatable(name: str, fault: str) -> UpstreamError:
+    """The failure of a stream at an event that no pair can be given."""
+    return UpstreamError(f"stream translation error: the provider sent an event `{brief(name)}`"
+                         f" that {fault}", type=STREAM_TRANSLATION)
+
+
 class StreamObserver:
     """Watches a provider's stream beside its way to the client; `seen` is what it knows so far.
 
@@ -3111,15 +3123,22 @@ class StreamObserver:
             return
         self.opened = True
         if event.data == "[DONE]" and self.watcher.event is observe_chat_event:
-            self.seen.terminal = True
-            self.seen.pending.clear()
+            self.finish()
             return
         try:
             payload = json.loads(event.data)
         except (ValueError, RecursionError):
             return
-        if not isinstance(payload, dict):
-            return
+        if isinstance(payload, dict):
+            self.note(event, payload, now)
+
+    def finish(self) -> None:
+        """The end of a Chat stream."""
+        self.seen.terminal = True
+        self.seen.pending.clear()
+
+    def note(self, event: Event, payload: Json, now: float) -> None:
+        """Take note of an event that is parsed already."""
         kind = payload.get("type")
         kind = kind if isinstance(kind, str) else event.name
         self.watcher.event(self.seen, kind, payload, now)
@@ -3128,6 +3147,44 @@ class StreamObserver:
             self.watcher.event(self.seen, event.name, payload, now)
         if type(payload.get("sequence_number")) is int:
             self.seen.sequence = payload["sequence_number"]
+
+    def payloads(self, data: bytes, now: float) -> Iterator[Any]:
+        """What became whole with `data`, parsed for a translation and looked at on the way: objects
+        with their `type`, and the DONE of a Chat stream. UpstreamError for what is neither."""
+        block = self.splitter.feed(data)
+        if self.splitter.oversize:
+            raise UpstreamError("the provider sent an event larger than server.max_sse_event_bytes",
+                                type=STREAM_TRANSLATION)
+        chat = self.watcher.event is observe_chat_event
+        for frame in split_events(block):
+            event = parse_event(frame)
+            if event is None or event.data.isspace():
+                continue
+            name, text = event
+            if text == DONE:
+                if chat:
+                    self.finish()
+                    yield DONE
+                continue
+            try:
+                payload = STREAM_DECODER.decode(text)
+            except (ValueError, RecursionError) as error:
+                raise not_translatable(name, f"is not JSON: {error}") from None
+            if not isinstance(payload, dict):
+                raise not_translatable(name, "is not a JSON object")
+            if name != "message" and "type" not in payload:
+                payload["type"] = name
+            if not self.opened:
+                self.opened = True
+                if any(spelling in frame for spelling in COMMON_SPELLINGS):
+                    self.markers = self.watcher.markers
+                self.note(event, payload, now)
+            else:
+                for marker in self.markers:
+                    if marker in frame:
+                        self.note(event, payload, now)
+                        break
+            yield payload
 
     def stall_at(self, timeout: float) -> float:
         """When the tool call that has been silent longest has been so for `timeout` seconds."""
@@ -3361,7 +3418,7 @@ def fwd_fields(exchange: Exchange) -> Json:
     """The fields of `fwd`: a provider request is on its way (contract 9.4)."""
     inbound, provider, body = exchange.inbound, exchange.provider_protocol, exchange.body or {}
     assert inbound and provider
-    hints = request_hints(provider, body)
+    hints = request_hints(inbound, body)
     stream = body.get("stream")
     return {
         **base_fields(exchange),
@@ -3375,7 +3432,7 @@ def fwd_fields(exchange: Exchange) -> Json:
         "translation_alias": (f"{inbound.alias}->{provider.alias}" if inbound is not provider
                               else ""),
         "provider_protocol_alias": provider.alias,
-        "model": exchange.upstream_model, "reasoning_effort": request_effort(provider, body),
+        "model": exchange.upstream_model, "reasoning_effort": request_effort(inbound, body),
         "stream": stream if isinstance(stream, bool) else None,
         "max_output_tokens": request_max_tokens(body),
         "request_hints": " ".join(hints), "request_hint_parts": hints,
@@ -3390,7 +3447,8 @@ def end_fields(exchange: Exchange) -> Json:
         **base_fields(exchange),
         "request_protocol": inbound.name if inbound else None,
         "provider": exchange.provider or None,
-        "provider_protocol": provider.name if provider else None, "route_name": exchange.route,
+        "provider_protocol": provider.name if provider else None,
+        "translation": translation_name(exchange), "route_name": exchange.route,
         "status": exchange.status,
         "ttfb_ms": milliseconds(exchange.head_at - exchange.started) if exchange.head_at else None,
         "duration_ms": milliseconds(now - exchange.started),
@@ -3439,12 +3497,11 @@ def observed_fields(seen: Observed, provider: Protocol) -> Json:
     return fields
 
 
-def bounded(counts: dict[str, int]) -> dict[str, int]:
+def bounded(counts: dict[str, T]) -> dict[str, T]:
     """The first of many counts: a log line is no place for thousands."""
     return dict(list(counts.items())[:64])
 
 
-RATE_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 CODEX_NUMBERS = tuple(f"{window}-{what}" for window in ("primary", "secondary")
                       for what in ("used-percent", "reset-after-seconds", "window-minutes"))
 
@@ -3459,11 +3516,9 @@ def rate_fields(fields: Sequence[Field]) -> Json:
             text = values.get(f"x-ratelimit-{kind}-{what}", "")
             if text.isdecimal() and len(text) < 16:
                 out[f"rate_limit_{kind}_{what}"] = int(text)
-        reset = re.findall(r"([0-9.]{1,15})(ms|[smhd])",
-                           values.get(f"x-ratelimit-reset-{what}", "")[:64])
-        if reset:
-            out[f"rate_limit_reset_{what}_ms"] = round(
-                1000 * sum(decimal(n) * RATE_UNITS[u] for n, u in reset))
+        secs = reset_secs(values.get(f"x-ratelimit-reset-{what}", ""))
+        if secs is not None:
+            out[f"rate_limit_reset_{what}_ms"] = round(1000 * secs)
     for name in (*CODEX_NUMBERS, "primary-over-secondary-limit-percent"):
         text = values.get(f"x-codex-{name}", "")
         if re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,15})?", text):
