@@ -1064,10 +1064,9 @@ class ServerConfig:
         SECONDS, "How long open requests may go on after SIGTERM or Ctrl-C.", 30.0)
     first_event_hold_secs: float = setting(
         SECONDS, "Translated streams: how long the 200 is held back for the first event, so that an"
-        " early failure keeps its status. Not in this version.", 10.0)
+        " early failure keeps its status.", 10.0)
     sse_keepalive_secs: float = setting(
-        SECONDS, "Translated streams: a sign of life to the client after this much silence. Not in"
-        " this version.", 15.0)
+        SECONDS, "Translated streams: a sign of life to the client after this much silence.", 15.0)
 
 
 @schema
@@ -4895,10 +4894,147 @@ class Provider:
             self.first = f"POST http://{self.origin.authority}{self.target}".encode("ascii")
             self.fixed += proxy_authorization(urlsplit(self.origin.proxy))
 
-    def request_head(self, head: RequestHead, length: int) -> bytes:
-        """The head of a provider request, final empty line included."""
-        first = b"%b%b HTTP/1.1" % (self.first, head.query.encode("ascii"))
-        return format_lines(first, *provider_lines(head, self.protocol, self.fixed, length))
+    def request_head(self, head: RequestHead, length: int,
+                     translated: Sequence[bytes] | None = None) -> bytes:
+        """The head of a provider request, final empty line included. The query of a translated one
+        stays here, for it is the client's protocol that knows its words."""
+        query = b"" if translated is not None else head.query.encode("ascii")
+        return format_lines(b"%b%b HTTP/1.1" % (self.first, query), *provider_lines(
+            head, self.protocol, self.fixed, length, translated))
+
+
+class Job(NamedTuple):
+    """How one exchange is translated; `lines` are header lines of the provider request."""
+
+    pair: Pair
+    ctx: Context
+    lines: list[bytes]
+
+
+def event_bytes(protocol: Protocol, event: Any) -> bytes:
+    """An event for a client, as its protocol writes events; ValueError where it is nested
+    too deeply."""
+    if protocol is CHAT:
+        return format_event(None, DONE.encode() if event == DONE else dump(event))
+    return format_event(event["type"], dump(event))
+
+
+class Outlet:
+    """The client's side of a translated answer: what the pair makes of the provider's events, and
+    how that goes out.
+
+    Where it is `live`, events go out as they come, with the first of them the 200 that was held
+    back for it, and signs of life when there are none. Else they are gathered until the end.
+    """
+
+    __slots__ = ("connection", "ctx", "done", "due", "ended", "events", "inbound", "last", "lines",
+                 "live", "settings", "stream")
+
+    def __init__(self, connection: Connection, inbound: Protocol, job: Job, lines: list[bytes],
+                 live: bool) -> None:
+        self.connection, self.inbound, self.ctx = connection, inbound, job.ctx
+        self.lines, self.live, self.settings = lines, live, connection.server.settings
+        self.stream = job.pair.stream(job.ctx)
+        next(self.stream)
+        self.done = self.ended = False  # whether the client's stream is whole, the provider's over
+        self.events: list[Any] = []
+        self.last: Any = None  # the event that was written last
+        # when the client is to hear something
+        self.due = self.clock() + self.settings.first_event_hold_secs if live else FOREVER
+
+    def clock(self) -> float:
+        """The loop's time."""
+        return self.connection.server.loop.time()
+
+    def feed(self, items: Iterable[Any]) -> None:
+        """Translate; what becomes of it goes out in one write, also if a ProxyError ends it."""
+        send, out = self.stream.send, []
+        try:
+            for item in items:
+                out += send(item)
+        except StopIteration as end:
+            out += end.value or ()
+            self.done = True
+        finally:
+            if out:
+                self.put(out)
+
+    def end_input(self) -> None:
+        """The provider's stream is over: the pair knows whether it was whole."""
+        self.ended = True
+        self.feed([None])
+        if not self.done:
+            raise UpstreamError("stream translation finish error: the upstream stream ended before"
+                                " its terminal event", type=STREAM_TRANSLATION)
+
+    def put(self, events: list[Any]) -> None:
+        """Write events, or gather them."""
+        if not self.live:
+            self.events += events
+            return
+        try:
+            data = b"".join([event_bytes(self.inbound, event) for event in events])
+        except ValueError as error:
+            raise UpstreamError(f"stream translation error: an event is {error}",
+                                type=STREAM_TRANSLATION) from None
+        self.begin()
+        self.connection.write_part(data)
+        self.last = events[-1]
+        self.due = self.clock() + self.settings.sse_keepalive_secs
+
+    def begin(self) -> None:
+        """Write the head that was held back."""
+        if not self.connection.answered:
+            self.connection.write_head(200, [*self.lines, b"content-type: text/event-stream"], None)
+
+    def sign(self) -> None:
+        """Show a client that hears nothing that all is well."""
+        if not self.connection.answered:
+            self.begin()
+        elif self.inbound is MESSAGES:
+            self.feed([PING])
+        else:
+            self.connection.write_part(b": keepalive\n\n")
+        self.due = self.clock() + self.settings.sse_keepalive_secs
+
+    def end(self) -> None:
+        """Write what is gathered, and the end."""
+        if self.ctx.stream:
+            self.live = True
+            if self.events:
+                self.put(self.events)
+            self.begin()
+            self.connection.write_end()
+        else:
+            write_json(self.connection, self.lines, collect(self.inbound.word, self.events))
+
+    def failed(self, error: ProxyError) -> ProxyError:
+        """What the pair makes of a failure: with its last words in `events`."""
+        try:
+            self.stream.send(error)
+        except ProxyError as told:
+            return told
+        except StopIteration:  # it is the pair that has failed
+            pass
+        return error
+
+    def fail(self, error: ProxyError, style: str) -> None:
+        """End a stream that has begun with what its protocol has for that; nothing follows."""
+        last = mapping(error.events[-1] if error.events else self.last)
+        data = [event_bytes(self.inbound, event) for event in error.events]
+        data.append(render_error_event(error, style, self.inbound,
+                                       last.get("sequence_number", -1) + 1, nested=True))
+        self.connection.write_part(b"".join(data))
+        self.connection.write_end()
+
+
+def write_json(connection: Connection, lines: list[bytes], value: Json) -> None:
+    """Answer with a translated body."""
+    try:
+        body = dump(value)
+    except ValueError as error:
+        raise UpstreamError(f"the translated answer is {error}", type=INTERNAL) from None
+    connection.write_head(200, [*lines, b"content-type: application/json"], len(body), body)
 
 
 class Proxy:
@@ -4970,17 +5106,21 @@ class Proxy:
         exchange.model = request.model
         decision = choose(self.routes, self.defaults, protocol.name, request.model)
         provider = self.provider_for(decision, exchange)
-        pair_for(protocol, provider.protocol)
-        body = pass_through_body(protocol, request, decision.model)
+        pair = pair_for(protocol, provider.protocol)
+        if pair:
+            job, body = self.translate_request(connection, exchange, provider, pair, request.body)
+        else:
+            job, body = None, pass_through_body(protocol, request, decision.model)
         exchange.body, exchange.provider_bytes, exchange.phase = request.body, len(body), PHASES[1]
-        link, answer, rest = await self.send(connection, head, exchange, provider, body)
+        link, answer, rest = await self.send(connection, head, exchange, provider, body,
+                                             job and job.lines)
         exchange.choices = number(request.body.get("n")) or 1
         del raw, request, body  # a stream may take hours, and bodies megabytes
         exchange.body = None
         payload: ResponseBody | None = None
         try:
             payload = response_body(provider, link, answer, rest)
-            await self.respond(connection, exchange, provider, answer, payload)
+            await self.respond(connection, exchange, provider, answer, payload, job)
         except BaseException:
             if payload is None or not payload.released:
                 link.abort()
@@ -5009,8 +5149,42 @@ class Proxy:
                              fix="put your key there, or name api_key_env or api_key_file")
         return provider
 
+    def translate_request(self, connection: Connection, exchange: Exchange, provider: Provider,
+                          pair: Pair, body: Json) -> tuple[Job, bytes]:
+        """The body for a provider of another protocol; RequestError for what it cannot express."""
+        assert exchange.inbound
+        ctx = Context(exchange.inbound.word, provider.protocol.word, exchange.upstream_model,
+                      host=provider.origin.authority, now=int(time.time()),
+                      profile=getattr(provider.settings, "profile", None) or {})
+        try:
+            payload = pair.request(body, ctx)
+        except RecursionError:
+            raise RequestError("the request body is nested too deeply") from None
+        try:
+            raw = dump(payload)
+        except ValueError as error:
+            raise RequestError(f"the request body is {error}") from None
+        self.tell_dropped(connection, exchange, ctx.dropped)
+        return Job(pair, ctx, translated_lines(payload.get("stream") is True, ctx.headers)), raw
+
+    def tell_dropped(self, connection: Connection, exchange: Exchange,
+                     dropped: Mapping[str, str]) -> None:
+        """Name what the translation has left out so far to the client, and to the log with the
+        reasons."""
+        if len(dropped) == exchange.dropped:
+            return
+        connection.extra = [line for line in connection.extra if not line.startswith(DROPPED_FIELD)]
+        connection.extra += dropped_lines(dropped)
+        if self.log.debug_on:
+            fresh = list(dropped.items())[exchange.dropped:]
+            told = {path[:OBSERVED_CHARS]: reason for path, reason in fresh}
+            self.log.event(logging.DEBUG, "dropped",
+                           {"request_id": str(exchange.id), "dropped": bounded(told)})
+        exchange.dropped = len(dropped)
+
     async def send(self, connection: Connection, head: RequestHead, exchange: Exchange,
-                   provider: Provider, body: bytes) -> tuple[Link, ResponseHead, bytes]:
+                   provider: Provider, body: bytes, translated: Sequence[bytes] | None = None,
+                   ) -> tuple[Link, ResponseHead, bytes]:
         """Send the provider request when its turn has come;
         holds a slot until the answer's head is there."""
         if connection.gone:
@@ -5022,9 +5196,9 @@ class Proxy:
         async with self.slots:
             try:
                 found = await self.pool.exchange(
-                    provider.origin, provider.request_head(head, len(body)), body, connection.watch,
-                    settings.connect_timeout_secs, settings.read_idle_timeout_secs,
-                    functools.partial(self.log_sent, exchange))
+                    provider.origin, provider.request_head(head, len(body), translated), body,
+                    connection.watch, settings.connect_timeout_secs,
+                    settings.read_idle_timeout_secs, functools.partial(self.log_sent, exchange))
             except UpstreamError as error:
                 error.message = f"{error.message} (provider `{provider.name}`)"
                 raise
@@ -5048,7 +5222,7 @@ class Proxy:
     # -- answers
 
     async def respond(self, connection: Connection, exchange: Exchange, provider: Provider,
-                      answer: ResponseHead, body: ResponseBody) -> None:
+                      answer: ResponseHead, body: ResponseBody, job: Job | None) -> None:
         """Give the client what the provider answered."""
         content_type = answer.values.get(b"content-type")
         exchange.status, exchange.sse = answer.status, is_event_stream(content_type)
@@ -5056,14 +5230,18 @@ class Proxy:
             content_type, None if answer.length is not None else "chunked")
         exchange.rates = answer.fields
         if not 200 <= answer.status < 300:
-            await self.respond_error(connection, exchange, provider, answer, body)
+            await self.respond_error(connection, exchange, provider, answer, body, job)
             return
         if self.log.info_on:
             self.log.event(logging.INFO, "hdr", end_fields(exchange))
-        lines = client_lines(answer, decoded=body.inflater is not None)
+        lines = (self.mapped(exchange, answer, job) if job
+                 else client_lines(answer, decoded=body.inflater is not None))
         if b"date" not in answer.values:
             lines.append(date_line())
-        if exchange.sse:
+        if job:
+            translate = self.translate_stream if exchange.sse else self.translate_whole
+            await translate(connection, exchange, provider, answer, body, lines, job)
+        elif exchange.sse:
             lines.append(b"content-type: text/event-stream")
             await self.stream(connection, exchange, provider, answer, body, lines)
         else:
@@ -5092,11 +5270,17 @@ class Proxy:
             raise body_fault(provider, error) from None
         return b"".join(parts), False
 
+    def mapped(self, exchange: Exchange, answer: ResponseHead, job: Job) -> list[bytes]:
+        """The header lines of an answer for a client of another protocol."""
+        assert exchange.inbound and exchange.provider_protocol
+        return mapped_lines(answer.fields, exchange.inbound, exchange.provider_protocol,
+                            job.ctx.now)
+
     async def respond_error(self, connection: Connection, exchange: Exchange, provider: Provider,
-                            answer: ResponseHead, body: ResponseBody) -> None:
+                            answer: ResponseHead, body: ResponseBody, job: Job | None) -> None:
         """A provider's own error: its body as it is where the client knows its shape, else ours."""
         raw, complete = await self.read_up_to(connection, provider, body, ERROR_BODY_BYTES)
-        lines = error_lines(answer.fields)
+        lines = self.mapped(exchange, answer, job) if job else error_lines(answer.fields)
         error = upstream_error(answer.status, raw, lines)
         self.release(body, answer, complete)
         exchange.down = len(raw)
@@ -5231,11 +5415,157 @@ class Proxy:
         if fills_gaps and (tail := observer.splitter.close()):
             connection.write_part(tail)
 
+    # -- translated answers
+
+    async def translate_whole(self, connection: Connection, exchange: Exchange, provider: Provider,
+                              answer: ResponseHead, body: ResponseBody, lines: list[bytes],
+                              job: Job) -> None:
+        """An answer in one piece for a client of another protocol, which may have asked for a
+        stream."""
+        raw, complete = await self.read_up_to(connection, provider, body,
+                                              self.config.server.max_sse_event_bytes)
+        exchange.down, exchange.phase = len(raw), PHASES[3]
+        self.release(body, answer, complete)
+        if not complete:
+            raise UpstreamError("the provider's answer is larger than server.max_sse_event_bytes",
+                                type=UPSTREAM_BODY_READ)
+        value, _ = load_answer(raw, answer.status, [STREAM_DECODER])
+        if not isinstance(value, dict):
+            raise UpstreamError("the provider's answer is not a JSON object", type=INTERNAL)
+        exchange.observed = observe_body(provider.protocol, value)
+        assert exchange.inbound
+        if job.ctx.stream:
+            outlet = Outlet(connection, exchange.inbound, job, lines, live=False)
+            outlet.feed(explode(provider.protocol.word, value))
+            if not outlet.done:
+                outlet.end_input()
+            outlet.end()
+        else:
+            translated = job.pair.response(value, job.ctx)
+            self.tell_dropped(connection, exchange, job.ctx.dropped)
+            write_json(connection, lines, translated)
+        await connection.flush()
+        self.log_end(exchange, logging.INFO, "end")
+
+    async def translate_stream(self, connection: Connection, exchange: Exchange,
+                               provider: Provider, answer: ResponseHead, body: ResponseBody,
+                               lines: list[bytes], job: Job) -> None:
+        """A stream for a client of another protocol, which may have asked for one piece."""
+        assert exchange.inbound
+        exchange.phase = PHASES[3]
+        observer = StreamObserver(provider.protocol, self.config.server.max_sse_event_bytes)
+        exchange.observed = observer.seen
+        self.watch_streams(exchange)
+        outlet = Outlet(connection, exchange.inbound, job, lines, live=job.ctx.stream)
+        fault: str | None = None
+        error: ProxyError | None = None
+        try:
+            fault = await self.pull_stream(connection, exchange, provider, body, observer, outlet)
+            if fault is None:
+                outlet.end()
+        except ProxyError as raised:
+            error = raised
+        except (FramingError, OSError) as broken:
+            error = body_fault(provider, broken)
+        except asyncio.CancelledError:
+            fault = connection.take_reason()
+        finally:
+            self.streams.discard(exchange)
+            connection.exchanging = False
+        self.tell_dropped(connection, exchange, job.ctx.dropped)
+        if fault in ENDED_BY:
+            self.release(body, answer, False)
+            self.interrupted(connection, exchange, fault)
+            return
+        said = fault or (error.message if error and not outlet.ended else None)
+        outcome = stream_outcome(observer, said, provider.settings.read_idle_timeout_secs,
+                                 self.config.tool_calls.timeout_secs)
+        if fault:
+            error = UpstreamError(outcome[2] or fault, status=504, type=UPSTREAM_BODY_READ)
+        if error:
+            self.release(body, answer, False)
+            self.fail_stream(connection, exchange, outlet, error, outcome)
+        else:
+            # a pair may take an end for whole that nobody announced
+            self.log_end(exchange, *(outcome if observer.seen.failed else (logging.INFO, "end")))
+            await self.drain(connection, answer, body)
+
+    async def pull_stream(self, connection: Connection, exchange: Exchange, provider: Provider,
+                          body: ResponseBody, observer: StreamObserver,
+                          outlet: Outlet) -> str | None:
+        """Translate a stream until the client's is whole;
+        returns the reason if it was ended from outside."""
+        watch, clock, transport = connection.watch, outlet.clock, connection.transport
+        seen, chat = observer.seen, provider.protocol is CHAT
+        idle_secs, stall_secs = (provider.settings.read_idle_timeout_secs,
+                                 self.config.tool_calls.timeout_secs)
+        heard = clock()
+        while not outlet.done:
+            if transport.get_write_buffer_size():
+                await connection.flush()
+            limits = [(heard + idle_secs, "upstream_idle"), (outlet.due, "silence")]
+            if seen.pending:
+                limits.append((observer.stall_at(stall_secs), "tool_stall"))
+            if chat and seen.finish:  # all is said, and [DONE] may not come
+                limits.append((heard + AFTER_TERMINAL_SECS, "finished"))
+            when, reason = min(limits)
+            watch.arm(when - clock(), reason)
+            try:
+                data = await body.read()
+            except asyncio.CancelledError:
+                # The limit has ended the wait and nothing else: what comes is read the next time.
+                reason = connection.take_reason()
+                if reason == "silence" and not connection.gone:
+                    outlet.sign()
+                    continue
+                if reason != "finished":
+                    return "client_gone" if reason == "silence" else reason
+                body.link.abort()
+                data = b""
+            if not data:
+                outlet.end_input()
+                break
+            exchange.chunks += 1
+            exchange.down += len(data)
+            exchange.last_byte_at = heard = clock()
+            outlet.feed(observer.payloads(data, heard))
+        return None
+
+    async def drain(self, connection: Connection, answer: ResponseHead,
+                    body: ResponseBody) -> None:
+        """Let the provider end a stream that is complete, so that its connection can carry
+        another request."""
+        complete = False
+        connection.watch.arm(AFTER_TERMINAL_SECS, "after_terminal")
+        try:
+            while await body.read():
+                pass
+            complete = True
+        except (FramingError, OSError):
+            pass
+        except asyncio.CancelledError:
+            connection.take_reason()
+        self.release(body, answer, complete)
+
+    def fail_stream(self, connection: Connection, exchange: Exchange, outlet: Outlet,
+                    error: ProxyError, outcome: tuple[int, str, str | None]) -> None:
+        """Tell a client that its stream has failed, with a status if it has none yet."""
+        error = outlet.failed(error)
+        level, event, said = outcome
+        if event == "end":  # the provider thinks so
+            level, event, said = logging.WARNING, "stream-error", error.message
+        if connection.answered:
+            outlet.fail(error_for(exchange, error), self.style)
+            self.log_end(exchange, level, event, said)
+        else:
+            self.fail(connection, exchange, error, event)
+
     # -- ends
 
     def fail(self, connection: Connection, exchange: Exchange, error: ProxyError,
              event: str = "request-failed") -> None:
         """Answer with an error; a stream that has begun can only be cut."""
+        error = error_for(exchange, error)
         if connection.answered:
             connection.cut()
             self.log_end(exchange, logging.WARNING, "stream-error", error.message)
@@ -5343,10 +5673,11 @@ def stream_outcome(observer: StreamObserver, fault: str | None, idle_secs: float
     return logging.INFO, "closed", "the stream ended before its terminal event"
 
 
-def load_answer(raw: bytes, status: int) -> tuple[Any, bool]:
+def load_answer(raw: bytes, status: int, decoders: Iterable[json.JSONDecoder] = (
+        DECODER, LENIENT_DECODER)) -> tuple[Any, bool]:
     """The JSON of an answer, and whether it is JSON to the letter:
     local servers write NaN into log probabilities."""
-    for decoder in (DECODER, LENIENT_DECODER):
+    for decoder in decoders:
         try:
             return load(raw, decoder), decoder is DECODER
         except ValueError:
@@ -5362,6 +5693,13 @@ def response_body(provider: Provider, link: Link, answer: ResponseHead,
         return ResponseBody(link, answer, rest)
     except FramingError as error:
         raise body_fault(provider, error) from None
+
+
+def error_for(exchange: Exchange, error: ProxyError) -> ProxyError:
+    """An error as the client of an exchange understands it."""
+    if isinstance(error, UpstreamError) and exchange.inbound and translation_name(exchange):
+        return translated_error(error, exchange.inbound, exchange.provider_bytes // 4)
+    return error
 
 
 def body_fault(provider: Provider, error: Exception) -> UpstreamError:
