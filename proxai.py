@@ -54,6 +54,7 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import functools
 import gc
@@ -145,6 +146,7 @@ LOG_TEXT_CHARS = 300  # of a provider's error text in a log line
 CHECKED_RESPONSE_BYTES = 8 << 20  # a non-stream answer is held and checked up to this, then relayed
 INFLATE_FREE_BYTES = 1 << 20  # decompressed output that is never suspicious,
 INFLATE_RATIO = 200  # beyond it, output over input (JSON reaches about 40, a bomb 1030)
+DROPPED_NAMES, DROPPED_BYTES = 20, 1000  # in the header that tells what a translation left out
 OBSERVED_THINGS = 4096  # items, calls and so on of one answer that are told apart
 OBSERVED_CHARS = 200  # of a provider's word in a log line
 IDLE_LINKS_PER_ORIGIN = 256  # kept-alive connections to one provider (httpx 20, Go 2, nginx 32-512)
@@ -312,13 +314,15 @@ class ProxyError(Exception):
 
     `code` and `param` appear only where given (a param of None is rendered as null), `fields` are
     extra header lines, `retry` False adds `x-should-retry: false`, which the official SDKs obey.
+    `kind` is the provider's own type of it. `events` are what a client whose stream was translated
+    gets before it.
     """
 
     status, type = 500, INTERNAL
 
     def __init__(self, message: str, *, fix: str = "", status: int = 0, type: str = "",
                  code: str | None = None, param: Any = ABSENT, fields: Sequence[bytes] = (),
-                 retry: bool = True) -> None:
+                 retry: bool = True, kind: str = "", events: Sequence[Json] = ()) -> None:
         self.message = f"{message}; {fix}" if fix else message
         super().__init__(self.message)
         # the provider's own body, where the client knows its shape
@@ -328,6 +332,7 @@ class ProxyError(Exception):
         self.status = status or self.status
         self.type = type or self.type
         self.code, self.param, self.fields, self.retry = code, param, fields, retry
+        self.kind, self.events = kind, events
 
     def payload(self) -> Json:
         """The error object of the `json` format, keys in the order of the contract."""
@@ -389,19 +394,29 @@ OPENAI_TYPES = {401: ("authentication_error", "invalid_api_key"),
                 503: ("overloaded_error", "overloaded"), 504: ("server_error", "timeout"),
                 529: ("overloaded_error", "overloaded")}
 OVERLOADED = (503, 529)
+CONTEXT_CODE = "context_length_exceeded"
 QUOTA_CODES = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
+# Types of both vendors (Anthropic's, OpenAI's) by code, for codes that say more than a status.
+CODE_TYPES = {
+    CONTEXT_CODE: ("invalid_request_error", "invalid_request_error"),
+    "rate_limit_exceeded": ("rate_limit_error", "rate_limit_error"),
+    **dict.fromkeys(QUOTA_CODES, ("billing_error", "insufficient_quota")),
+    **dict.fromkeys(("overloaded", "server_is_overloaded", "slow_down"),
+                    ("overloaded_error", "overloaded_error")),
+}
 
 
 def native_error(error: ProxyError, protocol: Protocol) -> Json:
     """The error body that the SDKs of `protocol` expect."""
     status, client_fault = error.status, 400 <= error.status < 500
+    known = CODE_TYPES.get(error.code or "")
     if protocol is MESSAGES:
         kind = ANTHROPIC_TYPES.get(status, "invalid_request_error" if client_fault else "api_error")
-        if error.code in QUOTA_CODES:
-            kind = "billing_error"
-        return {"type": "error", "error": {"type": kind, "message": error.message}}
+        return {"type": "error", "error": {"type": known[0] if known else kind,
+                                           "message": error.message}}
     kind, code = OPENAI_TYPES.get(
         status, ("invalid_request_error" if client_fault else "server_error", None))
+    kind = known[1] if known else kind
     if status == 404 and "model" in error.message.lower():
         code = "model_not_found"
     if status in OVERLOADED and protocol is RESPONSES:
@@ -426,15 +441,18 @@ def render_error(error: ProxyError, style: str, protocol: Protocol | None) -> tu
 
 
 def render_error_event(error: ProxyError, style: str, protocol: Protocol,
-                       sequence: int | None = None) -> bytes:
+                       sequence: int | None = None, nested: bool = False) -> bytes:
     """The SSE event that tells a client of `protocol` that its stream has failed.
 
-    A Responses client always gets the top-level shape of its own protocol (contract 7.7).
+    A Responses client always gets the top-level shape of its own protocol (contract 7.7); `nested`
+    adds the other one, where openai-python and Zed look.
     """
     if protocol is RESPONSES:
-        param = None if error.param is ABSENT else error.param
+        told = native_error(error, protocol)["error"]
         body: Json = {"type": "error", "sequence_number": sequence, "code": error.code,
-                      "message": error.message, "param": param}
+                      "message": error.message, "param": told.pop("param")}
+        if nested:
+            body["error"] = told
     elif style == "native":
         body = native_error(error, protocol)
         if protocol is CHAT:
@@ -452,9 +470,9 @@ def upstream_error(status: int, body: bytes, fields: Sequence[bytes] = ()) -> Pr
     """
     text = body.decode("utf-8", "replace").strip()
 
-    def failed(kind: str, message: str, **more: Any) -> ProxyError:
+    def failed(type: str, message: str, **more: Any) -> ProxyError:
         retry = not (status == 402 or more.get("code") in QUOTA_CODES)
-        return UpstreamError(message, status=status, type=kind, fields=fields, retry=retry, **more)
+        return UpstreamError(message, status=status, type=type, fields=fields, retry=retry, **more)
 
     if not text:
         return failed(UPSTREAM_EMPTY, f"the provider answered {status} with an empty body")
@@ -473,6 +491,8 @@ def upstream_error(status: int, body: bytes, fields: Sequence[bytes] = ()) -> Pr
     code, more = first_of(value, "/error/code", "/code"), {}
     if isinstance(code, str):
         more["code"] = code
+    kind = first_of(value, "/error/type")
+    more["kind"] = kind if isinstance(kind, str) else ""
     param = first_of(value, "/error/param", "/param")
     if param is not ABSENT and fits(param):
         more["param"] = param
@@ -498,6 +518,73 @@ def first_of(value: Any, *pointers: str) -> Any:
         if at is not ABSENT:
             return at
     return ABSENT
+
+
+# What an error is about whatever its status, found in "status type code message" as providers
+# write them, and the code that clients know it by. A rate limit that ends by itself is no spent
+# quota, and a max_tokens that is too large no prompt that is.
+CAUSES = tuple((code, re.compile(words, re.I | re.S)) for code, words in (
+    (CONTEXT_CODE, r"(?!429 )(?!.*max_(?:completion_)?tokens\W* is too large).*(?:"
+     r"context_length_exceeded|model_max_prompt_tokens_exceeded|exceed_context_size"
+     r"|prompt is too long|exceed context limit|maximum context length|maximum prompt length"
+     r"|available context size|(?:longer than|exceeds?) the (?:model's|maximum model|context)"
+     r" (?:context )?(?:length|window)|exceeds the context window|prompt token count of"
+     r"|input token count|input tokens exceed|exceeded model token limit)"),
+    (QUOTA_CODES[0], rf"402 |.*(?:{'|'.join(QUOTA_CODES)}|exceeded_current_quota|billing_error)"
+     r"|429 (?!.*(?:try again|retry) in\b).*(?:billing|credit)"),
+    ("overloaded", r".*(?:overloaded_error|server_is_overloaded|slow_down|server_busy)"
+     r"|(?:429|5\d\d) .*(?:overloaded|capacity|no healthy upstream)"),
+))
+# Where a text on an overflow has the size of the prompt (N, or N + P) and the limit (M).
+CONTEXT_SIZES = tuple(
+    re.compile(re.sub("([NPM])", r"(?P<\1>[0-9][0-9,]{0,14})", words), re.I | re.S) for words in (
+        r"\bN tokens > M\b",
+        r"context limit: N \+ P > M\b",
+        r"(?:length is|length of|limit of) M tokens.{1,60}?(?:resulted in|requested(?: a total of"
+        r"| about)?|has|contains) N\b",
+        r"\((?:length )?N(?: tokens)?\) .{1,60}?\(?M\b",
+        r"count of N exceeds the limit of M\b",
+        r"length is M\b.{1,60}?contains N\b",
+        r"contains N tokens.{1,60}?model with M\b",
+        r"token limit: M \(requested: N\b",
+        r"(?:context|prompt) (?:length|window|size) (?:is|of) M\b",
+    ))
+
+
+def translated_error(error: ProxyError, protocol: Protocol, estimate: int = 0) -> ProxyError:
+    """A provider's error for a client of another protocol, with the code, and for an overflow the
+    words, that clients of `protocol` react to (translation-chat.md 1.8, -responses.md 1.9).
+
+    `estimate` is our own count of the prompt's tokens, for a provider that does not tell.
+    """
+    said = f"{error.status} {error.kind} {error.code or ''} {error.message}"[:ERROR_TEXT_CHARS]
+    cause = next((code for code, words in CAUSES if words.match(said)), None)
+    message, code = error.message, cause or error.code
+    if cause == CONTEXT_CODE:
+        message = overflow_message(error.message, protocol, estimate)
+    elif cause == "overloaded" and protocol is RESPONSES:
+        code = "server_is_overloaded"
+    return UpstreamError(message, status=error.status, type=error.type, code=code,
+                         param=error.param, fields=error.fields, kind=error.kind,
+                         retry=error.retry and cause != QUOTA_CODES[0], events=error.events)
+
+
+def overflow_message(said: str, protocol: Protocol, estimate: int) -> str:
+    """The words for a prompt that is too long. Claude Code makes room only when it reads exactly
+    these, numbers included; others look for the words of OpenAI."""
+    text = said[:ERROR_TEXT_CHARS]
+    found = next(filter(None, (words.search(text) for words in CONTEXT_SIZES)), None)
+    size = {name: int(digits.replace(",", "")) for name, digits in
+            (found.groupdict() if found else {}).items()}
+    limit, tokens = size.get("M", 0), size.get("N", 0) + size.get("P", 0)
+    if protocol is not MESSAGES and not (limit and tokens):
+        return f"the maximum context length of the model is exceeded: {said}"
+    tokens = max(tokens or estimate, limit + 1, 2)
+    limit = limit or tokens - 1
+    if protocol is MESSAGES:
+        return f"prompt is too long: {tokens} tokens > {limit} maximum"
+    return (f"This model's maximum context length is {limit} tokens. However, your messages"
+            f" resulted in {tokens} tokens. Please reduce the length of the messages.")
 
 
 def joined_detail(value: Any) -> str | None:
@@ -1083,10 +1170,9 @@ class ServerConfig:
         SECONDS, "How long open requests may go on after SIGTERM or Ctrl-C.", 30.0)
     first_event_hold_secs: float = setting(
         SECONDS, "Translated streams: how long the 200 is held back for the first event, so that an"
-        " early failure keeps its status. Not in this version.", 10.0)
+        " early failure keeps its status.", 10.0)
     sse_keepalive_secs: float = setting(
-        SECONDS, "Translated streams: a sign of life to the client after this much silence. Not in"
-        " this version.", 15.0)
+        SECONDS, "Translated streams: a sign of life to the client after this much silence.", 15.0)
 
 
 @schema
@@ -2413,6 +2499,16 @@ NOT_DOWNSTREAM = HOP_BY_HOP | {
 ERROR_FIELDS = frozenset((b"retry-after", b"retry-after-ms", b"x-request-id", b"request-id",
                            b"openai-processing-ms", b"x-should-retry"))
 ERROR_FIELD_PREFIXES = (b"x-ratelimit-", b"anthropic-ratelimit-")
+# What a provider of another protocol is told of a client's headers: who it is and whose trace the
+# request belongs to. The others are options, versions, accounts and sessions of the client's own
+# protocol, which mean nothing there or the wrong thing, or are none of that vendor's business.
+TRANSLATED_FIELDS = frozenset((b"user-agent", b"accept-language", b"traceparent", b"tracestate",
+                               b"x-request-id"))
+# How Anthropic names what OpenAI tells in its headers.
+TO_OPENAI = {b"request-id": b"x-request-id"} | {
+    b"anthropic-ratelimit-%b-%b" % (what, kind): b"x-ratelimit-%b-%b" % (kind, what)
+    for what in (b"requests", b"tokens") for kind in (b"limit", b"remaining", b"reset")}
+TO_ANTHROPIC = {theirs: name for name, theirs in TO_OPENAI.items()}
 
 
 def auth_line(protocol: Protocol, key: str) -> bytes:
@@ -2421,27 +2517,37 @@ def auth_line(protocol: Protocol, key: str) -> bytes:
     return form % key.encode("ascii")
 
 
-def provider_lines(head: RequestHead, protocol: Protocol, fixed: Sequence[bytes],
-                   length: int) -> list[bytes]:
+def provider_lines(head: RequestHead, protocol: Protocol, fixed: Sequence[bytes], length: int,
+                   translated: Sequence[bytes] | None = None) -> list[bytes]:
     """The header lines of a provider request: the client's, but for those that belong to its own
     hop or carry its keys, then ours. `fixed` holds the lines that are the same for each request
-    (host, key)."""
+    (host, key). `translated` are the lines of a translated request, which has few of the client's.
+    """
     values: Mapping[bytes, bytes] = head.values
     dropped = NOT_UPSTREAM
     if b"connection" in values:
         options = connection_options(values)
         dropped, values = (dropped | options,
                            {name: values[name] for name in values.keys() - options})
-    lines = [line for name, _, line in head.fields if name not in dropped]
+    lines = [line for name, _, line in head.fields
+             if name not in dropped and (translated is None or name in TRANSLATED_FIELDS)]
     lines += fixed
     lines.append(b"content-length: %d" % length)
     if b"user-agent" not in values:
         lines.append(b"user-agent: " + USER_AGENT)
-    if b"accept" not in values:
+    if translated is not None:
+        lines += translated
+    elif b"accept" not in values:
         lines.append(b"accept: */*")
-    if protocol is MESSAGES and b"anthropic-version" not in values:
+    if protocol is MESSAGES and (translated is not None or b"anthropic-version" not in values):
         lines.append(b"anthropic-version: " + ANTHROPIC_VERSION)
     return lines
+
+
+def translated_lines(stream: bool, more: Iterable[bytes]) -> list[bytes]:
+    """The header lines that a translated request has of its own."""
+    return [b"content-type: application/json",
+            b"accept: " + (b"text/event-stream" if stream else b"application/json"), *more]
 
 
 def client_lines(head: ResponseHead, decoded: bool) -> list[bytes]:
@@ -2459,6 +2565,68 @@ def error_lines(fields: Iterable[Field]) -> list[bytes]:
     when to retry, ids, rate limits."""
     return [field.line for field in fields
             if field.name in ERROR_FIELDS or field.name.startswith(ERROR_FIELD_PREFIXES)]
+
+
+def mapped_lines(fields: Iterable[Field], inbound: Protocol, provider: Protocol,
+                 now: int) -> list[bytes]:
+    """The header lines of a provider's answer that a client of another protocol gets: when to
+    retry, and its id and rate limits by the names of the client's vendor."""
+    names: dict[bytes, bytes] = {}  # both protocols of OpenAI name them alike
+    kept = {b"date", b"retry-after", b"retry-after-ms", b"x-should-retry"}
+    if MESSAGES in (inbound, provider):
+        names = TO_ANTHROPIC if inbound is MESSAGES else TO_OPENAI
+    else:
+        kept |= ERROR_FIELDS
+    lines = []
+    for name, value, line in fields:
+        if name in names:
+            if b"-reset" in name:
+                value = mapped_reset(value.decode("latin-1"), now)
+            if value:
+                lines.append(b"%b: %b" % (names[name], value))
+        elif name in kept or (not names and name.startswith(b"x-ratelimit-")):
+            lines.append(line)
+    return lines
+
+
+RESET_PART = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ms|[smhd])")
+RESET_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def reset_secs(text: str) -> float | None:
+    """The seconds of a duration as OpenAI writes it, such as 6m0s; None where it is none."""
+    parts = RESET_PART.findall(text[:64])
+    return sum(float(n) * RESET_UNITS[unit] for n, unit in parts) if parts else None
+
+
+def mapped_reset(text: str, now: int) -> bytes:
+    """When a rate limit ends, as the other vendor tells it: OpenAI a duration, Anthropic the time
+    (RFC 3339); b"" for what is neither."""
+    secs = reset_secs(text)
+    if "-" not in text:
+        return b"" if secs is None else time.strftime(
+            "%Y-%m-%dT%H:%M:%SZ", time.gmtime(now + min(secs, 1e9))).encode()
+    try:
+        at = datetime.datetime.fromisoformat(text)
+    except ValueError:
+        return b""
+    return b"%ds" % max(at.replace(tzinfo=at.tzinfo or datetime.UTC).timestamp() - now, 0)
+
+
+DROPPED_FIELD = b"x-proxai-dropped: "
+NOT_PRINTABLE = re.compile(r"[^ -~]")
+
+
+def dropped_lines(paths: Iterable[str]) -> list[bytes]:
+    """The header line that names what a translation left out, cut where there is too much of it."""
+    told = ""
+    for count, path in enumerate(paths):
+        longer = (f"{told}, " if told else "") + NOT_PRINTABLE.sub("?", path[:DROPPED_BYTES])
+        if count == DROPPED_NAMES or len(longer) > DROPPED_BYTES:
+            told += ", ..." if told else "..."
+            break
+        told = longer
+    return [DROPPED_FIELD + told.encode("ascii")] if told else []
 
 
 def is_event_stream(content_type: bytes | None) -> bool:
@@ -8480,10 +8648,11 @@ class Observed:
 class Exchange:
     """Everything about one request that is told afterwards, in the log and in headers."""
 
-    __slots__ = ("body", "choices", "chunks", "content_type", "down", "encoding", "error",
-                 "head_at", "id", "inbound", "inbound_bytes", "last_byte_at", "method", "model",
-                 "observed", "path", "phase", "provider", "provider_bytes", "provider_protocol",
-                 "rates", "route", "sse", "started", "status", "upstream_model")
+    __slots__ = ("body", "choices", "chunks", "content_type", "down", "dropped", "encoding",
+                 "error", "head_at", "id", "inbound", "inbound_bytes", "last_byte_at", "method",
+                 "model", "observed", "path", "phase", "provider", "provider_bytes",
+                 "provider_protocol", "rates", "route", "sse", "started", "status",
+                 "upstream_model")
 
     def __init__(self, id: int, method: str, path: str, started: float) -> None:
         self.id, self.method, self.path, self.started = id, method, path, started
@@ -8492,7 +8661,7 @@ class Exchange:
         self.provider_protocol: Protocol | None = None
         self.provider = self.model = self.upstream_model = ""
         self.route: str | None = None
-        self.body: Json | None = None  # of the provider request, for hints
+        self.body: Json | None = None  # of the client's request, for hints
         self.choices = 1  # answers that a Chat request asks for
         self.inbound_bytes = self.provider_bytes = 0
         self.status = self.down = self.chunks = 0
@@ -8500,6 +8669,7 @@ class Exchange:
         self.content_type: bytes | None = None
         self.encoding: str | None = None  # the Transfer-Encoding of the answer
         self.sse = False
+        self.dropped = 0  # how many parts a translation has left out, as far as was told
         self.rates: Sequence[Field] = ()
         self.observed: Observed | None = None
         self.error: str | None = None
@@ -8750,6 +8920,16 @@ WATCHERS = {
 COMMON_SPELLINGS = (b'"finish_reason":null', b'"finish_reason": null')
 
 
+# NaN, which local servers write into log probabilities, must not reach a client.
+STREAM_DECODER = json.JSONDecoder(parse_constant=lambda name: None)
+
+
+def not_translatable(name: str, fault: str) -> UpstreamError:
+    """The failure of a stream at an event that no pair can be given."""
+    return UpstreamError(f"stream translation error: the provider sent an event `{brief(name)}`"
+                         f" that {fault}", type=STREAM_TRANSLATION)
+
+
 class StreamObserver:
     """Watches a provider's stream beside its way to the client; `seen` is what it knows so far.
 
@@ -8796,15 +8976,22 @@ class StreamObserver:
             return
         self.opened = True
         if event.data == "[DONE]" and self.watcher.event is observe_chat_event:
-            self.seen.terminal = True
-            self.seen.pending.clear()
+            self.finish()
             return
         try:
             payload = json.loads(event.data)
         except (ValueError, RecursionError):
             return
-        if not isinstance(payload, dict):
-            return
+        if isinstance(payload, dict):
+            self.note(event, payload, now)
+
+    def finish(self) -> None:
+        """The end of a Chat stream."""
+        self.seen.terminal = True
+        self.seen.pending.clear()
+
+    def note(self, event: Event, payload: Json, now: float) -> None:
+        """Take note of an event that is parsed already."""
         kind = payload.get("type")
         kind = kind if isinstance(kind, str) else event.name
         self.watcher.event(self.seen, kind, payload, now)
@@ -8813,6 +9000,44 @@ class StreamObserver:
             self.watcher.event(self.seen, event.name, payload, now)
         if type(payload.get("sequence_number")) is int:
             self.seen.sequence = payload["sequence_number"]
+
+    def payloads(self, data: bytes, now: float) -> Iterator[Any]:
+        """What became whole with `data`, parsed for a translation and looked at on the way: objects
+        with their `type`, and the DONE of a Chat stream. UpstreamError for what is neither."""
+        block = self.splitter.feed(data)
+        if self.splitter.oversize:
+            raise UpstreamError("the provider sent an event larger than server.max_sse_event_bytes",
+                                type=STREAM_TRANSLATION)
+        chat = self.watcher.event is observe_chat_event
+        for frame in split_events(block):
+            event = parse_event(frame)
+            if event is None or event.data.isspace():
+                continue
+            name, text = event
+            if text == DONE:
+                if chat:
+                    self.finish()
+                    yield DONE
+                continue
+            try:
+                payload = STREAM_DECODER.decode(text)
+            except (ValueError, RecursionError) as error:
+                raise not_translatable(name, f"is not JSON: {error}") from None
+            if not isinstance(payload, dict):
+                raise not_translatable(name, "is not a JSON object")
+            if name != "message" and "type" not in payload:
+                payload["type"] = name
+            if not self.opened:
+                self.opened = True
+                if any(spelling in frame for spelling in COMMON_SPELLINGS):
+                    self.markers = self.watcher.markers
+                self.note(event, payload, now)
+            else:
+                for marker in self.markers:
+                    if marker in frame:
+                        self.note(event, payload, now)
+                        break
+            yield payload
 
     def stall_at(self, timeout: float) -> float:
         """When the tool call that has been silent longest has been so for `timeout` seconds."""
@@ -9046,7 +9271,7 @@ def fwd_fields(exchange: Exchange) -> Json:
     """The fields of `fwd`: a provider request is on its way (contract 9.4)."""
     inbound, provider, body = exchange.inbound, exchange.provider_protocol, exchange.body or {}
     assert inbound and provider
-    hints = request_hints(provider, body)
+    hints = request_hints(inbound, body)
     stream = body.get("stream")
     return {
         **base_fields(exchange),
@@ -9060,7 +9285,7 @@ def fwd_fields(exchange: Exchange) -> Json:
         "translation_alias": (f"{inbound.alias}->{provider.alias}" if inbound is not provider
                               else ""),
         "provider_protocol_alias": provider.alias,
-        "model": exchange.upstream_model, "reasoning_effort": request_effort(provider, body),
+        "model": exchange.upstream_model, "reasoning_effort": request_effort(inbound, body),
         "stream": stream if isinstance(stream, bool) else None,
         "max_output_tokens": request_max_tokens(body),
         "request_hints": " ".join(hints), "request_hint_parts": hints,
@@ -9075,7 +9300,8 @@ def end_fields(exchange: Exchange) -> Json:
         **base_fields(exchange),
         "request_protocol": inbound.name if inbound else None,
         "provider": exchange.provider or None,
-        "provider_protocol": provider.name if provider else None, "route_name": exchange.route,
+        "provider_protocol": provider.name if provider else None,
+        "translation": translation_name(exchange), "route_name": exchange.route,
         "status": exchange.status,
         "ttfb_ms": milliseconds(exchange.head_at - exchange.started) if exchange.head_at else None,
         "duration_ms": milliseconds(now - exchange.started),
@@ -9124,12 +9350,11 @@ def observed_fields(seen: Observed, provider: Protocol) -> Json:
     return fields
 
 
-def bounded(counts: dict[str, int]) -> dict[str, int]:
+def bounded(counts: dict[str, T]) -> dict[str, T]:
     """The first of many counts: a log line is no place for thousands."""
     return dict(list(counts.items())[:64])
 
 
-RATE_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 CODEX_NUMBERS = tuple(f"{window}-{what}" for window in ("primary", "secondary")
                       for what in ("used-percent", "reset-after-seconds", "window-minutes"))
 
@@ -9144,11 +9369,9 @@ def rate_fields(fields: Sequence[Field]) -> Json:
             text = values.get(f"x-ratelimit-{kind}-{what}", "")
             if text.isdecimal() and len(text) < 16:
                 out[f"rate_limit_{kind}_{what}"] = int(text)
-        reset = re.findall(r"([0-9.]{1,15})(ms|[smhd])",
-                           values.get(f"x-ratelimit-reset-{what}", "")[:64])
-        if reset:
-            out[f"rate_limit_reset_{what}_ms"] = round(
-                1000 * sum(decimal(n) * RATE_UNITS[u] for n, u in reset))
+        secs = reset_secs(values.get(f"x-ratelimit-reset-{what}", ""))
+        if secs is not None:
+            out[f"rate_limit_reset_{what}_ms"] = round(1000 * secs)
     for name in (*CODEX_NUMBERS, "primary-over-secondary-limit-percent"):
         text = values.get(f"x-codex-{name}", "")
         if re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,15})?", text):
@@ -10525,10 +10748,147 @@ class Provider:
             self.first = f"POST http://{self.origin.authority}{self.target}".encode("ascii")
             self.fixed += proxy_authorization(urlsplit(self.origin.proxy))
 
-    def request_head(self, head: RequestHead, length: int) -> bytes:
-        """The head of a provider request, final empty line included."""
-        first = b"%b%b HTTP/1.1" % (self.first, head.query.encode("ascii"))
-        return format_lines(first, *provider_lines(head, self.protocol, self.fixed, length))
+    def request_head(self, head: RequestHead, length: int,
+                     translated: Sequence[bytes] | None = None) -> bytes:
+        """The head of a provider request, final empty line included. The query of a translated one
+        stays here, for it is the client's protocol that knows its words."""
+        query = b"" if translated is not None else head.query.encode("ascii")
+        return format_lines(b"%b%b HTTP/1.1" % (self.first, query), *provider_lines(
+            head, self.protocol, self.fixed, length, translated))
+
+
+class Job(NamedTuple):
+    """How one exchange is translated; `lines` are header lines of the provider request."""
+
+    pair: Pair
+    ctx: Context
+    lines: list[bytes]
+
+
+def event_bytes(protocol: Protocol, event: Any) -> bytes:
+    """An event for a client, as its protocol writes events; ValueError where it is nested
+    too deeply."""
+    if protocol is CHAT:
+        return format_event(None, DONE.encode() if event == DONE else dump(event))
+    return format_event(event["type"], dump(event))
+
+
+class Outlet:
+    """The client's side of a translated answer: what the pair makes of the provider's events, and
+    how that goes out.
+
+    Where it is `live`, events go out as they come, with the first of them the 200 that was held
+    back for it, and signs of life when there are none. Else they are gathered until the end.
+    """
+
+    __slots__ = ("connection", "ctx", "done", "due", "ended", "events", "inbound", "last", "lines",
+                 "live", "settings", "stream")
+
+    def __init__(self, connection: Connection, inbound: Protocol, job: Job, lines: list[bytes],
+                 live: bool) -> None:
+        self.connection, self.inbound, self.ctx = connection, inbound, job.ctx
+        self.lines, self.live, self.settings = lines, live, connection.server.settings
+        self.stream = job.pair.stream(job.ctx)
+        next(self.stream)
+        self.done = self.ended = False  # whether the client's stream is whole, the provider's over
+        self.events: list[Any] = []
+        self.last: Any = None  # the event that was written last
+        # when the client is to hear something
+        self.due = self.clock() + self.settings.first_event_hold_secs if live else FOREVER
+
+    def clock(self) -> float:
+        """The loop's time."""
+        return self.connection.server.loop.time()
+
+    def feed(self, items: Iterable[Any]) -> None:
+        """Translate; what becomes of it goes out in one write, also if a ProxyError ends it."""
+        send, out = self.stream.send, []
+        try:
+            for item in items:
+                out += send(item)
+        except StopIteration as end:
+            out += end.value or ()
+            self.done = True
+        finally:
+            if out:
+                self.put(out)
+
+    def end_input(self) -> None:
+        """The provider's stream is over: the pair knows whether it was whole."""
+        self.ended = True
+        self.feed([None])
+        if not self.done:
+            raise UpstreamError("stream translation finish error: the upstream stream ended before"
+                                " its terminal event", type=STREAM_TRANSLATION)
+
+    def put(self, events: list[Any]) -> None:
+        """Write events, or gather them."""
+        if not self.live:
+            self.events += events
+            return
+        try:
+            data = b"".join([event_bytes(self.inbound, event) for event in events])
+        except ValueError as error:
+            raise UpstreamError(f"stream translation error: an event is {error}",
+                                type=STREAM_TRANSLATION) from None
+        self.begin()
+        self.connection.write_part(data)
+        self.last = events[-1]
+        self.due = self.clock() + self.settings.sse_keepalive_secs
+
+    def begin(self) -> None:
+        """Write the head that was held back."""
+        if not self.connection.answered:
+            self.connection.write_head(200, [*self.lines, b"content-type: text/event-stream"], None)
+
+    def sign(self) -> None:
+        """Show a client that hears nothing that all is well."""
+        if not self.connection.answered:
+            self.begin()
+        elif self.inbound is MESSAGES:
+            self.feed([PING])
+        else:
+            self.connection.write_part(b": keepalive\n\n")
+        self.due = self.clock() + self.settings.sse_keepalive_secs
+
+    def end(self) -> None:
+        """Write what is gathered, and the end."""
+        if self.ctx.stream:
+            self.live = True
+            if self.events:
+                self.put(self.events)
+            self.begin()
+            self.connection.write_end()
+        else:
+            write_json(self.connection, self.lines, collect(self.inbound.word, self.events))
+
+    def failed(self, error: ProxyError) -> ProxyError:
+        """What the pair makes of a failure: with its last words in `events`."""
+        try:
+            self.stream.send(error)
+        except ProxyError as told:
+            return told
+        except StopIteration:  # it is the pair that has failed
+            pass
+        return error
+
+    def fail(self, error: ProxyError, style: str) -> None:
+        """End a stream that has begun with what its protocol has for that; nothing follows."""
+        last = mapping(error.events[-1] if error.events else self.last)
+        data = [event_bytes(self.inbound, event) for event in error.events]
+        data.append(render_error_event(error, style, self.inbound,
+                                       last.get("sequence_number", -1) + 1, nested=True))
+        self.connection.write_part(b"".join(data))
+        self.connection.write_end()
+
+
+def write_json(connection: Connection, lines: list[bytes], value: Json) -> None:
+    """Answer with a translated body."""
+    try:
+        body = dump(value)
+    except ValueError as error:
+        raise UpstreamError(f"the translated answer is {error}", type=INTERNAL) from None
+    connection.write_head(200, [*lines, b"content-type: application/json"], len(body), body)
 
 
 class Proxy:
@@ -10600,17 +10960,21 @@ class Proxy:
         exchange.model = request.model
         decision = choose(self.routes, self.defaults, protocol.name, request.model)
         provider = self.provider_for(decision, exchange)
-        pair_for(protocol, provider.protocol)
-        body = pass_through_body(protocol, request, decision.model)
+        pair = pair_for(protocol, provider.protocol)
+        if pair:
+            job, body = self.translate_request(connection, exchange, provider, pair, request.body)
+        else:
+            job, body = None, pass_through_body(protocol, request, decision.model)
         exchange.body, exchange.provider_bytes, exchange.phase = request.body, len(body), PHASES[1]
-        link, answer, rest = await self.send(connection, head, exchange, provider, body)
+        link, answer, rest = await self.send(connection, head, exchange, provider, body,
+                                             job and job.lines)
         exchange.choices = number(request.body.get("n")) or 1
         del raw, request, body  # a stream may take hours, and bodies megabytes
         exchange.body = None
         payload: ResponseBody | None = None
         try:
             payload = response_body(provider, link, answer, rest)
-            await self.respond(connection, exchange, provider, answer, payload)
+            await self.respond(connection, exchange, provider, answer, payload, job)
         except BaseException:
             if payload is None or not payload.released:
                 link.abort()
@@ -10639,8 +11003,42 @@ class Proxy:
                              fix="put your key there, or name api_key_env or api_key_file")
         return provider
 
+    def translate_request(self, connection: Connection, exchange: Exchange, provider: Provider,
+                          pair: Pair, body: Json) -> tuple[Job, bytes]:
+        """The body for a provider of another protocol; RequestError for what it cannot express."""
+        assert exchange.inbound
+        ctx = Context(exchange.inbound.word, provider.protocol.word, exchange.upstream_model,
+                      host=provider.origin.authority, now=int(time.time()),
+                      profile=getattr(provider.settings, "profile", None) or {})
+        try:
+            payload = pair.request(body, ctx)
+        except RecursionError:
+            raise RequestError("the request body is nested too deeply") from None
+        try:
+            raw = dump(payload)
+        except ValueError as error:
+            raise RequestError(f"the request body is {error}") from None
+        self.tell_dropped(connection, exchange, ctx.dropped)
+        return Job(pair, ctx, translated_lines(payload.get("stream") is True, ctx.headers)), raw
+
+    def tell_dropped(self, connection: Connection, exchange: Exchange,
+                     dropped: Mapping[str, str]) -> None:
+        """Name what the translation has left out so far to the client, and to the log with the
+        reasons."""
+        if len(dropped) == exchange.dropped:
+            return
+        connection.extra = [line for line in connection.extra if not line.startswith(DROPPED_FIELD)]
+        connection.extra += dropped_lines(dropped)
+        if self.log.debug_on:
+            fresh = list(dropped.items())[exchange.dropped:]
+            told = {path[:OBSERVED_CHARS]: reason for path, reason in fresh}
+            self.log.event(logging.DEBUG, "dropped",
+                           {"request_id": str(exchange.id), "dropped": bounded(told)})
+        exchange.dropped = len(dropped)
+
     async def send(self, connection: Connection, head: RequestHead, exchange: Exchange,
-                   provider: Provider, body: bytes) -> tuple[Link, ResponseHead, bytes]:
+                   provider: Provider, body: bytes, translated: Sequence[bytes] | None = None,
+                   ) -> tuple[Link, ResponseHead, bytes]:
         """Send the provider request when its turn has come;
         holds a slot until the answer's head is there."""
         if connection.gone:
@@ -10652,9 +11050,9 @@ class Proxy:
         async with self.slots:
             try:
                 found = await self.pool.exchange(
-                    provider.origin, provider.request_head(head, len(body)), body, connection.watch,
-                    settings.connect_timeout_secs, settings.read_idle_timeout_secs,
-                    functools.partial(self.log_sent, exchange))
+                    provider.origin, provider.request_head(head, len(body), translated), body,
+                    connection.watch, settings.connect_timeout_secs,
+                    settings.read_idle_timeout_secs, functools.partial(self.log_sent, exchange))
             except UpstreamError as error:
                 error.message = f"{error.message} (provider `{provider.name}`)"
                 raise
@@ -10678,7 +11076,7 @@ class Proxy:
     # -- answers
 
     async def respond(self, connection: Connection, exchange: Exchange, provider: Provider,
-                      answer: ResponseHead, body: ResponseBody) -> None:
+                      answer: ResponseHead, body: ResponseBody, job: Job | None) -> None:
         """Give the client what the provider answered."""
         content_type = answer.values.get(b"content-type")
         exchange.status, exchange.sse = answer.status, is_event_stream(content_type)
@@ -10686,14 +11084,18 @@ class Proxy:
             content_type, None if answer.length is not None else "chunked")
         exchange.rates = answer.fields
         if not 200 <= answer.status < 300:
-            await self.respond_error(connection, exchange, provider, answer, body)
+            await self.respond_error(connection, exchange, provider, answer, body, job)
             return
         if self.log.info_on:
             self.log.event(logging.INFO, "hdr", end_fields(exchange))
-        lines = client_lines(answer, decoded=body.inflater is not None)
+        lines = (self.mapped(exchange, answer, job) if job
+                 else client_lines(answer, decoded=body.inflater is not None))
         if b"date" not in answer.values:
             lines.append(date_line())
-        if exchange.sse:
+        if job:
+            translate = self.translate_stream if exchange.sse else self.translate_whole
+            await translate(connection, exchange, provider, answer, body, lines, job)
+        elif exchange.sse:
             lines.append(b"content-type: text/event-stream")
             await self.stream(connection, exchange, provider, answer, body, lines)
         else:
@@ -10722,11 +11124,17 @@ class Proxy:
             raise body_fault(provider, error) from None
         return b"".join(parts), False
 
+    def mapped(self, exchange: Exchange, answer: ResponseHead, job: Job) -> list[bytes]:
+        """The header lines of an answer for a client of another protocol."""
+        assert exchange.inbound and exchange.provider_protocol
+        return mapped_lines(answer.fields, exchange.inbound, exchange.provider_protocol,
+                            job.ctx.now)
+
     async def respond_error(self, connection: Connection, exchange: Exchange, provider: Provider,
-                            answer: ResponseHead, body: ResponseBody) -> None:
+                            answer: ResponseHead, body: ResponseBody, job: Job | None) -> None:
         """A provider's own error: its body as it is where the client knows its shape, else ours."""
         raw, complete = await self.read_up_to(connection, provider, body, ERROR_BODY_BYTES)
-        lines = error_lines(answer.fields)
+        lines = self.mapped(exchange, answer, job) if job else error_lines(answer.fields)
         error = upstream_error(answer.status, raw, lines)
         self.release(body, answer, complete)
         exchange.down = len(raw)
@@ -10861,11 +11269,157 @@ class Proxy:
         if fills_gaps and (tail := observer.splitter.close()):
             connection.write_part(tail)
 
+    # -- translated answers
+
+    async def translate_whole(self, connection: Connection, exchange: Exchange, provider: Provider,
+                              answer: ResponseHead, body: ResponseBody, lines: list[bytes],
+                              job: Job) -> None:
+        """An answer in one piece for a client of another protocol, which may have asked for a
+        stream."""
+        raw, complete = await self.read_up_to(connection, provider, body,
+                                              self.config.server.max_sse_event_bytes)
+        exchange.down, exchange.phase = len(raw), PHASES[3]
+        self.release(body, answer, complete)
+        if not complete:
+            raise UpstreamError("the provider's answer is larger than server.max_sse_event_bytes",
+                                type=UPSTREAM_BODY_READ)
+        value, _ = load_answer(raw, answer.status, [STREAM_DECODER])
+        if not isinstance(value, dict):
+            raise UpstreamError("the provider's answer is not a JSON object", type=INTERNAL)
+        exchange.observed = observe_body(provider.protocol, value)
+        assert exchange.inbound
+        if job.ctx.stream:
+            outlet = Outlet(connection, exchange.inbound, job, lines, live=False)
+            outlet.feed(explode(provider.protocol.word, value))
+            if not outlet.done:
+                outlet.end_input()
+            outlet.end()
+        else:
+            translated = job.pair.response(value, job.ctx)
+            self.tell_dropped(connection, exchange, job.ctx.dropped)
+            write_json(connection, lines, translated)
+        await connection.flush()
+        self.log_end(exchange, logging.INFO, "end")
+
+    async def translate_stream(self, connection: Connection, exchange: Exchange,
+                               provider: Provider, answer: ResponseHead, body: ResponseBody,
+                               lines: list[bytes], job: Job) -> None:
+        """A stream for a client of another protocol, which may have asked for one piece."""
+        assert exchange.inbound
+        exchange.phase = PHASES[3]
+        observer = StreamObserver(provider.protocol, self.config.server.max_sse_event_bytes)
+        exchange.observed = observer.seen
+        self.watch_streams(exchange)
+        outlet = Outlet(connection, exchange.inbound, job, lines, live=job.ctx.stream)
+        fault: str | None = None
+        error: ProxyError | None = None
+        try:
+            fault = await self.pull_stream(connection, exchange, provider, body, observer, outlet)
+            if fault is None:
+                outlet.end()
+        except ProxyError as raised:
+            error = raised
+        except (FramingError, OSError) as broken:
+            error = body_fault(provider, broken)
+        except asyncio.CancelledError:
+            fault = connection.take_reason()
+        finally:
+            self.streams.discard(exchange)
+            connection.exchanging = False
+        self.tell_dropped(connection, exchange, job.ctx.dropped)
+        if fault in ENDED_BY:
+            self.release(body, answer, False)
+            self.interrupted(connection, exchange, fault)
+            return
+        said = fault or (error.message if error and not outlet.ended else None)
+        outcome = stream_outcome(observer, said, provider.settings.read_idle_timeout_secs,
+                                 self.config.tool_calls.timeout_secs)
+        if fault:
+            error = UpstreamError(outcome[2] or fault, status=504, type=UPSTREAM_BODY_READ)
+        if error:
+            self.release(body, answer, False)
+            self.fail_stream(connection, exchange, outlet, error, outcome)
+        else:
+            # a pair may take an end for whole that nobody announced
+            self.log_end(exchange, *(outcome if observer.seen.failed else (logging.INFO, "end")))
+            await self.drain(connection, answer, body)
+
+    async def pull_stream(self, connection: Connection, exchange: Exchange, provider: Provider,
+                          body: ResponseBody, observer: StreamObserver,
+                          outlet: Outlet) -> str | None:
+        """Translate a stream until the client's is whole;
+        returns the reason if it was ended from outside."""
+        watch, clock, transport = connection.watch, outlet.clock, connection.transport
+        seen, chat = observer.seen, provider.protocol is CHAT
+        idle_secs, stall_secs = (provider.settings.read_idle_timeout_secs,
+                                 self.config.tool_calls.timeout_secs)
+        heard = clock()
+        while not outlet.done:
+            if transport.get_write_buffer_size():
+                await connection.flush()
+            limits = [(heard + idle_secs, "upstream_idle"), (outlet.due, "silence")]
+            if seen.pending:
+                limits.append((observer.stall_at(stall_secs), "tool_stall"))
+            if chat and seen.finish:  # all is said, and [DONE] may not come
+                limits.append((heard + AFTER_TERMINAL_SECS, "finished"))
+            when, reason = min(limits)
+            watch.arm(when - clock(), reason)
+            try:
+                data = await body.read()
+            except asyncio.CancelledError:
+                # The limit has ended the wait and nothing else: what comes is read the next time.
+                reason = connection.take_reason()
+                if reason == "silence" and not connection.gone:
+                    outlet.sign()
+                    continue
+                if reason != "finished":
+                    return "client_gone" if reason == "silence" else reason
+                body.link.abort()
+                data = b""
+            if not data:
+                outlet.end_input()
+                break
+            exchange.chunks += 1
+            exchange.down += len(data)
+            exchange.last_byte_at = heard = clock()
+            outlet.feed(observer.payloads(data, heard))
+        return None
+
+    async def drain(self, connection: Connection, answer: ResponseHead,
+                    body: ResponseBody) -> None:
+        """Let the provider end a stream that is complete, so that its connection can carry
+        another request."""
+        complete = False
+        connection.watch.arm(AFTER_TERMINAL_SECS, "after_terminal")
+        try:
+            while await body.read():
+                pass
+            complete = True
+        except (FramingError, OSError):
+            pass
+        except asyncio.CancelledError:
+            connection.take_reason()
+        self.release(body, answer, complete)
+
+    def fail_stream(self, connection: Connection, exchange: Exchange, outlet: Outlet,
+                    error: ProxyError, outcome: tuple[int, str, str | None]) -> None:
+        """Tell a client that its stream has failed, with a status if it has none yet."""
+        error = outlet.failed(error)
+        level, event, said = outcome
+        if event == "end":  # the provider thinks so
+            level, event, said = logging.WARNING, "stream-error", error.message
+        if connection.answered:
+            outlet.fail(error_for(exchange, error), self.style)
+            self.log_end(exchange, level, event, said)
+        else:
+            self.fail(connection, exchange, error, event)
+
     # -- ends
 
     def fail(self, connection: Connection, exchange: Exchange, error: ProxyError,
              event: str = "request-failed") -> None:
         """Answer with an error; a stream that has begun can only be cut."""
+        error = error_for(exchange, error)
         if connection.answered:
             connection.cut()
             self.log_end(exchange, logging.WARNING, "stream-error", error.message)
@@ -10973,10 +11527,11 @@ def stream_outcome(observer: StreamObserver, fault: str | None, idle_secs: float
     return logging.INFO, "closed", "the stream ended before its terminal event"
 
 
-def load_answer(raw: bytes, status: int) -> tuple[Any, bool]:
+def load_answer(raw: bytes, status: int, decoders: Iterable[json.JSONDecoder] = (
+        DECODER, LENIENT_DECODER)) -> tuple[Any, bool]:
     """The JSON of an answer, and whether it is JSON to the letter:
     local servers write NaN into log probabilities."""
-    for decoder in (DECODER, LENIENT_DECODER):
+    for decoder in decoders:
         try:
             return load(raw, decoder), decoder is DECODER
         except ValueError:
@@ -10992,6 +11547,13 @@ def response_body(provider: Provider, link: Link, answer: ResponseHead,
         return ResponseBody(link, answer, rest)
     except FramingError as error:
         raise body_fault(provider, error) from None
+
+
+def error_for(exchange: Exchange, error: ProxyError) -> ProxyError:
+    """An error as the client of an exchange understands it."""
+    if isinstance(error, UpstreamError) and exchange.inbound and translation_name(exchange):
+        return translated_error(error, exchange.inbound, exchange.provider_bytes // 4)
+    return error
 
 
 def body_fault(provider: Provider, error: Exception) -> UpstreamError:

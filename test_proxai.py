@@ -5092,7 +5092,7 @@ def human(event, fields, level="info", color=False, **options):
 
 def test_fwd_tells_programs_all_about_a_request():
     exchange = exchange_of(MESSAGES, CHAT, provider="anthropic", route="mimo", provider_bytes=1990, body={
-        "system": "s", "stream": True, "max_tokens": 64, "thinking": {"type": "enabled"}})
+        "seed": 1, "stream": True, "max_tokens": 64, "temperature": 0.5, "reasoning_effort": "high"})
     assert proxai.fwd_fields(exchange) == {
         "request_id": "1778228311188", "method": "POST", "path": "/v1/chat/completions",
         "provider_request_bytes": 1990, "inbound_request_bytes": 2000, "request_delta_bytes": -10,
@@ -5100,9 +5100,8 @@ def test_fwd_tells_programs_all_about_a_request():
         "provider_protocol": "anthropic_messages",
         "translation": "openai_chat_completions->anthropic_messages", "request_protocol_alias": "chat",
         "translation_alias": "chat->ant", "provider_protocol_alias": "ant", "model": "up-model",
-        "reasoning_effort": "legacy_enabled", "stream": True, "max_output_tokens": 64,
-        "request_hints": "system think:legacy_enabled", "request_hint_parts": [
-            "system", "think:legacy_enabled"]}
+        "reasoning_effort": "high", "stream": True, "max_output_tokens": 64,
+        "request_hints": "temp:0.5", "request_hint_parts": ["temp:0.5"]}
 
 
 @pytest.mark.parametrize("protocol, body, effort, most, stream", [
@@ -5226,10 +5225,10 @@ def test_formats_of_numbers_and_ids(function, value, expected):
         "max_completion_tokens": 256, "parallel_tool_calls": True, "messages": []}),
      " INFO fwd  POST /v1/chat/completions ↑100B up-model chat->minimax_chat/chat max=256 ptc req=wn82ac"),
     (exchange_of(MESSAGES, CHAT, provider="anthropic", body={
-        "max_tokens": 64, "stream": False, "system": "s", "thinking": {"type": "adaptive"},
-        "tools": [{"name": "look"}]}),
-     " INFO fwd  POST /v1/chat/completions ↑2.0KB up-model/adaptive chat->anthropic/ant max=64 system"
-     " think:adaptive tools[c:1(look)] req=wn82ac"),
+        "max_tokens": 64, "stream": False, "reasoning_effort": "low", "n": 1, "parallel_tool_calls": True,
+        "tools": [{"type": "function", "function": {"name": "look"}}]}),
+     " INFO fwd  POST /v1/chat/completions ↑2.0KB up-model/low chat->anthropic/ant max=64 ptc"
+     " tools[f:1(look)] req=wn82ac"),
     (exchange_of(MESSAGES, path="/messages", provider="my_default_thing"),
      " INFO fwd  POST /messages ↑2.0KB up-model ant->my_default_thing/ant req=wn82ac"),
 ], ids=["responses", "chat", "translated", "bare"])
