@@ -5709,6 +5709,9 @@ def shortest(blocks: list[Json]) -> Any:
 
 # -- writing Chat Completions (translation-responses.md 4.1) -----------------
 
+THINK, END_THINK = "<think>", "</think>"
+
+
 def write_chat(ask: Ask, ctx: Context) -> Json:
     """A neutral request as the body of a Chat Completions request."""
     caps = ctx.caps
@@ -5930,7 +5933,7 @@ def chat_assistant(group: list[Atom], names: ToolNames, level: str | None,
         message["refusal"] = "\n".join(refusals)
     if calls:
         message["tool_calls"] = calls
-    reasoning = replayed_reasoning(thoughts, calls, level, ctx)
+    reasoning = replayed_reasoning(thoughts, message["content"], calls, level, ctx)
     if not (texts or refusals or calls):
         return None
     return {**message, **reasoning}
@@ -5949,8 +5952,8 @@ def chat_call(call: Call, names: ToolNames, ctx: Context) -> Json:
     return {"id": call.id, "type": "function", "function": {"name": name, "arguments": text}}
 
 
-def replayed_reasoning(thoughts: list[Thought], calls: list[Json], level: str | None,
-                       ctx: Context) -> Json:
+def replayed_reasoning(thoughts: list[Thought], content: str | None, calls: list[Json],
+                       level: str | None, ctx: Context) -> Json:
     """Reasoning fields of an assistant message, as the provider wants to see its own again."""
     found: list[tuple[str, str, list[Any]]] = []
     out: Json = {}
@@ -5971,6 +5974,11 @@ def replayed_reasoning(thoughts: list[Thought], calls: list[Json], level: str | 
                       [{"type": "reasoning.text", "text": text, "index": 0}])
     elif found and text and field in ("reasoning_content", "reasoning"):
         out[field] = text
+    elif text and field == "think":
+        out["content"] = f"{THINK}\n{text}\n{END_THINK}\n\n{content or ''}"
+    elif text and field == "thinking":
+        out["content"] = [{"type": "thinking", "thinking": [{"type": "text", "text": text}]},
+                          *as_parts(content or "")]
     required = ctx.caps.reasoning_required
     if required != "off" and level != "none" and (calls or required == "all") and \
             field in ("reasoning_content", "reasoning") and not out.get(field):
@@ -6946,8 +6954,6 @@ CHAT_STOPS = {
     "safety": "filter", "refusal": "filter",
 }
 CHAT_FAULTS = ("error", "network_error", "abort", "cancelled", "insufficient_system_resource")
-THINK, END_THINK = "<think>", "</think>"
-
 
 class ChatCall:
     """A tool call as fragments of it come in."""
@@ -7098,10 +7104,10 @@ class ChatReader(Reader):
             text = self.held + text
             before, tag, after = text.partition(END_THINK)
             if tag:
-                self.held, self.tags = "", "off"
+                self.held = ""
                 self.think(before.rstrip("\n"), "think")
                 self.close_open()
-                text = after.lstrip()
+                self.tags, text = "after", after
             else:
                 keep_ = next((n for n in range(len(END_THINK) - 1, 0, -1)
                               if text.endswith(END_THINK[:n])), 0)
@@ -7110,6 +7116,9 @@ class ChatReader(Reader):
                 self.held = text[len(text) - keep_:] if keep_ else ""
                 self.think(text[:len(text) - keep_], "think")
                 return
+        if self.tags == "after":
+            text = text.lstrip()
+            self.tags = "off" if text else "after"
         self.say(text, logprobs)
 
     def say(self, text: str, logprobs: Any = None) -> None:
@@ -8123,8 +8132,7 @@ class ChatWriter(Writer):
             segment.name = tool.name if tool else segment.name
             self.calls += 1
             if tool and tool.kind == "custom" and kind == "call":
-                segment.kind = "held"
-                return
+                return  # comes whole, when it is known to be a text
             segment.index = self.next_index()
             if self.ctx.legacy:
                 if segment.index == 0:
@@ -8155,6 +8163,8 @@ class ChatWriter(Writer):
             self.thought = segment.shown = True
         elif kind == "refusal":
             self.refusal.append(text)
+        elif kind == "call" and segment.index < 0:
+            return
         elif kind == "call" and self.ctx.legacy:
             if segment.index == 0:
                 self.emit({"function_call": {"arguments": text}})
@@ -8168,7 +8178,7 @@ class ChatWriter(Writer):
             self.leave_detail(segment)
         elif segment.kind == "text":
             self.cite(segment)
-        elif segment.kind == "held":
+        elif segment.kind == "call" and segment.index < 0:
             whole = segment.whole()
             text, _ = InputDecoder().close(whole)
             segment.index = self.next_index()
