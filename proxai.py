@@ -315,14 +315,15 @@ class ProxyError(Exception):
     `code` and `param` appear only where given (a param of None is rendered as null), `fields` are
     extra header lines, `retry` False adds `x-should-retry: false`, which the official SDKs obey.
     `kind` is the provider's own type of it. `events` are what a client whose stream was translated
-    gets before it.
+    gets before it. `details` are a native member of Anthropic's errors.
     """
 
     status, type = 500, INTERNAL
 
     def __init__(self, message: str, *, fix: str = "", status: int = 0, type: str = "",
                  code: str | None = None, param: Any = ABSENT, fields: Sequence[bytes] = (),
-                 retry: bool = True, kind: str = "", events: Sequence[Json] = ()) -> None:
+                 retry: bool = True, kind: str = "", events: Sequence[Json] = (),
+                 details: Json | None = None) -> None:
         self.message = f"{message}; {fix}" if fix else message
         super().__init__(self.message)
         # the provider's own body, where the client knows its shape
@@ -330,7 +331,7 @@ class ProxyError(Exception):
         self.status = status or self.status
         self.type = type or self.type
         self.code, self.param, self.fields, self.retry = code, param, fields, retry
-        self.kind, self.events = kind, events
+        self.kind, self.events, self.details = kind, events, details
 
     def payload(self) -> Json:
         """The error object of the `json` format, keys in the order of the contract."""
@@ -410,8 +411,9 @@ def native_error(error: ProxyError, protocol: Protocol) -> Json:
     known = CODE_TYPES.get(error.code or "")
     if protocol is MESSAGES:
         kind = ANTHROPIC_TYPES.get(status, "invalid_request_error" if client_fault else "api_error")
-        return {"type": "error", "error": {"type": known[0] if known else kind,
-                                           "message": error.message}}
+        body = {"type": known[0] if known else kind, "message": error.message}
+        return {"type": "error", "error": body | (
+            {"details": error.details} if error.details else {})}
     kind, code = OPENAI_TYPES.get(
         status, ("invalid_request_error" if client_fault else "server_error", None))
     kind = known[1] if known else kind
@@ -4763,8 +4765,10 @@ def read_messages(body: Json, ctx: Context) -> Ask:
         raise RequestError("`messages` must be a non-empty array", param="messages")
     for name in SERVER_STATE:
         if fields.get(name):
-            raise RequestError(f"`{name}` needs a server of Anthropic; this provider has none",
-                               param=name)
+            raise RequestError(
+                f"`{name}` needs a server of Anthropic; this provider has none", param=name,
+                # what makes Anthropic's SDKs go on without a thread
+                details={"error_code": f"{name}_unsupported_request", "unsupported": [name]})
     ask.max_tokens = fields.count("max_tokens")
     ask.temperature, ask.top_p = fields.number("temperature"), fields.number("top_p")
     ask.top_k = fields.count("top_k")
@@ -8523,17 +8527,13 @@ def collect_chat(events: list[Any]) -> Json:
 
 def collect_call(calls: list[Json], part: Json) -> None:
     """A fragment of a tool call joins its call."""
-    part = dict(part)
-    if part.pop("index") == len(calls):
-        calls.append({"id": part["id"], "type": part["type"],
-                      part["type"]: {**part[part["type"]]}})
+    index, kind = part["index"], part.get("type", "")
+    if index == len(calls):
+        calls.append({"id": part["id"], "type": kind, kind: dict(part[kind])})
         return
-    kind = calls[-1]["type"]
-    for call in calls:
-        kind = call["type"]
-    inner = calls[-1][kind]
+    kind = calls[index]["type"]
     for key, text in part[kind].items():
-        inner[key] = inner.get(key, "") + text
+        calls[index][kind][key] += text
 
 
 def collect_messages(events: list[Any]) -> Json:
@@ -8681,6 +8681,38 @@ def responses_to_messages_response(body: Any, ctx: Context) -> Json:
     return answered(responses_to_messages_stream(ctx), body, ctx)
 
 
+def messages_to_chat_request(body: Json, ctx: Context) -> Json:
+    """An Anthropic Messages request for a Chat Completions provider."""
+    return rewritten(read_messages, write_chat, body, ctx)
+
+
+def chat_to_messages_stream(ctx: Context) -> Stream:
+    """The stream of a Chat Completions provider for an Anthropic Messages client."""
+    out = MessagesWriter(ctx)
+    return translated(ChatReader(out, ctx), out)
+
+
+def chat_to_messages_response(body: Any, ctx: Context) -> Json:
+    """The answer of a Chat Completions provider for an Anthropic Messages client."""
+    return answered(chat_to_messages_stream(ctx), body, ctx)
+
+
+def chat_to_responses_request(body: Json, ctx: Context) -> Json:
+    """A Chat Completions request for a Responses provider."""
+    return rewritten(read_chat, write_responses, body, ctx)
+
+
+def responses_to_chat_stream(ctx: Context) -> Stream:
+    """The stream of a Responses provider for a Chat Completions client."""
+    out = ChatWriter(ctx)
+    return translated(ResponsesReader(out, ctx), out)
+
+
+def responses_to_chat_response(body: Any, ctx: Context) -> Json:
+    """The answer of a Responses provider for a Chat Completions client."""
+    return answered(responses_to_chat_stream(ctx), body, ctx)
+
+
 PAIRS: dict[tuple[str, str], Pair] = {
     ("responses", "messages"): Pair(responses_to_messages_request, messages_to_responses_response,
                                     messages_to_responses_stream),
@@ -8690,21 +8722,25 @@ PAIRS: dict[tuple[str, str], Pair] = {
                                messages_to_chat_stream),
     ("messages", "responses"): Pair(messages_to_responses_request, responses_to_messages_response,
                                     responses_to_messages_stream),
+    ("messages", "chat"): Pair(messages_to_chat_request, chat_to_messages_response,
+                               chat_to_messages_stream),
+    ("chat", "responses"): Pair(chat_to_responses_request, responses_to_chat_response,
+                                responses_to_chat_stream),
 }
+# Need translation.extended_pairs.
+EXTENDED_PAIRS = (("messages", "chat"), ("chat", "responses"))
 
 
-def pair_for(inbound: Protocol, provider: Protocol) -> Pair | None:
-    """The pair to translate with, None for the same protocol;
-    SetupError for a pair that is not there."""
+def pair_for(inbound: Protocol, provider: Protocol, extended: bool = False) -> Pair | None:
+    """The pair to translate with, None for the same protocol; SetupError for an extended pair
+    unless `extended` pairs are on."""
     if inbound is provider:
         return None
-    pair = PAIRS.get((inbound.word, provider.word))
-    if pair is None:
-        raise SetupError(f"translation {inbound.name} -> {provider.name} is not implemented"
-                         " in this version",
-                         fix=f"send {inbound.title} requests to a provider whose protocol is"
-                             f" {inbound.name}")
-    return pair
+    key = (inbound.word, provider.word)
+    if key in EXTENDED_PAIRS and not extended:
+        raise SetupError(f"translation {inbound.name} -> {provider.name} is switched off",
+                         fix="add `extended_pairs = true` under [translation] in the configuration")
+    return PAIRS[key]
 
 
 
@@ -11100,7 +11136,7 @@ class Proxy:
         exchange.model = request.model
         decision = choose(self.routes, self.defaults, protocol.name, request.model)
         provider = self.provider_for(decision, exchange)
-        pair = pair_for(protocol, provider.protocol)
+        pair = pair_for(protocol, provider.protocol, self.config.translation.extended_pairs)
         if pair:
             job, body = self.translate_request(connection, exchange, provider, pair, request.body)
         else:
@@ -11149,11 +11185,8 @@ class Proxy:
         assert exchange.inbound
         ctx = Context(exchange.inbound.word, provider.protocol.word, exchange.upstream_model,
                       host=provider.origin.authority, now=int(time.time()),
-                      profile=getattr(provider.settings, "profile", None) or {})
-        try:
-            payload = pair.request(body, ctx)
-        except RecursionError:
-            raise RequestError("the request body is nested too deeply") from None
+                      profile=provider.settings.profile)
+        payload = pair.request(body, ctx)
         try:
             raw = dump(payload)
         except ValueError as error:
@@ -12055,7 +12088,8 @@ def command_line() -> Any:
         prog="proxai.py", allow_abbrev=False,
         description="A local LLM proxy: any client protocol, any provider.",
         epilog="Without --config the file in the app directory (~/.proxai/config.toml) is used,"
-               " and made if missing.")
+               " and made if missing. `proxai.py translate --help` tells how to look at a"
+               " translation.")
     add = parser.add_argument
     add("command", nargs="?", choices=["check"],
         help="check: load the configuration, show what would run, and exit")
@@ -12074,6 +12108,105 @@ def command_line() -> Any:
             help=f"capture.{phase}_enabled for this run")
     add("-V", "--version", action="version", version=f"proxai {__version__}")
     return parser
+
+
+def protocol_name(text: str) -> Protocol:
+    """A protocol as a flag gives it: its long name, or its word."""
+    import argparse
+
+    for protocol in PROTOCOLS.values():
+        if text.lower() in (protocol.name, protocol.word):
+            return protocol
+    raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(PROTOCOLS)}")
+
+
+def translate_line() -> Any:
+    """The parser of `proxai.py translate`."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="proxai.py translate", allow_abbrev=False,
+        description="Translate a request, an answer or a stream, and tell what is left out.",
+        epilog="A request goes from the client's protocol to the provider's, answers and streams"
+               " come from the provider's to the client's.")
+    add = parser.add_argument
+    add("--from", dest="source", type=protocol_name, required=True, metavar="P",
+        help="protocol of FILE: " + ", ".join(PROTOCOLS))
+    add("--to", dest="target", type=protocol_name, required=True, metavar="P",
+        help="protocol to translate to")
+    kind = parser.add_mutually_exclusive_group()
+    for name, text in (("request", "FILE is a request (the default)"),
+                       ("response", "FILE is a provider's answer"),
+                       ("stream", "FILE is a provider's event stream")):
+        kind.add_argument(f"--{name}", dest="kind", action="store_const", const=name, help=text)
+    add("--model", metavar="NAME", help="model name at the provider, which decides what it takes")
+    add("--host", metavar="HOST", default="", help="the provider's host, which does so too")
+    add("--asked", metavar="FILE", help="the client's request that FILE answers")
+    add("file", metavar="FILE", help="a file, or - for standard input")
+    return parser
+
+
+def translate(args: Any) -> int:
+    """Print a translation, and on standard error what it left out; 1 where there is none."""
+    inbound, provider = ((args.source, args.target) if args.kind in (None, "request")
+                         else (args.target, args.source))
+    pair = pair_for(inbound, provider, extended=True)
+    if pair is None:
+        raise ConfigError(["--from and --to are the same protocol, which passes through untouched"])
+    raw = (sys.stdin.buffer.read() if args.file == "-"
+           else read_file(Path(args.file)).encode("utf-8"))
+    asked = load_file(read_file(Path(args.asked)).encode("utf-8"), args.asked) if args.asked else {}
+    first = load_file(raw, args.file) if args.kind != "stream" else {}
+    for value, name in ((first, args.file), (asked, args.asked)):
+        if not isinstance(value, dict):
+            raise ConfigError([f"{name} is not a JSON object"])
+    model = args.model or (asked or first).get("model")
+    ctx = Context(inbound.word, provider.word, model if isinstance(model, str) else "",
+                  host=args.host, now=int(time.time()))
+    try:
+        if asked:
+            pair.request(asked, ctx)
+        if args.kind == "stream":
+            for text in translated_events(pair, ctx, provider, inbound, raw):
+                sys.stdout.write(text)
+        else:
+            step = pair.request if args.kind in (None, "request") else pair.response
+            print(json.dumps(step(first, ctx), ensure_ascii=False, indent=2))
+    except ProxyError as error:
+        where = f" ({error.param})" if isinstance(error.param, str) else ""
+        print(f"Error: {error.message}{where}", file=sys.stderr)
+        return 1
+    finally:
+        for path, reason in ctx.dropped.items():
+            print(f"dropped: {path}: {reason}", file=sys.stderr)
+    return 0
+
+
+def translated_events(pair: Pair, ctx: Context, provider: Protocol, inbound: Protocol,
+                      raw: bytes) -> Iterator[str]:
+    """A stream translated, as text; its failure is the last event, and raised."""
+    stream, observer = pair.stream(ctx), StreamObserver(provider, len(raw) + 1)
+    next(stream)
+    try:
+        for item in (*observer.payloads(raw + b"\n\n", 0.0), None):
+            for event in stream.send(item):
+                yield event_bytes(inbound, event).decode()
+    except StopIteration as stop:
+        for event in stop.value:
+            yield event_bytes(inbound, event).decode()
+    except ProxyError as error:
+        for event in error.events:
+            yield event_bytes(inbound, event).decode()
+        yield render_error_event(error, "native", inbound, nested=True).decode()
+        raise
+
+
+def load_file(raw: bytes, name: str) -> Any:
+    """The JSON of a file; ConfigError where it is none."""
+    try:
+        return load(raw)
+    except ValueError as error:
+        raise ConfigError([f"{name} is not JSON: {error}"]) from None
 
 
 def flag_overrides(args: Any, tables: Json) -> list[Override]:
@@ -12233,10 +12366,12 @@ def pairs_report(config: Config, route: RouteConfig) -> str:
     for name, protocol in PROTOCOLS.items():
         try:
             if route.request_protocol in (None, name):
-                pair_for(protocol, PROTOCOLS[config.providers[route.provider].protocol])
+                pair_for(protocol, PROTOCOLS[config.providers[route.provider].protocol],
+                         config.translation.extended_pairs)
         except SetupError:
             missing.append(name)
-    return f" (not for {' and '.join(missing)}: not translated in this version)" if missing else ""
+    return (f" (not for {' and '.join(missing)}: needs translation.extended_pairs)"
+            if missing else "")
 
 
 def default_report(config: Config, protocol: Protocol) -> str:
@@ -12245,7 +12380,8 @@ def default_report(config: Config, protocol: Protocol) -> str:
     if not name:
         return "none: requests that no route takes are refused"
     try:
-        pair = pair_for(protocol, PROTOCOLS[config.providers[name].protocol])
+        pair = pair_for(protocol, PROTOCOLS[config.providers[name].protocol],
+                        config.translation.extended_pairs)
     except SetupError as error:
         return f"{name}: {error.message}"
     return f"{name} ({'translated' if pair else 'passed through'})"
@@ -12372,14 +12508,16 @@ def curl_line(protocol: Protocol, port: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = command_line()
-    args = parser.parse_args(argv)
-    if args.demo and (args.config or args.command):
+    argv = sys.argv[1:] if argv is None else argv
+    translates = argv[:1] == ["translate"]
+    parser = translate_line() if translates else command_line()
+    args = parser.parse_args(argv[1:] if translates else argv)
+    if not translates and args.demo and (args.config or args.command):
         parser.error("--demo has its own configuration and goes with neither --config nor check")
     environ = os.environ
     open_outputs()
     try:
-        return run(args, environ)
+        return translate(args) if translates else run(args, environ)
     except ConfigError as error:
         for fault in error.faults:
             print(f"Error: {fault}", file=sys.stderr)
