@@ -200,11 +200,14 @@ def load(raw: bytes, decoder: json.JSONDecoder = DECODER) -> Any:
         raise ValueError(f"not UTF-8 at byte {error.start}") from None
 
 
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # made once: dumps() does not
+
+
 def dump(value: Any) -> bytes:
     """`value` as compact UTF-8 JSON, keys in their order;
     ValueError where it is nested too deeply."""
     try:
-        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        text = ENCODER.encode(value)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     try:
@@ -2357,8 +2360,8 @@ def parse_event(frame: bytes) -> Event | None:
     as comments and bare retry lines have not."""
     if frame.startswith(BOM):
         frame = frame[3:]
-    name, data = "", []
-    for line in LINE_END.split(frame.decode("utf-8", "replace")):
+    name, data, text = "", [], frame.decode("utf-8", "replace")
+    for line in text.split("\n") if "\r" not in text else LINE_END.split(text):
         key, _, value = line.partition(":")
         if key == "data":
             data.append(value.removeprefix(" "))
@@ -6957,6 +6960,7 @@ CHAT_STOPS = {
     "model_context_window_exceeded": "context", "content_filter": "filter", "sensitive": "filter",
     "safety": "filter", "refusal": "filter",
 }
+PLAIN_DELTA = {"role", "content"}  # the members of nearly all chunks
 CHAT_FAULTS = ("error", "network_error", "abort", "cancelled", "insufficient_system_resource")
 
 class ChatCall:
@@ -7004,25 +7008,39 @@ class ChatReader(Reader):
         """One chunk."""
         if event.get("error") or event.get("object") == "error":
             raise fault_of(event.get("error") or event)
-        choices = [mapping(c) for c in listing(event.get("choices"))]
-        choice = next((c for c in choices if c.get("index") in (0, None)), None)
-        usage = (event.get("usage") or (choice or {}).get("usage")
-                 or mapping(event.get("x_groq")).get("usage"))
+        choice: Json | None = None
+        for one in listing(event.get("choices")):
+            if isinstance(one, dict) and one.get("index") in (0, None):
+                choice = one
+                break
+        usage = event.get("usage")
+        if choice is None or "usage" in choice or "x_groq" in event:
+            usage = (usage or mapping(choice).get("usage")
+                     or mapping(event.get("x_groq")).get("usage"))
         if isinstance(usage, dict):
             self.usage = usage
-        self.tier = word(event.get("service_tier")) or self.tier
+        if "service_tier" in event:
+            self.tier = word(event["service_tier"]) or self.tier
         if choice is not None:
-            self.out.begin(event.get("id"), event.get("model"), event.get("created"))
+            if not self.out.begun:
+                self.out.begin(event.get("id"), event.get("model"), event.get("created"))
             if self.reason is None:
-                self.delta(mapping(choice.get("delta") or choice.get("message")), choice)
-            self.finished(choice)
+                delta = mapping(choice.get("delta") or choice.get("message"))
+                if delta.keys() <= PLAIN_DELTA and type(delta.get("content")) is str:
+                    if delta["content"]:
+                        self.content(delta["content"],
+                                     mapping(choice.get("logprobs")).get("content"))
+                else:
+                    self.delta(delta, choice)
+            if choice.get("finish_reason"):
+                self.finished(choice)
         if self.reason is not None and self.usage is usage and usage:
             self.finish()
 
     def finished(self, choice: Json) -> None:
         """A finish_reason, the first of which counts."""
-        reason = choice.get("finish_reason")
-        if not isinstance(reason, str) or not reason:
+        reason = choice["finish_reason"]
+        if not isinstance(reason, str):
             return
         if reason in CHAT_FAULTS:
             raise fault_of(choice.get("error") or {
