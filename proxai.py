@@ -1605,7 +1605,8 @@ def example_table(cls: Any, header: str, given: Json, *, brief: bool = False) ->
         if field.name in given:
             lines.append(f"{field.name} = {toml_value(given[field.name])}")
         elif field.default is None or field.default is REQUIRED:
-            lines.append(f"# {field.name} = {toml_value(example or field.name)}")
+            shown = field.name if example is None else example
+            lines.append(f"# {field.name} = {toml_value(shown)}")
         else:
             lines.append(f"{field.name} ="
                          f" {toml_value(field.default if example is None else example)}")
@@ -1619,6 +1620,8 @@ def example_toml() -> str:
                     " # show settings that are not set.")
     for i, (name, given) in enumerate(EXAMPLE_PROVIDERS.items()):
         lines += example_table(ProviderConfig, f"[providers.{name}]", given, brief=i > 0)
+        if i == 0:
+            lines += example_table(ProfileConfig, f"[providers.{name}.profile]", {})
     lines += example_table(DefaultsConfig, "[routing.default_provider_names]", EXAMPLE_DEFAULTS)
     for i, given in enumerate(EXAMPLE_ROUTES):
         lines += example_table(RouteConfig, "[[routing.routes]]", given, brief=i > 0)
@@ -3230,7 +3233,7 @@ class Fields:
         """A member that is null, missing or of one of `kinds` (of any, where none is named)."""
         value = self.left.pop(key, None)
         if kinds and value is not None and type(value) not in kinds:
-            wants = " or ".join(TYPE_NAMES[kind] for kind in kinds)
+            wants = " or ".join(dict.fromkeys(TYPE_NAMES[kind] for kind in kinds))
             raise RequestError(f"`{self.at(key)}` must be {wants}", param=self.at(key))
         return value
 
@@ -3275,9 +3278,9 @@ class Fields:
                 self.ctx.drop(self.at(key), reason)
 
 
-TYPE_NAMES = {str: "a string", int: "a number", float: "a number", bool: "true or false",
+A_NUMBER = "a number"
+TYPE_NAMES = {str: "a string", int: A_NUMBER, float: A_NUMBER, bool: "true or false",
               list: "an array", dict: "an object"}
-TYPE_NAMES[int] = TYPE_NAMES[float]
 
 # -- ids ---------------------------------------------------------------------
 
