@@ -11819,21 +11819,19 @@ def demo_turn(protocol: Protocol, body: Json, number_: int) -> DemoTurn:
     wanted = body.get(protocol.wants)
     items = [{"role": "user", "content": wanted}] if isinstance(wanted, str) else listing(wanted)
     last = mapping(items[-1]) if items else {}
-    tools = [mapping(t) for t in listing(body.get("tools"))]
-    usable = [t for t in tools if demo_tool_name(t)]
-    result = tool_result_text(last)
-    said = demo_last_text(last.get("content"))
     tokens = sum(len(demo_text(mapping(i).get("content")).split()) for i in items)
-    model, id = str(body.get("model")), f"demo{number_:06d}"
+    usable = [t for t in map(mapping, listing(body.get("tools"))) if demo_tool_name(t)]
+    choice = body.get("tool_choice")
+    tool, arguments, result = None, {}, tool_result_text(last)
     if result is not None:
-        return DemoTurn(model, f"The tool answered: {result}", None, {}, tokens, id)
-    if (usable and body.get("tool_choice") != "none"
-            and mapping(body.get("tool_choice")).get("type") != "none"):
-        tool = usable[0]
-        inner = mapping(tool.get("function")) or tool
+        text = f"The tool answered: {result}"
+    elif usable and "none" not in (choice, mapping(choice).get("type")):
+        inner = mapping(usable[0].get("function")) or usable[0]
         schema_ = mapping(inner.get("parameters") or inner.get("input_schema"))
-        return DemoTurn(model, "", demo_tool_name(tool), demo_arguments(schema_), tokens, id)
-    return DemoTurn(model, f"You said: {said.strip() or 'nothing'}", None, {}, tokens, id)
+        text, tool, arguments = "", demo_tool_name(usable[0]), demo_arguments(schema_)
+    else:
+        text = f"You said: {demo_last_text(last.get('content')).strip() or 'nothing'}"
+    return DemoTurn(str(body.get("model")), text, tool, arguments, tokens, f"demo{number_:06d}")
 
 
 def demo_tool_name(tool: Json) -> str | None:
@@ -11879,153 +11877,49 @@ def words(text: str) -> list[str]:
     return re.findall(r"\S+\s*|\s+", text)
 
 
-# -- replies, whole and streamed ---------------------------------------------
-
-def demo_chat(turn: DemoTurn, now: int) -> Json:
-    """The turn as a Chat Completion."""
-    message: Json = {"role": "assistant", "content": turn.text or None, "refusal": None}
-    if turn.tool:
-        message["tool_calls"] = [{"id": f"call_{turn.id}", "type": "function",
-                                  "function": {"name": turn.tool,
-                                               "arguments": json.dumps(turn.arguments)}}]
-    return {"id": f"chatcmpl-{turn.id}", "object": "chat.completion", "created": now,
-            "model": turn.model,
-            "choices": [{"index": 0, "message": message, "logprobs": None,
-                         "finish_reason": "tool_calls" if turn.tool else "stop"}],
-            "usage": demo_chat_usage(turn)}
-
-
-def demo_chat_usage(turn: DemoTurn) -> Json:
-    """Usage as Chat counts it."""
-    out = len(words(turn.text)) or 1
-    return {"prompt_tokens": turn.tokens, "completion_tokens": out,
-            "total_tokens": turn.tokens + out}
-
-
-def demo_chat_stream(turn: DemoTurn, now: int, body: Json) -> Iterator[bytes]:
-    """The turn as Chat chunks."""
-    def chunk(delta: Json, finish: str | None = None, **more: Any) -> bytes:
-        choices = ([] if more.get("usage")
-                   else [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}])
-        return format_event(None, dump({
-            "id": f"chatcmpl-{turn.id}", "object": "chat.completion.chunk", "created": now,
-            "model": turn.model, "choices": choices, **more}))
+def demo_chunks(turn: DemoTurn, now: int, prefix: str) -> Iterator[Json]:
+    """The turn as Chat chunks, a word in each; the last has the usage."""
+    def chunk(delta: Json | None, finish: str | None = None, **more: Any) -> Json:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+        return {"id": f"chatcmpl-{turn.id}", "object": "chat.completion.chunk", "created": now,
+                "model": turn.model, "choices": [choice] if delta is not None else [], **more}
 
     yield chunk({"role": "assistant", "content": None if turn.tool else ""})
     if turn.tool:
-        yield chunk({"tool_calls": [{"index": 0, "id": f"call_{turn.id}", "type": "function",
+        yield chunk({"tool_calls": [{"index": 0, "id": f"{prefix}_{turn.id}", "type": "function",
                                      "function": {"name": turn.tool, "arguments": ""}}]})
         for part in words(json.dumps(turn.arguments)):
             yield chunk({"tool_calls": [{"index": 0, "function": {"arguments": part}}]})
     for word in words(turn.text):
         yield chunk({"content": word})
     yield chunk({}, "tool_calls" if turn.tool else "stop")
-    if mapping(body.get("stream_options")).get("include_usage"):
-        yield chunk({}, usage=demo_chat_usage(turn))
-    yield format_event(None, b"[DONE]")
-
-
-def demo_message(turn: DemoTurn) -> Json:
-    """The turn as an Anthropic message."""
-    block: Json = {"type": "text", "text": turn.text, "citations": None}
-    if turn.tool:
-        block = {"type": "tool_use", "id": f"toolu_{turn.id}", "name": turn.tool,
-                 "input": turn.arguments, "caller": {"type": "direct"}}
-    usage: Json = {**USAGE_GAPS, "input_tokens": turn.tokens,
-                   "output_tokens": len(words(turn.text)) or 1}
-    return {"id": f"msg_{turn.id}", "type": "message", "role": "assistant", "model": turn.model,
-            "content": [block], **MESSAGE_GAPS,
-            "stop_reason": "tool_use" if turn.tool else "end_turn", "usage": usage}
-
-
-def demo_message_stream(turn: DemoTurn, now: int, body: Json) -> Iterator[bytes]:
-    """The turn as Anthropic events."""
-    def event(kind: str, **more: Any) -> bytes:
-        return format_event(kind, dump({"type": kind, **more}))
-
-    whole = demo_message(turn)
-    block, usage = whole["content"][0], whole["usage"]
-    yield event("message_start", message={**whole, "content": [], "stop_reason": None,
-                                          "usage": {**usage, "output_tokens": 1}})
-    start = {**block, "input": {}} if turn.tool else {**block, "text": ""}
-    yield event("content_block_start", index=0, content_block=start)
-    yield event("ping")
-    kind, member = ("input_json_delta", "partial_json") if turn.tool else ("text_delta", "text")
-    for word in words(json.dumps(turn.arguments) if turn.tool else turn.text):
-        yield event("content_block_delta", index=0, delta={"type": kind, member: word})
-    yield event("content_block_stop", index=0)
-    yield event("message_delta", delta={**MESSAGE_GAPS, "stop_reason": whole["stop_reason"]},
-                usage={**DELTA_USAGE_GAPS, "output_tokens": usage["output_tokens"]})
-    yield event("message_stop")
-
-
-def demo_response(turn: DemoTurn, now: int, body: Json) -> Json:
-    """The turn as a Response object."""
     out = len(words(turn.text)) or 1
-    item: Json = {"id": f"msg_{turn.id}", "type": "message", "role": "assistant",
-                  "status": "completed",
-                  "content": [{"type": "output_text", "text": turn.text, "annotations": [],
-                               "logprobs": []}]}
-    if turn.tool:
-        item = {"id": f"fc_{turn.id}", "type": "function_call", "call_id": f"call_{turn.id}",
-                "name": turn.tool, "arguments": json.dumps(turn.arguments), "status": "completed"}
-    echo: Json = {
-        "instructions": None, "max_output_tokens": None, "metadata": {},
-        "parallel_tool_calls": True, "previous_response_id": None,
-        "reasoning": {"effort": None, "summary": None}, "store": False, "temperature": 1.0,
-        "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_p": 1.0,
-        "truncation": "disabled", "user": None}
-    echo = {key: body[key] if body.get(key) is not None else value for key, value in echo.items()}
-    return {"id": f"resp_{turn.id}", "object": "response", "created_at": now, "status": "completed",
-            "error": None, "incomplete_details": None, "model": turn.model, "output": [item],
-            **echo,
-            "usage": {"input_tokens": turn.tokens, "input_tokens_details": {"cached_tokens": 0},
-                      "output_tokens": out, "output_tokens_details": {"reasoning_tokens": 0},
-                      "total_tokens": turn.tokens + out}}
+    yield chunk(None, usage={"prompt_tokens": turn.tokens, "completion_tokens": out,
+                             "total_tokens": turn.tokens + out})
 
 
-def demo_response_stream(turn: DemoTurn, now: int, body: Json) -> Iterator[bytes]:
-    """The turn as Responses events."""
-    sequence = iter(range(1 << 30))
-
-    def event(kind: str, **more: Any) -> bytes:
-        return format_event(kind, dump({"type": kind, "sequence_number": next(sequence), **more}))
-
-    whole = demo_response(turn, now, body)
-    item = whole["output"][0]
-    place = {"item_id": item["id"], "output_index": 0}
-    opened = {**whole, "status": "in_progress", "output": [], "usage": None}
-    yield event("response.created", response=opened)
-    yield event("response.in_progress", response=opened)
-    started = {**item, "status": "in_progress",
-               **({"arguments": ""} if turn.tool else {"content": []})}
-    yield event("response.output_item.added", output_index=0, item=started)
-    if turn.tool:
-        for part in words(item["arguments"]):
-            yield event("response.function_call_arguments.delta", **place, delta=part)
-        yield event("response.function_call_arguments.done", **place, name=turn.tool,
-                    arguments=item["arguments"])
-    else:
-        part_ = item["content"][0]
-        yield event("response.content_part.added", **place, content_index=0,
-                    part={**part_, "text": ""})
-        for word in words(turn.text):
-            yield event("response.output_text.delta", **place, content_index=0, delta=word,
-                        logprobs=[])
-        yield event("response.output_text.done", **place, content_index=0, text=turn.text,
-                    logprobs=[])
-        yield event("response.content_part.done", **place, content_index=0, part=part_)
-    yield event("response.output_item.done", output_index=0, item=item)
-    yield event("response.completed", response=whole)
+def demo_events(protocol: Protocol, turn: DemoTurn, now: int, body: Json) -> Iterator[Any]:
+    """The turn as the events of a client of `protocol`: Chat chunks, or what their pair makes
+    of them."""
+    chunks = [*demo_chunks(turn, now, "toolu" if protocol is MESSAGES else "call"), DONE]
+    if protocol is CHAT:
+        if body.get("stream") and not mapping(body.get("stream_options")).get("include_usage"):
+            del chunks[-2]
+        return iter(chunks)
+    ctx = Context(protocol.word, CHAT.word, turn.model, now=now)
+    ctx.estimate = turn.tokens
+    ctx.echo = ECHOED | {k: v for k, v in body.items() if k in ECHOED and v is not None}
+    return through(PAIRS[protocol.word, CHAT.word].stream(ctx), chunks)
 
 
-DEMO_WHOLE: dict[str, Callable[[DemoTurn, int, Json], Json]] = {
-    "chat": lambda turn, now, body: demo_chat(turn, now),
-    "messages": lambda turn, now, body: demo_message(turn),
-    "responses": demo_response,
-}
-DEMO_STREAM = {"chat": demo_chat_stream, "messages": demo_message_stream,
-               "responses": demo_response_stream}
+def through(stream: Stream, items: Iterable[Any]) -> Iterator[Any]:
+    """The client's events that the stream of a pair makes of a provider's."""
+    next(stream)
+    try:
+        for item in items:
+            yield from stream.send(item)
+    except StopIteration as stop:
+        yield from stop.value
 
 
 class Demo:
@@ -12054,14 +11948,15 @@ class Demo:
         """Say the next turn, whole or word by word."""
         self.turns += 1
         turn, now = demo_turn(protocol, body, self.turns), int(time.time())
+        events = demo_events(protocol, turn, now, body)
         if not body.get("stream"):
-            data = dump(DEMO_WHOLE[protocol.word](turn, now, body))
+            data = dump(collect(protocol.word, list(events)))
             connection.write_head(200, [b"content-type: application/json"], len(data), data)
             return
         connection.exchanging = True
         connection.write_head(200, [b"content-type: text/event-stream"], None)
-        for frame in DEMO_STREAM[protocol.word](turn, now, body):
-            connection.write_part(frame)
+        for event in events:
+            connection.write_part(event_bytes(protocol, event))
             await connection.flush()
             await asyncio.sleep(self.word_secs)
         connection.exchanging = False

@@ -10044,13 +10044,14 @@ def demo_request(protocol: proxai.Protocol, *items: Any, text: str = "Hello  the
 def demo_reply(protocol: proxai.Protocol, body: dict[str, Any]) -> Any:
     """The whole reply, by way of JSON as a client gets it."""
     turn = proxai.demo_turn(protocol, body, 7)
-    return json.loads(json.dumps(proxai.DEMO_WHOLE[protocol.word](turn, 1700000000, body)))
+    return json.loads(json.dumps(proxai.collect(protocol.word, list(proxai.demo_events(protocol, turn, 1700000000, body)))))
 
 
 def demo_frames(protocol: proxai.Protocol, body: dict[str, Any]) -> list[tuple[str | None, str]]:
     """(event name, data) of the streamed reply."""
     turn = proxai.demo_turn(protocol, body, 7)
-    return frames_of(b"".join(proxai.DEMO_STREAM[protocol.word](turn, 1700000000, body)))
+    return frames_of(b"".join(
+        proxai.event_bytes(protocol, event) for event in proxai.demo_events(protocol, turn, 1700000000, body)))
 
 
 def frames_of(raw: bytes) -> list[tuple[str | None, str]]:
