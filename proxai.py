@@ -49,6 +49,7 @@ Sections, each using only the ones above it (a test holds the file to that):
 
 from __future__ import annotations
 
+import argparse
 import ast
 import asyncio
 import base64
@@ -1656,12 +1657,6 @@ def settings_rows(cls: Any = Config, path: str = "") -> Iterator[tuple[str, str,
 
 # -- the app directory -------------------------------------------------------
 
-class AppDirectory(NamedTuple):
-    """The directory of a run without --config; `created` tells whether its config.toml is new."""
-
-    path: Path
-    created: bool
-
 
 def app_directory(environ: Mapping[str, str]) -> Path:
     """Where the app directory is: under HOME, else USERPROFILE, else what the system says."""
@@ -1672,24 +1667,23 @@ def app_directory(environ: Mapping[str, str]) -> Path:
     return Path(home) / APP_DIRECTORY
 
 
-def bootstrap(environ: Mapping[str, str]) -> AppDirectory:
-    """Create what is missing of the app directory; what exists is never touched."""
+def bootstrap(environ: Mapping[str, str]) -> tuple[Path, bool]:
+    """Create what is missing of the app directory, and nothing else; where it is, and whether its
+    config.toml is new."""
     base, created = app_directory(environ), False
     try:
         for folder in (base, base / "logs", base / "captures", base / "diagnostics"):
             folder.mkdir(mode=0o700, parents=folder == base, exist_ok=True)
         for name in ("config.example.toml", "config.toml"):
-            try:
+            with contextlib.suppress(FileExistsError):
                 # it will hold keys
                 handle = os.open(base / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            except FileExistsError:
-                continue
-            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-                file.write(example_toml())
-            created = name == "config.toml"
+                with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+                    file.write(example_toml())
+                created = name == "config.toml"
     except OSError as error:
         raise ConfigError([f"cannot create the app directory {base}: {error.strerror}"]) from None
-    return AppDirectory(base, created)
+    return base, created
 
 
 
@@ -11989,17 +11983,18 @@ GOOD_BYE_SECS = 0.2
 
 def port_number(text: str) -> int:
     """A port as a flag gives it."""
-    import argparse
-
     if not (text.isascii() and text.isdigit() and int(text) < 65536):
         raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to 65535")
     return int(text)
 
 
-def command_line() -> Any:
-    """The parser of the command line."""
-    import argparse
+def setting_word(text: str) -> str:
+    """One of a setting's words, as a flag gives it."""
+    return text.strip().lower()
 
+
+def command_line() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="proxai.py", allow_abbrev=False,
         description="A local LLM proxy: any client protocol, any provider.",
@@ -12015,46 +12010,40 @@ def command_line() -> Any:
     add("--upstream", metavar="URL", help="base_url of the default openai_responses provider")
     add("--api-key", metavar="KEY", help="api_key of the default openai_responses provider")
     add("--port", type=port_number, metavar="N", help="server.port; 0 takes a free one")
-    add("--log-level", metavar="L", help="logging.level: trace, debug, info, warn or error")
-    add("--log-format", metavar="F", help="logging.output_format: human or json")
+    add("--log-level", type=setting_word, metavar="L",
+        help="logging.level: trace, debug, info, warn or error")
+    add("--log-format", type=setting_word, metavar="F",
+        help="logging.output_format: human or json")
     add("--route-override", metavar="ROUTE.FIELD=VALUE", action="append", default=[],
         help="change a field of the named route for this run; may be repeated")
     for phase in PHASES:
-        add(f"--capture-{phase.replace('_', '-')}", action="store_true",
+        add(f"--capture-{phase.replace('_', '-')}", action="store_const", const=True,
             help=f"capture.{phase}_enabled for this run")
     add("-V", "--version", action="version", version=f"proxai {__version__}")
     return parser
 
 
-def protocol_name(text: str) -> Protocol:
-    """A protocol as a flag gives it: its long name, or its word."""
-    import argparse
-
-    for protocol in PROTOCOLS.values():
-        if text.lower() in (protocol.name, protocol.word):
-            return protocol
-    raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(PROTOCOLS)}")
+PROTOCOL_WORDS = {name: p for p in PROTOCOLS.values() for name in (p.name, p.word)}
 
 
-def translate_line() -> Any:
+def translate_line() -> argparse.ArgumentParser:
     """The parser of `proxai.py translate`."""
-    import argparse
-
     parser = argparse.ArgumentParser(
         prog="proxai.py translate", allow_abbrev=False,
         description="Translate a request, an answer or a stream, and tell what is left out.",
         epilog="A request goes from the client's protocol to the provider's, answers and streams"
                " come from the provider's to the client's.")
     add = parser.add_argument
-    add("--from", dest="source", type=protocol_name, required=True, metavar="P",
-        help="protocol of FILE: " + ", ".join(PROTOCOLS))
-    add("--to", dest="target", type=protocol_name, required=True, metavar="P",
-        help="protocol to translate to")
+    for flag, text in (("--from", "protocol of FILE: " + ", ".join(PROTOCOLS)),
+                       ("--to", "protocol to translate to")):
+        add(flag, dest=flag[2:] + "_", type=str.lower, choices=PROTOCOL_WORDS, required=True,
+            metavar="P", help=text)
     kind = parser.add_mutually_exclusive_group()
     for name, text in (("request", "FILE is a request (the default)"),
                        ("response", "FILE is a provider's answer"),
                        ("stream", "FILE is a provider's event stream")):
-        kind.add_argument(f"--{name}", dest="kind", action="store_const", const=name, help=text)
+        kind.add_argument(f"--{name}", dest="kind", action="store_const", const=name,
+                          default="request", help=text)
     add("--model", metavar="NAME", help="model name at the provider, which decides what it takes")
     add("--host", metavar="HOST", default="", help="the provider's host, which does so too")
     add("--asked", metavar="FILE", help="the client's request that FILE answers")
@@ -12064,18 +12053,17 @@ def translate_line() -> Any:
 
 def translate(args: Any) -> int:
     """Print a translation, and on standard error what it left out; 1 where there is none."""
-    inbound, provider = ((args.source, args.target) if args.kind in (None, "request")
-                         else (args.target, args.source))
+    inbound, provider = PROTOCOL_WORDS[args.from_], PROTOCOL_WORDS[args.to_]
+    if args.kind != "request":
+        inbound, provider = provider, inbound
     pair = pair_for(inbound, provider, extended=True)
     if pair is None:
         raise ConfigError(["--from and --to are the same protocol, which passes through untouched"])
     raw = (sys.stdin.buffer.read() if args.file == "-"
            else read_file(Path(args.file)).encode("utf-8"))
-    asked = load_file(read_file(Path(args.asked)).encode("utf-8"), args.asked) if args.asked else {}
-    first = load_file(raw, args.file) if args.kind != "stream" else {}
-    for value, name in ((first, args.file), (asked, args.asked)):
-        if not isinstance(value, dict):
-            raise ConfigError([f"{name} is not a JSON object"])
+    asked = (load_object(read_file(Path(args.asked)).encode("utf-8"), args.asked) if args.asked
+             else {})
+    first = load_object(raw, args.file) if args.kind != "stream" else {}
     model = args.model or (asked or first).get("model")
     ctx = Context(inbound.word, provider.word, model if isinstance(model, str) else "",
                   host=args.host, now=int(time.time()))
@@ -12083,10 +12071,9 @@ def translate(args: Any) -> int:
         if asked:
             pair.request(asked, ctx)
         if args.kind == "stream":
-            for text in translated_events(pair, ctx, provider, inbound, raw):
-                sys.stdout.write(text)
+            sys.stdout.writelines(translated_events(pair, ctx, provider, inbound, raw))
         else:
-            step = pair.request if args.kind in (None, "request") else pair.response
+            step = pair.request if args.kind == "request" else pair.response
             print(json.dumps(step(first, ctx), ensure_ascii=False, indent=2))
     except ProxyError as error:
         where = f" ({error.param})" if isinstance(error.param, str) else ""
@@ -12101,14 +12088,9 @@ def translate(args: Any) -> int:
 def translated_events(pair: Pair, ctx: Context, provider: Protocol, inbound: Protocol,
                       raw: bytes) -> Iterator[str]:
     """A stream translated, as text; its failure is the last event, and raised."""
-    stream, observer = pair.stream(ctx), StreamObserver(provider, len(raw) + 1)
-    next(stream)
+    payloads = StreamObserver(provider, len(raw) + 1).payloads(raw + b"\n\n", 0.0)
     try:
-        for item in (*observer.payloads(raw + b"\n\n", 0.0), None):
-            for event in stream.send(item):
-                yield event_bytes(inbound, event).decode()
-    except StopIteration as stop:
-        for event in stop.value:
+        for event in through(pair.stream(ctx), [*payloads, None]):
             yield event_bytes(inbound, event).decode()
     except ProxyError as error:
         for event in error.events:
@@ -12117,44 +12099,40 @@ def translated_events(pair: Pair, ctx: Context, provider: Protocol, inbound: Pro
         raise
 
 
-def load_file(raw: bytes, name: str) -> Any:
-    """The JSON of a file; ConfigError where it is none."""
+def load_object(raw: bytes, name: str) -> Json:
+    """The JSON object in a file; ConfigError where there is none."""
     try:
-        return load(raw)
+        value = load(raw)
     except ValueError as error:
         raise ConfigError([f"{name} is not JSON: {error}"]) from None
+    if not isinstance(value, dict):
+        raise ConfigError([f"{name} is not a JSON object"])
+    return value
 
 
 def flag_overrides(args: Any, tables: Json) -> list[Override]:
     """What the flags put in place of the file's values."""
-    out = []
-    if args.port is not None:
-        out.append(Override("--port", ("server", "port"), args.port))
-    for flag, key, value in (("--log-level", "level", args.log_level),
-                             ("--log-format", "output_format", args.log_format)):
-        if value is not None:
-            out.append(Override(flag, ("logging", key), value.strip().lower()))
-    for phase in PHASES:
-        if getattr(args, f"capture_{phase}"):
-            out.append(Override(f"--capture-{phase.replace('_', '-')}",
-                                ("capture", f"{phase}_enabled"), True))
-    for flag, key, value in (("--upstream", "base_url", args.upstream),
-                             ("--api-key", "api_key", args.api_key)):
-        if value and value.strip():
+    rows = [("--port", ("server", "port"), args.port),
+            ("--log-level", ("logging", "level"), args.log_level),
+            ("--log-format", ("logging", "output_format"), args.log_format),
+            *((f"--capture-{phase.replace('_', '-')}", ("capture", f"{phase}_enabled"),
+               getattr(args, f"capture_{phase}")) for phase in PHASES)]
+    out = [Override(flag, at, value) for flag, at, value in rows if value is not None]
+    for flag, key, others, text in (
+            ("--upstream", "base_url", (), args.upstream),
+            ("--api-key", "api_key", ("api_key_env", "api_key_file"), args.api_key)):
+        if text and text.strip():
             at = ("providers", default_responses_provider(flag, tables))
-            if key == "api_key":
-                out += [Override(flag, (*at, other), None)
-                        for other in ("api_key_env", "api_key_file")]
-            out.append(Override(flag, (*at, key), value.strip()))
+            out += [Override(flag, (*at, other), None) for other in others]
+            out.append(Override(flag, (*at, key), text.strip()))
     return out + [route_override(spec, tables) for spec in args.route_override]
 
 
 def default_responses_provider(flag: str, tables: Json) -> str:
     """The key of the provider that --upstream and --api-key are about, as the file spells it."""
-    name = first_of(tables, f"/routing/default_provider_names/{RESPONSES.name}")
-    wanted = name.strip().lower() if isinstance(name, str) else ""
+    wanted = first_of(tables, f"/routing/default_provider_names/{RESPONSES.name}")
     for label in mapping(tables.get("providers")):
-        if wanted and label.strip().lower() == wanted:
+        if isinstance(wanted, str) and label.strip().lower() == wanted.strip().lower() != "":
             return str(label)
     raise ConfigError([f"{flag} is about the default provider of {RESPONSES.name},"
                        " and there is none"],
@@ -12196,8 +12174,7 @@ def banner(config: Config, port: int, source: str, notes: Sequence[str],
     host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
     names, logs = config.routing.default_provider_names, config.logging
     default = config.providers.get(names.openai_responses)
-    base = app_directory(environ)
-    captures = {f.name: getattr(config.capture, f.name) for f in dataclasses.fields(config.capture)}
+    base, captures = app_directory(environ), dataclasses.asdict(config.capture)
     rows = [
         ("listen", f"http://{host}:{port}"),
         ("paths", ", ".join(f"{p.path} ({name})" for name, p in PROTOCOLS.items())),
@@ -12226,12 +12203,6 @@ def banner(config: Config, port: int, source: str, notes: Sequence[str],
     return "\n".join([f"ProxAI {__version__}", *(f"  {label}: {value}" for label, value in rows)])
 
 
-def demo_banner(port: int) -> str:
-    """What is told when the demo starts."""
-    return (f"ProxAI {__version__}, demo\n  listen: http://127.0.0.1:{port}\n"
-            "  provider: embedded, it says back what it is told")
-
-
 def tell(text: str) -> None:
     """Print, where anybody reads; a reader that is gone does not end the proxy."""
     with contextlib.suppress(OSError, ValueError):
@@ -12243,7 +12214,7 @@ def start_notes(config: Config) -> list[str]:
     """What an operator should know before the first request."""
     notes = [f"providers.{name}.api_key is still the template's; requests to it are refused"
              for name, p in config.providers.items() if TEMPLATE_KEY.search(p.api_key or "")]
-    if any(getattr(config.capture, f.name) for f in dataclasses.fields(config.capture)):
+    if any(dataclasses.astuple(config.capture)):
         notes.append("capture is switched on, but this version writes no captures yet")
     return notes
 
@@ -12255,59 +12226,56 @@ def check_report(config: Config, source: str, environ: Mapping[str, str]) -> str
              "providers:"]
     for name, settings in config.providers.items():
         provider = Provider(name, settings, environ)
-        keys = [s for s in ("api_key_env", "api_key_file") if getattr(settings, s)]
-        origin = provider.origin
-        proxy = urlsplit(origin.proxy) if origin.proxy else None
-        via = (", through the forward proxy"
-               f" {proxy.hostname}:{proxy.port or DEFAULT_PORTS[proxy.scheme]}" if proxy else "")
-        lines.append(f"  {name}: {settings.protocol} at"
-                     f" {origin.scheme}://{origin.authority}{provider.target},"
-                     f" key from {keys[0] if keys else 'api_key'}{via}")
+        key = next((s for s in ("api_key_env", "api_key_file") if getattr(settings, s)), "api_key")
+        origin, via = provider.origin, ""
+        if origin.proxy:
+            proxy = urlsplit(origin.proxy)
+            via = (f", through the forward proxy {proxy.hostname}:"
+                   f"{proxy.port or DEFAULT_PORTS[proxy.scheme]}")
+        lines.append(f"  {name}: {settings.protocol} at {origin.scheme}://{origin.authority}"
+                     f"{provider.target}, key from {key}{via}")
     lines.append("routes, first match wins:" if config.routing.routes else "routes: none")
     for i, route in enumerate(config.routing.routes):
         kind = pattern_kind(route.match_kind, route.model_pattern)
         guard = f" for {route.request_protocol}" if route.request_protocol else ""
         sent = f" as {route.upstream_model}" if route.upstream_model else ""
+        missing = [name for name in PROTOCOLS if route.request_protocol in (None, name)
+                   and translation_fault(config, name, route.provider)]
         lines.append(f"  {i + 1}. {route.name or '(no name)'}: {kind} {route.model_pattern}{guard}"
-                     f" -> {route.provider}{sent}{pairs_report(config, route)}")
-    lines.append("defaults:")
-    for name, protocol in PROTOCOLS.items():
-        lines.append(f"  {name} -> {default_report(config, protocol)}")
-    return "\n".join([*lines, *(f"note: {note}" for note in start_notes(config))])
+                     f" -> {route.provider}{sent}"
+                     + (f" (not for {' and '.join(missing)}: needs translation.extended_pairs)"
+                        if missing else ""))
+    defaults = [f"  {name} -> {default_report(config, name)}" for name in PROTOCOLS]
+    return "\n".join([*lines, "defaults:", *defaults,
+                      *(f"note: {note}" for note in start_notes(config))])
 
 
-def pairs_report(config: Config, route: RouteConfig) -> str:
-    """Which protocols a route cannot serve, because nothing translates them to its provider's."""
-    missing = []
-    for name, protocol in PROTOCOLS.items():
-        try:
-            if route.request_protocol in (None, name):
-                pair_for(protocol, PROTOCOLS[config.providers[route.provider].protocol],
-                         config.translation.extended_pairs)
-        except SetupError:
-            missing.append(name)
-    return (f" (not for {' and '.join(missing)}: needs translation.extended_pairs)"
-            if missing else "")
+def translation_fault(config: Config, inbound: str, provider: str) -> str:
+    """Why requests of a protocol cannot go to a provider; "" where they can."""
+    try:
+        pair_for(PROTOCOLS[inbound], PROTOCOLS[config.providers[provider].protocol],
+                 config.translation.extended_pairs)
+    except SetupError as error:
+        return error.message
+    return ""
 
 
-def default_report(config: Config, protocol: Protocol) -> str:
+def default_report(config: Config, inbound: str) -> str:
     """Where requests of a protocol go by default, and whether that pair works."""
-    name = getattr(config.routing.default_provider_names, protocol.name)
+    name = getattr(config.routing.default_provider_names, inbound)
     if not name:
         return "none: requests that no route takes are refused"
-    try:
-        pair = pair_for(protocol, PROTOCOLS[config.providers[name].protocol],
-                        config.translation.extended_pairs)
-    except SetupError as error:
-        return f"{name}: {error.message}"
-    return f"{name} ({'translated' if pair else 'passed through'})"
+    if fault := translation_fault(config, inbound, name):
+        return f"{name}: {fault}"
+    passes = config.providers[name].protocol == inbound
+    return f"{name} ({'passed through' if passes else 'translated'})"
 
 
 # -- running -----------------------------------------------------------------
 
 def tune_process() -> None:
     """Settings of the process that make a long run cheaper, and room for many connections."""
-    bytes(1 << 20)
+    bytes(1 << 20)  # freed at once, it makes glibc keep memory of that size and not map it anew
     gc.collect()
     gc.freeze()  # what is there now stays; no need to look at it again and again
     gc.set_threshold(20_000, 50, 50)
@@ -12324,10 +12292,8 @@ def tune_process() -> None:
 
 def on_signals(loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) -> None:
     """Call `stop` in the loop for each SIGINT, SIGTERM and SIGBREAK."""
-    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
-        number_ = getattr(signal, name, None)
-        if number_ is None:
-            continue
+    names = ("SIGINT", "SIGTERM", "SIGBREAK")
+    for number_ in filter(None, (getattr(signal, name, None) for name in names)):
         try:
             loop.add_signal_handler(number_, stop)
         except (NotImplementedError, RuntimeError):  # Windows
@@ -12364,13 +12330,12 @@ async def run_demo(args: Any, log: Log, environ: Mapping[str, str]) -> None:
     demo = Demo(word_secs=0.02)
     provider = Server(ServerConfig(), demo.serve, demo.refuse)
     config = load_demo(args, await provider.listen("127.0.0.1", 0), environ)
-    port = args.port if args.port is not None else config.server.port
-    if args.port is None and port_taken(port):
-        port = 0
-    config = dataclasses.replace(config, server=dataclasses.replace(config.server, port=port))
+    if args.port is None and port_taken(config.server.port):
+        config = dataclasses.replace(config, server=dataclasses.replace(config.server, port=0))
 
     async def started(port: int) -> None:
-        tell(demo_banner(port))
+        tell(f"ProxAI {__version__}, demo\n  listen: http://127.0.0.1:{port}\n"
+             "  provider: embedded, it says back what it is told")
         question = "Hello, is anybody there?"
         answer = await ask(port, question)
         tell(f"\nOne request went through the proxy.\n  asked:    {question}\n"
@@ -12393,33 +12358,24 @@ def port_taken(port: int) -> bool:
 async def ask(port: int, question: str) -> str:
     """One Chat request through the proxy on `port`, and the answer's text."""
     body = dump({"model": "demo", "messages": [{"role": "user", "content": question}]})
-    head = format_lines(b"POST /v1/chat/completions HTTP/1.1", b"host: 127.0.0.1",
-                        b"content-length: %d" % len(body))
-    pool = Pool()
-    watch = Watch(asyncio.get_running_loop(), lambda reason: None)
-    try:
-        link, answer, rest = await pool.exchange(Origin("http", "127.0.0.1", port), head, body,
-                                                 watch, 10, 10, lambda: None)
-        stream = ResponseBody(link, answer, rest)
-        raw = b""
-        while data := await stream.read():
-            raw += data
-        link.abort()
-        return str(json.loads(raw)["choices"][0]["message"]["content"])
-    finally:
-        watch.stop()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(format_lines(b"POST /v1/chat/completions HTTP/1.0",
+                              b"content-length: %d" % len(body)) + body)
+    raw = await reader.read()
+    writer.close()
+    return str(json.loads(raw.partition(b"\r\n\r\n")[2])["choices"][0]["message"]["content"])
 
 
 def curl_line(protocol: Protocol, port: int) -> str:
     """A command that sends a streaming request of `protocol` to the proxy."""
-    said: Any = ("Tell me a story" if protocol is RESPONSES
-                 else [{"role": "user", "content": "Tell me a story"}])
+    said = "Tell me a story"
     body: Json = {"model": "demo", "stream": True, protocol.wants: said}
+    if protocol is not RESPONSES:
+        body[protocol.wants] = [{"role": "user", "content": said}]
     if protocol is MESSAGES:
         body["max_tokens"] = 100
-    quoted = json.dumps(body)
     return (f"curl -N http://127.0.0.1:{port}{protocol.path} -H 'content-type: application/json'"
-            f" \\\n  -d '{quoted}'")
+            f" \\\n  -d '{json.dumps(body)}'")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -12430,10 +12386,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv[1:] if translates else argv)
     if not translates and args.demo and (args.config or args.command):
         parser.error("--demo has its own configuration and goes with neither --config nor check")
-    environ = os.environ
     open_outputs()
     try:
-        return translate(args) if translates else run(args, environ)
+        return translate(args) if translates else run(args, os.environ)
     except ConfigError as error:
         for fault in error.faults:
             print(f"Error: {fault}", file=sys.stderr)
@@ -12476,9 +12431,9 @@ def run(args: Any, environ: Mapping[str, str]) -> int:
     elif args.command == "check":
         path = app_directory(environ) / "config.toml"
     else:
-        directory = bootstrap(environ)
-        path = directory.path / "config.toml"
-        if directory.created:
+        directory, created = bootstrap(environ)
+        path = directory / "config.toml"
+        if created:
             notes.append(f"{path} was just created; put your keys there")
     config = load_config(read_file(path), str(path), environ=environ,
                          overrides=lambda tables: flag_overrides(args, tables))

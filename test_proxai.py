@@ -2085,9 +2085,8 @@ def test_the_example_and_the_table_of_settings_know_every_setting():
 
 def test_a_first_start_makes_the_app_directory_and_later_ones_touch_nothing(tmp_path):
     home = {"HOME": str(tmp_path)}
-    first = proxai.bootstrap(home)
-    base = tmp_path / ".proxai"
-    assert (first.path, first.created) == (base, True)
+    base, created = proxai.bootstrap(home)
+    assert (base, created) == (tmp_path / ".proxai", True)
     assert sorted(p.name for p in base.iterdir()) == ["captures", "config.example.toml", "config.toml",
                                                       "diagnostics", "logs"]
     assert all((base / name).is_dir() for name in ("captures", "diagnostics", "logs"))
@@ -2119,7 +2118,7 @@ def test_only_what_is_missing_of_the_app_directory_is_made(tmp_path):
 def test_nobody_else_can_read_the_app_directory(tmp_path):
     before = os.umask(0)
     try:
-        base = proxai.bootstrap({"HOME": str(tmp_path)}).path
+        base = proxai.bootstrap({"HOME": str(tmp_path)})[0]
     finally:
         os.umask(before)
     assert {p.name: p.stat().st_mode & 0o777 for p in (base, *base.iterdir())} == {
