@@ -72,6 +72,7 @@ import signal
 import socket
 import ssl
 import sys
+import textwrap
 import threading
 import time
 import tomllib
@@ -791,129 +792,46 @@ class Kind(NamedTuple):
     read: Callable[[Any], Any]
 
 
-def expect(condition: bool, wants: str) -> None:
-    """Raise the ValueError that tells a person what a value must be."""
-    if not condition:
+def kind_of(wants: str, good: Callable[[Any], Any],
+            keep: Callable[[Any], Any] = lambda value: value) -> Kind:
+    """The kind of the values that `good` accepts; `keep` makes of one what is kept. A ValueError of
+    theirs is a no, too."""
+    def read(value: Any) -> Any:
+        with contextlib.suppress(ValueError):
+            if good(value):
+                return keep(value)
         raise ValueError(f"must be {wants}")
+
+    return Kind(wants, read)
+
+
+def text_of_kind(wants: str, good: Callable[[str], Any] = bool,
+                 keep: Callable[[str], str] = str) -> Kind:
+    """Like `kind_of`, for strings with something in them, without the blanks around it."""
+    return kind_of(wants, lambda value: isinstance(value, str) and value.strip()
+                   and good(value.strip()), lambda value: keep(value.strip()))
 
 
 def whole(low: int, high: int = 1 << 62) -> Kind:
     """A whole number in a range."""
-    wants = (f"a whole number from {low} to {high}" if high < 1 << 62
-             else f"a whole number, {low} or more")
-
-    def read(value: Any) -> int:
-        expect(type(value) is int and low <= value <= high, wants)
-        return int(value)
-
-    return Kind(wants, read)
-
-
-def read_seconds(value: Any) -> float:
-    """A time limit; zero would mean `never` to some and `at once` to others, so it is refused."""
-    expect(type(value) in (int, float) and 0 < value <= 86400 * 366, SECONDS.wants)
-    return float(value)
-
-
-def read_boolean(value: Any) -> bool:
-    """A TOML boolean."""
-    expect(type(value) is bool, "true or false")
-    return bool(value)
-
-
-def read_text(value: Any) -> str:
-    """A string with something in it, without the blanks around it."""
-    expect(isinstance(value, str) and bool(value.strip()), "a non-empty string")
-    return str(value).strip()
-
-
-def read_pattern(value: Any) -> str:
-    """A pattern as it is; an empty one takes no model."""
-    expect(isinstance(value, str), "a string")
-    return str(value)
-
-
-def read_secret(value: Any) -> str:
-    """A key that can stand in a header field: one that cannot would silently not be sent."""
-    key = read_text(value)
-    expect(key.isascii() and key.isprintable() and " " not in key, "printable ASCII without blanks")
-    return key
-
-
-def read_variable(value: Any) -> str:
-    """The name of an environment variable; a key that was put there by mistake mostly is none."""
-    name = read_text(value)
-    expect(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) is not None, VARIABLE.wants)
-    return name
-
-
-def read_name(value: Any) -> str:
-    """A provider's name: compared without case, so kept in lower case; blank means none."""
-    expect(isinstance(value, str), "a string")
-    return str(value).strip().lower()
-
-
-def read_address(value: Any) -> str:
-    """An IP address literal, as a listener needs it."""
-    expect(isinstance(value, str), ADDRESS.wants)
-    try:
-        return str(ipaddress.ip_address(value.strip()))
-    except ValueError:
-        raise ValueError(f"must be {ADDRESS.wants}") from None
-
-
-def read_url(value: Any) -> str:
-    """An absolute http or https URL without its query, ending in a slash."""
-    text = read_text(value)
-    try:
-        url = urlsplit(text)
-        port = url.port
-    except ValueError:
-        raise ValueError(f"must be {URL.wants}") from None
-    expect(url.scheme in ("http", "https") and bool(url.hostname) and port != 0, URL.wants)
-    expect("@" not in url.netloc, f"{URL.wants}, without a user name in it")
-    expect(text.isascii() and text.isprintable() and " " not in text, f"{URL.wants}, in ASCII")
-    return f"{url.scheme}://{url.netloc}{url.path.rstrip('/')}/"
-
-
-def read_proxy(value: Any) -> str:
-    """A forward proxy's URL, or the word direct."""
-    text = read_text(value)
-    if text.lower() == "direct":
-        return "direct"
-    try:
-        url = urlsplit(text)
-        port = url.port
-    except ValueError:
-        port = 0
-    expect(port != 0 and url.scheme in ("http", "https") and bool(url.hostname), PROXY.wants)
-    expect(url.path in ("", "/") and text.isascii() and text.isprintable(), PROXY.wants)
-    return text
-
-
-def read_origin(value: Any) -> str:
-    """A browser origin as the Origin header spells it."""
-    text = read_text(value).lower()
-    url = urlsplit(text)
-    expect(text == "null" or bool(url.scheme and url.netloc and not url.path), ORIGIN.wants)
-    return text
+    return kind_of(f"a whole number from {low} to {high}" if high < 1 << 62
+                   else f"a whole number, {low} or more",
+                   lambda value: type(value) is int and low <= value <= high)
 
 
 def choice(*allowed: str) -> Kind:
     """One of a few words."""
-    wants = "one of " + ", ".join(f'"{word}"' for word in allowed)
-
-    def read(value: Any) -> str:
-        expect(isinstance(value, str) and value in allowed, wants)
-        return str(value)
-
-    return Kind(wants, read)
+    return kind_of("one of " + ", ".join(f'"{word}"' for word in allowed),
+                   lambda value: isinstance(value, str) and value in allowed)
 
 
 def several(kind: Kind) -> Kind:
     """An array of values of one kind."""
+    wants = f"an array; each item {kind.wants}"
+
     def read(value: Any) -> tuple[Any, ...]:
-        expect(isinstance(value, list), f"an array; each item {kind.wants}")
+        if not isinstance(value, list):
+            raise ValueError(f"must be {wants}")
         items, faults = [], []
         for i, item in enumerate(value):
             try:
@@ -924,20 +842,61 @@ def several(kind: Kind) -> Kind:
             raise ValueError("; ".join(faults))
         return tuple(items)
 
-    return Kind(f"an array; each item {kind.wants}", read)
+    return Kind(wants, read)
 
 
-BOOLEAN = Kind("true or false", read_boolean)
-TEXT = Kind("a non-empty string", read_text)
-PATTERN = Kind("a string", read_pattern)
-SECRET = Kind("a non-empty string", read_secret)
-VARIABLE = Kind("the name of an environment variable", read_variable)
-NAME = Kind("the name of a provider", read_name)
-SECONDS = Kind("a number of seconds, more than 0 and at most a year", read_seconds)
-ADDRESS = Kind('an IP address such as "127.0.0.1"', read_address)
-URL = Kind('an absolute URL such as "https://api.example.com/v1"', read_url)
-PROXY = Kind('"http://[user:password@]host:port", the same with https, or "direct"', read_proxy)
-ORIGIN = Kind('an origin such as "https://app.example.com", without a path', read_origin)
+def plain(text: str) -> bool:
+    """Whether a text can stand in a header field: one that cannot would silently not be sent."""
+    return text.isascii() and text.isprintable() and " " not in text
+
+
+def is_http_url(text: str) -> bool:
+    """Whether a text is an absolute http or https URL; ValueError says no, too."""
+    url = urlsplit(text)
+    return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+
+
+def is_proxy(text: str) -> bool:
+    """Whether a text is a forward proxy's URL, or the word direct."""
+    return text.lower() == "direct" or (is_http_url(text) and urlsplit(text).path in ("", "/")
+                                        and text.isascii() and text.isprintable())
+
+
+def is_origin(text: str) -> bool:
+    """Whether a text is a browser origin as the Origin header spells it."""
+    url = urlsplit(text.lower())
+    return text.lower() == "null" or bool(url.scheme and url.netloc and not url.path)
+
+
+def base_of(text: str) -> str:
+    """A URL without its query, ending in a slash."""
+    url = urlsplit(text)
+    return f"{url.scheme}://{url.netloc}{url.path.rstrip('/')}/"
+
+
+BOOLEAN = kind_of("true or false", lambda value: type(value) is bool)
+TEXT = text_of_kind("a non-empty string")
+# as it is; an empty one takes no model
+PATTERN = kind_of("a string", lambda value: isinstance(value, str))
+SECRET = text_of_kind("a non-empty string of printable ASCII without blanks", plain)
+# a key that was put there by mistake mostly is none
+VARIABLE = text_of_kind("the name of an environment variable",
+                        re.compile(r"[A-Za-z_][A-Za-z0-9_]*").fullmatch)
+# compared without case, so kept in lower case; blank means none
+NAME = kind_of("the name of a provider", lambda value: isinstance(value, str),
+               lambda value: value.strip().lower())
+# zero would mean `never` to some and `at once` to others, so it is refused
+SECONDS = kind_of("a number of seconds, more than 0 and at most a year",
+                  lambda value: type(value) in (int, float) and 0 < value <= 86400 * 366, float)
+ADDRESS = text_of_kind('an IP address such as "127.0.0.1"', ipaddress.ip_address,
+                       lambda text: str(ipaddress.ip_address(text)))
+URL = text_of_kind(
+    'an absolute ASCII URL without a user name, such as "https://api.example.com/v1"',
+    lambda text: plain(text) and is_http_url(text) and "@" not in urlsplit(text).netloc, base_of)
+PROXY = text_of_kind('"http://[user:password@]host:port", the same with https, or "direct"',
+                     is_proxy, lambda text: "direct" if text.lower() == "direct" else text)
+ORIGIN = text_of_kind('an origin such as "https://app.example.com", without a path', is_origin,
+                      str.lower)
 PROTOCOL = choice(*PROTOCOLS)
 
 
@@ -953,13 +912,16 @@ def setting(kind: Kind | Section, doc: str, default: Any = REQUIRED, *, example:
             secret: bool = False) -> Any:
     """A field of the schema: kind, description, default,
     and a value for the example file if that differs."""
-    more: Json = {"default": default}
-    if isinstance(kind, Section) and kind.shape == "one":
-        more = {"default_factory": kind.of}
-    elif isinstance(kind, Section):
-        more = {"default_factory": dict if kind.shape == "dict" else tuple}
-    return dataclasses.field(**more, repr=not secret,
+    given: Json = {"default": default}
+    if isinstance(kind, Section):
+        given = {"default_factory": {"one": kind.of, "list": tuple, "dict": dict}[kind.shape]}
+    return dataclasses.field(**given, repr=not secret,
                              metadata={"kind": kind, "doc": doc, "example": example})
+
+
+def fact(kind: Kind, doc: str, example: Any) -> Any:
+    """A field of a profile, not set unless the file sets it."""
+    return setting(kind, doc, None, example=example)
 
 
 # -- the schema --------------------------------------------------------------
@@ -978,95 +940,77 @@ class ProfileConfig:
     """What a provider takes, for translated requests. What is not set comes from a table of known
     hosts and models; pass-through never looks at it."""
 
-    vision: bool | None = setting(BOOLEAN, "Images can be sent.", None, example=True)
-    max_tokens_cap: int | None = setting(
-        whole(1), "Largest output limit that is sent.", None, example=32000)
-    default_max_tokens: int | None = setting(
-        whole(1), "messages: output limit when the client named none.", None, example=32000)
-    web_search: str | None = setting(
-        choice("off", "native", "options", "openrouter"), "How web search is asked for.", None,
-        example="off")
-    cache: str | None = setting(
+    vision: bool | None = fact(BOOLEAN, "Images can be sent.", True)
+    max_tokens_cap: int | None = fact(whole(1), "Largest output limit that is sent.", 32000)
+    default_max_tokens: int | None = fact(
+        whole(1), "messages: output limit when the client named none.", 32000)
+    web_search: str | None = fact(choice("off", "native", "options", "openrouter"),
+                                  "How web search is asked for.", "off")
+    cache: str | None = fact(
         choice("off", "auto", "on"), "Prompt cache marks. messages: on sets them where the client"
-        " has none; auto is on for api.anthropic.com. Others: on forwards the client's.", None,
-        example="auto")
-    vendor_fields: bool | None = setting(
-        BOOLEAN, "Fields that only the vendor itself takes (service_tier, prompt_cache_key, ...).",
-        None, example=False)
-    max_tokens_field: str | None = setting(
-        choice("max_tokens", "max_completion_tokens"), "chat: name of the output limit.", None,
-        example="max_tokens")
-    reasoning_control: str | None = setting(
+        " has none; auto is on for api.anthropic.com. Others: on forwards the client's.", "auto")
+    vendor_fields: bool | None = fact(BOOLEAN, "Fields that only the vendor itself takes"
+                                      " (service_tier, prompt_cache_key, ...).", False)
+    max_tokens_field: str | None = fact(choice("max_tokens", "max_completion_tokens"),
+                                        "chat: name of the output limit.", "max_tokens")
+    reasoning_control: str | None = fact(
         choice("effort", "effort-basic", "effort-lowhigh", "openrouter", "deepseek", "kimi", "glm",
-               "qwen", "groq", "mistral", "template"), "chat: dialect of reasoning control.", None,
-        example="effort")
-    reasoning_replay: str | None = setting(
+               "qwen", "groq", "mistral", "template"),
+        "chat: dialect of reasoning control.", "effort")
+    reasoning_replay: str | None = fact(
         choice("none", "reasoning_content", "reasoning", "reasoning_details", "auto"),
-        "chat: field that takes back earlier reasoning; auto: the one it came in.", None,
-        example="auto")
-    reasoning_required: str | None = setting(
-        choice("off", "calls", "all"), "chat: assistant messages that must have it.", None,
-        example="off")
-    late_system: str | None = setting(
+        "chat: field that takes back earlier reasoning; auto: the one it came in.", "auto")
+    reasoning_required: str | None = fact(
+        choice("off", "calls", "all"), "chat: assistant messages that must have it.", "off")
+    late_system: str | None = fact(
         choice("keep", "fold"), "chat: system messages within a conversation stay, or become"
-        " reminders in user messages.", None, example="fold")
-    tool_images: str | None = setting(
-        choice("user", "inline", "drop"), "chat: where images of tool results go.", None,
-        example="user")
-    files: str | None = setting(
-        choice("native", "drop"), "chat: file parts are taken.", None, example="drop")
-    json_schema: str | None = setting(
-        choice("schema", "object"), "chat: response_format that is taken.", None, example="schema")
-    stream_usage: bool | None = setting(
-        BOOLEAN, "chat: stream_options.include_usage is taken.", None, example=True)
-    top_k: bool | None = setting(BOOLEAN, "chat: top_k is taken.", None, example=True)
-    call_ids: str | None = setting(
+        " reminders in user messages.", "fold")
+    tool_images: str | None = fact(choice("user", "inline", "drop"),
+                                   "chat: where images of tool results go.", "user")
+    files: str | None = fact(choice("native", "drop"), "chat: file parts are taken.", "drop")
+    json_schema: str | None = fact(choice("schema", "object"),
+                                   "chat: response_format that is taken.", "schema")
+    stream_usage: bool | None = fact(
+        BOOLEAN, "chat: stream_options.include_usage is taken.", True)
+    top_k: bool | None = fact(BOOLEAN, "chat: top_k is taken.", True)
+    call_ids: str | None = fact(
         choice("any", "40", "9"), "chat: ids of tool calls: any, at most 40 characters, or exactly"
-        " 9 letters and digits.", None, example="any")
-    parallel_tool_calls: bool | None = setting(
-        BOOLEAN, "chat: parallel_tool_calls is taken.", None, example=True)
-    strict_tools: bool | None = setting(
-        BOOLEAN, "strict is taken on tools and schemas.", None, example=False)
-    lenient_done: bool | None = setting(
-        BOOLEAN, "chat: [DONE] without a finish_reason ends a complete answer.", None, example=True)
-    tool_arguments: str | None = setting(
-        choice("stream", "buffer"), "Arguments pass as they come, or repaired and whole.", None,
-        example="stream")
-    think_tags: str | None = setting(
-        choice("auto", "off"), "chat: <think> at the start of a text is reasoning.", None,
-        example="auto")
-    deferred_tools: str | None = setting(
-        choice("referenced", "all"), "Which deferred tools are sent.", None, example="referenced")
-    custom_tools: bool | None = setting(
-        BOOLEAN, "Custom (free text) tools are taken.", None, example=False)
-    allowed_tools: bool | None = setting(
-        BOOLEAN, "chat: tool_choice allowed_tools is taken.", None, example=False)
-    model_class: str | None = setting(
+        " 9 letters and digits.", "any")
+    parallel_tool_calls: bool | None = fact(BOOLEAN, "chat: parallel_tool_calls is taken.", True)
+    strict_tools: bool | None = fact(BOOLEAN, "strict is taken on tools and schemas.", False)
+    lenient_done: bool | None = fact(
+        BOOLEAN, "chat: [DONE] without a finish_reason ends a complete answer.", True)
+    tool_arguments: str | None = fact(
+        choice("stream", "buffer"), "Arguments pass as they come, or repaired and whole.", "stream")
+    think_tags: str | None = fact(
+        choice("auto", "off"), "chat: <think> at the start of a text is reasoning.", "auto")
+    deferred_tools: str | None = fact(
+        choice("referenced", "all"), "Which deferred tools are sent.", "referenced")
+    custom_tools: bool | None = fact(BOOLEAN, "Custom (free text) tools are taken.", False)
+    allowed_tools: bool | None = fact(
+        BOOLEAN, "chat: tool_choice allowed_tools is taken.", False)
+    model_class: str | None = fact(
         choice("K0", "K1", "K2", "K3", "K4", "K5", "X"), "messages: class of Claude models, from K0"
-        " (3.5 and older) to K5 (newest); X is another model.", None, example="K4")
-    lenient_thinking: bool | None = setting(
-        BOOLEAN, "messages: thinking without a signature is taken.", None, example=False)
-    native_system: bool | None = setting(
-        BOOLEAN, "messages: role system within messages is taken.", None, example=False)
-    thinking_binding: bool | None = setting(
-        BOOLEAN, "messages: thinking is bound to its prefix.", None, example=False)
-    reasoning: bool | None = setting(
-        BOOLEAN, "responses: the model reasons.", None, example=True)
-    efforts: tuple[str, ...] | None = setting(
+        " (3.5 and older) to K5 (newest); X is another model.", "K4")
+    lenient_thinking: bool | None = fact(
+        BOOLEAN, "messages: thinking without a signature is taken.", False)
+    native_system: bool | None = fact(
+        BOOLEAN, "messages: role system within messages is taken.", False)
+    thinking_binding: bool | None = fact(
+        BOOLEAN, "messages: thinking is bound to its prefix.", False)
+    reasoning: bool | None = fact(BOOLEAN, "responses: the model reasons.", True)
+    efforts: tuple[str, ...] | None = fact(
         several(choice("none", "minimal", "low", "medium", "high", "xhigh", "max")),
-        "responses: effort levels that are taken.", None, example=["low", "medium", "high"])
-    encrypted_reasoning: bool | None = setting(
-        BOOLEAN, "responses: encrypted reasoning can be asked for.", None, example=True)
-    reasoning_summary: bool | None = setting(
-        BOOLEAN, "responses: reasoning summaries can be asked for.", None, example=True)
-    sampling: bool | None = setting(
-        BOOLEAN, "responses: temperature and top_p are taken.", None, example=False)
-    max_output_tokens: bool | None = setting(
-        BOOLEAN, "responses: max_output_tokens is taken.", None, example=True)
-    output_lists: bool | None = setting(
-        BOOLEAN, "responses: tool outputs may have images.", None, example=True)
-    phase: bool | None = setting(
-        BOOLEAN, "responses: phase is taken on assistant messages.", None, example=False)
+        "responses: effort levels that are taken.", ["low", "medium", "high"])
+    encrypted_reasoning: bool | None = fact(
+        BOOLEAN, "responses: encrypted reasoning can be asked for.", True)
+    reasoning_summary: bool | None = fact(
+        BOOLEAN, "responses: reasoning summaries can be asked for.", True)
+    sampling: bool | None = fact(BOOLEAN, "responses: temperature and top_p are taken.", False)
+    max_output_tokens: bool | None = fact(
+        BOOLEAN, "responses: max_output_tokens is taken.", True)
+    output_lists: bool | None = fact(BOOLEAN, "responses: tool outputs may have images.", True)
+    phase: bool | None = fact(BOOLEAN, "responses: phase is taken on assistant messages.", False)
 
 
 @schema
@@ -1235,12 +1179,14 @@ class CaptureConfig:
     """Which phases of an exchange are written to files.
     This version does not write captures yet."""
 
-    inbound_request_enabled: bool = setting(BOOLEAN, "What the client sent. Not in this version.", False)
-    provider_request_enabled: bool = setting(BOOLEAN, "What was sent to the provider. Not in this version.",
-                                              False)
-    upstream_response_enabled: bool = setting(BOOLEAN, "What the provider answered. Not in this version.",
-                                              False)
-    outbound_response_enabled: bool = setting(BOOLEAN, "What the client got. Not in this version.", False)
+    inbound_request_enabled: bool = setting(
+        BOOLEAN, "What the client sent. Not in this version.", False)
+    provider_request_enabled: bool = setting(
+        BOOLEAN, "What was sent to the provider. Not in this version.", False)
+    upstream_response_enabled: bool = setting(
+        BOOLEAN, "What the provider answered. Not in this version.", False)
+    outbound_response_enabled: bool = setting(
+        BOOLEAN, "What the client got. Not in this version.", False)
 
 
 @schema
@@ -1307,41 +1253,33 @@ def load_config(text: str, source: str, *, environ: Mapping[str, str] = os.envir
 
 
 def read_table(cls: Any, table: Any, path: str, faults: Faults) -> Any:
-    """An instance of the schema class `cls`; a faulty value is noted and its default
-    stands in for it."""
+    """An instance of the schema class `cls`; a faulty value is noted, a secret one without showing
+    it, and its default stands in for it."""
     if not isinstance(table, dict):
         faults.add(path, f"must be a table ([{path}])")
         table = {}
     known = {f.name: f for f in dataclasses.fields(cls)}
-    for key in table:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1, 0.5)
-            hint = f"did you mean {near[0]}?" if near else "the keys here are " + ", ".join(known)
-            faults.add(join_path(path, key), f"unknown key; {hint}")
+    for key in [key for key in table if key not in known]:
+        near = difflib.get_close_matches(key, known, 1, 0.5)
+        hint = f"did you mean {near[0]}?" if near else "the keys here are " + ", ".join(known)
+        faults.add(join_path(path, key), f"unknown key; {hint}")
     values = {}
     for name, field in known.items():
-        here = join_path(path, name)
-        kind = field.metadata["kind"]
-        default = field.default if field.default is not REQUIRED else None
+        here, kind = join_path(path, name), field.metadata["kind"]
         if isinstance(kind, Section):
             if name in table:
                 values[name] = read_section(kind, table[name], here, faults)
-        elif name in table:
-            values[name] = read_value(kind, table[name], here, faults, default, field.repr)
+            continue
+        values[name] = None if field.default is REQUIRED else field.default
+        if name in table:
+            try:
+                values[name] = kind.read(table[name])
+            except ValueError as error:
+                shown = field.repr and not isinstance(table[name], dict)
+                faults.add(here, f"{error}, is {short(table[name])}" if shown else f"{error}")
         elif field.default is REQUIRED:
             faults.add(here, f"is missing; must be {kind.wants}")
-            values[name] = None
     return cls(**values)
-
-
-def read_value(kind: Kind, value: Any, path: str, faults: Faults, default: Any, shown: bool) -> Any:
-    """One checked value, or `default` with the fault noted; secrets are never shown."""
-    try:
-        return kind.read(value)
-    except ValueError as error:
-        faults.add(path, f"{error}"
-                   + (f", is {short(value)}" if shown and not isinstance(value, dict) else ""))
-        return default
 
 
 def read_section(kind: Section, value: Any, path: str, faults: Faults) -> Any:
@@ -1380,41 +1318,29 @@ def short(value: Any) -> str:
 def cross_check(config: Config, faults: Faults, environ: Mapping[str, str]) -> Config:
     """Note what is wrong between settings, and return `config` with keys read from where
     they are kept."""
+    routes, defaults = config.routing.routes, config.routing.default_provider_names
     if not config.providers:
         faults.add("providers", "at least one provider is needed ([providers.<name>])")
-    known = ", ".join(config.providers) or "none"
-    for protocol in PROTOCOLS:
-        name = getattr(config.routing.default_provider_names, protocol)
-        if name and name not in config.providers:
-            faults.add(f"routing.default_provider_names.{protocol}",
-                       f"no provider is named {name} (there are: {known})")
-    seen: set[str] = set()
-    for i, route in enumerate(config.routing.routes):
-        check_route(route, f"routing.routes[{i}]", seen, config.providers, faults)
+    named = [(f"routing.default_provider_names.{protocol}", getattr(defaults, protocol) or None)
+             for protocol in PROTOCOLS]
+    named += [(f"routing.routes[{i}].provider", r.provider) for i, r in enumerate(routes)]
+    for path, name in named:
+        if name is not None and name not in config.providers:
+            known = ", ".join(config.providers) or "none"
+            faults.add(path, f"no provider is named {name or '(blank)'} (there are: {known})")
+    for i, route in enumerate(routes):
+        if route.name and route.name in [earlier.name for earlier in routes[:i]]:
+            faults.add(f"routing.routes[{i}].name",
+                       f"`{route.name}` names an earlier route too; names must be unique")
+        try:
+            compile_pattern(route.match_kind, route.model_pattern or "")
+        except (re.error, OverflowError, RecursionError) as error:
+            faults.add(f"routing.routes[{i}].model_pattern",
+                       f"invalid route: the pattern {route.model_pattern} does not work: {error}")
     check_listeners(config, faults)
     providers = {name: with_key(provider, f"providers.{name}", faults, environ)
                  for name, provider in config.providers.items()}
     return dataclasses.replace(config, providers=providers)
-
-
-def check_route(route: RouteConfig, path: str, seen: set[str], providers: Mapping[str, Any],
-                faults: Faults) -> None:
-    """Names are unique, the provider exists, the pattern compiles."""
-    if route.name in seen:
-        faults.add(f"{path}.name",
-                   f"`{route.name}` names an earlier route too; names must be unique")
-    if route.name:
-        seen.add(route.name)
-    if route.provider is not None and route.provider not in providers:
-        known = ", ".join(providers) or "none"
-        faults.add(f"{path}.provider",
-                   f"no provider is named {route.provider or '(blank)'} (there are: {known})")
-    if route.model_pattern:
-        try:
-            compile_pattern(route.match_kind, route.model_pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            faults.add(f"{path}.model_pattern",
-                       f"invalid route: the pattern {route.model_pattern} does not work: {error}")
 
 
 def check_listeners(config: Config, faults: Faults) -> None:
@@ -1437,30 +1363,35 @@ def with_key(provider: ProviderConfig, path: str, faults: Faults,
     and `ca_file` known to be readable."""
     sources = [s for s in ("api_key", "api_key_env", "api_key_file")
                if getattr(provider, s) is not None]
+    key = provider.api_key
+    if len(sources) == 1:
+        try:
+            key = read_key(provider, environ)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            faults.add(f"{path}.{sources[0]}", f"no key from there: {reason}")
     # paths spell names as the file does
-    bad = any(fault.lower().startswith(f"{path}.api_key") for fault in faults)
-    if len(sources) != 1 and not bad:
+    elif not any(fault.lower().startswith(f"{path}.api_key") for fault in faults):
         faults.add(f"{path}.api_key",
                    "is missing; give api_key, api_key_env or api_key_file" if not sources
                    else "give only one of " + ", ".join(sources))
-    key, where = provider.api_key, f"{path}.{sources[0]}" if sources else path
-    try:
-        if provider.api_key_env is not None and len(sources) == 1:
-            value = environ.get(provider.api_key_env)
-            if value is None:
-                raise ValueError(f"the environment variable {provider.api_key_env} is not set")
-            key = read_secret(value)
-        if provider.api_key_file is not None and len(sources) == 1:
-            key = read_secret(Path(provider.api_key_file).expanduser().read_text("utf-8-sig"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        faults.add(where, f"no key from there: {reason}")
     if provider.ca_file is not None:
         try:
             ssl.create_default_context(cafile=str(Path(provider.ca_file).expanduser()))
         except (OSError, ValueError) as error:
             faults.add(f"{path}.ca_file", f"cannot be used: {error}")
     return dataclasses.replace(provider, api_key=key)
+
+
+def read_key(provider: ProviderConfig, environ: Mapping[str, str]) -> str | None:
+    """A provider's key from where it is kept; OSError or ValueError says why there is none."""
+    if provider.api_key_file is not None:
+        return str(SECRET.read(Path(provider.api_key_file).expanduser().read_text("utf-8-sig")))
+    if provider.api_key_env is None:
+        return provider.api_key
+    if provider.api_key_env not in environ:
+        raise ValueError(f"the environment variable {provider.api_key_env} is not set")
+    return str(SECRET.read(environ[provider.api_key_env]))
 
 
 @functools.lru_cache(maxsize=256)
@@ -1526,18 +1457,15 @@ def route_override(spec: str, tables: Json) -> Override:
         raise fail("ROUTE and FIELD must both be non-empty")
     if field not in ROUTE_FIELDS:
         raise fail(f"the field {field} is not one of {', '.join(ROUTE_FIELDS)}")
-    routing = tables.get("routing")
-    routes = routing.get("routes") if isinstance(routing, dict) else None
-    found = [i for i, r in enumerate(routes if isinstance(routes, list) else [])
-             if isinstance(r, dict) and isinstance(r.get("name"), str)
-             and r["name"].strip() == route]
+    found = [i for i, r in enumerate(listing(mapping(tables.get("routing")).get("routes")))
+             if isinstance(name := mapping(r).get("name"), str) and name.strip() == route]
     if len(found) != 1:
         raise fail(f"no route is named {route}" if not found
                    else f"the route name {route} is not unique")
-    if field in ("request_protocol", "match_kind"):
+    allowed = {"request_protocol": (*PROTOCOLS, ""),
+               "match_kind": ("auto", "exact", "glob", "regex")}.get(field)
+    if allowed:
         value = value.lower()
-        allowed = ((*PROTOCOLS, "") if field == "request_protocol"
-                   else ("auto", "exact", "glob", "regex"))
         if value not in allowed:
             raise fail(f"{value or 'an empty value'} is not one of"
                        f" {', '.join(filter(None, allowed))}")
@@ -1582,36 +1510,32 @@ def toml_value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def wrapped(text: str, width: int = 98) -> list[str]:
+def wrapped(text: str) -> list[str]:
     """`text` as comment lines."""
-    lines, line = [], "#"
-    for word in text.split():
-        if len(line) + len(word) >= width:
-            lines.append(line)
-            line = "#"
-        line += f" {word}"
-    return [*lines, line]
+    return textwrap.wrap(" ".join(text.split()), 98, initial_indent="# ", subsequent_indent="# ",
+                         break_long_words=False, break_on_hyphens=False)
 
 
-def example_table(cls: Any, header: str, given: Json, *, brief: bool = False) -> list[str]:
-    """One table of the example file: every key under its description, unset ones commented out."""
-    lines = ["", *([] if brief else wrapped(cls.__doc__)), header]
+def example_table(cls: Any, path: str, given: Json, *, brief: bool = False,
+                  frame: str = "[{}]") -> list[str]:
+    """One table of the example file and those within it: every key under its description,
+    unset ones commented out; only the `given` ones where it is to be `brief`."""
+    lines = ["", *([] if brief else wrapped(cls.__doc__)), frame.format(path)]
+    inner: list[str] = []
     for field in dataclasses.fields(cls):
-        kind, example = field.metadata["kind"], field.metadata["example"]
-        if isinstance(kind, Section) or (brief and field.name not in given):
+        name, kind, example = field.name, field.metadata["kind"], field.metadata["example"]
+        if brief and name not in given:
+            continue
+        if isinstance(kind, Section):
+            inner += example_table(kind.of, f"{path}.{name}", {})
             continue
         if not brief:
             allowed = f" ({kind.wants})" if kind.wants.startswith("one of") else ""
             lines += wrapped(field.metadata["doc"] + allowed)
-        if field.name in given:
-            lines.append(f"{field.name} = {toml_value(given[field.name])}")
-        elif field.default is None or field.default is REQUIRED:
-            shown = field.name if example is None else example
-            lines.append(f"# {field.name} = {toml_value(shown)}")
-        else:
-            lines.append(f"{field.name} ="
-                         f" {toml_value(field.default if example is None else example)}")
-    return lines
+        unset = name not in given and field.default in (None, REQUIRED)
+        shown = (name if unset else field.default) if example is None else example
+        lines.append(f"{'# ' if unset else ''}{name} = {toml_value(given.get(name, shown))}")
+    return lines + inner
 
 
 def example_toml() -> str:
@@ -1620,24 +1544,16 @@ def example_toml() -> str:
                     " others, and run: python proxai.py --config config.toml. Lines that start with"
                     " # show settings that are not set.")
     for i, (name, given) in enumerate(EXAMPLE_PROVIDERS.items()):
-        lines += example_table(ProviderConfig, f"[providers.{name}]", given, brief=i > 0)
-        if i == 0:
-            lines += example_table(ProfileConfig, f"[providers.{name}.profile]", {})
-    lines += example_table(DefaultsConfig, "[routing.default_provider_names]", EXAMPLE_DEFAULTS)
+        lines += example_table(ProviderConfig, f"providers.{name}", given, brief=i > 0)
+    lines += example_table(DefaultsConfig, "routing.default_provider_names", EXAMPLE_DEFAULTS)
+    route = functools.partial(example_table, RouteConfig, "routing.routes", frame="[[{}]]")
     for i, given in enumerate(EXAMPLE_ROUTES):
-        lines += example_table(RouteConfig, "[[routing.routes]]", given, brief=i > 0)
+        lines += route(given, brief=i > 0)
     for given in EXAMPLE_COMMENTED_ROUTES:
-        sample = example_table(RouteConfig, "[[routing.routes]]", given, brief=True)
-        lines += ["", *(f"# {line}" for line in sample[1:])]
+        lines += ["", *(f"# {line}" for line in route(given, brief=True)[1:])]
     for field in dataclasses.fields(Config):
-        cls = field.metadata["kind"].of
-        if field.name in ("providers", "routing"):
-            continue
-        lines += example_table(cls, f"[{field.name}]", {})
-        for inner in dataclasses.fields(cls):
-            if isinstance(inner.metadata["kind"], Section):
-                lines += example_table(inner.metadata["kind"].of,
-                                       f"[{field.name}.{inner.name}]", {})
+        if field.name not in ("providers", "routing"):
+            lines += example_table(field.metadata["kind"].of, field.name, {})
     return "\n".join(lines) + "\n"
 
 
@@ -10062,7 +9978,7 @@ def proxy_from_environment(scheme: str, host: str, port: int,
         return None
     url = url if "://" in url else f"http://{url}"
     try:
-        return read_proxy(url)
+        return str(PROXY.read(url))
     except ValueError as error:
         raise ConfigError([f"{scheme.upper()}_PROXY or ALL_PROXY in the environment cannot be used:"
                            f" it {error}"]) from None
