@@ -77,7 +77,7 @@ import threading
 import time
 import tomllib
 import zlib
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
@@ -662,9 +662,9 @@ def compile_pattern(kind: str, pattern: str) -> re.Pattern[str]:
 GLOB_TOKEN = re.compile(r"\[!?\]?[^\]]*\]|.", re.DOTALL)  # a class is one token, whatever is in it
 
 
-def expand_braces(pattern: str) -> list[str]:
-    """The globs without {a,b} that a glob stands for."""
-    done: list[str] = []
+def expand_braces(pattern: str) -> list[list[str]]:
+    """The tokens of the globs without {a,b} that a glob stands for."""
+    done: list[list[str]] = []
     todo = [GLOB_TOKEN.findall(pattern)]
     while todo:
         if len(done) + len(todo) > GLOB_ALTERNATIVES:
@@ -680,33 +680,29 @@ def expand_braces(pattern: str) -> list[str]:
         elif "{" in tokens:
             raise re.error("the { has no }", pattern)
         else:
-            done.append("".join(tokens))
+            done.append(tokens)
     return done
 
 
-def glob_source(pattern: str) -> str:
+def glob_source(tokens: list[str]) -> str:
     """A glob as a regular expression: * ? [a-z] [!a-z]; a backslash is only itself.
 
     What stands behind a * is looked for at its first place only (an atomic group), so that many
     stars do not multiply the time.
     """
-    parts, at = [""], 0  # between the stars
-    while at < len(pattern):
-        char = pattern[at]
-        at += 1
-        if char == "*":
+    parts = [""]  # between the stars
+    for i, token in enumerate(tokens):
+        if token == "*":
             parts.append("")
-        elif char == "?":
+        elif token == "?":
             parts[-1] += "."
-        elif char == "[":
-            end = pattern.find("]", at + (2 if pattern[at:at + 1] == "!" else 1))
-            if end < 0:
-                raise re.error("the [ has no ]", pattern, at - 1)
-            inside = re.sub(r"([\\\[\]&~|^])", r"\\\1", pattern[at:end].removeprefix("!"))
-            parts[-1] += f"[{'^' if pattern[at] == '!' else ''}{inside}]"
-            at = end + 1
+        elif token in ("[", "[]", "[!]"):
+            raise re.error("the [ has no ]", "".join(tokens), len("".join(tokens[:i])))
+        elif len(token) > 1:
+            inside = re.sub(r"([\\\[\]&~|^])", r"\\\1", token[1:-1].removeprefix("!"))
+            parts[-1] += f"[{'^' if token[1] == '!' else ''}{inside}]"
         else:
-            parts[-1] += re.escape(char)
+            parts[-1] += re.escape(token)
     if len(parts) == 1:
         return parts[0]
     return parts[0] + "".join(f"(?>.*?{part})" for part in parts[1:-1] if part) + ".*" + parts[-1]
@@ -718,9 +714,10 @@ def expand_template(template: str, match: re.Match[str]) -> str:
         name = found[1] or found[2]
         if name is None:
             return "$"
-        key: int | str = int(name) if name.isdigit() else name
-        known = key in match.re.groupindex or (isinstance(key, int) and key <= match.re.groups)
-        return (match[key] or "") if known else ""
+        try:
+            return match[int(name) if name.isdigit() else name] or ""
+        except IndexError:
+            return ""
 
     return TEMPLATE_PART.sub(part, template)
 
@@ -1665,6 +1662,15 @@ class HeadLimits(NamedTuple):
     fields: int = 128
 
 
+# What is wrong with a header line, the first that fits, in words that show none of it.
+FIELD_FAULTS = tuple((re.compile(pattern, re.DOTALL), fault) for pattern, fault in (
+    (rb"[ \t]", "it starts with a blank (a folded line)"),
+    (rb"[^:]*\Z", "it has no colon"),
+    (rb"(?!" + TOKEN + rb":)", "its name has a blank or another forbidden character"),
+    (rb".*[\r\n]", "it has a bare CR or LF"),
+    (rb"", "its value has a control character")))
+
+
 field_cache: dict[bytes, Field] = {}
 
 
@@ -1678,27 +1684,14 @@ def parse_field(line: bytes) -> Field:
         return found
     match = FIELD_LINE.fullmatch(line)
     if match is None:
-        raise FramingError("a header line is malformed: " + field_fault(line))
+        raise FramingError("a header line is malformed: "
+                           + next(fault for sign, fault in FIELD_FAULTS if sign.match(line)))
     field = Field(match[1].lower(), match[2].rstrip(b" \t"), line)
     if len(line) <= FIELD_CACHE_BYTES:
         if len(field_cache) >= FIELD_CACHE_LINES:
             field_cache.clear()
         field_cache[line] = field
     return field
-
-
-def field_fault(line: bytes) -> str:
-    """What is wrong with a header line, in words that show none of it."""
-    if line[:1] in (b" ", b"\t"):
-        return "it starts with a blank (a folded line)"
-    name, colon, value = line.partition(b":")
-    if not colon:
-        return "it has no colon"
-    if not re.fullmatch(TOKEN, name):
-        return "its name has a blank or another forbidden character"
-    if b"\n" in value or b"\r" in value:
-        return "it has a bare CR or LF"
-    return "its value has a control character"
 
 
 def parse_fields(block: bytes, limits: HeadLimits) -> list[Field]:
@@ -1748,9 +1741,11 @@ def parse_request_head(block: bytes, limits: HeadLimits) -> RequestHead:
     named = parse_host(host or b"")
     if authority is not None:
         named = parse_host(authority)  # 9112 3.2.2: an absolute target beats the Host header
-    length = request_length(values.get(b"content-length"), values.get(b"transfer-encoding"), http11)
-    return RequestHead(method, path, query, http11, named, fields, length, persists(values, http11),
-                       expects_continue(values.get(b"expect"), http11), values)
+    if not http11 and b"transfer-encoding" in values:
+        raise FramingError("HTTP/1.0 has no Transfer-Encoding")
+    return RequestHead(method, path, query, http11, named, fields, body_length(values, 0),
+                       persists(values, http11), expects_continue(values.get(b"expect"), http11),
+                       values)
 
 
 @functools.lru_cache(maxsize=256)
@@ -1815,20 +1810,20 @@ def parse_host(value: bytes) -> str:
     return match[1].decode("ascii").lower()
 
 
-def request_length(length: bytes | None, encoding: bytes | None, http11: bool) -> int | None:
-    """How long a request body is; None for chunked (9112 6.3)."""
+# 9112 6.3: without chunked as the last coding the length is anybody's guess
+CHUNKED_LAST = re.compile(rb"(?i)(?:(?!chunked\b)" + TOKEN + rb"[ \t]*,[ \t]*)+chunked")
+
+
+def body_length(values: Mapping[bytes, bytes], unsaid: int) -> int | None:
+    """How long a body is: None for chunked, `unsaid` where the head does not tell (9112 6.3)."""
+    length, encoding = values.get(b"content-length"), values.get(b"transfer-encoding")
     if encoding is None:
-        return 0 if length is None else parse_length(length)
+        return unsaid if length is None else parse_length(length)
     if length is not None:
         raise FramingError("there are both Content-Length and Transfer-Encoding")
-    if not http11:
-        raise FramingError("HTTP/1.0 has no Transfer-Encoding")
     if encoding.lower() != b"chunked":
-        # 9112 6.3: without chunked as the last coding the length is anybody's guess
-        known = re.fullmatch(rb"(?i)(?:(?!chunked\b)" + TOKEN + rb"[ \t]*,[ \t]*)+chunked",
-                             encoding)
         raise FramingError("the only Transfer-Encoding understood here is a single chunked",
-                           501 if known else 400)
+                           501 if CHUNKED_LAST.fullmatch(encoding) else 400)
     return None
 
 
@@ -1887,22 +1882,13 @@ def parse_response_head(block: bytes) -> ResponseHead:
     http11, status = parse_status_line(line)
     fields = parse_fields(rest, ANSWER_LIMITS)
     values = field_values(fields)
-    length, encoding = values.get(b"content-length"), values.get(b"transfer-encoding")
-    if encoding is not None:
-        if length is not None:
-            raise FramingError("there are both Content-Length and Transfer-Encoding")
-        if encoding.lower() != b"chunked":
-            raise FramingError("the Transfer-Encoding is not chunked")
-    if status < 200 or status in (204, 304):
-        size: int | None = 0
-    elif encoding is not None:
-        size = None
-    else:
-        size = -1 if length is None else parse_length(length)
+    size = body_length(values, -1)
     # 9112 6.1: Transfer-Encoding in HTTP/1.0 is a fault of the peer's; its connection is not used
     # again
-    keeps = size != -1 and persists(values, http11) and (http11 or encoding is None)
-    return ResponseHead(status, fields, size, keeps, values)
+    keeps = persists(values, http11) and (http11 or size is not None)
+    if status < 200 or status in (204, 304):
+        size = 0
+    return ResponseHead(status, fields, size, keeps and size != -1, values)
 
 
 REASONS = {status.value: status.phrase.encode() for status in HTTPStatus} | {529: b"Overloaded"}
@@ -9951,17 +9937,22 @@ class Origin(NamedTuple):
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
+def place(url: str, ca_file: str | None = None) -> Origin:
+    """Where a URL leads."""
+    parts = urlsplit(url)
+    return Origin(parts.scheme, parts.hostname or "", parts.port or DEFAULT_PORTS[parts.scheme],
+                  ca_file=ca_file)
+
+
 def origin_of(base_url: str, proxy_url: str | None, ca_file: str | None,
               environ: Mapping[str, str]) -> Origin:
     """The origin of a provider, with the forward proxy that its setting or the
     environment names."""
-    url = urlsplit(base_url)
-    host, port = url.hostname or "", url.port or DEFAULT_PORTS[url.scheme]
+    origin = place(base_url, ca_file)
     if proxy_url == "direct":
-        proxy = None
-    else:
-        proxy = proxy_url or proxy_from_environment(url.scheme, host, port, environ)
-    return Origin(url.scheme, host, port, proxy, ca_file)
+        return origin
+    return origin._replace(proxy=proxy_url or proxy_from_environment(
+        origin.scheme, origin.host, origin.port, environ))
 
 
 def proxy_from_environment(scheme: str, host: str, port: int,
@@ -10146,42 +10137,41 @@ async def open_link(origin: Origin, contexts: dict[str | None, ssl.SSLContext]) 
     loop = asyncio.get_running_loop()
     reader = LinkReader(limit=STREAM_LIMIT, loop=loop)
     protocol = LinkProtocol(reader, loop=loop)
-    proxy = urlsplit(origin.proxy) if origin.proxy else None
-    secure = tls_context(origin.ca_file, contexts) if origin.scheme == "https" else None
-    if proxy and secure:
+    proxy = place(origin.proxy, origin.ca_file) if origin.proxy else None
+    if proxy and origin.scheme == "https":
         tunnel = await open_tunnel(proxy, origin, contexts)
-        transport: Any = await loop.start_tls(tunnel, protocol, secure, server_hostname=origin.host)
+        transport = await loop.start_tls(tunnel, protocol, tls_context(origin.ca_file, contexts),
+                                         server_hostname=origin.host)
         if transport is None:
             raise ConnectionResetError
         protocol.connection_made(transport)
     else:
-        host, port = origin.host, origin.port
-        if proxy:
-            host, port = proxy.hostname or "", proxy.port or DEFAULT_PORTS[proxy.scheme]
-            secure = tls_context(origin.ca_file, contexts) if proxy.scheme == "https" else None
-        transport, _ = await loop.create_connection(lambda: protocol, host, port, ssl=secure,
-                                                    server_hostname=host if secure else None,
-                                                    happy_eyeballs_delay=0.25)
+        transport = await dial(protocol, proxy or origin, contexts)
     return Link(origin, reader, asyncio.StreamWriter(transport, protocol, reader, loop), protocol)
 
 
-async def open_tunnel(proxy: Any, origin: Origin,
+async def dial(protocol: LinkProtocol, origin: Origin,
+               contexts: dict[str | None, ssl.SSLContext]) -> Any:
+    """The transport of a connection straight to `origin`."""
+    secure = tls_context(origin.ca_file, contexts) if origin.scheme == "https" else None
+    transport, _ = await asyncio.get_running_loop().create_connection(
+        lambda: protocol, origin.host, origin.port, ssl=secure,
+        server_hostname=origin.host if secure else None, happy_eyeballs_delay=0.25)
+    return transport
+
+
+async def open_tunnel(proxy: Origin, origin: Origin,
                       contexts: dict[str | None, ssl.SSLContext]) -> Any:
     """The transport of a tunnel that a forward proxy opens to `origin` (9110 9.3.6)."""
-    secure = tls_context(origin.ca_file, contexts) if proxy.scheme == "https" else None
     loop = asyncio.get_running_loop()
     reader = LinkReader(limit=STREAM_LIMIT, loop=loop)
-    transport, _ = await loop.create_connection(
-        lambda: LinkProtocol(reader, loop=loop), proxy.hostname,
-        proxy.port or DEFAULT_PORTS[proxy.scheme], ssl=secure, happy_eyeballs_delay=0.25)
+    transport = await dial(LinkProtocol(reader, loop=loop), proxy, contexts)
     try:
-        name = (f"[{origin.host}]:{origin.port}" if ":" in origin.host
-                else f"{origin.host}:{origin.port}")
-        target = name.encode("ascii")
+        host = f"[{origin.host}]" if ":" in origin.host else origin.host
+        target = f"{host}:{origin.port}".encode("ascii")
         transport.write(format_lines(b"CONNECT %b HTTP/1.1" % target, b"host: " + target,
-                                     *proxy_authorization(proxy)))
-        block = await reader.readuntil(b"\r\n\r\n")
-        head = parse_response_head(block[:-4])
+                                     *proxy_authorization(urlsplit(origin.proxy))))
+        head = parse_response_head((await reader.readuntil(b"\r\n\r\n"))[:-4])
         if not 200 <= head.status < 300:
             raise UpstreamError("upstream request failed: the forward proxy refused the connection"
                                 f" with status {head.status}",
@@ -10222,7 +10212,7 @@ class Pool:
     """Connections that wait for the next request to their origin, the most recently used first."""
 
     def __init__(self) -> None:
-        self.idle: dict[Origin, deque[Link]] = {}
+        self.idle: defaultdict[Origin, deque[Link]] = defaultdict(deque)
         self.contexts: dict[str | None, ssl.SSLContext] = {}
         self.sweeper: asyncio.TimerHandle | None = None
 
@@ -10243,9 +10233,7 @@ class Pool:
         if link.dead or link.reader.unread or link.writer.transport.get_write_buffer_size():
             link.abort()
             return
-        links = self.idle.get(link.origin)
-        if links is None:
-            links = self.idle[link.origin] = deque()
+        links = self.idle[link.origin]
         link.protocol.idle, link.used = True, True
         link.idle_since = time.monotonic()
         links.append(link)
@@ -10270,9 +10258,8 @@ class Pool:
         """Close all that wait."""
         if self.sweeper:
             self.sweeper.cancel()
-        for links in self.idle.values():
-            for link in links:
-                link.abort()
+        for link in itertools.chain(*self.idle.values()):
+            link.abort()
         self.idle.clear()
 
     async def exchange(self, origin: Origin, head: bytes, body: bytes, watch: Watch,
@@ -10299,16 +10286,13 @@ class Pool:
                 return link, *await read_response_head(
                     link.reader,
                     functools.partial(watch.arm, idle_secs, "upstream", link.sent_some))
-            except LinkDied as error:
+            except BaseException as error:
                 link.abort()
-                if not (link.used and error.untouched):
+                if isinstance(error, LinkDied) and error.untouched and link.used:
+                    link = None
+                    continue
+                if isinstance(error, (LinkDied, FramingError)):
                     raise UpstreamError(f"upstream request failed: {error}") from None
-                link = None
-            except FramingError as error:
-                link.abort()
-                raise UpstreamError(f"upstream request failed: {error}") from None
-            except BaseException:
-                link.abort()
                 raise
 
 
@@ -12145,9 +12129,8 @@ def check_report(config: Config, source: str, environ: Mapping[str, str]) -> str
         key = next((s for s in ("api_key_env", "api_key_file") if getattr(settings, s)), "api_key")
         origin, via = provider.origin, ""
         if origin.proxy:
-            proxy = urlsplit(origin.proxy)
-            via = (f", through the forward proxy {proxy.hostname}:"
-                   f"{proxy.port or DEFAULT_PORTS[proxy.scheme]}")
+            proxy = place(origin.proxy)
+            via = f", through the forward proxy {proxy.host}:{proxy.port}"
         lines.append(f"  {name}: {settings.protocol} at {origin.scheme}://{origin.authority}"
                      f"{provider.target}, key from {key}{via}")
     lines.append("routes, first match wins:" if config.routing.routes else "routes: none")
