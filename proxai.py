@@ -733,10 +733,8 @@ def compile_routes(routes: Iterable[Any]) -> list[Route]:
 def rewrite_model(route: Route, match: re.Match[str], model: str) -> str:
     """The name to send for `model`: a template replaces the span that a regex matched
     (contract 5.3)."""
-    if route.upstream_model is None:
-        return model
-    if not route.regex:
-        return route.upstream_model
+    if route.upstream_model is None or not route.regex:
+        return route.upstream_model or model
     return (model[:match.start()] + expand_template(route.upstream_model, match)
             + model[match.end():])
 
@@ -1614,7 +1612,7 @@ REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0-
 STATUS_LINE = re.compile(rb"HTTP/1\.([0-9]) ([1-9][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?")
 FIELD_LINE = re.compile(rb"(" + TOKEN + rb"):[ \t]*+([\t\x20-\x7e\x80-\xff]*+)")
 HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~!$&'()*+,;=%-]*)(?::[0-9]{0,5})?")
-ABSOLUTE_FORM = re.compile(rb"(?i)https?://([^/?#]+)([/?].*)?")
+TARGET = re.compile(rb"(?:(?i:https?)://([^/?#]+)|(?=/))(/[^?#]*)?(\?[^#]*)?")
 BARE_LF = re.compile(rb"(?<!\r)\n")
 EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")
 
@@ -1783,22 +1781,14 @@ def field_values(fields: Sequence[Field]) -> dict[bytes, bytes]:
 
 def split_target(method: bytes, target: bytes) -> tuple[str, str, bytes | None]:
     """Path, query with "?", and the authority of an absolute-form target (9112 3.2)."""
-    authority = None
-    if not target.startswith(b"/"):
-        if ((method, target) == (b"OPTIONS", b"*")
-                or (method == b"CONNECT" and HOST.fullmatch(target))):
-            # asterisk-form and authority-form name no resource here
-            return target.decode("ascii"), "", None
-        match = ABSOLUTE_FORM.fullmatch(target)
-        if match is None:
-            raise FramingError("the request target is malformed")
-        authority, target = match[1], match[2] or b"/"
-        if target.startswith(b"?"):
-            target = b"/" + target
-    if b"#" in target:
-        raise FramingError("the request target has a fragment")
-    path, mark, query = target.decode("ascii").partition("?")
-    return path, mark + query, authority
+    if (method, target) == (b"OPTIONS", b"*") or (method == b"CONNECT" and HOST.fullmatch(target)):
+        return target.decode("ascii"), "", None  # these forms name no resource here
+    match = TARGET.fullmatch(target)
+    if match is None:
+        raise FramingError("the request target has a fragment" if b"#" in target
+                           else "the request target is malformed")
+    authority, path, query = match.groups()
+    return (path or b"/").decode("ascii"), (query or b"").decode("ascii"), authority
 
 
 @functools.lru_cache(maxsize=256)
@@ -2084,43 +2074,38 @@ class Inflater:
     how little."""
 
     def __init__(self, coding: bytes) -> None:
-        self.coding, self.read, self.written = coding, 0, 0
+        self.coding, self.read, self.written = coding.decode(), 0, 0
         # 32 + 15 takes gzip and zlib; "deflate" without the zlib wrapper exists in the wild
         self.machine = zlib.decompressobj(32 + zlib.MAX_WBITS)
 
     def feed(self, data: bytes) -> bytes:
         """What `data` unpacks to; FramingError if it is damaged or a bomb."""
-        if not self.read and data and self.coding == b"deflate" and data[0] & 0x0F != 8:
+        if not self.read and data and self.coding == "deflate" and data[0] & 0x0F != 8:
             self.machine = zlib.decompressobj(-zlib.MAX_WBITS)
         self.read += len(data)
         out = []
         while data:
             if self.machine.eof:
-                if self.coding == b"deflate":
+                if self.coding == "deflate":
                     raise FramingError("the deflate body has bytes behind its end")
                 # the next member (RFC 1952 2.2)
                 self.machine = zlib.decompressobj(32 + zlib.MAX_WBITS)
-            out.append(self.unpack(data))
+            allowed = INFLATE_FREE_BYTES + INFLATE_RATIO * self.read - self.written
+            try:
+                out.append(self.machine.decompress(data, max(allowed, 1)))
+            except zlib.error:
+                raise FramingError(f"the {self.coding} body is damaged") from None
+            if self.machine.unconsumed_tail:
+                raise FramingError(f"the {self.coding} body unpacks to more than"
+                                   f" {INFLATE_RATIO} times its size")
+            self.written += len(out[-1])
             data = self.machine.unused_data
         return b"".join(out)
-
-    def unpack(self, data: bytes) -> bytes:
-        """What `data` unpacks to up to the end of a member."""
-        allowed = INFLATE_FREE_BYTES + INFLATE_RATIO * self.read - self.written
-        try:
-            out = self.machine.decompress(data, max(allowed, 1))
-        except zlib.error:
-            raise FramingError(f"the {self.coding.decode()} body is damaged") from None
-        if self.machine.unconsumed_tail:
-            raise FramingError(f"the {self.coding.decode()} body unpacks to more than"
-                               f" {INFLATE_RATIO} times its size")
-        self.written += len(out)
-        return out
 
     def close(self) -> None:
         """The body is over: an error unless the compressed data is."""
         if not self.machine.eof:
-            raise FramingError(f"the {self.coding.decode()} body is cut short")
+            raise FramingError(f"the {self.coding} body is cut short")
 
 
 INFLATABLE = (b"gzip", b"x-gzip", b"deflate")
@@ -2212,10 +2197,7 @@ def last_blank_line(data: bytes) -> int:
     """The index behind the last blank line in `data`, 0 if there is none."""
     if b"\r" not in data:
         return data.rfind(b"\n\n") + 2 if b"\n\n" in data else 0
-    end = 0
-    for match in BLANK_LINE.finditer(data):
-        end = match.end()
-    return end
+    return max((match.end() for match in BLANK_LINE.finditer(data)), default=0)
 
 
 def split_events(block: bytes) -> list[bytes]:
@@ -9997,14 +9979,6 @@ def bypasses(host: str, port: int, no_proxy: str) -> bool:
 
 # -- one connection ----------------------------------------------------------
 
-class LinkReader(asyncio.StreamReader):
-    """The stream reader of a connection to a provider."""
-
-    @property
-    def unread(self) -> bool:
-        """Whether bytes wait that nobody has read: the next answer would begin with them."""
-        return bool(self._buffer)  # type: ignore[attr-defined]
-
 
 class LinkProtocol(asyncio.StreamReaderProtocol):
     """The stream protocol of a connection, watchful while it lies in the pool: whatever comes then,
@@ -10021,8 +9995,7 @@ class LinkProtocol(asyncio.StreamReaderProtocol):
 
     def eof_received(self) -> bool | None:
         """The provider sends no more."""
-        kept = super().eof_received()
-        return False if self.idle else kept
+        return super().eof_received() and not self.idle
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The connection stands."""
@@ -10035,7 +10008,7 @@ class Link:
 
     __slots__ = ("idle_since", "origin", "protocol", "reader", "unsent", "used", "writer")
 
-    def __init__(self, origin: Origin, reader: LinkReader, writer: asyncio.StreamWriter,
+    def __init__(self, origin: Origin, reader: asyncio.StreamReader, writer: asyncio.StreamWriter,
                  protocol: LinkProtocol) -> None:
         self.origin, self.reader, self.writer, self.protocol = origin, reader, writer, protocol
         self.used, self.idle_since, self.unsent = False, 0.0, 0
@@ -10135,7 +10108,7 @@ def own_resolver(loop: asyncio.AbstractEventLoop) -> Callable[..., Any]:
 async def open_link(origin: Origin, contexts: dict[str | None, ssl.SSLContext]) -> Link:
     """A fresh connection to `origin`, through its forward proxy and with TLS as it needs."""
     loop = asyncio.get_running_loop()
-    reader = LinkReader(limit=STREAM_LIMIT, loop=loop)
+    reader = asyncio.StreamReader(limit=STREAM_LIMIT, loop=loop)
     protocol = LinkProtocol(reader, loop=loop)
     proxy = place(origin.proxy, origin.ca_file) if origin.proxy else None
     if proxy and origin.scheme == "https":
@@ -10164,7 +10137,7 @@ async def open_tunnel(proxy: Origin, origin: Origin,
                       contexts: dict[str | None, ssl.SSLContext]) -> Any:
     """The transport of a tunnel that a forward proxy opens to `origin` (9110 9.3.6)."""
     loop = asyncio.get_running_loop()
-    reader = LinkReader(limit=STREAM_LIMIT, loop=loop)
+    reader = asyncio.StreamReader(limit=STREAM_LIMIT, loop=loop)
     transport = await dial(LinkProtocol(reader, loop=loop), proxy, contexts)
     try:
         host = f"[{origin.host}]" if ":" in origin.host else origin.host
@@ -10229,8 +10202,10 @@ class Pool:
 
     def give(self, link: Link) -> None:
         """Keep a connection whose answer was read to its end and not a byte further."""
-        # An answer that came before the request was sent whole leaves the rest of it unsent.
-        if link.dead or link.reader.unread or link.writer.transport.get_write_buffer_size():
+        # The next answer would begin with bytes that nobody has read, and one that came before
+        # the request was sent whole leaves the rest of it unsent.
+        unread = link.reader._buffer  # type: ignore[attr-defined]
+        if link.dead or unread or link.writer.transport.get_write_buffer_size():
             link.abort()
             return
         links = self.idle[link.origin]
@@ -11888,11 +11863,6 @@ def port_number(text: str) -> int:
     return int(text)
 
 
-def setting_word(text: str) -> str:
-    """One of a setting's words, as a flag gives it."""
-    return text.strip().lower()
-
-
 def command_line() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = argparse.ArgumentParser(
@@ -11910,10 +11880,9 @@ def command_line() -> argparse.ArgumentParser:
     add("--upstream", metavar="URL", help="base_url of the default openai_responses provider")
     add("--api-key", metavar="KEY", help="api_key of the default openai_responses provider")
     add("--port", type=port_number, metavar="N", help="server.port; 0 takes a free one")
-    add("--log-level", type=setting_word, metavar="L",
+    add("--log-level", metavar="L",
         help="logging.level: trace, debug, info, warn or error")
-    add("--log-format", type=setting_word, metavar="F",
-        help="logging.output_format: human or json")
+    add("--log-format", metavar="F", help="logging.output_format: human or json")
     add("--route-override", metavar="ROUTE.FIELD=VALUE", action="append", default=[],
         help="change a field of the named route for this run; may be repeated")
     for phase in PHASES:
@@ -12017,7 +11986,8 @@ def flag_overrides(args: Any, tables: Json) -> list[Override]:
             ("--log-format", ("logging", "output_format"), args.log_format),
             *((f"--capture-{phase.replace('_', '-')}", ("capture", f"{phase}_enabled"),
                getattr(args, f"capture_{phase}")) for phase in PHASES)]
-    out = [Override(flag, at, value) for flag, at, value in rows if value is not None]
+    out = [Override(flag, at, value.strip().lower() if isinstance(value, str) else value)
+           for flag, at, value in rows if value is not None]
     for flag, key, others, text in (
             ("--upstream", "base_url", (), args.upstream),
             ("--api-key", "api_key", ("api_key_env", "api_key_file"), args.api_key)):
@@ -12229,8 +12199,11 @@ async def run_demo(args: Any, log: Log, environ: Mapping[str, str]) -> None:
     demo = Demo(word_secs=0.02)
     provider = Server(ServerConfig(), demo.serve, demo.refuse)
     config = load_demo(args, await provider.listen("127.0.0.1", 0), environ)
-    if args.port is None and port_taken(config.server.port):
-        config = dataclasses.replace(config, server=dataclasses.replace(config.server, port=0))
+    with socket.socket() as probe:
+        probe.settimeout(0.5)
+        if args.port is None and probe.connect_ex(("127.0.0.1", config.server.port)) == 0:
+            # the usual port is taken
+            config = dataclasses.replace(config, server=dataclasses.replace(config.server, port=0))
 
     async def started(port: int) -> None:
         tell(f"ProxAI {__version__}, demo\n  listen: http://127.0.0.1:{port}\n"
@@ -12245,13 +12218,6 @@ async def run_demo(args: Any, log: Log, environ: Mapping[str, str]) -> None:
 
     await serve(config, log, environ, started)
     await provider.drain(GOOD_BYE_SECS, asyncio.Event())
-
-
-def port_taken(port: int) -> bool:
-    """Whether something listens on a loopback port."""
-    with socket.socket() as probe:
-        probe.settimeout(0.5)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 async def ask(port: int, question: str) -> str:
@@ -12309,16 +12275,6 @@ def open_outputs() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def close_outputs() -> None:
-    """Flush, or give up what nobody reads, so that the interpreter's own flush at exit has nothing
-    to fail at."""
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def run(args: Any, environ: Mapping[str, str]) -> int:
     """Do what the flags say."""
     if args.demo:
@@ -12354,7 +12310,11 @@ def run_logged(work: Any, writer: LineWriter) -> int:
         return 0
     finally:
         writer.close()
-        close_outputs()
+        try:
+            sys.stdout.flush()
+        except (OSError, ValueError):  # nobody reads it; the interpreter's own flush must not fail
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         # nobody reads our output; waiting for that would hang the exit
         if writer.thread.is_alive():
             os._exit(0)
