@@ -64,6 +64,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import math
 import os
 import queue
 import re
@@ -116,6 +117,7 @@ MESSAGES = Protocol("messages", "anthropic_messages", "ant", "Anthropic Messages
                     "/v1/messages", "messages", (list,))
 PROTOCOLS = {p.name: p for p in (RESPONSES, CHAT, MESSAGES)}
 MODEL_PATHS = {path: p for p in PROTOCOLS.values() for path in (p.path, p.path.removeprefix("/v1"))}
+COUNT_PATHS = tuple(f"{path}/count_tokens" for path, p in MODEL_PATHS.items() if p is MESSAGES)
 HEALTH_PATH = "/healthz"
 
 PHASES = ("inbound_request", "provider_request", "upstream_response", "outbound_response")
@@ -226,6 +228,11 @@ def number(value: Any) -> int:
 def word(value: Any) -> str | None:
     """A provider's short string; None for anything else."""
     return value[:OBSERVED_CHARS] if isinstance(value, str) and value else None
+
+
+def text_of(value: Any) -> str:
+    """A string, or an empty one for anything else."""
+    return value if isinstance(value, str) else ""
 
 
 def key_of(*values: Any) -> str | int | None:
@@ -1036,6 +1043,8 @@ class ProfileConfig:
         example="auto")
     deferred_tools: str | None = setting(
         choice("referenced", "all"), "Which deferred tools are sent.", None, example="referenced")
+    count_native: bool | None = setting(
+        BOOLEAN, "chat, responses: the provider counts tokens itself.", None, example=False)
     custom_tools: bool | None = setting(
         BOOLEAN, "Custom (free text) tools are taken.", None, example=False)
     allowed_tools: bool | None = setting(
@@ -3469,7 +3478,7 @@ def pair_up(atoms: Sequence[Atom], wire: Callable[[str], str], ctx: Context) -> 
     is at the end only.
     """
     answers, strays = match_results(atoms)
-    used: set[str] = set()
+    used: dict[str, int] = {}
     out: list[Atom] = []
     run: list[Call] = []
 
@@ -3537,13 +3546,14 @@ def match_results(atoms: Sequence[Atom]) -> tuple[dict[int, Out], dict[int, str]
     return answers, strays
 
 
-def unique_id(id: str, wire: Callable[[str], str], used: set[str]) -> str:
-    """The wire id of a call: a second call of the same id gets _2, and so on."""
-    found, n = wire(id), 1
+def unique_id(id: str, wire: Callable[[str], str], used: dict[str, int]) -> str:
+    """The wire id of a call: a second call of the same id gets _2, and so on. `used` counts."""
+    found, n = wire(id), used.get(id, 1)
     while found in used:
         n += 1
         found = wire(f"{id}_{n}")
-    used.add(found)
+    used[id] = n
+    used.setdefault(found, 1)
     return found
 
 
@@ -3849,18 +3859,38 @@ def unpack(body: str) -> Any:
 
 # -- token estimates (translation-chat.md 4) ---------------------------------
 
-IMAGE_TOKENS = 1600
-OPAQUE_KEYS = ("data", "url", "file_data", "image_url", "encrypted_content", "signature")
+IMAGE_TOKENS, LEAST_IMAGE, MOST_IMAGE = 1600, 85, 4784
+PDF_TOKENS, MOST_PDF = 1500, 100_000
+MESSAGE_TOKENS, TOOL_TOKENS, TOOLS_TOKENS = 4, 8, 250
+# Members that no model reads.
+SILENT_KEYS = frozenset(("type", "role", "id", "call_id", "tool_use_id", "tool_call_id", "status",
+                         "detail", "media_type", "signature", "encrypted_content", "cache_control"))
+MEDIA_KEYS = frozenset(("data", "url", "file_data", "image_url", "file_url"))
 
 
 def text_tokens(text: str) -> int:
     """Tokens of a text, a little high: late compaction hurts more than early."""
     ascii_ = len(text) if text.isascii() else len(text.encode("ascii", "ignore"))
-    return -int(-ascii_ / 3.6 // 1) + len(text) - ascii_
+    return math.ceil(ascii_ / 3.6) + len(text) - ascii_
 
 
-def estimate_tokens(value: Any) -> int:
-    """Input tokens of a payload: its texts and names, 4 for each object, a flat rate for media."""
+def estimate_tokens(payload: Json) -> int:
+    """Input tokens of a request body of any protocol; deterministic, and linear in its size."""
+    total = sum(content_tokens(payload.get(name)) for name in ("system", "instructions"))
+    for name in ("messages", "input"):
+        value = payload.get(name)
+        for item in value if isinstance(value, list) else [value]:
+            total += content_tokens(item) + MESSAGE_TOKENS
+    for i, tool in enumerate(map(mapping, listing(payload.get("tools")))):
+        tool = mapping(tool.get("function")) or tool
+        schema = tool.get("input_schema") or tool.get("parameters") or {}
+        total += TOOL_TOKENS + text_tokens(compact(schema)) + (TOOLS_TOKENS if i == 0 else 0)
+        total += sum(text_tokens(text_of(tool.get(key))) for key in ("name", "description"))
+    return max(1, total)
+
+
+def content_tokens(value: Any) -> int:
+    """Tokens of the texts and media at any depth of a value."""
     total, todo = 0, [value]
     while todo:
         at = todo.pop()
@@ -3869,13 +3899,55 @@ def estimate_tokens(value: Any) -> int:
         elif type(at) is list:
             todo += at
         elif type(at) is dict:
-            total += 4
             for key, inner in at.items():
-                if key in OPAQUE_KEYS and type(inner) is str:
-                    total += IMAGE_TOKENS if len(inner) > 1000 else 20
-                else:
+                if key in MEDIA_KEYS and type(inner) is str and at.get("type") != "text":
+                    total += media_tokens(inner)
+                elif key not in SILENT_KEYS:
                     todo.append(inner)
-    return max(1, total)
+    return total
+
+
+def media_tokens(text: str) -> int:
+    """Tokens of an image or a document: a data: URL, bare base64, or the address of one."""
+    if text.startswith(("http://", "https://")):
+        return IMAGE_TOKENS
+    found = read_data_url(text)
+    media, data = found or (sniffed(text), text)
+    if media == "application/pdf":
+        return min(MOST_PDF, max(PDF_TOKENS, len(data) // 37))
+    if media is not None and media.startswith("text/"):
+        return text_tokens(data) * 3 // 4
+    width, height = image_size(data)
+    if not width or not height:
+        return IMAGE_TOKENS
+    return min(MOST_IMAGE, max(LEAST_IMAGE, width * height // 750))
+
+
+def image_size(data: str) -> tuple[int, int]:
+    """Width and height by an image's own header (PNG, GIF, JPEG, WebP); zeros where it has none."""
+    try:
+        raw = base64.b64decode(data[:65536 - 65536 % 4] + "=" * (-len(data[:65536]) % 4))
+    except ValueError:
+        return 0, 0
+    if raw.startswith(b"\x89PNG"):
+        return int.from_bytes(raw[16:20], "big"), int.from_bytes(raw[20:24], "big")
+    if raw.startswith(b"GIF8"):
+        return int.from_bytes(raw[6:8], "little"), int.from_bytes(raw[8:10], "little")
+    if raw[12:16] == b"VP8X":
+        return (int.from_bytes(raw[24:27], "little") + 1, int.from_bytes(raw[27:30], "little") + 1)
+    if raw[12:16] == b"VP8 ":
+        return (int.from_bytes(raw[26:28], "little") & 0x3FFF,
+                int.from_bytes(raw[28:30], "little") & 0x3FFF)
+    if raw[12:16] == b"VP8L":
+        bits = int.from_bytes(raw[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    at = 2
+    while raw.startswith(b"\xff\xd8") and at + 9 <= len(raw):  # the segments of a JPEG
+        if 0xC0 <= raw[at + 1] <= 0xCF and raw[at + 1] not in (0xC4, 0xC8, 0xCC):
+            return (int.from_bytes(raw[at + 7:at + 9], "big"),
+                    int.from_bytes(raw[at + 5:at + 7], "big"))
+        at += 2 + int.from_bytes(raw[at + 2:at + 4], "big")
+    return 0, 0
 
 
 
@@ -5221,7 +5293,6 @@ def write_messages(ask: Ask, ctx: Context) -> Json:
     end_with_user(out, ctx.kind)
     set_marks(ask, ctx, out)
     shorten(out)
-    ctx.stream = bool(ask.stream)
     return out
 
 
@@ -5665,7 +5736,7 @@ def set_marks(ask: Ask, ctx: Context, out: Json) -> None:
     messages, tools = out["messages"], out.get("tools")
     worth = tools or any(m["role"] == "assistant" for m in messages)
     if ctx.caps.cache != "on" or not ask.marks or not worth or \
-            estimate_tokens([out.get("system"), tools, messages]) < CACHED_FROM:
+            estimate_tokens(out) < CACHED_FROM:
         return
     mark: Json = {"type": "ephemeral", "ttl": ask.ttl} if ask.ttl else {"type": "ephemeral"}
     users = [m for m in messages if m["role"] == "user"][-2:]
@@ -5747,7 +5818,6 @@ def write_chat(ask: Ask, ctx: Context) -> Json:
     out |= reasoning_fields(ask, level, bool(out.get("tools")), ctx)
     chat_format(ask, ctx, out)
     chat_extras(ask, ctx, out)
-    ctx.stream = bool(ask.stream)
     return out
 
 
@@ -6255,8 +6325,6 @@ def write_responses(ask: Ask, ctx: Context) -> Json:
         include.append("message.output_text.logprobs")
     if include:
         out["include"] = include
-    ctx.stream, ctx.estimate = bool(ask.stream), estimate_tokens(
-        [out.get("instructions"), out["input"], out.get("tools")])
     return out
 
 
@@ -6798,11 +6866,6 @@ def fault_of(error: Any, status: int = 502) -> UpstreamError:
     text = message if isinstance(message, str) and message else "the provider sent an error"
     return UpstreamError(text[:ERROR_TEXT_CHARS], status=found or status, type=UPSTREAM,
                          code=word(code), kind=word(kind) or "")
-
-
-def text_of(value: Any) -> str:
-    """A string, or an empty one for anything else."""
-    return value if isinstance(value, str) else ""
 
 
 # -- reading Anthropic Messages (translation-responses.md 2.3, -chat.md 2.10)
@@ -8203,6 +8266,8 @@ class ChatWriter(Writer):
             self.leave_detail(segment)
         elif segment.kind == "text":
             self.cite(segment)
+        elif segment.kind == "call" and segment.index >= 0 and not segment.text:
+            self.write(segment, "{}")
         elif segment.kind == "call" and segment.index < 0:
             whole = segment.whole()
             text, _ = InputDecoder().close(whole)
@@ -8579,11 +8644,14 @@ def collect_messages(events: list[Any]) -> Json:
                 block[name] = block[name] + delta[name]
         elif kind == "message_delta":
             message |= {**event["delta"], "usage": {**message["usage"], **event["usage"]}}
+    cut = message["stop_reason"] == "max_tokens"
     for index, parts in arguments.items():
-        content[index]["input"] = parse_arguments("".join(parts))
-    for block in content:
-        if block["type"] == "text":
-            block.setdefault("citations", None)
+        text = "".join(parts)
+        content[index]["input"] = parse_arguments(text)
+        if cut and content[index]["type"] == "tool_use" and not is_object(text):
+            content[index] = {}  # a call that was cut off must not run
+    message["content"] = [block | ({"citations": None} if block["type"] == "text" and
+                                   "citations" not in block else {}) for block in content if block]
     return {**message, "container": None}
 
 
@@ -8620,8 +8688,11 @@ def rewritten(read: Callable[[Json, Context], Ask], write: Callable[[Ask, Contex
     """A request through a reader and a writer."""
     try:
         ask = read(body, ctx)
-        ctx.alias = ask.model
-        return write(ask, ctx)
+        ctx.alias, ctx.stream = ask.model, bool(ask.stream)
+        payload = write(ask, ctx)
+        if ctx.inbound == MESSAGES.word:
+            ctx.estimate = estimate_tokens(payload)
+        return payload
     except RecursionError:
         raise RequestError("the request body is nested too deeply") from None
 
@@ -10850,6 +10921,11 @@ class Server:
 
 # -- admission ---------------------------------------------------------------
 
+def protocol_of(path: str) -> Protocol | None:
+    """The protocol that a path is of; None where there is nothing."""
+    return MESSAGES if path in COUNT_PATHS else MODEL_PATHS.get(path)
+
+
 def admit(head: RequestHead, settings: ServerConfig) -> Protocol | int:
     """The protocol of a request that is let in, or the status it is answered with here;
     RequestError says why not (rulings 16 and 5)."""
@@ -10865,10 +10941,10 @@ def admit(head: RequestHead, settings: ServerConfig) -> Protocol | int:
         raise RequestError("a valid API key of this proxy is needed", status=401,
                            fix="send one of server.api_keys as Authorization: Bearer or x-api-key",
                            fields=[b"www-authenticate: Bearer"])
-    protocol = MODEL_PATHS.get(head.path)
+    protocol = protocol_of(head.path)
     if protocol is None:
         raise RequestError("there is nothing at this path", status=404,
-                           fix="the paths are " + ", ".join(MODEL_PATHS))
+                           fix="the paths are " + ", ".join((*MODEL_PATHS, *COUNT_PATHS)))
     if head.method != b"POST":
         raise method_error(b"POST")
     return protocol
@@ -10938,20 +11014,43 @@ class Provider:
                       b"accept-encoding: identity"]
         self.template_key = bool(TEMPLATE_KEY.search(settings.api_key or ""))
         self.target = join_target(urlsplit(settings.base_url).path, self.protocol.path, "")
-        self.first = f"POST {self.target}".encode("ascii")
+        self.first = self.first_line(self.target)
         if self.origin.proxy and self.origin.scheme == "http":
-            # Plain HTTP goes through a forward proxy in absolute form (9112 3.2.2), with its
-            # credentials.
-            self.first = f"POST http://{self.origin.authority}{self.target}".encode("ascii")
             self.fixed += proxy_authorization(urlsplit(self.origin.proxy))
 
+    def first_line(self, target: str) -> bytes:
+        """The request line for a target, without the version. Plain HTTP goes through a forward
+        proxy in absolute form (9112 3.2.2), with its credentials."""
+        absolute = self.origin.proxy and self.origin.scheme == "http"
+        return f"POST {f'http://{self.origin.authority}' if absolute else ''}{target}".encode("ascii")
+
     def request_head(self, head: RequestHead, length: int,
-                     translated: Sequence[bytes] | None = None) -> bytes:
-        """The head of a provider request, final empty line included. The query of a translated one
-        stays here, for it is the client's protocol that knows its words."""
+                     translated: Sequence[bytes] | None = None, path: str = "") -> bytes:
+        """The head of a provider request, final empty line included; `path` is another one than
+        the protocol's. The query of a translated one stays here, for it is the client's protocol
+        that knows its words."""
         query = b"" if translated is not None else head.query.encode("ascii")
-        return format_lines(b"%b%b HTTP/1.1" % (self.first, query), *provider_lines(
+        first = self.first if not path else self.first_line(
+            join_target(urlsplit(self.settings.base_url).path, path, ""))
+        return format_lines(b"%b%b HTTP/1.1" % (first, query), *provider_lines(
             head, self.protocol, self.fixed, length, translated))
+
+
+# Where providers count tokens, of those that do; vLLM and llama.cpp have Anthropic's path.
+COUNT_TARGETS = {"messages": COUNT_PATHS[0], "chat": COUNT_PATHS[0],
+                 "responses": f"{RESPONSES.path}/input_tokens"}
+COUNTED_MEMBERS = ("model", "input", "instructions", "tools", "tool_choice", "parallel_tool_calls",
+                   "reasoning", "text")
+CANNOT_COUNT = (404, 405, 501)
+
+
+def counted_tokens(status: int, raw: bytes) -> int | None:
+    """The count in a provider's answer; None where it gave none."""
+    try:
+        count = mapping(load(raw)).get("input_tokens")
+    except ValueError:
+        return None
+    return count if 200 <= status < 300 and type(count) is int else None
 
 
 class Job(NamedTuple):
@@ -11143,7 +11242,7 @@ class Proxy:
             self.log.event(logging.DEBUG, "recv",
                            {**base_fields(exchange), "content_length": head.length})
         # so that a refusal has the shape the client expects
-        exchange.inbound = MODEL_PATHS.get(head.path)
+        exchange.inbound = protocol_of(head.path)
         connection.extra += check_origin(head, self.config.server)
         protocol = admit(head, self.config.server)
         if isinstance(protocol, int):
@@ -11158,6 +11257,9 @@ class Proxy:
         decision = choose(self.routes, self.defaults, protocol.name, request.model)
         provider = self.provider_for(decision, exchange)
         pair = pair_for(protocol, provider.protocol, self.config.translation.extended_pairs)
+        if head.path in COUNT_PATHS:
+            await self.count(connection, head, exchange, provider, request, pair)
+            return
         if pair:
             job, body = self.translate_request(connection, exchange, provider, pair, request.body)
         else:
@@ -11176,6 +11278,51 @@ class Proxy:
             if payload is None or not payload.released:
                 link.abort()
             raise
+
+    async def count(self, connection: Connection, head: RequestHead, exchange: Exchange,
+                    provider: Provider, request: ModelRequest, pair: Pair | None) -> None:
+        """Answer count_tokens: by the provider where it can count, else with an estimate, which a
+        header tells. Claude Code asks often, so this never fails for want of a counter."""
+        ask: Json = {**request.body, "model": exchange.upstream_model}
+        payload = ask
+        if pair:
+            raw = self.translate_request(connection, exchange, provider, pair, request.body)[1]
+            payload = load(raw)
+        lines = [b"content-type: application/json", date_line()]
+        native = provider.protocol is MESSAGES or provider.settings.profile.count_native
+        if native:
+            if provider.protocol is RESPONSES:
+                ask = {name: payload[name] for name in COUNTED_MEMBERS if name in payload}
+            for name in ("max_tokens", "stream"):
+                ask.pop(name, None)
+            body = dump(ask)
+            exchange.body, exchange.provider_bytes, exchange.phase = ask, len(body), PHASES[1]
+            link, answer, rest = await self.send(
+                connection, head, exchange, provider, body,
+                translated_lines(False, ()) if pair else None, COUNT_TARGETS[provider.protocol.word])
+            content = response_body(provider, link, answer, rest)
+            try:
+                exchange.status = answer.status
+                if not pair and answer.status not in CANNOT_COUNT:
+                    await self.respond(connection, exchange, provider, answer, content, None)
+                    return
+                found, complete = await self.read_up_to(connection, provider, content,
+                                                        ERROR_BODY_BYTES)
+                self.release(content, answer, complete)
+            except BaseException:
+                if not content.released:
+                    link.abort()
+                raise
+            counted = counted_tokens(answer.status, found)
+        else:
+            counted = None
+        if counted is None:
+            counted = estimate_tokens(payload)
+            lines.append(b"x-proxai-token-count: estimate")
+        raw = dump({"input_tokens": counted})
+        exchange.status, exchange.phase, exchange.down = 200, PHASES[3], len(raw)
+        connection.write_head(200, lines, len(raw), raw)
+        self.log_end(exchange, logging.INFO, "end")
 
     def answer_here(self, connection: Connection, head: RequestHead, status: int) -> None:
         """Health, and the preflight of a browser that may call (Fetch, CORS protocol)."""
@@ -11232,7 +11379,7 @@ class Proxy:
 
     async def send(self, connection: Connection, head: RequestHead, exchange: Exchange,
                    provider: Provider, body: bytes, translated: Sequence[bytes] | None = None,
-                   ) -> tuple[Link, ResponseHead, bytes]:
+                   path: str = "") -> tuple[Link, ResponseHead, bytes]:
         """Send the provider request when its turn has come;
         holds a slot until the answer's head is there."""
         if connection.gone:
@@ -11244,7 +11391,7 @@ class Proxy:
         async with self.slots:
             try:
                 found = await self.pool.exchange(
-                    provider.origin, provider.request_head(head, len(body), translated), body,
+                    provider.origin, provider.request_head(head, len(body), translated, path), body,
                     connection.watch, settings.connect_timeout_secs,
                     settings.read_idle_timeout_secs, functools.partial(self.log_sent, exchange))
             except UpstreamError as error:
@@ -12036,13 +12183,17 @@ class Demo:
 
     async def serve(self, connection: Connection, head: RequestHead) -> None:
         """Answer one request."""
-        protocol = MODEL_PATHS.get(head.path)
+        protocol = protocol_of(head.path)
         try:
             admit(head, ServerConfig())
             if protocol is None:
                 connection.write_head(200, [b"content-type: application/json"], 2, b"{}")
                 return
             body = read_model_request(protocol, await connection.read_body(64 << 20)).body
+            if head.path in COUNT_PATHS:
+                data = dump({"input_tokens": estimate_tokens(body)})
+                connection.write_head(200, [b"content-type: application/json"], len(data), data)
+                return
             await self.answer(connection, protocol, body)
         except ProxyError as error:
             write_error(connection, error, "native", protocol)
