@@ -2960,10 +2960,10 @@ def openai_efforts(model: str) -> tuple[str, ...]:
 
 
 def clamp_effort(level: str, levels: Sequence[str]) -> str:
-    """`level`, or the nearest lower one of `levels`, or the lowest."""
-    at = EFFORTS.index(level) if level in EFFORTS else EFFORTS.index("medium")
-    lower = [e for e in levels if EFFORTS.index(e) <= at]
-    return max(lower or levels, key=EFFORTS.index) if lower else min(levels, key=EFFORTS.index)
+    """`level`, or the nearest lower one of `levels`, or the lowest; little is not none."""
+    known = [e for e in levels if e != "none" or level == "none"] or levels
+    lower = [e for e in known if EFFORTS.index(e) <= EFFORTS.index(level)]
+    return max(lower, key=EFFORTS.index) if lower else min(known, key=EFFORTS.index)
 
 
 @functools.lru_cache(maxsize=256)
@@ -4493,6 +4493,8 @@ def read_stream_options(fields: Fields, ask: Ask, ctx: Context) -> None:
     """Whether a stream ends with its usage; an answer in one piece always has it."""
     options = fields.object("stream_options")
     usage = options.flag("include_usage") if options else None
+    if options:
+        keep(ask, options, "include_obfuscation")
     ctx.include_usage = bool(usage) or not ask.stream
 
 
@@ -4582,6 +4584,8 @@ def read_chat_tool(ctx: Context, value: Any, path: str) -> list[Tool]:
         return [read_function(inner, kind, mark)]
     if ANTHROPIC_TOOL.fullmatch(kind) and ctx.provider == MESSAGES.word:
         return [Tool("raw", fields.text("name") or kind, raw=value, path=path)]
+    if kind.startswith("web_search") and ctx.caps.web_search == "native":
+        return [Tool("web_search", "web_search", raw=value, path=path)]
     return [Tool("hosted", kind, path=path)]
 
 
@@ -4682,7 +4686,7 @@ def read_chat_turn(fields: Fields, role: str, parts: list[Part],
     if role in ("system", "developer"):
         return System(parts, role)
     if role == "tool":
-        return Out(fields.text("tool_call_id") or "", parts, name=fields.text("name") or "")
+        return Out(own_id(fields, "tool_call_id"), parts, name=fields.text("name") or "")
     if role == "function":
         name = fields.text("name") or ""
         found = next((pair for pair in reversed(legacy) if pair[0] == name), None)
@@ -4742,9 +4746,15 @@ def place_thoughts(thoughts: list[tuple[tuple[int, int] | None, Thought]], parts
     return out + [thought for _, thought in placed]
 
 
+def own_id(fields: Fields, name: str) -> str:
+    """The id of a call, decoded if it was made for Anthropic's alphabet and goes elsewhere."""
+    id = fields.text(name) or ""
+    return id if fields.ctx.provider == MESSAGES.word else original_id(id)
+
+
 def read_chat_call(fields: Fields) -> Call:
     """One entry of tool_calls."""
-    kind, id = fields.text("type") or "function", fields.text("id") or ""
+    kind, id = fields.text("type") or "function", own_id(fields, "id")
     inner = fields.object("custom" if kind == "custom" else "function") or fields
     name = inner.text("name") or ""
     mark = cache_mark(fields.left.pop("cache_control", None))
@@ -6113,11 +6123,10 @@ def chat_tools(ask: Ask, names: ToolNames, mode: str | None, forced: str | None,
     if ask.choice and ask.choice.mode == "allowed" and caps.allowed_tools:
         out["tool_choice"] = {"type": "allowed_tools", "allowed_tools": {
             "mode": "required" if ask.choice.required else "auto",
-            "tools": [{"type": "function", "function": {"name": name}}
-                      for name in names.pick(ask.choice)]}}
+            "tools": [{"type": kind, kind: {"name": name}} for name in names.pick(ask.choice)
+                      for kind in (call_kind(names.declared[name], ctx),)]}}
     elif mode == "tool":
-        native = caps.custom_tools and names.declared[forced or ""].kind == "custom"
-        kind = "custom" if native else "function"
+        kind = call_kind(names.declared[forced or ""], ctx)
         out["tool_choice"] = {"type": kind, kind: {"name": forced}}
     elif mode:
         out["tool_choice"] = mode
@@ -6293,7 +6302,7 @@ def write_responses(ask: Ask, ctx: Context) -> Json:
     """A neutral request as the body of a Responses request."""
     caps, out = ctx.caps, cast(Json, {"model": ctx.model})
     names = ToolNames(ask.tools, 64)
-    mode, tool = settle_choice(ask, names)
+    mode, tool = settle_choice(ask, names, narrows=False)
     texts = texts_of(ask.system)
     instructions = (join_lines(texts) if ctx.inbound == MESSAGES.word else "\n\n".join(texts))
     items = response_items(pair_up(ask.atoms, short_call_id, ctx), names, ctx)
@@ -6305,6 +6314,9 @@ def write_responses(ask: Ask, ctx: Context) -> Json:
     out["input"] = items or [message_item("user", [Part("text", ".")], ctx)]
     if ask.stream is not None:
         out["stream"] = ask.stream
+        if ask.stream and "include_obfuscation" in ask.more:
+            shown = ask.more.pop("include_obfuscation")[1]
+            out["stream_options"] = {"include_obfuscation": shown}
     if ask.max_tokens is not None and caps.max_output_tokens:
         limit = min(ask.max_tokens, caps.max_tokens_cap or ask.max_tokens)
         out["max_output_tokens"] = max(limit, LEAST_OUTPUT_TOKENS)
@@ -6505,12 +6517,22 @@ def response_tools(ask: Ask, names: ToolNames, mode: str | None, forced: str | N
         if kind == "web_search":
             out["tool_choice"] = {"type": "web_search"}
         else:
-            kind = "custom" if kind == "custom" and ctx.caps.custom_tools else "function"
+            kind = call_kind(names.declared[forced or ""], ctx)
             out["tool_choice"] = {"type": kind, "name": forced}
+    elif mode == "allowed" and ask.choice:
+        out["tool_choice"] = {
+            "type": "allowed_tools", "mode": "required" if ask.choice.required else "auto",
+            "tools": [{"type": call_kind(names.declared[name], ctx), "name": name}
+                      for name in names.pick(ask.choice)]}
     elif mode:
         out["tool_choice"] = mode
     if ask.parallel is not None and (ask.parallel is False or ctx.inbound == CHAT.word):
         out["parallel_tool_calls"] = ask.parallel
+
+
+def call_kind(tool: Tool, ctx: Context) -> str:
+    """Whether a tool goes to the provider as a custom tool or as a function."""
+    return "custom" if tool.kind == "custom" and ctx.caps.custom_tools else "function"
 
 
 def flat_custom(tool: Tool, wire: str) -> Json:
@@ -6541,6 +6563,8 @@ def response_search(options: Json) -> Json:
 def response_reasoning(ask: Ask, ctx: Context, out: Json) -> str | None:
     """The reasoning wish, clamped to what the model takes; the effort that is sent."""
     wish, caps = ask.effort, ctx.caps
+    if wish is None and ctx.inbound == CHAT.word and caps.reasoning:
+        wish = Effort()  # so that there is reasoning to show
     if wish is None or not caps.reasoning:
         if wish is not None:
             ctx.drop("thinking" if ctx.inbound == MESSAGES.word else "reasoning_effort",
@@ -7432,7 +7456,8 @@ class ResponsesReader(Reader):
         if key not in self.segments:
             self.items.setdefault(key[0], "message")
             refusal = kind == "refusal"
-            self.segments[key] = self.out.open(Segment("refusal" if refusal else "text"))
+            self.segments[key] = self.out.open(
+                Segment("refusal" if refusal else "text", name=f"item {key[0]}"))
         return self.segments[key]
 
     def text_delta(self, event: Json, index: Any) -> None:
@@ -8181,6 +8206,8 @@ class ChatWriter(Writer):
         self.base: Json = {}
         self.annotations: list[Json] = []
         self.entries = self.indexes = 0  # of reasoning_details, of tool_calls
+        self.message: str | None = None  # what tells the provider's message items apart
+        self.seen_ids: set[str] = set()  # of calls
         self.thought = self.opaque = False  # whether reasoning, or blocks of a server, came
         self.refusal: list[str] = []
         self.searched = 0  # characters in which citations were looked for
@@ -8214,6 +8241,9 @@ class ChatWriter(Writer):
             self.calls += 1
             if tool and tool.kind == "custom" and kind == "call":
                 return  # comes whole, when it is known to be a text
+            if not segment.id or segment.id in self.seen_ids:
+                segment.id = "call_" + sha(f"{self.base['id']}{self.calls}")[:24]
+            self.seen_ids.add(segment.id)
             segment.index = self.next_index()
             if self.ctx.legacy:
                 if segment.index == 0:
@@ -8232,10 +8262,17 @@ class ChatWriter(Writer):
         """A piece of a segment."""
         kind = segment.kind
         if kind == "text":
+            if not segment.shown:
+                segment.shown = True
+                if self.message not in (None, segment.name):
+                    text = "\n\n" + text  # messages of a Responses provider stand apart
+                self.message = segment.name
+                segment.at = (self.characters + len(text) - len(segment.text[0]), self.calls)
             self.characters += len(text)
             logprobs, segment.raw = segment.raw, None
+            found = [{"bytes": None, "top_logprobs": [], **e} for e in map(mapping, logprobs or ())]
             self.emit({"content": text}, None,
-                      {"content": logprobs, "refusal": None} if logprobs else None)
+                      {"content": found, "refusal": None} if found else None)
         elif kind == "thinking":
             if self.thought and not segment.shown:
                 self.emit({"reasoning_content": "\n\n" + text})
@@ -8304,14 +8341,17 @@ class ChatWriter(Writer):
     def finish(self, stop: Stop) -> None:
         """Refusal, sources, the reason, usage, [DONE]."""
         reason, refusal = stop.reason, "".join(self.refusal)
-        if reason == "refusal" and not refusal and not self.characters:
+        own = self.ctx.provider == MESSAGES.word  # whose text so far is the refusal
+        if reason == "refusal" and not refusal and not (own and self.characters):
             refusal = stop.text or "The model declined to answer."
-        if reason == "refusal" and self.characters and not self.ctx.stream:
+        if reason == "refusal" and own and self.characters and not self.ctx.stream:
             self.emit({"content": None})  # in one piece, the text is the refusal
         elif refusal:
             self.emit({"refusal": refusal})
         if self.annotations:
             self.emit({"annotations": self.annotations})
+        if self.usage and self.usage.tier and not own:
+            self.base["service_tier"] = self.usage.tier
         called = "function_call" if self.ctx.legacy else "tool_calls"
         ends = {"length": "length", "context": "length", "pause": "length", "filter":
                 "content_filter", "refusal": "stop"}
@@ -8596,12 +8636,13 @@ def collect_chat(events: list[Any]) -> Json:
                     known[key] += text
     if calls:
         message["tool_calls"] = calls
-    first = next(chunk for chunk in events if chunk != DONE)
+    first, *_, last = [chunk for chunk in events if chunk != DONE]
+    tier = {"service_tier": last["service_tier"]} if "service_tier" in last else {}
     found = {"content": logprobs, "refusal": None} if logprobs else None
     return {"id": first["id"], "object": "chat.completion", "created": first["created"],
             "model": first["model"], "choices": [{
                 "index": 0, "message": message, "logprobs": found, "finish_reason": reason}],
-            "usage": usage, "system_fingerprint": None}
+            "usage": usage, "system_fingerprint": None, **tier}
 
 
 def collect_call(calls: list[Json], part: Json) -> None:
