@@ -327,8 +327,6 @@ class ProxyError(Exception):
         super().__init__(self.message)
         # the provider's own body, where the client knows its shape
         self.native: bytes | None = None
-        # of a stream that fails: what its client is sent before the error
-        self.events: Sequence[Json] = ()
         self.status = status or self.status
         self.type = type or self.type
         self.code, self.param, self.fields, self.retry = code, param, fields, retry
@@ -8649,8 +8647,8 @@ class Exchange:
     """Everything about one request that is told afterwards, in the log and in headers."""
 
     __slots__ = ("body", "choices", "chunks", "content_type", "down", "dropped", "encoding",
-                 "error", "head_at", "id", "inbound", "inbound_bytes", "last_byte_at", "method",
-                 "model", "observed", "path", "phase", "provider", "provider_bytes",
+                 "error", "estimate", "head_at", "id", "inbound", "inbound_bytes", "last_byte_at",
+                 "method", "model", "observed", "path", "phase", "provider", "provider_bytes",
                  "provider_protocol", "rates", "route", "sse", "started", "status",
                  "upstream_model")
 
@@ -8670,6 +8668,7 @@ class Exchange:
         self.encoding: str | None = None  # the Transfer-Encoding of the answer
         self.sse = False
         self.dropped = 0  # how many parts a translation has left out, as far as was told
+        self.estimate = 0  # of the tokens of a request that was translated
         self.rates: Sequence[Field] = ()
         self.observed: Observed | None = None
         self.error: str | None = None
@@ -11008,16 +11007,14 @@ class Proxy:
         """The body for a provider of another protocol; RequestError for what it cannot express."""
         assert exchange.inbound
         ctx = Context(exchange.inbound.word, provider.protocol.word, exchange.upstream_model,
-                      host=provider.origin.authority, now=int(time.time()),
-                      profile=getattr(provider.settings, "profile", None) or {})
-        try:
-            payload = pair.request(body, ctx)
-        except RecursionError:
-            raise RequestError("the request body is nested too deeply") from None
+                      host=provider.origin.authority, profile=provider.settings.profile,
+                      now=int(time.time()))
+        payload = pair.request(body, ctx)
         try:
             raw = dump(payload)
         except ValueError as error:
             raise RequestError(f"the request body is {error}") from None
+        exchange.estimate = ctx.estimate
         self.tell_dropped(connection, exchange, ctx.dropped)
         return Job(pair, ctx, translated_lines(payload.get("stream") is True, ctx.headers)), raw
 
@@ -11552,7 +11549,7 @@ def response_body(provider: Provider, link: Link, answer: ResponseHead,
 def error_for(exchange: Exchange, error: ProxyError) -> ProxyError:
     """An error as the client of an exchange understands it."""
     if isinstance(error, UpstreamError) and exchange.inbound and translation_name(exchange):
-        return translated_error(error, exchange.inbound, exchange.provider_bytes // 4)
+        return translated_error(error, exchange.inbound, exchange.estimate)
     return error
 
 
