@@ -558,6 +558,8 @@ def translated_error(error: ProxyError, protocol: Protocol, estimate: int = 0) -
     said = f"{error.status} {error.kind} {error.code or ''} {error.message}"[:ERROR_TEXT_CHARS]
     cause = next((code for code, words in CAUSES if words.match(said)), None)
     message, code = error.message, cause or error.code
+    if cause and CODE_TYPES.get(error.code or "") == CODE_TYPES[cause]:
+        code = error.code
     if cause == CONTEXT_CODE:
         message = overflow_message(error.message, protocol, estimate)
     elif cause == "overloaded" and protocol is RESPONSES:
@@ -2959,11 +2961,12 @@ def capabilities(protocol: str, host: str, model: str, profile: ProfileConfig) -
         found["max_tokens_field"] = "max_completion_tokens"
     if protocol == "responses":
         reasons = bool(REASONING_MODEL.match(name)) and "-chat" not in name
+        reasons = reasons if profile.reasoning is None else profile.reasoning
         found |= {"reasoning": reasons, "encrypted_reasoning": reasons,
                   "reasoning_summary": reasons, "sampling": not reasons,
                   "efforts": openai_efforts(name)}
     if protocol == "messages":
-        kind = model_class(model)
+        kind = MODEL_CLASSES[profile.model_class] if profile.model_class else model_class(model)
         first_party = bool(FIRST_PARTY_ANTHROPIC.fullmatch(host))
         found |= {"model_class": kind.name,
                   "lenient_thinking": not first_party and kind.name == "X",
@@ -2999,16 +3002,38 @@ class Context:
     seconds. A request fills what its answer needs; `dropped` maps paths to reasons.
     """
 
-    __slots__ = ("caps", "dropped", "echo", "estimate", "headers", "host", "ids", "inbound",
-                 "include_usage", "kind", "legacy", "model", "now", "provider", "realm", "schema",
-                 "stream", "tools", "wants_thinking", "web_search")
+    __slots__ = (
+        "alias",
+        "caps",
+        "dropped",
+        "echo",
+        "estimate",
+        "headers",
+        "host",
+        "ids",
+        "inbound",
+        "include_usage",
+        "kind",
+        "legacy",
+        "model",
+        "now",
+        "provider",
+        "realm",
+        "schema",
+        "stream",
+        "tools",
+        "wants_thinking",
+        "web_search",
+    )
 
     def __init__(self, inbound: str, provider: str, model: str, *, host: str = "",
                  profile: Any = None, realm: str | None = None, now: int = 0) -> None:
         self.inbound, self.provider, self.model, self.now = inbound, provider, model, now
-        self.host = host
+        self.host, self.alias = host, model
         if not isinstance(profile, ProfileConfig):
-            profile = ProfileConfig(**(profile or {}))
+            options: Json = {key: tuple(value) if isinstance(value, list) else value
+                             for key, value in (profile or {}).items()}
+            profile = ProfileConfig(**options)
         self.caps = capabilities(provider, host, model, profile)
         self.kind = MODEL_CLASSES["X"]
         if provider == MESSAGES.word:
@@ -3133,7 +3158,6 @@ class Choice(NamedTuple):
     names: tuple[tuple[str, str], ...] = ()  # of (space, name)
     required: bool = False  # of mode allowed
     path: str = "tool_choice"
-    kind: str = "function"
 
 
 class Effort(NamedTuple):
@@ -3399,15 +3423,17 @@ def unique_tools(tools: Iterable[Tool]) -> list[Tool]:
     return list(seen.values())
 
 
-def settle_choice(ask: Ask, names: ToolNames) -> tuple[str | None, str | None]:
+def settle_choice(ask: Ask, names: ToolNames,
+                  narrows: bool = True) -> tuple[str | None, str | None]:
     """What a choice comes to: a mode (auto, none, required, tool) and the tool's wire name.
 
-    allowed_tools leaves only its tools in `ask.tools`. Without tools there is no choice.
+    allowed_tools leaves only its tools in `ask.tools`, where the provider has no such choice
+    (`narrows`). Without tools there is no choice.
     """
     choice = ask.choice
     if not choice or not ask.tools:
         return None, None
-    if choice.mode == "allowed":
+    if choice.mode == "allowed" and narrows:
         wanted = set(choice.names)
         ask.tools = [t for t in ask.tools if (t.space, t.name) in wanted]
         if not ask.tools:
@@ -3459,11 +3485,23 @@ def pair_up(atoms: Sequence[Atom], wire: Callable[[str], str], ctx: Context) -> 
             finish_run()
             if isinstance(atom, Out):
                 if (note := strays.get(id(atom))) is not None:
-                    out.append(User([Part("text", note + "\n"), *atom.parts]))
+                    out.append(User(noted(note, atom.parts)))
             else:
                 out.append(atom)
     finish_run()
     return out
+
+
+def noted(note: str, parts: list[Part]) -> list[Part]:
+    """The parts of a result that has no place, with a word on where they come from."""
+    if parts and parts[0].kind == "text":
+        return [parts[0]._replace(text=f"{note}\n{parts[0].text}"), *parts[1:]]
+    return [Part("text", note), *parts]
+
+
+def same(one: list[Part], other: list[Part]) -> bool:
+    """Whether two contents say the same, wherever they stood."""
+    return [p._replace(path="") for p in one] == [p._replace(path="") for p in other]
 
 
 def match_results(atoms: Sequence[Atom]) -> tuple[dict[int, Out], dict[int, str]]:
@@ -3486,7 +3524,7 @@ def match_results(atoms: Sequence[Atom]) -> tuple[dict[int, Out], dict[int, str]
             elif id(call) not in answers:
                 answers[id(call)] = atom
                 open_calls.pop(id(call), None)
-            elif answers[id(call)].parts != atom.parts:
+            elif not same(answers[id(call)].parts, atom.parts):
                 strays[id(atom)] = f"[later result of tool call {atom.id}]"
     return answers, strays
 
@@ -3907,8 +3945,10 @@ def read_openai_common(ask: Ask, fields: Fields) -> None:
     metadata = fields.json("metadata")
     ids = [mapping(metadata).get("user_id"), fields.left.get("safety_identifier"),
            fields.left.get("user")]
+    if fields.ctx.inbound == CHAT.word:
+        ids = ids[:0:-1]
     ask.user = next((id for id in ids if isinstance(id, str) and id), None)
-    if metadata and list(metadata) != ["user_id"]:
+    if metadata and (list(metadata) != ["user_id"] or fields.ctx.inbound == CHAT.word):
         ask.more["metadata"] = ("metadata", metadata)
     ask.tier = fields.text("service_tier")
     options = fields.json("prompt_cache_options") or {}
@@ -3977,8 +4017,8 @@ CLIENT_TOOLS: Mapping[str, tuple[str, Json]] = {
     "apply_patch": ("Creates, changes or deletes a file.", {"type": "object", "properties": {
         "type": {"type": "string", "enum": ["create_file", "update_file", "delete_file"]},
         "path": {"type": "string"}, "diff": {"type": "string"}}, "required": ["type", "path"]}),
-    "tool_search": ("Finds tools by what they do.", {"type": "object", "properties": {
-        "query": {"type": "string"}, "limit": {"type": "integer"}}, "required": ["query"]}),
+    "tool_search": ("", {"type": "object", "properties": {
+        "query": {"type": "string"}, "limit": {"type": "integer"}}}),
 }
 TOOL_TRIFLES = ("type", "output_schema", "async", "defer_loading", "allowed_callers")
 
@@ -4025,21 +4065,21 @@ def read_responses_choice(value: Any, ctx: Context) -> Choice | None:
     fields = Fields(ctx, value, "tool_choice")
     kind = fields.text("type")
     if kind == "allowed_tools":
-        names = tuple(choice_name(Fields(ctx, tool, f"tool_choice.tools[{i}]"))
-                      for i, tool in enumerate(fields.list("tools")))
+        listed = [Fields(ctx, tool, f"tool_choice.tools[{i}]")
+                  for i, tool in enumerate(fields.list("tools"))]
+        names = tuple(choice_name(tool, tool.text("type")) for tool in listed)
         return Choice("allowed", names, fields.text("mode") == "required")
-    return Choice("tool", (choice_name(fields),), kind=kind or "function")
+    return Choice("tool", (choice_name(fields, kind),))
 
 
-def choice_name(fields: Fields) -> tuple[str, str]:
+def choice_name(fields: Fields, kind: str | None) -> tuple[str, str]:
     """Which tool a choice means: (namespace, name); built-in tools are named by their type."""
-    name = fields.text("name") or fields.text("type") or ""
+    name = fields.text("name") or kind or ""
     return fields.text("namespace") or "", "web_search" if name.startswith("web_search_") else name
 
 
 def finish_tools(ask: Ask, ctx: Context) -> None:
     """Leave the tools that can be sent: deferred ones once they were loaded, hosted ones not."""
-    declared = len(ask.tools)
     by_client = any(tool.kind == "tool_search" for tool in ask.tools)
     forced = ask.choice.names[0][1] if ask.choice and ask.choice.mode == "tool" else None
     kept = []
@@ -4053,10 +4093,10 @@ def finish_tools(ask: Ask, ctx: Context) -> None:
                                    " does not have", param="tool_choice")
         elif not (tool.deferred and by_client):
             kept.append(tool)
-    if declared and not kept and not by_client and \
-            any(tool.kind in ("hosted", "web_search") for tool in ask.tools):
+    lost = ("hosted", "web_search") if ctx.provider == CHAT.word else ("hosted",)
+    if not kept and not by_client and any(tool.kind in lost for tool in ask.tools):
         raise RequestError(f"tool `{ask.tools[0].name}` is not available with this provider",
-                           param=ask.tools[0].path)
+                           param="tools")
     ask.tools = kept
 
 
@@ -4075,6 +4115,7 @@ def read_responses_input(ask: Ask, value: Any, ctx: Context) -> None:
                                " send the item itself", param=f"input[{i}]")
         reader = RESPONSES_ITEMS.get(kind)
         if reader is None:
+            ctx.drop(fields.path, f"no {brief_kind(kind)} items with this provider")
             ask.atoms.append(User([omitted_item(kind, ctx)]))
             continue
         atom = reader(ask, fields)
@@ -4385,7 +4426,10 @@ def read_chat_reasoning(ask: Ask, fields: Fields) -> None:
         budget, enabled = wish.count("max_tokens"), wish.flag("enabled")
         inner = known_effort(wish, "effort") or {
             True: "medium", False: "none", None: None}[enabled]
-        level = None if budget else level or inner
+        if budget is not None:
+            level, budget = (None, budget) if budget else ("none", None)
+        else:
+            level = level or inner
         if level or budget:
             found = Effort(level, budget, "summarized")
         if found and wish.flag("exclude"):
@@ -4395,8 +4439,10 @@ def read_chat_reasoning(ask: Ask, fields: Fields) -> None:
         kind, budget = thinking.text("type"), thinking.count("budget_tokens")
         display = thinking.text("display")
         inner = known_effort(output, "effort") if output else None
+        if kind == "enabled":
+            display = display or "summarized"
         found = Effort("none") if kind == "disabled" else Effort(
-            inner or (None if budget else level), budget, display)
+            inner or (None if budget else level), budget, display, kind)
     elif output and (inner := known_effort(output, "effort")):
         found = Effort(inner, display="summarized")
     ask.effort = found
@@ -4470,8 +4516,10 @@ def read_function(fields: Fields, kind: str, mark: Json | None) -> Tool:
                                                    "input_examples")
              if isinstance(fields.left.get(key), (bool, list))}
     raw = {"format": fields.json("format")} if kind == "custom" else extra
-    found = Tool(kind, name, fields.text("description"), fields.json("parameters"),
-                 strict=fields.flag("strict"), mark=mark, raw=raw, path=fields.path)
+    schema = fields.left.pop("parameters", None)
+    found = Tool(kind, name, fields.text("description"),
+                 schema if isinstance(schema, dict) else None, strict=fields.flag("strict"),
+                 mark=mark, raw=raw, path=fields.path)
     fields.close()
     return found
 
@@ -4492,10 +4540,10 @@ def read_chat_choice(value: Any, ctx: Context) -> Choice | None:
     if kind == "allowed_tools":
         tools = [Fields(ctx, tool, f"tool_choice.tools[{i}]")
                  for i, tool in enumerate(inner.list("tools"))]
-        names = tuple(choice_name(tool.object(tool.text("type") or "function") or tool)
+        names = tuple(choice_name(tool.object(tool.text("type") or "function") or tool, None)
                       for tool in tools)
         return Choice("allowed", names, inner.text("mode") == "required")
-    return Choice("tool", (choice_name(inner),), kind=kind)
+    return Choice("tool", (choice_name(inner, None),))
 
 
 def cache_mark(value: Any) -> Json | None:
@@ -4519,14 +4567,17 @@ def read_chat_messages(ask: Ask, messages: list[Any], ctx: Context) -> None:
         if role == "assistant":
             ask.atoms += read_assistant(fields, i, legacy, mark)
         else:
+            if role in ("tool", "function") and type(fields.left.get("content")) in (
+                    int, float, bool, dict):
+                fields.left["content"] = compact(fields.left["content"])
             parts = read_content(fields, "content", chat_part_of)
-            if i > last:
+            if i > last and role == "user":
                 parts = [part._replace(current=True) for part in parts]
             atom = read_chat_turn(fields, role, parts, legacy)
             if mark and isinstance(atom, Out):
                 atom = atom._replace(mark=mark)
-            elif mark and parts:
-                parts[-1] = parts[-1]._replace(mark=mark)
+            elif mark:
+                mark_last(parts, mark)
             if isinstance(atom, System) and not ask.atoms:
                 ask.system += atom.parts
             else:
@@ -4535,6 +4586,14 @@ def read_chat_messages(ask: Ask, messages: list[Any], ctx: Context) -> None:
 
 
 MESSAGE_TRIFLES = frozenset(("annotations", "parsed", "id", "provider_specific_fields"))
+
+
+def mark_last(parts: list[Part], mark: Json) -> None:
+    """Put a message's cache mark on the last of its parts that is sent."""
+    at = next((i for i in reversed(range(len(parts)))
+               if parts[i].kind != "text" or parts[i].text.strip()), None)
+    if at is not None:
+        parts[at] = parts[at]._replace(mark=mark)
 
 
 def read_chat_turn(fields: Fields, role: str, parts: list[Part],
@@ -4561,16 +4620,16 @@ def read_assistant(fields: Fields, i: int, legacy: list[tuple[str, str]],
     parts = read_content(fields, "content", chat_part_of)
     if refusal := fields.text("refusal"):
         parts.append(Part("refusal", refusal, path=fields.at("refusal")))
-    if mark and parts:
-        parts[-1] = parts[-1]._replace(mark=mark)
     calls = [read_chat_call(Fields(fields.ctx, call, f"{fields.at('tool_calls')}[{k}]"))
              for k, call in enumerate(fields.list("tool_calls"))]
     if (old := fields.object("function_call")) is not None:
         name = old.text("name") or ""
         legacy.append((name, f"fc_{i}"))
         calls.append(Call(f"fc_{i}", name, old.text("arguments") or ""))
-    if mark and calls and not parts:
+    if mark and calls:
         calls[-1] = calls[-1]._replace(mark=mark)
+    elif mark:
+        mark_last(parts, mark)
     if fields.left.pop("audio", None):
         fields.ctx.drop(fields.at("audio"))
     thoughts = read_details(fields)
@@ -4801,7 +4860,13 @@ def read_message_list(ask: Ask, messages: list[Any], ctx: Context,
         atoms: list[Atom] = []
         for k, block in enumerate(blocks):
             part = Fields(ctx, block, f"{fields.at('content')}[{k}]")
-            atoms += read_block(part, part.text("type") or "", role, tools, ctx)
+            found = read_block(part, part.text("type") or "", role, tools, ctx)
+            if atoms and found and is_rendered(found[0]) and is_rendered(atoms[-1]):
+                last_said = cast(Said, atoms[-1]).parts[0]
+                text = join_lines([last_said.text, cast(Said, found[0]).parts[0].text])
+                atoms[-1] = Said([last_said._replace(text=text)])
+                continue
+            atoms += found
         add_message(ask, role, atoms)
     return effort
 
@@ -4857,6 +4922,11 @@ def read_block(fields: Fields, kind: str, role: str, tools: MessagesTools,
     return [Said(parts)] if role == "assistant" else [User(parts)]
 
 
+def is_rendered(atom: Atom) -> bool:
+    """Whether an atom tells what a server's tool did."""
+    return isinstance(atom, Said) and atom.parts[0].type == "rendered"
+
+
 def brief_kind(kind: str) -> str:
     """A type from a request as it can stand in a log line."""
     return kind if re.fullmatch(r"[a-z0-9_]{1,40}", kind) else "unknown"
@@ -4883,17 +4953,17 @@ def read_server_block(fields: Fields, kind: str, tools: MessagesTools,
         id, name = fields.text("id") or "", fields.text("name") or "tool"
         if id.startswith("srvtoolu_px_") and ctx.caps.web_search == "native":
             inner = from_base64url(id.removeprefix("srvtoolu_px_"))
-            ctx.web_search = True
             return [Thought("search", "", ((inner or b"").decode("utf-8", "replace"),
                                            str(input.get("query") or "")))]
         said = next((str(input[k]) for k in ("query", "url", "command", "code")
                      if isinstance(input.get(k), str)), "")
-        return [Said([Part("text", f'[{name} "{said}"]' if said else f"[{name}]")])]
+        return [Said([Part("text", f'[{name} "{said}"]' if said else f"[{name}]",
+                           type="rendered")])]
     id = fields.text("tool_use_id") or ""
     if id.startswith("srvtoolu_px_") and ctx.caps.web_search == "native":
         return []
     text = rendered_result(fields.get("content"), tools)
-    return [Said([Part("text", text)])] if text else []
+    return [Said([Part("text", text, type="rendered")])] if text else []
 
 
 def rendered_result(content: Any, tools: MessagesTools) -> str:
@@ -5072,8 +5142,12 @@ class MessagesTools:
     def change(self, fields: Fields, kind: str) -> None:
         """A tool_addition or tool_removal block within the conversation."""
         found = fields.object("tool_definition") or fields.object("tool")
-        name = fields.text("tool_name") or fields.text("name") or (
-            found.left.get("name") if found else None)
+        if found and found.left.get("type") == "tool_definition":
+            found = found.object("tool") or found.object("definition") or found
+        inner = found.left if found else fields.left
+        name = inner.get("name") or inner.get("tool_name")
+        if inner.get("type") == "tool_reference":
+            found = None
         if kind == "tool_removal":
             self.ask.tools = [tool for tool in self.ask.tools if tool.name != name]
         elif found and (tool := self.tool(found, found.text("type") or "custom")):
@@ -5109,10 +5183,7 @@ def write_messages(ask: Ask, ctx: Context) -> Json:
     names = ToolNames(ask.tools, 64 if ctx.inbound == RESPONSES.word else 128)
     mode, tool = settle_choice(ask, names)
     tools = messages_tools(ask, names, ctx)
-    system = [text_block(part) for part in ask.system if part.kind == "text" and part.text.strip()]
-    for part in ask.system:
-        if part.kind not in ("text", "refusal"):
-            system += anthropic_blocks(part, ctx)
+    system = [text_block(part) for part in system_parts(ask.system, ctx) if part.text.strip()]
     atoms = pair_up(ask.atoms, safe_id, ctx)
     messages = messages_turns(atoms, names, ctx)
     out: Json = {"model": ctx.model, "max_tokens": 0, "messages": messages}
@@ -5144,6 +5215,19 @@ def write_messages(ask: Ask, ctx: Context) -> Json:
     return out
 
 
+def system_parts(parts: list[Part], ctx: Context) -> list[Part]:
+    """The texts of a system message; nothing else has a place in one."""
+    out = []
+    for part in parts:
+        if part.kind == "text":
+            out.append(part)
+        elif ctx.inbound == RESPONSES.word:
+            out.append(Part("text", cannot_send(part, ctx)))
+        else:
+            ctx.drop(part.path, "only text has a place in a system message")
+    return out
+
+
 def text_block(part: Part) -> Json:
     """A text block, with its cache mark."""
     return marked({"type": "text", "text": part.text}, part.mark)
@@ -5164,6 +5248,8 @@ def anthropic_blocks(part: Part, ctx: Context) -> list[Json]:
         return [part.raw]
     if part.kind == "image" and not ctx.caps.vision:
         return [text_block(Part("text", "[image omitted: this model cannot see images]"))]
+    if part.detail:
+        ctx.drop(f"{part.path}.{'image_url.' if part.type == 'image_url' else ''}detail")
     block = anthropic_media(part) if part.kind in ("image", "file") else None
     if block is None:
         return [text_block(Part("text", cannot_send(part, ctx)))]
@@ -5207,35 +5293,43 @@ def cannot_send(part: Part, ctx: Context) -> str:
 def messages_turns(atoms: list[Atom], names: ToolNames, ctx: Context) -> list[Json]:
     """Messages that alternate: the user's begin with tool results, late system texts have their
     place behind them."""
-    native = ctx.caps.native_system and ctx.kind.system
     out: list[Json] = []
+    between: list[Atom] = []
     for own, group in runs(atoms):
-        if own:
-            if blocks := assistant_blocks(group, names, ctx):
-                add_turn(out, "assistant", blocks)
-            continue
-        blocks = [block for atom in group if isinstance(atom, Out)
-                  for block in result_blocks(atom, ctx)]
-        late: list[Json] = []
-        turns = any(isinstance(atom, (Out, User)) for atom in group)
-        for atom in group:
-            if isinstance(atom, User):
-                for part in atom.parts:
-                    blocks += anthropic_blocks(part, ctx)
-            elif isinstance(atom, System):
-                texts = [p.text if p.kind == "text" else cannot_send(p, ctx) for p in atom.parts]
-                texts = [text for text in texts if text.strip()]
-                if native and turns:
-                    late += [{"type": "text", "text": text} for text in texts]
-                elif texts:
-                    blocks.append({"type": "text", "text": reminder("\n".join(texts))})
-        if blocks:
-            add_turn(out, "user", blocks)
-        if late:
-            add_turn(out, "system" if blocks else "user", late)
+        if not own:
+            between += group
+        elif blocks := assistant_blocks(group, names, ctx):
+            add_between(out, between, ctx)
+            add_turn(out, "assistant", blocks)
+            between = []
+    add_between(out, between, ctx)
     if not out or out[0]["role"] != "user":
         out.insert(0, {"role": "user", "content": [{"type": "text", "text": "."}]})
     return out
+
+
+def add_between(out: list[Json], group: list[Atom], ctx: Context) -> None:
+    """Append what stands between two turns of the assistant: results, what the user said, and
+    late system texts, behind it or within it."""
+    native = ctx.caps.native_system and ctx.kind.system
+    blocks = [block for atom in group if isinstance(atom, Out)
+              for block in result_blocks(atom, ctx)]
+    late: list[Json] = []
+    turns = any(isinstance(atom, (Out, User)) for atom in group)
+    for atom in group:
+        if isinstance(atom, User):
+            for part in atom.parts:
+                blocks += anthropic_blocks(part, ctx)
+        elif isinstance(atom, System):
+            texts = [p.text for p in system_parts(atom.parts, ctx) if p.text.strip()]
+            if native and turns:
+                late += [{"type": "text", "text": text} for text in texts]
+            elif texts:
+                blocks.append({"type": "text", "text": reminder("\n".join(texts))})
+    if blocks:
+        add_turn(out, "user", blocks)
+    if late:
+        add_turn(out, "system" if blocks else "user", late)
 
 
 def add_turn(out: list[Json], role: str, blocks: list[Json]) -> None:
@@ -5411,7 +5505,7 @@ def ask_for_thinking(ask: Ask, ctx: Context, out: Json, choice: Json | None) -> 
     if wish is None:
         return
     if not kind.manual and not kind.adaptive:
-        ctx.drop("reasoning", "this model does not reason")
+        ctx.drop("thinking" if wish.switched else "reasoning", "this model does not reason")
         return
     level = wish.level or (budget_level(wish.budget) if wish.budget is not None else None)
     forced = choice is not None and choice["type"] in ("any", "tool")
@@ -5421,7 +5515,7 @@ def ask_for_thinking(ask: Ask, ctx: Context, out: Json, choice: Json | None) -> 
             out["thinking"] = {"type": "disabled"}
         elif kind.name == "K5":
             effort = "low"
-    elif kind.adaptive:
+    elif kind.adaptive and not (kind.manual and wish.switched == "enabled" and wish.budget):
         if forced and kind.disabled:
             out["thinking"] = {"type": "disabled"}
         else:
@@ -5619,7 +5713,8 @@ def write_chat(ask: Ask, ctx: Context) -> Json:
     """A neutral request as the body of a Chat Completions request."""
     caps = ctx.caps
     names = ToolNames(ask.tools, 64)
-    mode, tool = settle_choice(ask, names)
+    narrows = not caps.allowed_tools
+    mode, tool = settle_choice(ask, names, narrows)
     atoms = pair_up(ask.atoms, CALL_IDS[caps.call_ids or "any"], ctx)
     level = asked_level(ask)
     out: Json = {"model": ctx.model}
@@ -5791,7 +5886,7 @@ def chat_result(out: Out, ctx: Context) -> tuple[Json, list[Json]]:
         if found["type"] == "text":
             texts.append(found["text"])
         elif ctx.caps.tool_images == "drop":
-            texts.append(f"[{part.kind} omitted]")
+            texts.append(omitted_part(part, ctx))
         else:
             media.append(found)
             if ctx.caps.tool_images == "user":
@@ -5882,7 +5977,7 @@ def replayed_reasoning(thoughts: list[Thought], calls: list[Json], level: str | 
         out[field] = " "
     for call in calls:
         if call["id"] in signatures:
-            call["extra_content"] = signatures[call["id"]]
+            call["extra_content"] = {"google": {"thought_signature": signatures[call["id"]]}}
     return out
 
 
@@ -5927,7 +6022,12 @@ def chat_tools(ask: Ask, names: ToolNames, mode: str | None, forced: str | None,
     if not tools:
         return
     out["tools"] = tools
-    if mode == "tool":
+    if ask.choice and ask.choice.mode == "allowed" and caps.allowed_tools:
+        out["tool_choice"] = {"type": "allowed_tools", "allowed_tools": {
+            "mode": "required" if ask.choice.required else "auto",
+            "tools": [{"type": "function", "function": {"name": name}}
+                      for name in names.pick(ask.choice)]}}
+    elif mode == "tool":
         native = caps.custom_tools and names.declared[forced or ""].kind == "custom"
         kind = "custom" if native else "function"
         out["tool_choice"] = {"type": kind, kind: {"name": forced}}
@@ -5989,7 +6089,7 @@ def reasoning_fields(ask: Ask, level: str | None, tools: bool, ctx: Context) -> 
     budget = ask.effort.budget if ask.effort else None
     word_ = {"xhigh": "high", "max": "high", "minimal": "low"}.get(level or "", level)
     if level is None:
-        return {"reasoning_format": "parsed"} if dialect == "groq" and ask.effort else {}
+        return {"reasoning_format": "parsed"} if dialect == "groq" else {}
     off, out = level == "none", cast(Json, {})
     if dialect == "effort":
         if tools and not off and re.match(r"gpt-5[.-]([4-9]|\d\d)", model):
@@ -6253,18 +6353,14 @@ def thought_items(thought: Thought, ctx: Context) -> list[Json]:
     if thought.kind != "or":
         return []
     id, _, sealed = str(thought.body).partition(":")
-    out: Json = {"type": "reasoning"}
-    if id:
-        out["id"] = id
-    text = thought.text
-    out["summary"] = [{"type": "summary_text", "text": text}] if text and sealed else []
+    text, named = thought.text, {"id": id} if id else {}
     if sealed:
-        out["encrypted_content"] = sealed
-    elif text and not ctx.caps.encrypted_reasoning:
-        out["content"] = [{"type": "reasoning_text", "text": text}]
-    else:
-        return []
-    return [out]
+        summary = [{"type": "summary_text", "text": text}] if text else []
+        return [{"type": "reasoning", **named, "summary": summary, "encrypted_content": sealed}]
+    if text and not ctx.caps.encrypted_reasoning:
+        return [{"type": "reasoning", "summary": [],
+                 "content": [{"type": "reasoning_text", "text": text}]}]
+    return []
 
 
 def output_item(out: Out, ctx: Context) -> tuple[Json, list[Part]]:
@@ -6279,8 +6375,9 @@ def output_item(out: Out, ctx: Context) -> tuple[Json, list[Part]]:
     item: Json = {"type": kind, "call_id": out.id, "output": text}
     if media and ctx.caps.output_lists:
         parts = list(out.parts)
-        if out.error and text != "\n".join(texts):
-            parts.insert(0, Part("text", "Error:"))
+        if text != "\n".join(texts):
+            parts = noted("Error:", parts) if not texts else [
+                parts[0]._replace(text=f"Error: {parts[0].text}"), *parts[1:]]
         item["output"] = [response_part(part, ctx) for part in parts]
         media = []
     if media:
@@ -6302,7 +6399,7 @@ def response_tools(ask: Ask, names: ToolNames, mode: str | None, forced: str | N
         if tool.kind == "custom" and ctx.caps.custom_tools:
             tools.append({"type": "custom", **flat_custom(tool, wire)})
             continue
-        description, schema = tool.description, tool.schema or dict(EMPTY_SCHEMA)
+        description, schema = tool.description, cast(Any, filled_schema(tool.schema))
         if tool.kind == "custom":
             description, schema = custom_tool(tool)
         item: Json = {"type": "function", "name": wire}
@@ -6511,6 +6608,7 @@ class Writer:
         self.ctx, self.usage = ctx, cast("Usage | None", None)
         self.events: list[Any] = []
         self.queue: deque[Segment] = deque()
+        self.held: Segment | None = None  # one whose end is not told before the answer's is known
         self.begun = self.done = False
         self.calls = 0  # tool calls that began
         self.characters = 0  # of text
@@ -6520,7 +6618,7 @@ class Writer:
         if not self.begun:
             self.begun = True
             self.start_answer(id if isinstance(id, str) else "",
-                              model if isinstance(model, str) and model else self.ctx.model,
+                              model if isinstance(model, str) and model else self.ctx.alias,
                               created if type(created) is int and created > 0 else self.ctx.now)
 
     def open(self, segment: Segment) -> Segment:
@@ -6549,8 +6647,11 @@ class Writer:
         if not segment.live:
             return
         self.stop(segment)
-        if not self.serial:
-            return
+        if self.serial and self.held is None:
+            self.advance()
+
+    def advance(self) -> None:
+        """The first segment is over: open those that waited, up to one that is not."""
         self.queue.popleft()
         while self.queue:
             head = self.queue[0]
@@ -6558,9 +6659,10 @@ class Writer:
             self.start(head)
             if head.text:
                 self.write(head, head.whole())
-            if not head.closed:
+            if head.closed:
+                self.stop(head)
+            if not head.closed or self.held:
                 break
-            self.stop(head)
             self.queue.popleft()
 
     def waiting(self) -> bool:
@@ -6590,8 +6692,10 @@ class Writer:
         """The last events of a whole answer."""
         raise NotImplementedError
 
-    def fail(self, error: ProxyError) -> None:
-        """Give an error what a client must get before it."""
+    def fail(self, error: ProxyError) -> ProxyError:
+        """An error in the client's words, with what the client must get before it."""
+        protocol = next(p for p in PROTOCOLS.values() if p.word == self.ctx.inbound)
+        return translated_error(error, protocol, self.ctx.estimate)
 
 
 class Reader:
@@ -6633,12 +6737,9 @@ def translated(reader: Reader, out: Writer) -> Stream:
             else:
                 raise broken("an event is no JSON object")
         except ProxyError as error:
-            out.fail(error)
-            raise
+            raise out.fail(error) from None
         except (RecursionError, ValueError):  # of values that cannot be written
-            deep = broken("an event is nested too deeply")
-            out.fail(deep)
-            raise deep from None
+            raise out.fail(broken("an event is nested too deeply")) from None
         events, out.events = out.events, []
         if out.done:
             return events
@@ -6660,7 +6761,7 @@ FAULT_STATUS = {
     "invalid_request_error": 400, "invalid_prompt": 400, "context_length_exceeded": 400,
     "authentication_error": 401, "invalid_api_key": 401, "billing_error": 402,
     "insufficient_quota": 402, "permission_error": 403, "not_found_error": 404,
-    "request_too_large": 413, "rate_limit_error": 429, "rate_limit_exceeded": 429,
+    "api_error": 500, "request_too_large": 413, "rate_limit_error": 429, "rate_limit_exceeded": 429,
     "too_many_requests": 429, "timeout_error": 504, "timeout": 504, "overloaded_error": 529,
     "overloaded": 503, "server_is_overloaded": 529, "insufficient_system_resource": 529,
 }
@@ -6678,7 +6779,7 @@ def fault_of(error: Any, status: int = 502) -> UpstreamError:
         found = found or code
     text = message if isinstance(message, str) and message else "the provider sent an error"
     return UpstreamError(text[:ERROR_TEXT_CHARS], status=found or status, type=UPSTREAM,
-                         code=word(code) if isinstance(code, str) else None)
+                         code=word(code), kind=word(kind) or "")
 
 
 def text_of(value: Any) -> str:
@@ -6805,6 +6906,8 @@ class MessagesReader(Reader):
 
     def finish(self) -> None:
         """The message is whole."""
+        if self.reason is None and self.ctx.inbound == RESPONSES.word:
+            raise broken("it has no stop_reason")
         for index in list(self.blocks):
             self.stop(index)
         self.out.begin(None, None)
@@ -6876,6 +6979,7 @@ class ChatReader(Reader):
         self.open: Segment | None = None  # of text, refusal or thinking
         self.calls: list[ChatCall] = []
         self.usage: Json | None = None
+        self.tier: str | None = None
         self.reason: str | None = None
         self.refusal: list[str] = []
         self.blank = ""  # whitespace that came before anything else
@@ -6896,6 +7000,7 @@ class ChatReader(Reader):
                  or mapping(event.get("x_groq")).get("usage"))
         if isinstance(usage, dict):
             self.usage = usage
+        self.tier = word(event.get("service_tier")) or self.tier
         if choice is not None:
             self.out.begin(event.get("id"), event.get("model"), event.get("created"))
             if self.reason is None:
@@ -6959,8 +7064,9 @@ class ChatReader(Reader):
 
     def merge(self, detail: Json) -> None:
         """A piece of a reasoning detail: strings of growing members are joined."""
-        key = detail.get("index")
-        key = key if isinstance(key, (int, str)) else len(self.details)
+        index = detail.get("index")
+        key = (index if isinstance(index, (int, str)) else len(self.details),
+               text_of(detail.get("type")))
         known = self.details.setdefault(key, {})
         for name, value in detail.items():
             grows = name in ("text", "summary", "data", "signature")
@@ -7069,8 +7175,8 @@ class ChatReader(Reader):
         if name and call.segment is None and name != call.name:
             call.name = name if name.startswith(call.name) else call.name + name
         google = mapping(mapping(part.get("extra_content")).get("google"))
-        if google and call.id:
-            self.signatures[call.id] = part["extra_content"]
+        if call.id and (signature := text_of(google.get("thought_signature"))):
+            self.signatures[call.id] = signature
         arguments = function.get("arguments", function.get("input"))
         custom = "custom" in part
         text = arguments if isinstance(arguments, str) else "" if arguments is None \
@@ -7093,7 +7199,7 @@ class ChatReader(Reader):
         self.make_way()
         self.blank, self.held = "", ""
         self.spoke = True
-        if self.signatures and self.out.serial:
+        if (self.details or self.signatures) and self.out.serial:
             segment = self.out.open(Segment("thinking"))
             segment.thought = self.carrier(None)
             self.out.close(segment)
@@ -7152,7 +7258,7 @@ class ChatReader(Reader):
         """The answer is whole."""
         self.flush()
         self.out.begin(None, None)
-        self.out.usage = chat_usage(self.usage)
+        self.out.usage = chat_usage(self.usage, self.tier)
         self.out.finish(Stop(CHAT_STOPS.get((self.reason or "stop").lower(), "end")))
 
     def end(self, done: bool = False) -> None:
@@ -7161,12 +7267,12 @@ class ChatReader(Reader):
             whole = all(call.complete() or not call.text for call in self.calls)
             if not (done and whole and (self.spoke or self.open) and self.ctx.caps.lenient_done):
                 if done:
-                    raise broken("it sent [DONE] before a finish_reason")
+                    raise broken("it emitted [DONE] before a terminal finish_reason")
                 raise cut_short("finish_reason")
         self.finish()
 
 
-def chat_usage(usage: Json | None) -> Usage | None:
+def chat_usage(usage: Json | None, tier: str | None) -> Usage | None:
     """Usage in the dialects of Chat providers (translation-chat.md 3.8)."""
     if not usage:
         return None
@@ -7184,7 +7290,7 @@ def chat_usage(usage: Json | None) -> Usage | None:
                         for what in ("prompt", "completion", "total"))
     if reasoning and total == sent + got + reasoning:
         got += reasoning  # xAI counts them beside the completion
-    return Usage(sent, cached, written, got, reasoning)
+    return Usage(sent, cached, written, got, reasoning, tier)
 
 
 # -- reading Responses (translation-responses.md 3.3, 5.3) -------------------
@@ -7201,7 +7307,7 @@ class ResponsesReader(Reader):
         self.segments: dict[Any, Segment] = {}  # by (output_index, content_index or kind)
         self.refused: list[str] = []
         self.summaries: set[Any] = set()  # items whose summary came, so their raw text is not shown
-        self.has_call = False
+        self.has_call = self.lost = False  # an item that the client cannot be told was lost
 
     def take(self, event: Json) -> None:
         """One event, by the table of its type; progress and unknown ones are no matter."""
@@ -7406,7 +7512,10 @@ class ResponsesReader(Reader):
                 self.rest(segment, text)
             self.out.close(segment)
         elif kind == "web_search_call" and self.ctx.web_search:
-            self.out.close(self.out.open(Segment("search", text_of(item.get("id")), raw=item)))
+            self.segments[key, "search"] = self.out.open(Segment("search", raw=item))
+            self.out.close(self.segments[key, "search"])
+        else:
+            self.lost = True
 
     def close_all(self, key: Any = ABSENT) -> None:
         """End the open segments of an item, or of all."""
@@ -7419,15 +7528,18 @@ class ResponsesReader(Reader):
     def terminal(self, response: Json, kind: str) -> None:
         """The last word: items that were never seen, usage, and why it ended."""
         self.begin(response)
-        if kind in ("completed", "incomplete"):
+        error = mapping(response.get("error"))
+        refused = kind == "failed" and error.get("code") in REFUSAL_CODES
+        if refused or kind in ("completed", "incomplete"):
             for i, item in enumerate(map(mapping, listing(response.get("output")))):
                 if self.items.get(i) != "":
                     cut = item.get("status") == "incomplete" and "call" in text_of(item.get("type"))
                     if not (cut and not is_object(text_of(item.get("arguments")))):
                         self.item_done({"item": item}, i)
-        self.out.usage = responses_usage(response.get("usage"))
-        error = mapping(response.get("error"))
-        if kind in ("failed", "cancelled") and error.get("code") not in REFUSAL_CODES:
+        self.out.usage = responses_usage(response.get("usage"), word(response.get("service_tier")))
+        if self.lost and not self.segments:
+            raise broken("it holds nothing that this client can be told")
+        if kind in ("failed", "cancelled") and not refused:
             raise fault_of(error or {"message": f"the provider's answer has status {kind}"})
         self.close_all()
         self.out.finish(self.stop_of(response, kind, error))
@@ -7472,7 +7584,7 @@ RESPONSES_STEPS: dict[str, Callable[[ResponsesReader, Json, Any], None]] = {
 }
 
 
-def responses_usage(usage: Any) -> Usage | None:
+def responses_usage(usage: Any, tier: str | None) -> Usage | None:
     """Usage as the Responses API counts it."""
     if not isinstance(usage, dict):
         return None
@@ -7481,7 +7593,7 @@ def responses_usage(usage: Any) -> Usage | None:
     reasoning = got.get("reasoning_tokens")
     return Usage(number(usage.get("input_tokens")), number(sent.get("cached_tokens")),
                  number(sent.get("cache_write_tokens")), number(usage.get("output_tokens")),
-                 None if reasoning is None else number(reasoning))
+                 None if reasoning is None else number(reasoning), tier)
 
 # -- writing Responses (translation-responses.md 2.2, 2.3, 4.2, 4.3) ---------
 
@@ -7595,7 +7707,6 @@ class ResponsesWriter(Writer):
         self.message_index = 0
         self.blocks: list[Json] = []  # opaque ones that await their carrier
         self.search: tuple[Json, int] | None = None
-        self.held: list[Segment] = []  # calls whose arguments are no JSON
         self.base: Json = {}
 
     def emit(self, type_: str, **more: Any) -> None:
@@ -7609,9 +7720,8 @@ class ResponsesWriter(Writer):
         """created and in_progress, with what the request said."""
         ctx = self.ctx
         self.bare = bare_id(id) or sha(f"{compact(ctx.echo)}{ctx.now}")[:24]
-        provider = id if ctx.provider == MESSAGES.word and id else self.bare
-        self.base = {"id": f"resp_{provider}", "object": "response", "created_at": created,
-                     "completed_at": None, "status": "in_progress", "error": None,
+        self.base = {"id": f"resp_{(id or self.bare).removeprefix('resp_')}", "object": "response",
+                     "created_at": created, "completed_at": None, "status": "in_progress", "error": None,
                      "incomplete_details": None, **(ctx.echo or ECHOED), "model": model,
                      "output": [], "usage": None, "store": False, "background": False,
                      "previous_response_id": None}
@@ -7637,9 +7747,7 @@ class ResponsesWriter(Writer):
             self.end_message("completed")
         if kind != "opaque":
             self.end_opaque()
-        if kind in ("text", "refusal"):
-            self.start_part(segment)
-        elif kind == "thinking":
+        if kind == "thinking":
             segment.index = self.add_item(item := {
                 "id": "", "type": "reasoning", "summary": [], "status": "in_progress"})
             item["id"] = self.item_id("rs", segment.index)
@@ -7650,8 +7758,6 @@ class ResponsesWriter(Writer):
 
     def start_part(self, segment: Segment) -> None:
         """A content part, in a message that is opened for it if none is."""
-        if segment.kind == "refusal" and not segment.text and not segment.live:
-            return
         if self.message is None:
             self.message_index = self.add_item({})
             self.message = {"id": self.item_id("msg", self.message_index), "type": "message",
@@ -7660,11 +7766,13 @@ class ResponsesWriter(Writer):
             self.emit("response.output_item.added", output_index=self.message_index,
                       item={**self.message, "content": []})
         segment.index, segment.item = len(self.message["content"]), self.message
-        part: Json = ({"type": "refusal", "refusal": ""} if segment.kind == "refusal" else
-                      {"type": "output_text", "text": "", "annotations": [], "logprobs": []})
-        self.message["content"].append(part)
+        def empty() -> Json:
+            return ({"type": "refusal", "refusal": ""} if segment.kind == "refusal" else
+                    {"type": "output_text", "text": "", "annotations": [], "logprobs": []})
+
+        self.message["content"].append(empty())
         self.emit("response.content_part.added", item_id=self.message["id"],
-                  output_index=self.message_index, content_index=segment.index, part=dict(part))
+                  output_index=self.message_index, content_index=segment.index, part=empty())
 
     def start_call(self, segment: Segment) -> None:
         """A call item; those of built-in tools are held until they are whole."""
@@ -7704,6 +7812,8 @@ class ResponsesWriter(Writer):
     def write(self, segment: Segment, text: str) -> None:
         """A delta of whatever is open."""
         kind = segment.kind
+        if kind in ("text", "refusal") and segment.index < 0:
+            self.start_part(segment)
         if kind == "text":
             logprobs, segment.raw = segment.raw or [], None
             if logprobs:
@@ -7745,14 +7855,16 @@ class ResponsesWriter(Writer):
         elif kind in ("call", "custom"):
             whole = segment.whole()
             if kind == "call" and not isinstance(loose_json(whole), dict):
-                self.held.append(segment)  # done if the answer ends well, cut off if not
+                self.held = segment  # done if the answer ends well, cut off if not
             else:
                 self.stop_call(segment)
         elif kind == "opaque":
             self.stop_opaque(mapping(segment.raw))
 
     def stop_part(self, segment: Segment) -> None:
-        """A content part is whole."""
+        """A content part is whole; one without a text was never there."""
+        if segment.index < 0:
+            return
         text, item = segment.whole(), segment.item
         where: Json = {"item_id": item["id"], "output_index": self.message_index,
                        "content_index": segment.index}
@@ -7897,12 +8009,16 @@ class ResponsesWriter(Writer):
         """The terminal event, with the whole answer."""
         reason = stop.reason
         cut = reason in ("length", "context", "filter")
+        while self.held:
+            segment, self.held = self.held, None
+            self.stop_call(segment, "incomplete" if cut else "completed")
+            self.advance()
         if reason != "refusal":
             self.end_opaque()
-        for segment in self.held:
-            self.stop_call(segment, "incomplete" if cut else "completed")
         if reason != "refusal":
             self.end_message("incomplete" if cut else "completed")
+        elif self.message:
+            self.message["status"] = "incomplete"  # what was said is to be discarded
         if cut and self.output:
             self.output[-1]["status"] = "incomplete"
         status = "failed" if reason == "refusal" else "incomplete" if cut else "completed"
@@ -7919,18 +8035,19 @@ class ResponsesWriter(Writer):
         if reason == "pause":
             more["end_turn"] = False
         if self.usage and self.usage.tier:
-            tiers = {"standard": "default", "priority": "priority"}
-            more["service_tier"] = tiers.get(self.usage.tier, self.base["service_tier"])
+            tiers = {"standard": "default", "batch": self.base["service_tier"]}
+            more["service_tier"] = tiers.get(self.usage.tier, self.usage.tier)
         self.base = {**self.base, **more, "output": self.output,
                      "usage": responses_counts(self.usage)}
         self.emit(f"response.{status}", response=self.base)
         self.done = True
 
-    def fail(self, error: ProxyError) -> None:
+    def fail(self, error: ProxyError) -> ProxyError:
         """response.failed, with what there is; the transport sends the error event behind it."""
+        error = super().fail(error)
         if not self.begun:
-            return
-        for segment in (*self.held, *(s for s in self.queue if s.live)):
+            return error
+        for segment in (s for s in self.queue if s.live):
             if segment.kind in ("call", "custom") and segment.item:
                 self.stop_call(segment, "incomplete")
             elif segment.kind == "thinking":
@@ -7944,9 +8061,10 @@ class ResponsesWriter(Writer):
                 item["status"] = "incomplete"
         told = native_error(error, RESPONSES)["error"]
         self.base = {**self.base, "status": "failed", "output": [i for i in self.output if i],
-                     "error": {"code": told["code"] or "server_error", "message": error.message}}
+                     "error": {"code": told["code"] or "server_error", "message": told["message"]}}
         self.emit("response.failed", response=self.base)
         error.events = self.events
+        return error
 
 
 def responses_counts(usage: Usage | None) -> Json | None:
@@ -7972,7 +8090,7 @@ class ChatWriter(Writer):
         super().__init__(ctx)
         self.base: Json = {}
         self.annotations: list[Json] = []
-        self.entries = 0  # of reasoning_details
+        self.entries = self.indexes = 0  # of reasoning_details, of tool_calls
         self.thought = self.opaque = False  # whether reasoning, or blocks of a server, came
         self.refusal: list[str] = []
         self.searched = 0  # characters in which citations were looked for
@@ -7988,7 +8106,7 @@ class ChatWriter(Writer):
         keep_ = id if self.ctx.provider == MESSAGES.word and id else bare
         prefix = "chatcmpl_" if self.ctx.provider == MESSAGES.word else "chatcmpl-"
         self.base = {"id": prefix + keep_, "object": "chat.completion.chunk", "created": created,
-                     "model": model, "system_fingerprint": None}
+                     "model": model}
         if self.ctx.include_usage and self.ctx.stream:
             self.base["usage"] = None
         self.emit({"role": "assistant", "content": ""})
@@ -8003,17 +8121,23 @@ class ChatWriter(Writer):
         elif kind in ("call", "custom"):
             tool = self.ctx.tools.get(segment.name)
             segment.name = tool.name if tool else segment.name
-            segment.index = self.calls
             self.calls += 1
             if tool and tool.kind == "custom" and kind == "call":
                 segment.kind = "held"
-            elif self.ctx.legacy:
+                return
+            segment.index = self.next_index()
+            if self.ctx.legacy:
                 if segment.index == 0:
                     self.emit({"function_call": {"name": segment.name, "arguments": ""}})
             else:
                 key, text = ("custom", "input") if kind == "custom" else ("function", "arguments")
                 self.emit({"tool_calls": [{"index": segment.index, "id": segment.id, "type": key,
                                            key: {"name": segment.name, text: ""}}]})
+
+    def next_index(self) -> int:
+        """The index of the next call; SDKs want them without gaps."""
+        self.indexes += 1
+        return self.indexes - 1
 
     def write(self, segment: Segment, text: str) -> None:
         """A piece of a segment."""
@@ -8047,6 +8171,7 @@ class ChatWriter(Writer):
         elif segment.kind == "held":
             whole = segment.whole()
             text, _ = InputDecoder().close(whole)
+            segment.index = self.next_index()
             self.emit({"tool_calls": [{"index": segment.index, "id": segment.id, "type": "custom",
                                        "custom": {"name": segment.name, "input": text}}]})
 
@@ -8088,7 +8213,9 @@ class ChatWriter(Writer):
         reason, refusal = stop.reason, "".join(self.refusal)
         if reason == "refusal" and not refusal and not self.characters:
             refusal = stop.text or "The model declined to answer."
-        if refusal:
+        if reason == "refusal" and self.characters and not self.ctx.stream:
+            self.emit({"content": None})  # in one piece, the text is the refusal
+        elif refusal:
             self.emit({"refusal": refusal})
         if self.annotations:
             self.emit({"annotations": self.annotations})
@@ -8181,6 +8308,7 @@ class MessagesWriter(Writer):
     def write(self, segment: Segment, text: str) -> None:
         """A piece of a segment."""
         kind = segment.kind
+        self.characters += len(text)
         if kind in ("text", "refusal"):
             self.delta(segment.index, "text_delta", text=text)
         elif kind == "thinking":
@@ -8263,7 +8391,7 @@ class MessagesWriter(Writer):
 
     def counts(self) -> Json:
         """Usage as Anthropic counts it: never 0, which Claude Code takes for unknown."""
-        usage = self.usage or Usage(input=self.ctx.estimate)
+        usage = self.usage or Usage(self.ctx.estimate, output=-(-self.characters // 4))
         out: Json = {"input_tokens": max(1, usage.input - usage.cached - usage.written),
                      "cache_creation_input_tokens": usage.written,
                      "cache_read_input_tokens": usage.cached, "output_tokens": usage.output}
@@ -8291,8 +8419,8 @@ def messages_events(body: Json) -> list[Any]:
     if body.get("type") == "error" or ("error" in body and "content" not in body):
         return [{"type": "error", "error": body.get("error")}]
     blocks = body.get("content")
-    if not isinstance(blocks, list) or not isinstance(body.get("stop_reason"), str):
-        raise unusable("content and a stop_reason")
+    if not isinstance(blocks, list):
+        raise unusable("content")
     out: list[Any] = [{"type": "message_start", "message": {**body, "content": []}}]
     for index, block in enumerate(map(mapping, blocks)):
         out.append({"type": "content_block_start", "index": index, "content_block": block})
@@ -8359,6 +8487,8 @@ def collect_chat(events: list[Any]) -> Json:
             reason = choice["finish_reason"] or reason
             logprobs += mapping(choice["logprobs"]).get("content") or []
             delta = choice["delta"]
+            if "content" in delta and delta["content"] is None:
+                message["refusal"], message["content"] = message["content"], None
             for name in ("content", "refusal", "reasoning_content"):
                 if delta.get(name):
                     message[name] = (message.get(name) or "") + delta[name]
@@ -8458,7 +8588,9 @@ def rewritten(read: Callable[[Json, Context], Ask], write: Callable[[Ask, Contex
               body: Json, ctx: Context) -> Json:
     """A request through a reader and a writer."""
     try:
-        return write(read(body, ctx), ctx)
+        ask = read(body, ctx)
+        ctx.alias = ask.model
+        return write(ask, ctx)
     except RecursionError:
         raise RequestError("the request body is nested too deeply") from None
 
