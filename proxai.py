@@ -533,6 +533,7 @@ CAUSES = tuple((code, re.compile(words, re.I | re.S)) for code, words in (
     ("overloaded", r".*(?:overloaded_error|server_is_overloaded|slow_down|server_busy)"
      r"|(?:429|5\d\d) .*(?:overloaded|capacity|no healthy upstream)"),
 ))
+OVERFLOW_WORDS = "the maximum context length of the model is exceeded: "
 # Where a text on an overflow has the size of the prompt (N, or N + P) and the limit (M).
 CONTEXT_SIZES = tuple(
     re.compile(re.sub("([NPM])", r"(?P<\1>[0-9][0-9,]{0,14})", words), re.I | re.S) for words in (
@@ -551,7 +552,8 @@ CONTEXT_SIZES = tuple(
 
 def translated_error(error: ProxyError, protocol: Protocol, estimate: int = 0) -> ProxyError:
     """A provider's error for a client of another protocol, with the code, and for an overflow the
-    words, that clients of `protocol` react to (translation-chat.md 1.8, -responses.md 1.9).
+    words, that clients of `protocol` react to (translation-chat.md 1.8, -responses.md 1.9). Doing
+    it twice changes nothing more.
 
     `estimate` is our own count of the prompt's tokens, for a provider that does not tell.
     """
@@ -578,7 +580,7 @@ def overflow_message(said: str, protocol: Protocol, estimate: int) -> str:
             (found.groupdict() if found else {}).items()}
     limit, tokens = size.get("M", 0), size.get("N", 0) + size.get("P", 0)
     if protocol is not MESSAGES and not (limit and tokens):
-        return f"the maximum context length of the model is exceeded: {said}"
+        return OVERFLOW_WORDS + said.removeprefix(OVERFLOW_WORDS)
     tokens = max(tokens or estimate, limit + 1, 2)
     limit = limit or tokens - 1
     if protocol is MESSAGES:
