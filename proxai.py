@@ -64,6 +64,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import math
 import os
 import queue
 import re
@@ -116,6 +117,7 @@ MESSAGES = Protocol("messages", "anthropic_messages", "ant", "Anthropic Messages
                     "/v1/messages", "messages", (list,))
 PROTOCOLS = {p.name: p for p in (RESPONSES, CHAT, MESSAGES)}
 MODEL_PATHS = {path: p for p in PROTOCOLS.values() for path in (p.path, p.path.removeprefix("/v1"))}
+COUNT_PATHS = tuple(f"{path}/count_tokens" for path, p in MODEL_PATHS.items() if p is MESSAGES)
 HEALTH_PATH = "/healthz"
 
 PHASES = ("inbound_request", "provider_request", "upstream_response", "outbound_response")
@@ -200,11 +202,14 @@ def load(raw: bytes, decoder: json.JSONDecoder = DECODER) -> Any:
         raise ValueError(f"not UTF-8 at byte {error.start}") from None
 
 
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # made once: dumps() does not
+
+
 def dump(value: Any) -> bytes:
     """`value` as compact UTF-8 JSON, keys in their order;
     ValueError where it is nested too deeply."""
     try:
-        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        text = ENCODER.encode(value)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     try:
@@ -223,6 +228,11 @@ def number(value: Any) -> int:
 def word(value: Any) -> str | None:
     """A provider's short string; None for anything else."""
     return value[:OBSERVED_CHARS] if isinstance(value, str) and value else None
+
+
+def text_of(value: Any) -> str:
+    """A string, or an empty one for anything else."""
+    return value if isinstance(value, str) else ""
 
 
 def key_of(*values: Any) -> str | int | None:
@@ -315,14 +325,15 @@ class ProxyError(Exception):
     `code` and `param` appear only where given (a param of None is rendered as null), `fields` are
     extra header lines, `retry` False adds `x-should-retry: false`, which the official SDKs obey.
     `kind` is the provider's own type of it. `events` are what a client whose stream was translated
-    gets before it.
+    gets before it. `details` are a native member of Anthropic's errors.
     """
 
     status, type = 500, INTERNAL
 
     def __init__(self, message: str, *, fix: str = "", status: int = 0, type: str = "",
                  code: str | None = None, param: Any = ABSENT, fields: Sequence[bytes] = (),
-                 retry: bool = True, kind: str = "", events: Sequence[Json] = ()) -> None:
+                 retry: bool = True, kind: str = "", events: Sequence[Json] = (),
+                 details: Json | None = None) -> None:
         self.message = f"{message}; {fix}" if fix else message
         super().__init__(self.message)
         # the provider's own body, where the client knows its shape
@@ -330,7 +341,7 @@ class ProxyError(Exception):
         self.status = status or self.status
         self.type = type or self.type
         self.code, self.param, self.fields, self.retry = code, param, fields, retry
-        self.kind, self.events = kind, events
+        self.kind, self.events, self.details = kind, events, details
 
     def payload(self) -> Json:
         """The error object of the `json` format, keys in the order of the contract."""
@@ -410,8 +421,9 @@ def native_error(error: ProxyError, protocol: Protocol) -> Json:
     known = CODE_TYPES.get(error.code or "")
     if protocol is MESSAGES:
         kind = ANTHROPIC_TYPES.get(status, "invalid_request_error" if client_fault else "api_error")
-        return {"type": "error", "error": {"type": known[0] if known else kind,
-                                           "message": error.message}}
+        body = {"type": known[0] if known else kind, "message": error.message}
+        return {"type": "error", "error": body | (
+            {"details": error.details} if error.details else {})}
     kind, code = OPENAI_TYPES.get(
         status, ("invalid_request_error" if client_fault else "server_error", None))
     kind = known[1] if known else kind
@@ -1033,6 +1045,8 @@ class ProfileConfig:
         example="auto")
     deferred_tools: str | None = setting(
         choice("referenced", "all"), "Which deferred tools are sent.", None, example="referenced")
+    count_native: bool | None = setting(
+        BOOLEAN, "chat, responses: the provider counts tokens itself.", None, example=False)
     custom_tools: bool | None = setting(
         BOOLEAN, "Custom (free text) tools are taken.", None, example=False)
     allowed_tools: bool | None = setting(
@@ -1602,7 +1616,8 @@ def example_table(cls: Any, header: str, given: Json, *, brief: bool = False) ->
         if field.name in given:
             lines.append(f"{field.name} = {toml_value(given[field.name])}")
         elif field.default is None or field.default is REQUIRED:
-            lines.append(f"# {field.name} = {toml_value(example or field.name)}")
+            shown = field.name if example is None else example
+            lines.append(f"# {field.name} = {toml_value(shown)}")
         else:
             lines.append(f"{field.name} ="
                          f" {toml_value(field.default if example is None else example)}")
@@ -1616,6 +1631,8 @@ def example_toml() -> str:
                     " # show settings that are not set.")
     for i, (name, given) in enumerate(EXAMPLE_PROVIDERS.items()):
         lines += example_table(ProviderConfig, f"[providers.{name}]", given, brief=i > 0)
+        if i == 0:
+            lines += example_table(ProfileConfig, f"[providers.{name}.profile]", {})
     lines += example_table(DefaultsConfig, "[routing.default_provider_names]", EXAMPLE_DEFAULTS)
     for i, given in enumerate(EXAMPLE_ROUTES):
         lines += example_table(RouteConfig, "[[routing.routes]]", given, brief=i > 0)
@@ -2357,8 +2374,8 @@ def parse_event(frame: bytes) -> Event | None:
     as comments and bare retry lines have not."""
     if frame.startswith(BOM):
         frame = frame[3:]
-    name, data = "", []
-    for line in LINE_END.split(frame.decode("utf-8", "replace")):
+    name, data, text = "", [], frame.decode("utf-8", "replace")
+    for line in text.split("\n") if "\r" not in text else LINE_END.split(text):
         key, _, value = line.partition(":")
         if key == "data":
             data.append(value.removeprefix(" "))
@@ -3227,7 +3244,7 @@ class Fields:
         """A member that is null, missing or of one of `kinds` (of any, where none is named)."""
         value = self.left.pop(key, None)
         if kinds and value is not None and type(value) not in kinds:
-            wants = " or ".join(TYPE_NAMES[kind] for kind in kinds)
+            wants = " or ".join(dict.fromkeys(TYPE_NAMES[kind] for kind in kinds))
             raise RequestError(f"`{self.at(key)}` must be {wants}", param=self.at(key))
         return value
 
@@ -3272,9 +3289,9 @@ class Fields:
                 self.ctx.drop(self.at(key), reason)
 
 
-TYPE_NAMES = {str: "a string", int: "a number", float: "a number", bool: "true or false",
+A_NUMBER = "a number"
+TYPE_NAMES = {str: "a string", int: A_NUMBER, float: A_NUMBER, bool: "true or false",
               list: "an array", dict: "an object"}
-TYPE_NAMES[int] = TYPE_NAMES[float]
 
 # -- ids ---------------------------------------------------------------------
 
@@ -3463,7 +3480,7 @@ def pair_up(atoms: Sequence[Atom], wire: Callable[[str], str], ctx: Context) -> 
     is at the end only.
     """
     answers, strays = match_results(atoms)
-    used: set[str] = set()
+    used: dict[str, int] = {}
     out: list[Atom] = []
     run: list[Call] = []
 
@@ -3531,13 +3548,14 @@ def match_results(atoms: Sequence[Atom]) -> tuple[dict[int, Out], dict[int, str]
     return answers, strays
 
 
-def unique_id(id: str, wire: Callable[[str], str], used: set[str]) -> str:
-    """The wire id of a call: a second call of the same id gets _2, and so on."""
-    found, n = wire(id), 1
+def unique_id(id: str, wire: Callable[[str], str], used: dict[str, int]) -> str:
+    """The wire id of a call: a second call of the same id gets _2, and so on. `used` counts."""
+    found, n = wire(id), used.get(id, 1)
     while found in used:
         n += 1
         found = wire(f"{id}_{n}")
-    used.add(found)
+    used[id] = n
+    used.setdefault(found, 1)
     return found
 
 
@@ -3843,18 +3861,38 @@ def unpack(body: str) -> Any:
 
 # -- token estimates (translation-chat.md 4) ---------------------------------
 
-IMAGE_TOKENS = 1600
-OPAQUE_KEYS = ("data", "url", "file_data", "image_url", "encrypted_content", "signature")
+IMAGE_TOKENS, LEAST_IMAGE, MOST_IMAGE = 1600, 85, 4784
+PDF_TOKENS, MOST_PDF = 1500, 100_000
+MESSAGE_TOKENS, TOOL_TOKENS, TOOLS_TOKENS = 4, 8, 250
+# Members that no model reads.
+SILENT_KEYS = frozenset(("type", "role", "id", "call_id", "tool_use_id", "tool_call_id", "status",
+                         "detail", "media_type", "signature", "encrypted_content", "cache_control"))
+MEDIA_KEYS = frozenset(("data", "url", "file_data", "image_url", "file_url"))
 
 
 def text_tokens(text: str) -> int:
     """Tokens of a text, a little high: late compaction hurts more than early."""
     ascii_ = len(text) if text.isascii() else len(text.encode("ascii", "ignore"))
-    return -int(-ascii_ / 3.6 // 1) + len(text) - ascii_
+    return math.ceil(ascii_ / 3.6) + len(text) - ascii_
 
 
-def estimate_tokens(value: Any) -> int:
-    """Input tokens of a payload: its texts and names, 4 for each object, a flat rate for media."""
+def estimate_tokens(payload: Json) -> int:
+    """Input tokens of a request body of any protocol; deterministic, and linear in its size."""
+    total = sum(content_tokens(payload.get(name)) for name in ("system", "instructions"))
+    for name in ("messages", "input"):
+        value = payload.get(name)
+        for item in value if isinstance(value, list) else [value]:
+            total += content_tokens(item) + MESSAGE_TOKENS
+    for i, tool in enumerate(map(mapping, listing(payload.get("tools")))):
+        tool = mapping(tool.get("function")) or tool
+        schema = tool.get("input_schema") or tool.get("parameters") or {}
+        total += TOOL_TOKENS + text_tokens(compact(schema)) + (TOOLS_TOKENS if i == 0 else 0)
+        total += sum(text_tokens(text_of(tool.get(key))) for key in ("name", "description"))
+    return max(1, total)
+
+
+def content_tokens(value: Any) -> int:
+    """Tokens of the texts and media at any depth of a value."""
     total, todo = 0, [value]
     while todo:
         at = todo.pop()
@@ -3863,13 +3901,55 @@ def estimate_tokens(value: Any) -> int:
         elif type(at) is list:
             todo += at
         elif type(at) is dict:
-            total += 4
             for key, inner in at.items():
-                if key in OPAQUE_KEYS and type(inner) is str:
-                    total += IMAGE_TOKENS if len(inner) > 1000 else 20
-                else:
+                if key in MEDIA_KEYS and type(inner) is str and at.get("type") != "text":
+                    total += media_tokens(inner)
+                elif key not in SILENT_KEYS:
                     todo.append(inner)
-    return max(1, total)
+    return total
+
+
+def media_tokens(text: str) -> int:
+    """Tokens of an image or a document: a data: URL, bare base64, or the address of one."""
+    if text.startswith(("http://", "https://")):
+        return IMAGE_TOKENS
+    found = read_data_url(text)
+    media, data = found or (sniffed(text), text)
+    if media == "application/pdf":
+        return min(MOST_PDF, max(PDF_TOKENS, len(data) // 37))
+    if media is not None and media.startswith("text/"):
+        return text_tokens(data) * 3 // 4
+    width, height = image_size(data)
+    if not width or not height:
+        return IMAGE_TOKENS
+    return min(MOST_IMAGE, max(LEAST_IMAGE, width * height // 750))
+
+
+def image_size(data: str) -> tuple[int, int]:
+    """Width and height by an image's own header (PNG, GIF, JPEG, WebP); zeros where it has none."""
+    try:
+        raw = base64.b64decode(data[:65536 - 65536 % 4] + "=" * (-len(data[:65536]) % 4))
+    except ValueError:
+        return 0, 0
+    if raw.startswith(b"\x89PNG"):
+        return int.from_bytes(raw[16:20], "big"), int.from_bytes(raw[20:24], "big")
+    if raw.startswith(b"GIF8"):
+        return int.from_bytes(raw[6:8], "little"), int.from_bytes(raw[8:10], "little")
+    if raw[12:16] == b"VP8X":
+        return (int.from_bytes(raw[24:27], "little") + 1, int.from_bytes(raw[27:30], "little") + 1)
+    if raw[12:16] == b"VP8 ":
+        return (int.from_bytes(raw[26:28], "little") & 0x3FFF,
+                int.from_bytes(raw[28:30], "little") & 0x3FFF)
+    if raw[12:16] == b"VP8L":
+        bits = int.from_bytes(raw[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    at = 2
+    while raw.startswith(b"\xff\xd8") and at + 9 <= len(raw):  # the segments of a JPEG
+        if 0xC0 <= raw[at + 1] <= 0xCF and raw[at + 1] not in (0xC4, 0xC8, 0xCC):
+            return (int.from_bytes(raw[at + 7:at + 9], "big"),
+                    int.from_bytes(raw[at + 5:at + 7], "big"))
+        at += 2 + int.from_bytes(raw[at + 2:at + 4], "big")
+    return 0, 0
 
 
 
@@ -4765,8 +4845,10 @@ def read_messages(body: Json, ctx: Context) -> Ask:
         raise RequestError("`messages` must be a non-empty array", param="messages")
     for name in SERVER_STATE:
         if fields.get(name):
-            raise RequestError(f"`{name}` needs a server of Anthropic; this provider has none",
-                               param=name)
+            raise RequestError(
+                f"`{name}` needs a server of Anthropic; this provider has none", param=name,
+                # what makes Anthropic's SDKs go on without a thread
+                details={"error_code": f"{name}_unsupported_request", "unsupported": [name]})
     ask.max_tokens = fields.count("max_tokens")
     ask.temperature, ask.top_p = fields.number("temperature"), fields.number("top_p")
     ask.top_k = fields.count("top_k")
@@ -5213,7 +5295,6 @@ def write_messages(ask: Ask, ctx: Context) -> Json:
     end_with_user(out, ctx.kind)
     set_marks(ask, ctx, out)
     shorten(out)
-    ctx.stream = bool(ask.stream)
     return out
 
 
@@ -5657,7 +5738,7 @@ def set_marks(ask: Ask, ctx: Context, out: Json) -> None:
     messages, tools = out["messages"], out.get("tools")
     worth = tools or any(m["role"] == "assistant" for m in messages)
     if ctx.caps.cache != "on" or not ask.marks or not worth or \
-            estimate_tokens([out.get("system"), tools, messages]) < CACHED_FROM:
+            estimate_tokens(out) < CACHED_FROM:
         return
     mark: Json = {"type": "ephemeral", "ttl": ask.ttl} if ask.ttl else {"type": "ephemeral"}
     users = [m for m in messages if m["role"] == "user"][-2:]
@@ -5711,6 +5792,9 @@ def shortest(blocks: list[Json]) -> Any:
 
 # -- writing Chat Completions (translation-responses.md 4.1) -----------------
 
+THINK, END_THINK = "<think>", "</think>"
+
+
 def write_chat(ask: Ask, ctx: Context) -> Json:
     """A neutral request as the body of a Chat Completions request."""
     caps = ctx.caps
@@ -5736,7 +5820,6 @@ def write_chat(ask: Ask, ctx: Context) -> Json:
     out |= reasoning_fields(ask, level, bool(out.get("tools")), ctx)
     chat_format(ask, ctx, out)
     chat_extras(ask, ctx, out)
-    ctx.stream = bool(ask.stream)
     return out
 
 
@@ -5932,7 +6015,7 @@ def chat_assistant(group: list[Atom], names: ToolNames, level: str | None,
         message["refusal"] = "\n".join(refusals)
     if calls:
         message["tool_calls"] = calls
-    reasoning = replayed_reasoning(thoughts, calls, level, ctx)
+    reasoning = replayed_reasoning(thoughts, message["content"], calls, level, ctx)
     if not (texts or refusals or calls):
         return None
     return {**message, **reasoning}
@@ -5951,8 +6034,8 @@ def chat_call(call: Call, names: ToolNames, ctx: Context) -> Json:
     return {"id": call.id, "type": "function", "function": {"name": name, "arguments": text}}
 
 
-def replayed_reasoning(thoughts: list[Thought], calls: list[Json], level: str | None,
-                       ctx: Context) -> Json:
+def replayed_reasoning(thoughts: list[Thought], content: str | None, calls: list[Json],
+                       level: str | None, ctx: Context) -> Json:
     """Reasoning fields of an assistant message, as the provider wants to see its own again."""
     found: list[tuple[str, str, list[Any]]] = []
     out: Json = {}
@@ -5973,6 +6056,11 @@ def replayed_reasoning(thoughts: list[Thought], calls: list[Json], level: str | 
                       [{"type": "reasoning.text", "text": text, "index": 0}])
     elif found and text and field in ("reasoning_content", "reasoning"):
         out[field] = text
+    elif text and field == "think":
+        out["content"] = f"{THINK}\n{text}\n{END_THINK}\n\n{content or ''}"
+    elif text and field == "thinking":
+        out["content"] = [{"type": "thinking", "thinking": [{"type": "text", "text": text}]},
+                          *as_parts(content or "")]
     required = ctx.caps.reasoning_required
     if required != "off" and level != "none" and (calls or required == "all") and \
             field in ("reasoning_content", "reasoning") and not out.get(field):
@@ -6239,8 +6327,6 @@ def write_responses(ask: Ask, ctx: Context) -> Json:
         include.append("message.output_text.logprobs")
     if include:
         out["include"] = include
-    ctx.stream, ctx.estimate = bool(ask.stream), estimate_tokens(
-        [out.get("instructions"), out["input"], out.get("tools")])
     return out
 
 
@@ -6784,11 +6870,6 @@ def fault_of(error: Any, status: int = 502) -> UpstreamError:
                          code=word(code), kind=word(kind) or "")
 
 
-def text_of(value: Any) -> str:
-    """A string, or an empty one for anything else."""
-    return value if isinstance(value, str) else ""
-
-
 # -- reading Anthropic Messages (translation-responses.md 2.3, -chat.md 2.10)
 
 MESSAGES_STOPS = {"end_turn": "end", "stop_sequence": "sequence", "tool_use": "tool",
@@ -6947,9 +7028,8 @@ CHAT_STOPS = {
     "model_context_window_exceeded": "context", "content_filter": "filter", "sensitive": "filter",
     "safety": "filter", "refusal": "filter",
 }
+PLAIN_DELTA = {"role", "content"}  # the members of nearly all chunks
 CHAT_FAULTS = ("error", "network_error", "abort", "cancelled", "insufficient_system_resource")
-THINK, END_THINK = "<think>", "</think>"
-
 
 class ChatCall:
     """A tool call as fragments of it come in."""
@@ -6996,25 +7076,39 @@ class ChatReader(Reader):
         """One chunk."""
         if event.get("error") or event.get("object") == "error":
             raise fault_of(event.get("error") or event)
-        choices = [mapping(c) for c in listing(event.get("choices"))]
-        choice = next((c for c in choices if c.get("index") in (0, None)), None)
-        usage = (event.get("usage") or (choice or {}).get("usage")
-                 or mapping(event.get("x_groq")).get("usage"))
+        choice: Json | None = None
+        for one in listing(event.get("choices")):
+            if isinstance(one, dict) and one.get("index") in (0, None):
+                choice = one
+                break
+        usage = event.get("usage")
+        if choice is None or "usage" in choice or "x_groq" in event:
+            usage = (usage or mapping(choice).get("usage")
+                     or mapping(event.get("x_groq")).get("usage"))
         if isinstance(usage, dict):
             self.usage = usage
-        self.tier = word(event.get("service_tier")) or self.tier
+        if "service_tier" in event:
+            self.tier = word(event["service_tier"]) or self.tier
         if choice is not None:
-            self.out.begin(event.get("id"), event.get("model"), event.get("created"))
+            if not self.out.begun:
+                self.out.begin(event.get("id"), event.get("model"), event.get("created"))
             if self.reason is None:
-                self.delta(mapping(choice.get("delta") or choice.get("message")), choice)
-            self.finished(choice)
+                delta = mapping(choice.get("delta") or choice.get("message"))
+                if delta.keys() <= PLAIN_DELTA and type(delta.get("content")) is str:
+                    if delta["content"]:
+                        self.content(delta["content"],
+                                     mapping(choice.get("logprobs")).get("content"))
+                else:
+                    self.delta(delta, choice)
+            if choice.get("finish_reason"):
+                self.finished(choice)
         if self.reason is not None and self.usage is usage and usage:
             self.finish()
 
     def finished(self, choice: Json) -> None:
         """A finish_reason, the first of which counts."""
-        reason = choice.get("finish_reason")
-        if not isinstance(reason, str) or not reason:
+        reason = choice["finish_reason"]
+        if not isinstance(reason, str):
             return
         if reason in CHAT_FAULTS:
             raise fault_of(choice.get("error") or {
@@ -7100,10 +7194,10 @@ class ChatReader(Reader):
             text = self.held + text
             before, tag, after = text.partition(END_THINK)
             if tag:
-                self.held, self.tags = "", "off"
+                self.held = ""
                 self.think(before.rstrip("\n"), "think")
                 self.close_open()
-                text = after.lstrip()
+                self.tags, text = "after", after
             else:
                 keep_ = next((n for n in range(len(END_THINK) - 1, 0, -1)
                               if text.endswith(END_THINK[:n])), 0)
@@ -7112,6 +7206,9 @@ class ChatReader(Reader):
                 self.held = text[len(text) - keep_:] if keep_ else ""
                 self.think(text[:len(text) - keep_], "think")
                 return
+        if self.tags == "after":
+            text = text.lstrip()
+            self.tags = "off" if text else "after"
         self.say(text, logprobs)
 
     def say(self, text: str, logprobs: Any = None) -> None:
@@ -8125,8 +8222,7 @@ class ChatWriter(Writer):
             segment.name = tool.name if tool else segment.name
             self.calls += 1
             if tool and tool.kind == "custom" and kind == "call":
-                segment.kind = "held"
-                return
+                return  # comes whole, when it is known to be a text
             segment.index = self.next_index()
             if self.ctx.legacy:
                 if segment.index == 0:
@@ -8157,6 +8253,8 @@ class ChatWriter(Writer):
             self.thought = segment.shown = True
         elif kind == "refusal":
             self.refusal.append(text)
+        elif kind == "call" and segment.index < 0:
+            return
         elif kind == "call" and self.ctx.legacy:
             if segment.index == 0:
                 self.emit({"function_call": {"arguments": text}})
@@ -8170,7 +8268,9 @@ class ChatWriter(Writer):
             self.leave_detail(segment)
         elif segment.kind == "text":
             self.cite(segment)
-        elif segment.kind == "held":
+        elif segment.kind == "call" and segment.index >= 0 and not segment.text:
+            self.write(segment, "{}")
+        elif segment.kind == "call" and segment.index < 0:
             whole = segment.whole()
             text, _ = InputDecoder().close(whole)
             segment.index = self.next_index()
@@ -8515,17 +8615,13 @@ def collect_chat(events: list[Any]) -> Json:
 
 def collect_call(calls: list[Json], part: Json) -> None:
     """A fragment of a tool call joins its call."""
-    part = dict(part)
-    if part.pop("index") == len(calls):
-        calls.append({"id": part["id"], "type": part["type"],
-                      part["type"]: {**part[part["type"]]}})
+    index, kind = part["index"], part.get("type", "")
+    if index == len(calls):
+        calls.append({"id": part["id"], "type": kind, kind: dict(part[kind])})
         return
-    kind = calls[-1]["type"]
-    for call in calls:
-        kind = call["type"]
-    inner = calls[-1][kind]
+    kind = calls[index]["type"]
     for key, text in part[kind].items():
-        inner[key] = inner.get(key, "") + text
+        calls[index][kind][key] += text
 
 
 def collect_messages(events: list[Any]) -> Json:
@@ -8550,11 +8646,14 @@ def collect_messages(events: list[Any]) -> Json:
                 block[name] = block[name] + delta[name]
         elif kind == "message_delta":
             message |= {**event["delta"], "usage": {**message["usage"], **event["usage"]}}
+    cut = message["stop_reason"] == "max_tokens"
     for index, parts in arguments.items():
-        content[index]["input"] = parse_arguments("".join(parts))
-    for block in content:
-        if block["type"] == "text":
-            block.setdefault("citations", None)
+        text = "".join(parts)
+        content[index]["input"] = parse_arguments(text)
+        if cut and content[index]["type"] == "tool_use" and not is_object(text):
+            content[index] = {}  # a call that was cut off must not run
+    message["content"] = [block | ({"citations": None} if block["type"] == "text" and
+                                   "citations" not in block else {}) for block in content if block]
     return {**message, "container": None}
 
 
@@ -8591,8 +8690,11 @@ def rewritten(read: Callable[[Json, Context], Ask], write: Callable[[Ask, Contex
     """A request through a reader and a writer."""
     try:
         ask = read(body, ctx)
-        ctx.alias = ask.model
-        return write(ask, ctx)
+        ctx.alias, ctx.stream = ask.model, bool(ask.stream)
+        payload = write(ask, ctx)
+        if ctx.inbound == MESSAGES.word:
+            ctx.estimate = estimate_tokens(payload)
+        return payload
     except RecursionError:
         raise RequestError("the request body is nested too deeply") from None
 
@@ -8673,6 +8775,38 @@ def responses_to_messages_response(body: Any, ctx: Context) -> Json:
     return answered(responses_to_messages_stream(ctx), body, ctx)
 
 
+def messages_to_chat_request(body: Json, ctx: Context) -> Json:
+    """An Anthropic Messages request for a Chat Completions provider."""
+    return rewritten(read_messages, write_chat, body, ctx)
+
+
+def chat_to_messages_stream(ctx: Context) -> Stream:
+    """The stream of a Chat Completions provider for an Anthropic Messages client."""
+    out = MessagesWriter(ctx)
+    return translated(ChatReader(out, ctx), out)
+
+
+def chat_to_messages_response(body: Any, ctx: Context) -> Json:
+    """The answer of a Chat Completions provider for an Anthropic Messages client."""
+    return answered(chat_to_messages_stream(ctx), body, ctx)
+
+
+def chat_to_responses_request(body: Json, ctx: Context) -> Json:
+    """A Chat Completions request for a Responses provider."""
+    return rewritten(read_chat, write_responses, body, ctx)
+
+
+def responses_to_chat_stream(ctx: Context) -> Stream:
+    """The stream of a Responses provider for a Chat Completions client."""
+    out = ChatWriter(ctx)
+    return translated(ResponsesReader(out, ctx), out)
+
+
+def responses_to_chat_response(body: Any, ctx: Context) -> Json:
+    """The answer of a Responses provider for a Chat Completions client."""
+    return answered(responses_to_chat_stream(ctx), body, ctx)
+
+
 PAIRS: dict[tuple[str, str], Pair] = {
     ("responses", "messages"): Pair(responses_to_messages_request, messages_to_responses_response,
                                     messages_to_responses_stream),
@@ -8682,21 +8816,25 @@ PAIRS: dict[tuple[str, str], Pair] = {
                                messages_to_chat_stream),
     ("messages", "responses"): Pair(messages_to_responses_request, responses_to_messages_response,
                                     responses_to_messages_stream),
+    ("messages", "chat"): Pair(messages_to_chat_request, chat_to_messages_response,
+                               chat_to_messages_stream),
+    ("chat", "responses"): Pair(chat_to_responses_request, responses_to_chat_response,
+                                responses_to_chat_stream),
 }
+# Need translation.extended_pairs.
+EXTENDED_PAIRS = (("messages", "chat"), ("chat", "responses"))
 
 
-def pair_for(inbound: Protocol, provider: Protocol) -> Pair | None:
-    """The pair to translate with, None for the same protocol;
-    SetupError for a pair that is not there."""
+def pair_for(inbound: Protocol, provider: Protocol, extended: bool = False) -> Pair | None:
+    """The pair to translate with, None for the same protocol; SetupError for an extended pair
+    unless `extended` pairs are on."""
     if inbound is provider:
         return None
-    pair = PAIRS.get((inbound.word, provider.word))
-    if pair is None:
-        raise SetupError(f"translation {inbound.name} -> {provider.name} is not implemented"
-                         " in this version",
-                         fix=f"send {inbound.title} requests to a provider whose protocol is"
-                             f" {inbound.name}")
-    return pair
+    key = (inbound.word, provider.word)
+    if key in EXTENDED_PAIRS and not extended:
+        raise SetupError(f"translation {inbound.name} -> {provider.name} is switched off",
+                         fix="add `extended_pairs = true` under [translation] in the configuration")
+    return PAIRS[key]
 
 
 
@@ -10786,6 +10924,11 @@ class Server:
 
 # -- admission ---------------------------------------------------------------
 
+def protocol_of(path: str) -> Protocol | None:
+    """The protocol that a path is of; None where there is nothing."""
+    return MESSAGES if path in COUNT_PATHS else MODEL_PATHS.get(path)
+
+
 def admit(head: RequestHead, settings: ServerConfig) -> Protocol | int:
     """The protocol of a request that is let in, or the status it is answered with here;
     RequestError says why not (rulings 16 and 5)."""
@@ -10801,10 +10944,10 @@ def admit(head: RequestHead, settings: ServerConfig) -> Protocol | int:
         raise RequestError("a valid API key of this proxy is needed", status=401,
                            fix="send one of server.api_keys as Authorization: Bearer or x-api-key",
                            fields=[b"www-authenticate: Bearer"])
-    protocol = MODEL_PATHS.get(head.path)
+    protocol = protocol_of(head.path)
     if protocol is None:
         raise RequestError("there is nothing at this path", status=404,
-                           fix="the paths are " + ", ".join(MODEL_PATHS))
+                           fix="the paths are " + ", ".join((*MODEL_PATHS, *COUNT_PATHS)))
     if head.method != b"POST":
         raise method_error(b"POST")
     return protocol
@@ -10874,20 +11017,43 @@ class Provider:
                       b"accept-encoding: identity"]
         self.template_key = bool(TEMPLATE_KEY.search(settings.api_key or ""))
         self.target = join_target(urlsplit(settings.base_url).path, self.protocol.path, "")
-        self.first = f"POST {self.target}".encode("ascii")
+        self.first = self.first_line(self.target)
         if self.origin.proxy and self.origin.scheme == "http":
-            # Plain HTTP goes through a forward proxy in absolute form (9112 3.2.2), with its
-            # credentials.
-            self.first = f"POST http://{self.origin.authority}{self.target}".encode("ascii")
             self.fixed += proxy_authorization(urlsplit(self.origin.proxy))
 
+    def first_line(self, target: str) -> bytes:
+        """The request line for a target, without the version. Plain HTTP goes through a forward
+        proxy in absolute form (9112 3.2.2), with its credentials."""
+        absolute = self.origin.proxy and self.origin.scheme == "http"
+        return f"POST {f'http://{self.origin.authority}' if absolute else ''}{target}".encode("ascii")
+
     def request_head(self, head: RequestHead, length: int,
-                     translated: Sequence[bytes] | None = None) -> bytes:
-        """The head of a provider request, final empty line included. The query of a translated one
-        stays here, for it is the client's protocol that knows its words."""
+                     translated: Sequence[bytes] | None = None, path: str = "") -> bytes:
+        """The head of a provider request, final empty line included; `path` is another one than
+        the protocol's. The query of a translated one stays here, for it is the client's protocol
+        that knows its words."""
         query = b"" if translated is not None else head.query.encode("ascii")
-        return format_lines(b"%b%b HTTP/1.1" % (self.first, query), *provider_lines(
+        first = self.first if not path else self.first_line(
+            join_target(urlsplit(self.settings.base_url).path, path, ""))
+        return format_lines(b"%b%b HTTP/1.1" % (first, query), *provider_lines(
             head, self.protocol, self.fixed, length, translated))
+
+
+# Where providers count tokens, of those that do; vLLM and llama.cpp have Anthropic's path.
+COUNT_TARGETS = {"messages": COUNT_PATHS[0], "chat": COUNT_PATHS[0],
+                 "responses": f"{RESPONSES.path}/input_tokens"}
+COUNTED_MEMBERS = ("model", "input", "instructions", "tools", "tool_choice", "parallel_tool_calls",
+                   "reasoning", "text")
+CANNOT_COUNT = (404, 405, 501)
+
+
+def counted_tokens(status: int, raw: bytes) -> int | None:
+    """The count in a provider's answer; None where it gave none."""
+    try:
+        count = mapping(load(raw)).get("input_tokens")
+    except ValueError:
+        return None
+    return count if 200 <= status < 300 and type(count) is int else None
 
 
 class Job(NamedTuple):
@@ -11079,7 +11245,7 @@ class Proxy:
             self.log.event(logging.DEBUG, "recv",
                            {**base_fields(exchange), "content_length": head.length})
         # so that a refusal has the shape the client expects
-        exchange.inbound = MODEL_PATHS.get(head.path)
+        exchange.inbound = protocol_of(head.path)
         connection.extra += check_origin(head, self.config.server)
         protocol = admit(head, self.config.server)
         if isinstance(protocol, int):
@@ -11093,7 +11259,10 @@ class Proxy:
         exchange.model = request.model
         decision = choose(self.routes, self.defaults, protocol.name, request.model)
         provider = self.provider_for(decision, exchange)
-        pair = pair_for(protocol, provider.protocol)
+        pair = pair_for(protocol, provider.protocol, self.config.translation.extended_pairs)
+        if head.path in COUNT_PATHS:
+            await self.count(connection, head, exchange, provider, request, pair)
+            return
         if pair:
             job, body = self.translate_request(connection, exchange, provider, pair, request.body)
         else:
@@ -11112,6 +11281,51 @@ class Proxy:
             if payload is None or not payload.released:
                 link.abort()
             raise
+
+    async def count(self, connection: Connection, head: RequestHead, exchange: Exchange,
+                    provider: Provider, request: ModelRequest, pair: Pair | None) -> None:
+        """Answer count_tokens: by the provider where it can count, else with an estimate, which a
+        header tells. Claude Code asks often, so this never fails for want of a counter."""
+        ask: Json = {**request.body, "model": exchange.upstream_model}
+        payload = ask
+        if pair:
+            raw = self.translate_request(connection, exchange, provider, pair, request.body)[1]
+            payload = load(raw)
+        lines = [b"content-type: application/json", date_line()]
+        native = provider.protocol is MESSAGES or provider.settings.profile.count_native
+        if native:
+            if provider.protocol is RESPONSES:
+                ask = {name: payload[name] for name in COUNTED_MEMBERS if name in payload}
+            for name in ("max_tokens", "stream"):
+                ask.pop(name, None)
+            body = dump(ask)
+            exchange.body, exchange.provider_bytes, exchange.phase = ask, len(body), PHASES[1]
+            link, answer, rest = await self.send(
+                connection, head, exchange, provider, body,
+                translated_lines(False, ()) if pair else None, COUNT_TARGETS[provider.protocol.word])
+            content = response_body(provider, link, answer, rest)
+            try:
+                exchange.status = answer.status
+                if not pair and answer.status not in CANNOT_COUNT:
+                    await self.respond(connection, exchange, provider, answer, content, None)
+                    return
+                found, complete = await self.read_up_to(connection, provider, content,
+                                                        ERROR_BODY_BYTES)
+                self.release(content, answer, complete)
+            except BaseException:
+                if not content.released:
+                    link.abort()
+                raise
+            counted = counted_tokens(answer.status, found)
+        else:
+            counted = None
+        if counted is None:
+            counted = estimate_tokens(payload)
+            lines.append(b"x-proxai-token-count: estimate")
+        raw = dump({"input_tokens": counted})
+        exchange.status, exchange.phase, exchange.down = 200, PHASES[3], len(raw)
+        connection.write_head(200, lines, len(raw), raw)
+        self.log_end(exchange, logging.INFO, "end")
 
     def answer_here(self, connection: Connection, head: RequestHead, status: int) -> None:
         """Health, and the preflight of a browser that may call (Fetch, CORS protocol)."""
@@ -11141,8 +11355,8 @@ class Proxy:
         """The body for a provider of another protocol; RequestError for what it cannot express."""
         assert exchange.inbound
         ctx = Context(exchange.inbound.word, provider.protocol.word, exchange.upstream_model,
-                      host=provider.origin.authority, profile=provider.settings.profile,
-                      now=int(time.time()))
+                      host=provider.origin.authority, now=int(time.time()),
+                      profile=provider.settings.profile)
         payload = pair.request(body, ctx)
         try:
             raw = dump(payload)
@@ -11169,7 +11383,7 @@ class Proxy:
 
     async def send(self, connection: Connection, head: RequestHead, exchange: Exchange,
                    provider: Provider, body: bytes, translated: Sequence[bytes] | None = None,
-                   ) -> tuple[Link, ResponseHead, bytes]:
+                   path: str = "") -> tuple[Link, ResponseHead, bytes]:
         """Send the provider request when its turn has come;
         holds a slot until the answer's head is there."""
         if connection.gone:
@@ -11181,7 +11395,7 @@ class Proxy:
         async with self.slots:
             try:
                 found = await self.pool.exchange(
-                    provider.origin, provider.request_head(head, len(body), translated), body,
+                    provider.origin, provider.request_head(head, len(body), translated, path), body,
                     connection.watch, settings.connect_timeout_secs,
                     settings.read_idle_timeout_secs, functools.partial(self.log_sent, exchange))
             except UpstreamError as error:
@@ -11973,13 +12187,17 @@ class Demo:
 
     async def serve(self, connection: Connection, head: RequestHead) -> None:
         """Answer one request."""
-        protocol = MODEL_PATHS.get(head.path)
+        protocol = protocol_of(head.path)
         try:
             admit(head, ServerConfig())
             if protocol is None:
                 connection.write_head(200, [b"content-type: application/json"], 2, b"{}")
                 return
             body = read_model_request(protocol, await connection.read_body(64 << 20)).body
+            if head.path in COUNT_PATHS:
+                data = dump({"input_tokens": estimate_tokens(body)})
+                connection.write_head(200, [b"content-type: application/json"], len(data), data)
+                return
             await self.answer(connection, protocol, body)
         except ProxyError as error:
             write_error(connection, error, "native", protocol)
@@ -12046,7 +12264,8 @@ def command_line() -> Any:
         prog="proxai.py", allow_abbrev=False,
         description="A local LLM proxy: any client protocol, any provider.",
         epilog="Without --config the file in the app directory (~/.proxai/config.toml) is used,"
-               " and made if missing.")
+               " and made if missing. `proxai.py translate --help` tells how to look at a"
+               " translation.")
     add = parser.add_argument
     add("command", nargs="?", choices=["check"],
         help="check: load the configuration, show what would run, and exit")
@@ -12065,6 +12284,105 @@ def command_line() -> Any:
             help=f"capture.{phase}_enabled for this run")
     add("-V", "--version", action="version", version=f"proxai {__version__}")
     return parser
+
+
+def protocol_name(text: str) -> Protocol:
+    """A protocol as a flag gives it: its long name, or its word."""
+    import argparse
+
+    for protocol in PROTOCOLS.values():
+        if text.lower() in (protocol.name, protocol.word):
+            return protocol
+    raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(PROTOCOLS)}")
+
+
+def translate_line() -> Any:
+    """The parser of `proxai.py translate`."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="proxai.py translate", allow_abbrev=False,
+        description="Translate a request, an answer or a stream, and tell what is left out.",
+        epilog="A request goes from the client's protocol to the provider's, answers and streams"
+               " come from the provider's to the client's.")
+    add = parser.add_argument
+    add("--from", dest="source", type=protocol_name, required=True, metavar="P",
+        help="protocol of FILE: " + ", ".join(PROTOCOLS))
+    add("--to", dest="target", type=protocol_name, required=True, metavar="P",
+        help="protocol to translate to")
+    kind = parser.add_mutually_exclusive_group()
+    for name, text in (("request", "FILE is a request (the default)"),
+                       ("response", "FILE is a provider's answer"),
+                       ("stream", "FILE is a provider's event stream")):
+        kind.add_argument(f"--{name}", dest="kind", action="store_const", const=name, help=text)
+    add("--model", metavar="NAME", help="model name at the provider, which decides what it takes")
+    add("--host", metavar="HOST", default="", help="the provider's host, which does so too")
+    add("--asked", metavar="FILE", help="the client's request that FILE answers")
+    add("file", metavar="FILE", help="a file, or - for standard input")
+    return parser
+
+
+def translate(args: Any) -> int:
+    """Print a translation, and on standard error what it left out; 1 where there is none."""
+    inbound, provider = ((args.source, args.target) if args.kind in (None, "request")
+                         else (args.target, args.source))
+    pair = pair_for(inbound, provider, extended=True)
+    if pair is None:
+        raise ConfigError(["--from and --to are the same protocol, which passes through untouched"])
+    raw = (sys.stdin.buffer.read() if args.file == "-"
+           else read_file(Path(args.file)).encode("utf-8"))
+    asked = load_file(read_file(Path(args.asked)).encode("utf-8"), args.asked) if args.asked else {}
+    first = load_file(raw, args.file) if args.kind != "stream" else {}
+    for value, name in ((first, args.file), (asked, args.asked)):
+        if not isinstance(value, dict):
+            raise ConfigError([f"{name} is not a JSON object"])
+    model = args.model or (asked or first).get("model")
+    ctx = Context(inbound.word, provider.word, model if isinstance(model, str) else "",
+                  host=args.host, now=int(time.time()))
+    try:
+        if asked:
+            pair.request(asked, ctx)
+        if args.kind == "stream":
+            for text in translated_events(pair, ctx, provider, inbound, raw):
+                sys.stdout.write(text)
+        else:
+            step = pair.request if args.kind in (None, "request") else pair.response
+            print(json.dumps(step(first, ctx), ensure_ascii=False, indent=2))
+    except ProxyError as error:
+        where = f" ({error.param})" if isinstance(error.param, str) else ""
+        print(f"Error: {error.message}{where}", file=sys.stderr)
+        return 1
+    finally:
+        for path, reason in ctx.dropped.items():
+            print(f"dropped: {path}: {reason}", file=sys.stderr)
+    return 0
+
+
+def translated_events(pair: Pair, ctx: Context, provider: Protocol, inbound: Protocol,
+                      raw: bytes) -> Iterator[str]:
+    """A stream translated, as text; its failure is the last event, and raised."""
+    stream, observer = pair.stream(ctx), StreamObserver(provider, len(raw) + 1)
+    next(stream)
+    try:
+        for item in (*observer.payloads(raw + b"\n\n", 0.0), None):
+            for event in stream.send(item):
+                yield event_bytes(inbound, event).decode()
+    except StopIteration as stop:
+        for event in stop.value:
+            yield event_bytes(inbound, event).decode()
+    except ProxyError as error:
+        for event in error.events:
+            yield event_bytes(inbound, event).decode()
+        yield render_error_event(error, "native", inbound, nested=True).decode()
+        raise
+
+
+def load_file(raw: bytes, name: str) -> Any:
+    """The JSON of a file; ConfigError where it is none."""
+    try:
+        return load(raw)
+    except ValueError as error:
+        raise ConfigError([f"{name} is not JSON: {error}"]) from None
 
 
 def flag_overrides(args: Any, tables: Json) -> list[Override]:
@@ -12224,10 +12542,12 @@ def pairs_report(config: Config, route: RouteConfig) -> str:
     for name, protocol in PROTOCOLS.items():
         try:
             if route.request_protocol in (None, name):
-                pair_for(protocol, PROTOCOLS[config.providers[route.provider].protocol])
+                pair_for(protocol, PROTOCOLS[config.providers[route.provider].protocol],
+                         config.translation.extended_pairs)
         except SetupError:
             missing.append(name)
-    return f" (not for {' and '.join(missing)}: not translated in this version)" if missing else ""
+    return (f" (not for {' and '.join(missing)}: needs translation.extended_pairs)"
+            if missing else "")
 
 
 def default_report(config: Config, protocol: Protocol) -> str:
@@ -12236,7 +12556,8 @@ def default_report(config: Config, protocol: Protocol) -> str:
     if not name:
         return "none: requests that no route takes are refused"
     try:
-        pair = pair_for(protocol, PROTOCOLS[config.providers[name].protocol])
+        pair = pair_for(protocol, PROTOCOLS[config.providers[name].protocol],
+                        config.translation.extended_pairs)
     except SetupError as error:
         return f"{name}: {error.message}"
     return f"{name} ({'translated' if pair else 'passed through'})"
@@ -12363,14 +12684,16 @@ def curl_line(protocol: Protocol, port: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = command_line()
-    args = parser.parse_args(argv)
-    if args.demo and (args.config or args.command):
+    argv = sys.argv[1:] if argv is None else argv
+    translates = argv[:1] == ["translate"]
+    parser = translate_line() if translates else command_line()
+    args = parser.parse_args(argv[1:] if translates else argv)
+    if not translates and args.demo and (args.config or args.command):
         parser.error("--demo has its own configuration and goes with neither --config nor check")
     environ = os.environ
     open_outputs()
     try:
-        return run(args, environ)
+        return translate(args) if translates else run(args, environ)
     except ConfigError as error:
         for fault in error.faults:
             print(f"Error: {fault}", file=sys.stderr)

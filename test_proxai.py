@@ -1357,6 +1357,17 @@ def setting_at(config: proxai.Config, path: str) -> Any:
     return found
 
 
+FULL_PROFILE = {
+    "vision": False, "max_tokens_cap": 1, "default_max_tokens": 2, "web_search": "native", "cache": "on",
+    "vendor_fields": True, "max_tokens_field": "max_completion_tokens", "reasoning_control": "effort-lowhigh",
+    "reasoning_replay": "reasoning_details", "reasoning_required": "calls", "late_system": "keep",
+    "tool_images": "inline", "files": "native", "json_schema": "object", "stream_usage": False, "top_k": False,
+    "call_ids": "9", "parallel_tool_calls": False, "strict_tools": True, "lenient_done": False,
+    "tool_arguments": "buffer", "think_tags": "off", "deferred_tools": "all", "custom_tools": True,
+    "allowed_tools": True, "model_class": "K3", "lenient_thinking": True, "native_system": True,
+    "thinking_binding": True, "reasoning": True, "efforts": ("low", "max"), "encrypted_reasoning": False,
+    "reasoning_summary": False, "sampling": True, "max_output_tokens": False, "output_lists": True, "phase": True, "count_native": True,
+}
 FULL_VALUES = {
     "server.host": "127.0.0.2", "server.port": 1, "server.api_keys": ("client-1", "client-2"),
     "server.allow_unauthenticated": True, "server.allowed_hosts": ("box.lan",),
@@ -1382,6 +1393,8 @@ FULL_VALUES = {
     "providers.two.protocol": "anthropic_messages", "providers.two.base_url": "http://127.0.0.1:9/",
     "providers.two.api_key": "k-2", "providers.two.api_key_env": "KEY_2",
     "providers.two.compatibility": "strict",
+    **{f"providers.one.profile.{key}": value for key, value in FULL_PROFILE.items()},
+    "providers.two.profile.vision": None,
     "tool_calls.timeout_secs": 9, "translation.extended_pairs": True, "error_responses.format": "json",
     "logging.level": "trace", "logging.output_format": "json", "logging.use_color": False,
     "logging.duration_thresholds.warn_ms": 0, "logging.duration_thresholds.error_ms": 1,
@@ -1390,7 +1403,8 @@ FULL_VALUES = {
 
 
 def test_a_full_file_gives_every_setting_its_checked_value():
-    config = load_text(FULL_SAMPLE, KEY_2=" k-2\n")
+    profile = "\n".join(f"{key} = {json.dumps(value)}" for key, value in FULL_PROFILE.items())
+    config = load_text(f"{FULL_SAMPLE}[providers.one.profile]\n{profile}\n", KEY_2=" k-2\n")
     assert {path: setting_at(config, path) for path in FULL_VALUES} == FULL_VALUES
     assert list(config.providers) == ["one", "two"] and len(config.routing.routes) == 2
     tested = {path.rpartition(".")[2] for path in FULL_VALUES} | {"api_key_file", "ca_file"}
@@ -1547,6 +1561,7 @@ def test_at_least_one_provider_is_needed(text, path):
 
 
 LIMITS = ["providers.p.connect_timeout_secs", "providers.p.read_idle_timeout_secs",
+          "providers.p.profile.max_tokens_cap",
           "server.max_request_body_bytes",
           "server.max_concurrent_requests", "server.max_request_line_bytes", "server.max_head_bytes",
           "server.max_headers",
@@ -1567,8 +1582,9 @@ def test_a_timeout_or_limit_that_is_not_positive_is_refused(path):
 
 
 def test_no_timeout_or_limit_is_missing_from_the_test_above():
-    keys = [key.replace("<name>", "p") for key, *_ in proxai.settings_rows()]
-    assert sorted(k for k in keys if k.endswith("_secs") or ".max_" in k) == sorted(LIMITS)
+    keys = {key.replace("<name>", "p"): wants for key, _, wants, _ in proxai.settings_rows()}
+    assert sorted(k for k, wants in keys.items() if k.endswith("_secs") or (
+        ".max_" in k and "number" in wants)) == sorted(LIMITS)
 
 
 def test_times_may_be_fractions_and_the_smallest_limits_work():
