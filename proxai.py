@@ -6762,23 +6762,18 @@ class Writer:
 
     def start_answer(self, id: str, model: str, created: int) -> None:
         """The first events."""
-        raise NotImplementedError
 
     def start(self, segment: Segment) -> None:
         """The events that open a segment."""
-        raise NotImplementedError
 
     def write(self, segment: Segment, text: str) -> None:
         """The event of a piece of a segment."""
-        raise NotImplementedError
 
     def stop(self, segment: Segment) -> None:
         """The events that close a segment."""
-        raise NotImplementedError
 
     def finish(self, stop: Stop) -> None:
         """The last events of a whole answer."""
-        raise NotImplementedError
 
     def fail(self, error: ProxyError) -> ProxyError:
         """An error in the client's words, with what the client must get before it."""
@@ -6794,11 +6789,9 @@ class Reader:
 
     def take(self, event: Json) -> None:
         """One event."""
-        raise NotImplementedError
 
     def end(self, done: bool = False) -> None:
         """The stream ended; `done` by [DONE]."""
-        raise NotImplementedError
 
 
 Stream = Generator[list[Any], Any, list[Any]]
@@ -8687,20 +8680,28 @@ class Pair(NamedTuple):
 
 def rewritten(read: Callable[[Json, Context], Ask], write: Callable[[Ask, Context], Json],
               body: Json, ctx: Context) -> Json:
-    """A request through a reader and a writer."""
+    """A request through a reader and a writer; RequestError for what the provider cannot do."""
     try:
         ask = read(body, ctx)
         ctx.alias, ctx.stream = ask.model, bool(ask.stream)
         payload = write(ask, ctx)
-        if ctx.inbound == MESSAGES.word:
-            ctx.estimate = estimate_tokens(payload)
-        return payload
     except RecursionError:
         raise RequestError("the request body is nested too deeply") from None
+    if ctx.inbound == MESSAGES.word:
+        ctx.estimate = estimate_tokens(payload)
+    return payload
 
 
-def answered(stream: Stream, body: Any, ctx: Context) -> Json:
+def streamed(read: Callable[[Writer, Context], Reader], write: Callable[[Context], Writer],
+             ctx: Context) -> Stream:
+    """A stream through a reader and a writer, see translated()."""
+    out = write(ctx)
+    return translated(read(out, ctx), out)
+
+
+def answered(streams: Callable[[Context], Stream], body: Any, ctx: Context) -> Json:
     """An answer in one piece through the stream of its pair."""
+    stream = streams(ctx)
     next(stream)
     out: list[Any] = []
     try:
@@ -8711,101 +8712,30 @@ def answered(stream: Stream, body: Any, ctx: Context) -> Json:
     raise cut_short("its end")
 
 
-def responses_to_messages_request(body: Json, ctx: Context) -> Json:
-    """A Responses request for an Anthropic Messages provider."""
-    return rewritten(read_responses, write_messages, body, ctx)
+through = functools.partial
+responses_to_messages_request = through(rewritten, read_responses, write_messages)
+messages_to_responses_stream = through(streamed, MessagesReader, ResponsesWriter)
+messages_to_responses_response = through(answered, messages_to_responses_stream)
 
+responses_to_chat_request = through(rewritten, read_responses, write_chat)
+chat_to_responses_stream = through(streamed, ChatReader, ResponsesWriter)
+chat_to_responses_response = through(answered, chat_to_responses_stream)
 
-def messages_to_responses_stream(ctx: Context) -> Stream:
-    """The stream of an Anthropic Messages provider for a Responses client."""
-    out = ResponsesWriter(ctx)
-    return translated(MessagesReader(out, ctx), out)
+chat_to_messages_request = through(rewritten, read_chat, write_messages)
+messages_to_chat_stream = through(streamed, MessagesReader, ChatWriter)
+messages_to_chat_response = through(answered, messages_to_chat_stream)
 
+messages_to_responses_request = through(rewritten, read_messages, write_responses)
+responses_to_messages_stream = through(streamed, ResponsesReader, MessagesWriter)
+responses_to_messages_response = through(answered, responses_to_messages_stream)
 
-def messages_to_responses_response(body: Any, ctx: Context) -> Json:
-    """The answer of an Anthropic Messages provider for a Responses client."""
-    return answered(messages_to_responses_stream(ctx), body, ctx)
+messages_to_chat_request = through(rewritten, read_messages, write_chat)
+chat_to_messages_stream = through(streamed, ChatReader, MessagesWriter)
+chat_to_messages_response = through(answered, chat_to_messages_stream)
 
-
-def responses_to_chat_request(body: Json, ctx: Context) -> Json:
-    """A Responses request for a Chat Completions provider."""
-    return rewritten(read_responses, write_chat, body, ctx)
-
-
-def chat_to_responses_stream(ctx: Context) -> Stream:
-    """The stream of a Chat Completions provider for a Responses client."""
-    out = ResponsesWriter(ctx)
-    return translated(ChatReader(out, ctx), out)
-
-
-def chat_to_responses_response(body: Any, ctx: Context) -> Json:
-    """The answer of a Chat Completions provider for a Responses client."""
-    return answered(chat_to_responses_stream(ctx), body, ctx)
-
-
-def chat_to_messages_request(body: Json, ctx: Context) -> Json:
-    """A Chat Completions request for an Anthropic Messages provider."""
-    return rewritten(read_chat, write_messages, body, ctx)
-
-
-def messages_to_chat_stream(ctx: Context) -> Stream:
-    """The stream of an Anthropic Messages provider for a Chat Completions client."""
-    out = ChatWriter(ctx)
-    return translated(MessagesReader(out, ctx), out)
-
-
-def messages_to_chat_response(body: Any, ctx: Context) -> Json:
-    """The answer of an Anthropic Messages provider for a Chat Completions client."""
-    return answered(messages_to_chat_stream(ctx), body, ctx)
-
-
-def messages_to_responses_request(body: Json, ctx: Context) -> Json:
-    """An Anthropic Messages request for a Responses provider."""
-    return rewritten(read_messages, write_responses, body, ctx)
-
-
-def responses_to_messages_stream(ctx: Context) -> Stream:
-    """The stream of a Responses provider for an Anthropic Messages client."""
-    out = MessagesWriter(ctx)
-    return translated(ResponsesReader(out, ctx), out)
-
-
-def responses_to_messages_response(body: Any, ctx: Context) -> Json:
-    """The answer of a Responses provider for an Anthropic Messages client."""
-    return answered(responses_to_messages_stream(ctx), body, ctx)
-
-
-def messages_to_chat_request(body: Json, ctx: Context) -> Json:
-    """An Anthropic Messages request for a Chat Completions provider."""
-    return rewritten(read_messages, write_chat, body, ctx)
-
-
-def chat_to_messages_stream(ctx: Context) -> Stream:
-    """The stream of a Chat Completions provider for an Anthropic Messages client."""
-    out = MessagesWriter(ctx)
-    return translated(ChatReader(out, ctx), out)
-
-
-def chat_to_messages_response(body: Any, ctx: Context) -> Json:
-    """The answer of a Chat Completions provider for an Anthropic Messages client."""
-    return answered(chat_to_messages_stream(ctx), body, ctx)
-
-
-def chat_to_responses_request(body: Json, ctx: Context) -> Json:
-    """A Chat Completions request for a Responses provider."""
-    return rewritten(read_chat, write_responses, body, ctx)
-
-
-def responses_to_chat_stream(ctx: Context) -> Stream:
-    """The stream of a Responses provider for a Chat Completions client."""
-    out = ChatWriter(ctx)
-    return translated(ResponsesReader(out, ctx), out)
-
-
-def responses_to_chat_response(body: Any, ctx: Context) -> Json:
-    """The answer of a Responses provider for a Chat Completions client."""
-    return answered(responses_to_chat_stream(ctx), body, ctx)
-
+chat_to_responses_request = through(rewritten, read_chat, write_responses)
+responses_to_chat_stream = through(streamed, ResponsesReader, ChatWriter)
+responses_to_chat_response = through(answered, responses_to_chat_stream)
 
 PAIRS: dict[tuple[str, str], Pair] = {
     ("responses", "messages"): Pair(responses_to_messages_request, messages_to_responses_response,
