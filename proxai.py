@@ -545,6 +545,7 @@ CAUSES = tuple((code, re.compile(words, re.I | re.S)) for code, words in (
     ("overloaded", r".*(?:overloaded_error|server_is_overloaded|slow_down|server_busy)"
      r"|(?:429|5\d\d) .*(?:overloaded|capacity|no healthy upstream)"),
 ))
+OVERFLOW_WORDS = "the maximum context length of the model is exceeded: "
 # Where a text on an overflow has the size of the prompt (N, or N + P) and the limit (M).
 CONTEXT_SIZES = tuple(
     re.compile(re.sub("([NPM])", r"(?P<\1>[0-9][0-9,]{0,14})", words), re.I | re.S) for words in (
@@ -563,7 +564,8 @@ CONTEXT_SIZES = tuple(
 
 def translated_error(error: ProxyError, protocol: Protocol, estimate: int = 0) -> ProxyError:
     """A provider's error for a client of another protocol, with the code, and for an overflow the
-    words, that clients of `protocol` react to (translation-chat.md 1.8, -responses.md 1.9).
+    words, that clients of `protocol` react to (translation-chat.md 1.8, -responses.md 1.9). Doing
+    it twice changes nothing more.
 
     `estimate` is our own count of the prompt's tokens, for a provider that does not tell.
     """
@@ -590,7 +592,7 @@ def overflow_message(said: str, protocol: Protocol, estimate: int) -> str:
             (found.groupdict() if found else {}).items()}
     limit, tokens = size.get("M", 0), size.get("N", 0) + size.get("P", 0)
     if protocol is not MESSAGES and not (limit and tokens):
-        return f"the maximum context length of the model is exceeded: {said}"
+        return OVERFLOW_WORDS + said.removeprefix(OVERFLOW_WORDS)
     tokens = max(tokens or estimate, limit + 1, 2)
     limit = limit or tokens - 1
     if protocol is MESSAGES:
@@ -8888,8 +8890,8 @@ class Exchange:
     """Everything about one request that is told afterwards, in the log and in headers."""
 
     __slots__ = ("body", "choices", "chunks", "content_type", "down", "dropped", "encoding",
-                 "error", "head_at", "id", "inbound", "inbound_bytes", "last_byte_at", "method",
-                 "model", "observed", "path", "phase", "provider", "provider_bytes",
+                 "error", "estimate", "head_at", "id", "inbound", "inbound_bytes", "last_byte_at",
+                 "method", "model", "observed", "path", "phase", "provider", "provider_bytes",
                  "provider_protocol", "rates", "route", "sse", "started", "status",
                  "upstream_model")
 
@@ -8909,6 +8911,7 @@ class Exchange:
         self.encoding: str | None = None  # the Transfer-Encoding of the answer
         self.sse = False
         self.dropped = 0  # how many parts a translation has left out, as far as was told
+        self.estimate = 0  # of the tokens of a request that was translated
         self.rates: Sequence[Field] = ()
         self.observed: Observed | None = None
         self.error: str | None = None
@@ -11330,6 +11333,7 @@ class Proxy:
             raw = dump(payload)
         except ValueError as error:
             raise RequestError(f"the request body is {error}") from None
+        exchange.estimate = ctx.estimate
         self.tell_dropped(connection, exchange, ctx.dropped)
         return Job(pair, ctx, translated_lines(payload.get("stream") is True, ctx.headers)), raw
 
@@ -11864,7 +11868,7 @@ def response_body(provider: Provider, link: Link, answer: ResponseHead,
 def error_for(exchange: Exchange, error: ProxyError) -> ProxyError:
     """An error as the client of an exchange understands it."""
     if isinstance(error, UpstreamError) and exchange.inbound and translation_name(exchange):
-        return translated_error(error, exchange.inbound, exchange.provider_bytes // 4)
+        return translated_error(error, exchange.inbound, exchange.estimate)
     return error
 
 
