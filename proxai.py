@@ -3038,7 +3038,7 @@ class Context:
         "now",
         "provider",
         "realm",
-        "schema",
+        "stops",
         "stream",
         "tools",
         "wants_thinking",
@@ -3068,7 +3068,7 @@ class Context:
         self.stream = self.legacy = self.web_search = False
         # what an answer has unless its request says otherwise
         self.include_usage = self.wants_thinking = True
-        self.schema: Json | None = None
+        self.stops: list[str] = []
         self.estimate = 0  # of the input, in tokens
 
     def drop(self, path: str, reason: str = "") -> None:
@@ -3296,6 +3296,7 @@ TYPE_NAMES = {str: "a string", int: A_NUMBER, float: A_NUMBER, bool: "true or fa
 # -- ids ---------------------------------------------------------------------
 
 SAFE_ID = re.compile(r"[a-zA-Z0-9_-]+")
+ENCODED_ID = re.compile(r"pxid_[0-9a-f]{8}")
 NINE = re.compile(r"[a-zA-Z0-9]{9}")
 BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
@@ -3330,7 +3331,7 @@ def encode_id(id: str, seed: str | None = None) -> str:
 
 def original_id(id: str) -> str:
     """The id a client got from the provider, in the provider's own form."""
-    if id.startswith("pxid_"):
+    if ENCODED_ID.match(id):
         data = from_base64url(id[13:])
         if data is not None:
             with contextlib.suppress(UnicodeDecodeError):
@@ -3807,6 +3808,9 @@ def texts_of(parts: Iterable[Part]) -> list[str]:
     return [p.text for p in parts if p.kind in ("text", "refusal") and p.text.strip()]
 
 
+REMINDER = re.compile(r"\s*<system-reminder>(?:(?!</system-reminder>).)*</system-reminder>\s*", re.S)
+
+
 def reminder(text: str) -> str:
     """A late system text as part of what the user says."""
     return f"<system-reminder>\n{text}\n</system-reminder>"
@@ -3880,7 +3884,7 @@ def estimate_tokens(payload: Json) -> int:
     """Input tokens of a request body of any protocol; deterministic, and linear in its size."""
     total = sum(content_tokens(payload.get(name)) for name in ("system", "instructions"))
     for name in ("messages", "input"):
-        value = payload.get(name)
+        value = payload.get(name) or []
         for item in value if isinstance(value, list) else [value]:
             total += content_tokens(item) + MESSAGE_TOKENS
     for i, tool in enumerate(map(mapping, listing(payload.get("tools")))):
@@ -4863,6 +4867,8 @@ def read_messages(body: Json, ctx: Context) -> Ask:
     ask.temperature, ask.top_p = fields.number("temperature"), fields.number("top_p")
     ask.top_k = fields.count("top_k")
     ask.stop = [s for s in fields.list("stop_sequences") if isinstance(s, str) and s]
+    fields.left["chat_template_kwargs"] = fields.json("chat_template_kwargs")
+    keep(ask, fields, "chat_template_kwargs")
     ask.system = [part for part in read_content(fields, "system", messages_part_of)
                   if part.kind == "text"]
     ask.system = [p._replace(text=BILLING_HEADER.sub("", p.text, count=1))
@@ -4871,6 +4877,8 @@ def read_messages(body: Json, ctx: Context) -> Ask:
     search = MessagesTools(ask, ctx)
     search.read(fields.list("tools"))
     effort = read_message_list(ask, messages, ctx, search)
+    if ctx.provider == CHAT.word:
+        clear_thinking(ask, fields.json("context_management") or {})
     if effort and ask.effort and not ask.effort.switched:
         ask.effort = ask.effort._replace(level=effort)
     elif effort and not ask.effort:
@@ -4885,18 +4893,34 @@ def read_messages(body: Json, ctx: Context) -> Ask:
     return ask
 
 
+def clear_thinking(ask: Ask, management: Json) -> None:
+    """Do what clear_thinking asks for: only the last turns of the assistant keep their thinking."""
+    keeps = [mapping(edit.get("keep")).get("value") for edit in map(
+        mapping, listing(management.get("edits"))) if edit.get("type") == "clear_thinking_20251015"]
+    if not keeps or type(keeps[0]) is not int:
+        return
+    groups = [(own, group) for own, group in runs(ask.atoms)]
+    turns = sum(own for own, _ in groups)
+    ask.atoms = []
+    for own, group in groups:
+        cleared = own and turns > keeps[0]
+        turns -= own
+        ask.atoms += [a for a in group if not (cleared and isinstance(a, Thought))]
+
+
 def read_messages_wishes(ask: Ask, fields: Fields, ctx: Context) -> None:
     """Thinking, effort, format, user and tier."""
     output = fields.object("output_config")
     thinking = fields.object("thinking")
     kind = thinking.text("type") if thinking else None
     level = known_effort(output, "effort") if output else None
-    ctx.wants_thinking = kind in ("enabled", "adaptive")
+    # a Chat provider's reasoning must come back, whether or not it was asked for
+    ctx.wants_thinking = kind in ("enabled", "adaptive") or ctx.provider == CHAT.word
     if thinking:
         budget, display = thinking.count("budget_tokens"), thinking.text("display")
         off = kind in ("disabled", "between_tools")
         ask.effort = Effort("none" if off else level, budget if kind == "enabled" else None,
-                            display or ("summarized" if ctx.wants_thinking else None),
+                            display or (None if off else "summarized"),
                             "off" if off else "on")
     elif level:
         ask.effort = Effort(level)
@@ -4906,7 +4930,8 @@ def read_messages_wishes(ask: Ask, fields: Fields, ctx: Context) -> None:
     if form:
         if form.text("type") != "json_schema":
             raise RequestError(f"`{form.at('type')}` must be json_schema", param=form.at("type"))
-        ask.format = Format(form.json("schema") or {}, "anthropic_json_schema")
+        name = "output" if ctx.provider == CHAT.word else "anthropic_json_schema"
+        ask.format = Format(form.json("schema") or {}, name)
     if output:
         output.close()
     metadata = fields.object("metadata")
@@ -4914,7 +4939,9 @@ def read_messages_wishes(ask: Ask, fields: Fields, ctx: Context) -> None:
     tier = fields.text("service_tier")
     ask.tier = {"auto": "auto", "standard_only": "default"}.get(tier or "")
     if fields.text("speed") == "fast":
-        ask.tier = "priority"
+        ask.tier = "priority" if ctx.caps.vendor_fields else ask.tier
+        if not ctx.caps.vendor_fields:
+            ctx.drop("speed", "not taken by this provider")
 
 
 def read_messages_choice(fields: Fields | None, ask: Ask) -> Choice | None:
@@ -5029,7 +5056,10 @@ def brief_kind(kind: str) -> str:
 def read_thinking(fields: Fields, kind: str, ctx: Context) -> list[Atom]:
     """A thinking block whose signature is our carrier."""
     key, text = ("signature", fields.text("thinking") or "") if kind == "thinking" else ("data", "")
-    thought = unseal(fields.text(key), text, ctx)
+    sealed = fields.text(key) or ""
+    thought = unseal(sealed, text, ctx)
+    if thought is None and text and ctx.provider == CHAT.word and not sealed.startswith(CARRIER):
+        return [Thought("foreign", text, sealed)]  # plain text that a Chat provider can read
     if thought is None:
         ctx.drop(fields.path, "reasoning_foreign: not of this provider, cut or edited")
     return [thought] if thought else []
@@ -5132,7 +5162,9 @@ def source_part(fields: Fields, kind: str, more: Json) -> Part:
     if what == "content":
         inner = read_content(source, "content", messages_part_of)
         return Part("several", raw=inner, **more)
-    return Part("text", f"[file {source.text('file_id') or ''} omitted]", **more)
+    id = source.text("file_id") or ""
+    return Part("text", f"[{kind} omitted: file {id}]" if fields.ctx.provider == CHAT.word
+                else f"[file {id} omitted]", **more)
 
 
 EDIT_FIELDS: Json = {
@@ -5816,21 +5848,29 @@ def write_chat(ask: Ask, ctx: Context) -> Json:
     out: Json = {"model": ctx.model}
     messages = chat_system(ask, ctx) + chat_turns(atoms, names, level, ctx)
     if not any(message["role"] not in ("system", "developer") for message in messages):
-        messages.append({"role": "user", "content": "."})
+        messages.append({"role": "user", "content": " " if ctx.inbound == MESSAGES.word else "."})
     out["messages"] = messages
     if ask.stream is not None:
         out["stream"] = ask.stream
         if ask.stream and caps.stream_usage:
             out["stream_options"] = {"include_usage": True}
+    if ask.max_tokens is None and ctx.inbound == MESSAGES.word:
+        ask.max_tokens = MESSAGES_LIMIT
     if ask.max_tokens is not None:
         limit = max(ask.max_tokens, 1)
         out[caps.max_tokens_field or "max_tokens"] = min(limit, caps.max_tokens_cap or limit)
     chat_tools(ask, names, mode, tool, ctx, out)
     chat_sampling(ask, level, ctx, out)
     out |= reasoning_fields(ask, level, bool(out.get("tools")), ctx)
+    if "chat_template_kwargs" in ask.more:
+        out["chat_template_kwargs"] = {**mapping(out.get("chat_template_kwargs")),
+                                       **ask.more.pop("chat_template_kwargs")[1]}
     chat_format(ask, ctx, out)
     chat_extras(ask, ctx, out)
     return out
+
+
+MESSAGES_LIMIT = 4096  # of a Messages request without the limit it should have
 
 
 def asked_level(ask: Ask) -> str | None:
@@ -5849,6 +5889,8 @@ def chat_system(ask: Ask, ctx: Context) -> list[Json]:
     if ctx.caps.late_system == "keep" and ctx.inbound == RESPONSES.word:
         return [{"role": chat_role(part, ctx), "content": part.text} for part in ask.system
                 if part.text.strip()]
+    if ctx.caps.cache == "on" and any(part.mark for part in ask.system):
+        return [{"role": "system", "content": [chat_part(part, ctx) for part in ask.system]}]
     return [{"role": "system", "content": join_lines(texts)}]
 
 
@@ -5870,14 +5912,21 @@ def chat_turns(atoms: list[Atom], names: ToolNames, level: str | None,
         images: list[Json] = []
         for atom in group:
             if isinstance(atom, Out):
-                message, media = chat_result(atom, ctx)
+                shown = sum(part["type"] != "text" for part in images)
+                message, media = chat_result(atom, shown, ctx)
                 out.append(message)
                 images += media
         if images:
             out.append({"role": "user", "content": images})
         for atom in group:
             if isinstance(atom, User):
-                content = chat_content(atom.parts, ctx)
+                parts = atom.parts
+                if ctx.inbound == MESSAGES.word and out and out[-1]["role"] == "tool":
+                    # a word of the client beside a result is no turn of the user
+                    out[-1]["content"] = join_lines([out[-1]["content"], *(
+                        p.text for p in parts if REMINDER.fullmatch(p.text))])
+                    parts = [p for p in parts if not REMINDER.fullmatch(p.text)]
+                content = chat_content(parts, ctx)
                 if content and fold and out and out[-1]["role"] == "user":
                     out[-1]["content"] = merged(out[-1]["content"], content)
                 elif content:
@@ -5920,7 +5969,8 @@ def chat_content(parts: list[Part], ctx: Context) -> Any:
     found = [chat_part(part, ctx) for part in parts]
     texts = [part["text"] for part in found if part["type"] == "text"]
     lists = ctx.caps.files == "native" and ctx.inbound == RESPONSES.word
-    if len(texts) == len(found) and (len(found) < 2 or not lists):
+    marks = ctx.caps.cache == "on" and any(part.mark for part in parts)
+    if len(texts) == len(found) and (len(found) < 2 or not lists) and not marks:
         return join_lines(texts)
     return found
 
@@ -5964,6 +6014,8 @@ def chat_file(part: Part, ctx: Context) -> Json | None:
 def omitted_part(part: Part, ctx: Context) -> str:
     """The words that stand for what a Chat provider does not take."""
     if ctx.inbound == MESSAGES.word:
+        if part.kind == "image":
+            return "[image omitted]"
         if part.url:
             return f"[document: {part.url}]"
         return f'[document "{part.name or ""}" omitted: provider takes no files]'
@@ -5972,8 +6024,9 @@ def omitted_part(part: Part, ctx: Context) -> str:
             f" {TRANSLATED_TO[ctx.provider]} translation]{where}")
 
 
-def chat_result(out: Out, ctx: Context) -> tuple[Json, list[Json]]:
-    """A tool message, and the images that must go into a user message behind all of them."""
+def chat_result(out: Out, shown: int, ctx: Context) -> tuple[Json, list[Json]]:
+    """A tool message, and the images that must go into a user message behind all of them, where
+    `shown` stand already."""
     texts: list[str] = []
     media: list[Json] = []
     for part in out.parts:
@@ -5985,7 +6038,7 @@ def chat_result(out: Out, ctx: Context) -> tuple[Json, list[Json]]:
         else:
             media.append(found)
             if ctx.caps.tool_images == "user":
-                texts.append(f"[see image {len(media)} below]")
+                texts.append(f"[see image {shown + len(media)} below]")
     text = "\n".join(texts)
     if out.error and ctx.inbound == MESSAGES.word and not out.stub:
         text = with_error(text)
@@ -6056,9 +6109,15 @@ def replayed_reasoning(thoughts: list[Thought], content: str | None, calls: list
         elif thought.kind == "cd" and isinstance(thought.body, dict):
             found.append((thought.text, "reasoning_details", listing(thought.body.get("d"))))
             signatures |= mapping(thought.body.get("t"))
+        elif thought.kind == "foreign" and ctx.caps.reasoning_replay != "auto":
+            signed = {"signature": thought.body, "format": "anthropic-claude-v1"}
+            claude = ctx.model.startswith("anthropic/")
+            found.append((thought.text, "foreign", [{
+                "type": "reasoning.text", "text": thought.text, "index": len(found),
+                **(signed if claude else {})}]))
     text = "\n\n".join(text for text, _, _ in found if text)
     field = ctx.caps.reasoning_replay or "none"
-    details = next((d for _, _, d in found if d), None)
+    details = [detail for _, _, d in found for detail in d]
     if field == "auto" and found:
         field = "reasoning_details" if details else str(found[0][1])
     if found and field == "reasoning_details":
@@ -7051,10 +7110,10 @@ CHAT_FAULTS = ("error", "network_error", "abort", "cancelled", "insufficient_sys
 class ChatCall:
     """A tool call as fragments of it come in."""
 
-    __slots__ = ("braces", "id", "index", "name", "segment", "text")
+    __slots__ = ("braces", "custom", "id", "index", "name", "segment", "text")
 
     def __init__(self, index: Any) -> None:
-        self.index, self.id, self.name = index, "", ""
+        self.index, self.id, self.name, self.custom = index, "", "", False
         self.text: list[str] = []
         self.braces = 0  # open ones, those in strings too: a quick no
         self.segment: Segment | None = None
@@ -7080,6 +7139,7 @@ class ChatReader(Reader):
         self.usage: Json | None = None
         self.tier: str | None = None
         self.reason: str | None = None
+        self.matched = ""  # the stop sequence, where the provider tells it
         self.refusal: list[str] = []
         self.blank = ""  # whitespace that came before anything else
         self.spoke = False
@@ -7132,6 +7192,7 @@ class ChatReader(Reader):
                 "message": f"the provider ended the answer with {reason}", "type": reason})
         if self.reason is None or (reason == "tool_calls" and self.reason == "stop"):
             self.reason = reason
+        self.matched = text_of(choice.get("stop_reason")) or text_of(choice.get("matched_stop"))
 
     def delta(self, delta: Json, choice: Json) -> None:
         """What a chunk adds: reasoning, text, refusal, calls, in this order."""
@@ -7145,8 +7206,10 @@ class ChatReader(Reader):
                                    listing(part.get("thinking"))), "thinking")
             elif text := text_of(part.get("text")):
                 self.say(text)
-                self.close_open()
+                if self.ctx.inbound == RESPONSES.word:  # which knows parts
+                    self.close_open()
         if refusal := text_of(delta.get("refusal")):
+            self.refusal.append(refusal)
             self.segment("refusal", refusal)
         for annotation in map(mapping, listing(delta.get("annotations"))):
             inner = mapping(annotation.get("url_citation"))
@@ -7274,8 +7337,13 @@ class ChatReader(Reader):
         self.details, self.signatures = {}, {}
         return "cd", body
 
-    def make_way(self) -> None:
-        """End the calls whose arguments are complete, since something else begins."""
+    def make_way(self, beginning: ChatCall | None = None) -> None:
+        """Something begins: so do calls that waited for arguments, and complete ones end."""
+        for call in self.calls:
+            if call is beginning:
+                break
+            if call.segment is None and call.name:
+                self.begin_call(call)
         if self.out.serial:
             for call in self.calls:
                 if call.segment and not call.segment.closed and call.complete():
@@ -7302,29 +7370,32 @@ class ChatReader(Reader):
         elif text := self.news(call, text):
             call.text.append(text)
             call.braces += text.count("{") - text.count("}")
-        if call.segment is None and call.name:
-            self.begin_call(call, custom)
+        call.custom = call.custom or custom
+        if call.segment is None and call.name and call.text:
+            self.begin_call(call)
         elif call.segment is not None and text:
             self.out.add(call.segment, text)
             if self.out.waiting() and call.complete():
                 self.out.close(call.segment)
 
-    def begin_call(self, call: ChatCall, custom: bool) -> None:
-        """A call whose name is known begins."""
+    def begin_call(self, call: ChatCall) -> None:
+        """A call begins: its name is known, and arguments came or nothing more will."""
         self.close_open()
-        self.make_way()
+        self.make_way(call)
         self.blank, self.held = "", ""
         self.spoke = True
         if (self.details or self.signatures) and self.out.serial:
             segment = self.out.open(Segment("thinking"))
             segment.thought = self.carrier(None)
             self.out.close(segment)
-        call.segment = self.out.open(Segment("custom" if custom else "call", call.id, call.name))
+        call.segment = self.out.open(Segment("custom" if call.custom else "call", call.id, call.name))
         if call.text:
             self.out.add(call.segment, call.whole())
 
     def news(self, call: ChatCall, text: str) -> str:
         """What of a fragment is new: some providers send all the arguments again each time."""
+        if call.text and text[-1:] == "}" and text == call.whole() and is_object(text):
+            return ""
         before = call.whole() if len(text) >= 8 else ""
         if len(before) >= 8 and before.startswith("{") and text.startswith(before):
             return text[len(before):]
@@ -7364,6 +7435,7 @@ class ChatReader(Reader):
             segment = self.out.open(Segment("thinking"))
             segment.thought = self.carrier(None)
             self.out.close(segment)
+        self.make_way()
         for call in self.calls:
             if call.segment:
                 if not call.text:
@@ -7375,7 +7447,12 @@ class ChatReader(Reader):
         self.flush()
         self.out.begin(None, None)
         self.out.usage = chat_usage(self.usage, self.tier)
-        self.out.finish(Stop(CHAT_STOPS.get((self.reason or "stop").lower(), "end")))
+        stop = Stop(CHAT_STOPS.get((self.reason or "stop").lower(), "end"))
+        if self.refusal and self.ctx.inbound == MESSAGES.word:
+            stop = Stop("refusal", "".join(self.refusal))
+        elif stop.reason == "end" and self.matched in self.ctx.stops:
+            stop = Stop("sequence", self.matched)
+        self.out.finish(stop)
 
     def end(self, done: bool = False) -> None:
         """[DONE] or the end of the bytes."""
@@ -8724,7 +8801,7 @@ def rewritten(read: Callable[[Json, Context], Ask], write: Callable[[Ask, Contex
     """A request through a reader and a writer; RequestError for what the provider cannot do."""
     try:
         ask = read(body, ctx)
-        ctx.alias, ctx.stream = ask.model, bool(ask.stream)
+        ctx.alias, ctx.stream, ctx.stops = ask.model, bool(ask.stream), ask.stop
         payload = write(ask, ctx)
     except RecursionError:
         raise RequestError("the request body is nested too deeply") from None
