@@ -8213,8 +8213,9 @@ class ResponsesWriter(Writer):
             self.end_message("incomplete" if cut else "completed")
         elif self.message:
             self.message["status"] = "incomplete"  # what was said is to be discarded
-        if cut and self.output:
-            self.output[-1]["status"] = "incomplete"
+        if cut and not self.ctx.stream and self.output and "call_id" in self.output[-1]:
+            # in one piece, a call that the limit cut off cannot be told from a whole one
+            self.output[-1] = {**self.output[-1], "status": "incomplete"}
         status = "failed" if reason == "refusal" else "incomplete" if cut else "completed"
         more: Json = {"status": status}
         if status == "completed":
