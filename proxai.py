@@ -65,6 +65,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import math
 import os
 import queue
 import re
@@ -118,6 +119,7 @@ MESSAGES = Protocol("messages", "anthropic_messages", "ant", "Anthropic Messages
                     "/v1/messages", "messages", (list,))
 PROTOCOLS = {p.name: p for p in (RESPONSES, CHAT, MESSAGES)}
 MODEL_PATHS = {path: p for p in PROTOCOLS.values() for path in (p.path, p.path.removeprefix("/v1"))}
+COUNT_PATHS = tuple(f"{path}/count_tokens" for path, p in MODEL_PATHS.items() if p is MESSAGES)
 HEALTH_PATH = "/healthz"
 
 PHASES = ("inbound_request", "provider_request", "upstream_response", "outbound_response")
@@ -228,6 +230,11 @@ def number(value: Any) -> int:
 def word(value: Any) -> str | None:
     """A provider's short string; None for anything else."""
     return value[:OBSERVED_CHARS] if isinstance(value, str) and value else None
+
+
+def text_of(value: Any) -> str:
+    """A string, or an empty one for anything else."""
+    return value if isinstance(value, str) else ""
 
 
 def key_of(*values: Any) -> str | int | None:
@@ -540,6 +547,7 @@ CAUSES = tuple((code, re.compile(words, re.I | re.S)) for code, words in (
     ("overloaded", r".*(?:overloaded_error|server_is_overloaded|slow_down|server_busy)"
      r"|(?:429|5\d\d) .*(?:overloaded|capacity|no healthy upstream)"),
 ))
+OVERFLOW_WORDS = "the maximum context length of the model is exceeded: "
 # Where a text on an overflow has the size of the prompt (N, or N + P) and the limit (M).
 CONTEXT_SIZES = tuple(
     re.compile(re.sub("([NPM])", r"(?P<\1>[0-9][0-9,]{0,14})", words), re.I | re.S) for words in (
@@ -558,7 +566,8 @@ CONTEXT_SIZES = tuple(
 
 def translated_error(error: ProxyError, protocol: Protocol, estimate: int = 0) -> ProxyError:
     """A provider's error for a client of another protocol, with the code, and for an overflow the
-    words, that clients of `protocol` react to (translation-chat.md 1.8, -responses.md 1.9).
+    words, that clients of `protocol` react to (translation-chat.md 1.8, -responses.md 1.9). Doing
+    it twice changes nothing more.
 
     `estimate` is our own count of the prompt's tokens, for a provider that does not tell.
     """
@@ -585,7 +594,7 @@ def overflow_message(said: str, protocol: Protocol, estimate: int) -> str:
             (found.groupdict() if found else {}).items()}
     limit, tokens = size.get("M", 0), size.get("N", 0) + size.get("P", 0)
     if protocol is not MESSAGES and not (limit and tokens):
-        return f"the maximum context length of the model is exceeded: {said}"
+        return OVERFLOW_WORDS + said.removeprefix(OVERFLOW_WORDS)
     tokens = max(tokens or estimate, limit + 1, 2)
     limit = limit or tokens - 1
     if protocol is MESSAGES:
@@ -981,6 +990,8 @@ class ProfileConfig:
         choice("auto", "off"), "chat: <think> at the start of a text is reasoning.", "auto")
     deferred_tools: str | None = fact(
         choice("referenced", "all"), "Which deferred tools are sent.", "referenced")
+    count_native: bool | None = fact(
+        BOOLEAN, "chat, responses: the provider counts tokens itself.", False)
     custom_tools: bool | None = fact(BOOLEAN, "Custom (free text) tools are taken.", False)
     allowed_tools: bool | None = fact(
         BOOLEAN, "chat: tool_choice allowed_tools is taken.", False)
@@ -1872,13 +1883,12 @@ def parse_response_head(block: bytes) -> ResponseHead:
     http11, status = parse_status_line(line)
     fields = parse_fields(rest, ANSWER_LIMITS)
     values = field_values(fields)
-    size = body_length(values, -1)
+    empty = status < 200 or status in (204, 304)
+    size = 0 if empty and b"transfer-encoding" not in values else body_length(values, -1)
     # 9112 6.1: Transfer-Encoding in HTTP/1.0 is a fault of the peer's; its connection is not used
     # again
-    keeps = persists(values, http11) and (http11 or size is not None)
-    if status < 200 or status in (204, 304):
-        size = 0
-    return ResponseHead(status, fields, size, keeps and size != -1, values)
+    keeps = size != -1 and persists(values, http11) and (http11 or size is not None)
+    return ResponseHead(status, fields, 0 if empty else size, keeps, values)
 
 
 REASONS = {status.value: status.phrase.encode() for status in HTTPStatus} | {529: b"Overloaded"}
@@ -2829,10 +2839,10 @@ def openai_efforts(model: str) -> tuple[str, ...]:
 
 
 def clamp_effort(level: str, levels: Sequence[str]) -> str:
-    """`level`, or the nearest lower one of `levels`, or the lowest."""
-    at = EFFORTS.index(level) if level in EFFORTS else EFFORTS.index("medium")
-    lower = [e for e in levels if EFFORTS.index(e) <= at]
-    return max(lower or levels, key=EFFORTS.index) if lower else min(levels, key=EFFORTS.index)
+    """`level`, or the nearest lower one of `levels`, or the lowest; little is not none."""
+    known = [e for e in levels if e != "none" or level == "none"] or levels
+    lower = [e for e in known if EFFORTS.index(e) <= EFFORTS.index(level)]
+    return max(lower, key=EFFORTS.index) if lower else min(known, key=EFFORTS.index)
 
 
 @functools.lru_cache(maxsize=256)
@@ -2905,7 +2915,7 @@ class Context:
         "now",
         "provider",
         "realm",
-        "schema",
+        "stops",
         "stream",
         "tools",
         "wants_thinking",
@@ -2935,7 +2945,7 @@ class Context:
         self.stream = self.legacy = self.web_search = False
         # what an answer has unless its request says otherwise
         self.include_usage = self.wants_thinking = True
-        self.schema: Json | None = None
+        self.stops: list[str] = []
         self.estimate = 0  # of the input, in tokens
 
     def drop(self, path: str, reason: str = "") -> None:
@@ -3163,6 +3173,7 @@ TYPE_NAMES = {str: "a string", int: A_NUMBER, float: A_NUMBER, bool: "true or fa
 # -- ids ---------------------------------------------------------------------
 
 SAFE_ID = re.compile(r"[a-zA-Z0-9_-]+")
+ENCODED_ID = re.compile(r"pxid_[0-9a-f]{8}")
 NINE = re.compile(r"[a-zA-Z0-9]{9}")
 BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
@@ -3197,7 +3208,7 @@ def encode_id(id: str, seed: str | None = None) -> str:
 
 def original_id(id: str) -> str:
     """The id a client got from the provider, in the provider's own form."""
-    if id.startswith("pxid_"):
+    if ENCODED_ID.match(id):
         data = from_base64url(id[13:])
         if data is not None:
             with contextlib.suppress(UnicodeDecodeError):
@@ -3347,7 +3358,7 @@ def pair_up(atoms: Sequence[Atom], wire: Callable[[str], str], ctx: Context) -> 
     is at the end only.
     """
     answers, strays = match_results(atoms)
-    used: set[str] = set()
+    used: dict[str, int] = {}
     out: list[Atom] = []
     run: list[Call] = []
 
@@ -3415,13 +3426,14 @@ def match_results(atoms: Sequence[Atom]) -> tuple[dict[int, Out], dict[int, str]
     return answers, strays
 
 
-def unique_id(id: str, wire: Callable[[str], str], used: set[str]) -> str:
-    """The wire id of a call: a second call of the same id gets _2, and so on."""
-    found, n = wire(id), 1
+def unique_id(id: str, wire: Callable[[str], str], used: dict[str, int]) -> str:
+    """The wire id of a call: a second call of the same id gets _2, and so on. `used` counts."""
+    found, n = wire(id), used.get(id, 1)
     while found in used:
         n += 1
         found = wire(f"{id}_{n}")
-    used.add(found)
+    used[id] = n
+    used.setdefault(found, 1)
     return found
 
 
@@ -3673,6 +3685,9 @@ def texts_of(parts: Iterable[Part]) -> list[str]:
     return [p.text for p in parts if p.kind in ("text", "refusal") and p.text.strip()]
 
 
+REMINDER = re.compile(r"\s*<system-reminder>(?:(?!</system-reminder>).)*</system-reminder>\s*", re.S)
+
+
 def reminder(text: str) -> str:
     """A late system text as part of what the user says."""
     return f"<system-reminder>\n{text}\n</system-reminder>"
@@ -3727,18 +3742,38 @@ def unpack(body: str) -> Any:
 
 # -- token estimates (translation-chat.md 4) ---------------------------------
 
-IMAGE_TOKENS = 1600
-OPAQUE_KEYS = ("data", "url", "file_data", "image_url", "encrypted_content", "signature")
+IMAGE_TOKENS, LEAST_IMAGE, MOST_IMAGE = 1600, 85, 4784
+PDF_TOKENS, MOST_PDF = 1500, 100_000
+MESSAGE_TOKENS, TOOL_TOKENS, TOOLS_TOKENS = 4, 8, 250
+# Members that no model reads.
+SILENT_KEYS = frozenset(("type", "role", "id", "call_id", "tool_use_id", "tool_call_id", "status",
+                         "detail", "media_type", "signature", "encrypted_content", "cache_control"))
+MEDIA_KEYS = frozenset(("data", "url", "file_data", "image_url", "file_url"))
 
 
 def text_tokens(text: str) -> int:
     """Tokens of a text, a little high: late compaction hurts more than early."""
     ascii_ = len(text) if text.isascii() else len(text.encode("ascii", "ignore"))
-    return -int(-ascii_ / 3.6 // 1) + len(text) - ascii_
+    return math.ceil(ascii_ / 3.6) + len(text) - ascii_
 
 
-def estimate_tokens(value: Any) -> int:
-    """Input tokens of a payload: its texts and names, 4 for each object, a flat rate for media."""
+def estimate_tokens(payload: Json) -> int:
+    """Input tokens of a request body of any protocol; deterministic, and linear in its size."""
+    total = sum(content_tokens(payload.get(name)) for name in ("system", "instructions"))
+    for name in ("messages", "input"):
+        value = payload.get(name) or []
+        for item in value if isinstance(value, list) else [value]:
+            total += content_tokens(item) + MESSAGE_TOKENS
+    for i, tool in enumerate(map(mapping, listing(payload.get("tools")))):
+        tool = mapping(tool.get("function")) or tool
+        schema = tool.get("input_schema") or tool.get("parameters") or {}
+        total += TOOL_TOKENS + text_tokens(compact(schema)) + (TOOLS_TOKENS if i == 0 else 0)
+        total += sum(text_tokens(text_of(tool.get(key))) for key in ("name", "description"))
+    return max(1, total)
+
+
+def content_tokens(value: Any) -> int:
+    """Tokens of the texts and media at any depth of a value."""
     total, todo = 0, [value]
     while todo:
         at = todo.pop()
@@ -3747,13 +3782,55 @@ def estimate_tokens(value: Any) -> int:
         elif type(at) is list:
             todo += at
         elif type(at) is dict:
-            total += 4
             for key, inner in at.items():
-                if key in OPAQUE_KEYS and type(inner) is str:
-                    total += IMAGE_TOKENS if len(inner) > 1000 else 20
-                else:
+                if key in MEDIA_KEYS and type(inner) is str and at.get("type") != "text":
+                    total += media_tokens(inner)
+                elif key not in SILENT_KEYS:
                     todo.append(inner)
-    return max(1, total)
+    return total
+
+
+def media_tokens(text: str) -> int:
+    """Tokens of an image or a document: a data: URL, bare base64, or the address of one."""
+    if text.startswith(("http://", "https://")):
+        return IMAGE_TOKENS
+    found = read_data_url(text)
+    media, data = found or (sniffed(text), text)
+    if media == "application/pdf":
+        return min(MOST_PDF, max(PDF_TOKENS, len(data) // 37))
+    if media is not None and media.startswith("text/"):
+        return text_tokens(data) * 3 // 4
+    width, height = image_size(data)
+    if not width or not height:
+        return IMAGE_TOKENS
+    return min(MOST_IMAGE, max(LEAST_IMAGE, width * height // 750))
+
+
+def image_size(data: str) -> tuple[int, int]:
+    """Width and height by an image's own header (PNG, GIF, JPEG, WebP); zeros where it has none."""
+    try:
+        raw = base64.b64decode(data[:65536 - 65536 % 4] + "=" * (-len(data[:65536]) % 4))
+    except ValueError:
+        return 0, 0
+    if raw.startswith(b"\x89PNG"):
+        return int.from_bytes(raw[16:20], "big"), int.from_bytes(raw[20:24], "big")
+    if raw.startswith(b"GIF8"):
+        return int.from_bytes(raw[6:8], "little"), int.from_bytes(raw[8:10], "little")
+    if raw[12:16] == b"VP8X":
+        return (int.from_bytes(raw[24:27], "little") + 1, int.from_bytes(raw[27:30], "little") + 1)
+    if raw[12:16] == b"VP8 ":
+        return (int.from_bytes(raw[26:28], "little") & 0x3FFF,
+                int.from_bytes(raw[28:30], "little") & 0x3FFF)
+    if raw[12:16] == b"VP8L":
+        bits = int.from_bytes(raw[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    at = 2
+    while raw.startswith(b"\xff\xd8") and at + 9 <= len(raw):  # the segments of a JPEG
+        if 0xC0 <= raw[at + 1] <= 0xCF and raw[at + 1] not in (0xC4, 0xC8, 0xCC):
+            return (int.from_bytes(raw[at + 7:at + 9], "big"),
+                    int.from_bytes(raw[at + 5:at + 7], "big"))
+        at += 2 + int.from_bytes(raw[at + 2:at + 4], "big")
+    return 0, 0
 
 
 
@@ -4299,6 +4376,8 @@ def read_stream_options(fields: Fields, ask: Ask, ctx: Context) -> None:
     """Whether a stream ends with its usage; an answer in one piece always has it."""
     options = fields.object("stream_options")
     usage = options.flag("include_usage") if options else None
+    if options:
+        keep(ask, options, "include_obfuscation")
     ctx.include_usage = bool(usage) or not ask.stream
 
 
@@ -4388,6 +4467,8 @@ def read_chat_tool(ctx: Context, value: Any, path: str) -> list[Tool]:
         return [read_function(inner, kind, mark)]
     if ANTHROPIC_TOOL.fullmatch(kind) and ctx.provider == MESSAGES.word:
         return [Tool("raw", fields.text("name") or kind, raw=value, path=path)]
+    if kind.startswith("web_search") and ctx.caps.web_search == "native":
+        return [Tool("web_search", "web_search", raw=value, path=path)]
     return [Tool("hosted", kind, path=path)]
 
 
@@ -4488,7 +4569,7 @@ def read_chat_turn(fields: Fields, role: str, parts: list[Part],
     if role in ("system", "developer"):
         return System(parts, role)
     if role == "tool":
-        return Out(fields.text("tool_call_id") or "", parts, name=fields.text("name") or "")
+        return Out(own_id(fields, "tool_call_id"), parts, name=fields.text("name") or "")
     if role == "function":
         name = fields.text("name") or ""
         found = next((pair for pair in reversed(legacy) if pair[0] == name), None)
@@ -4548,9 +4629,15 @@ def place_thoughts(thoughts: list[tuple[tuple[int, int] | None, Thought]], parts
     return out + [thought for _, thought in placed]
 
 
+def own_id(fields: Fields, name: str) -> str:
+    """The id of a call, decoded if it was made for Anthropic's alphabet and goes elsewhere."""
+    id = fields.text(name) or ""
+    return id if fields.ctx.provider == MESSAGES.word else original_id(id)
+
+
 def read_chat_call(fields: Fields) -> Call:
     """One entry of tool_calls."""
-    kind, id = fields.text("type") or "function", fields.text("id") or ""
+    kind, id = fields.text("type") or "function", own_id(fields, "id")
     inner = fields.object("custom" if kind == "custom" else "function") or fields
     name = inner.text("name") or ""
     mark = cache_mark(fields.left.pop("cache_control", None))
@@ -4657,6 +4744,8 @@ def read_messages(body: Json, ctx: Context) -> Ask:
     ask.temperature, ask.top_p = fields.number("temperature"), fields.number("top_p")
     ask.top_k = fields.count("top_k")
     ask.stop = [s for s in fields.list("stop_sequences") if isinstance(s, str) and s]
+    fields.left["chat_template_kwargs"] = fields.json("chat_template_kwargs")
+    keep(ask, fields, "chat_template_kwargs")
     ask.system = [part for part in read_content(fields, "system", messages_part_of)
                   if part.kind == "text"]
     ask.system = [p._replace(text=BILLING_HEADER.sub("", p.text, count=1))
@@ -4665,6 +4754,8 @@ def read_messages(body: Json, ctx: Context) -> Ask:
     search = MessagesTools(ask, ctx)
     search.read(fields.list("tools"))
     effort = read_message_list(ask, messages, ctx, search)
+    if ctx.provider == CHAT.word:
+        clear_thinking(ask, fields.json("context_management") or {})
     if effort and ask.effort and not ask.effort.switched:
         ask.effort = ask.effort._replace(level=effort)
     elif effort and not ask.effort:
@@ -4679,18 +4770,34 @@ def read_messages(body: Json, ctx: Context) -> Ask:
     return ask
 
 
+def clear_thinking(ask: Ask, management: Json) -> None:
+    """Do what clear_thinking asks for: only the last turns of the assistant keep their thinking."""
+    keeps = [mapping(edit.get("keep")).get("value") for edit in map(
+        mapping, listing(management.get("edits"))) if edit.get("type") == "clear_thinking_20251015"]
+    if not keeps or type(keeps[0]) is not int:
+        return
+    groups = [(own, group) for own, group in runs(ask.atoms)]
+    turns = sum(own for own, _ in groups)
+    ask.atoms = []
+    for own, group in groups:
+        cleared = own and turns > keeps[0]
+        turns -= own
+        ask.atoms += [a for a in group if not (cleared and isinstance(a, Thought))]
+
+
 def read_messages_wishes(ask: Ask, fields: Fields, ctx: Context) -> None:
     """Thinking, effort, format, user and tier."""
     output = fields.object("output_config")
     thinking = fields.object("thinking")
     kind = thinking.text("type") if thinking else None
     level = known_effort(output, "effort") if output else None
-    ctx.wants_thinking = kind in ("enabled", "adaptive")
+    # a Chat provider's reasoning must come back, whether or not it was asked for
+    ctx.wants_thinking = kind in ("enabled", "adaptive") or ctx.provider == CHAT.word
     if thinking:
         budget, display = thinking.count("budget_tokens"), thinking.text("display")
         off = kind in ("disabled", "between_tools")
         ask.effort = Effort("none" if off else level, budget if kind == "enabled" else None,
-                            display or ("summarized" if ctx.wants_thinking else None),
+                            display or (None if off else "summarized"),
                             "off" if off else "on")
     elif level:
         ask.effort = Effort(level)
@@ -4700,7 +4807,8 @@ def read_messages_wishes(ask: Ask, fields: Fields, ctx: Context) -> None:
     if form:
         if form.text("type") != "json_schema":
             raise RequestError(f"`{form.at('type')}` must be json_schema", param=form.at("type"))
-        ask.format = Format(form.json("schema") or {}, "anthropic_json_schema")
+        name = "output" if ctx.provider == CHAT.word else "anthropic_json_schema"
+        ask.format = Format(form.json("schema") or {}, name)
     if output:
         output.close()
     metadata = fields.object("metadata")
@@ -4708,7 +4816,9 @@ def read_messages_wishes(ask: Ask, fields: Fields, ctx: Context) -> None:
     tier = fields.text("service_tier")
     ask.tier = {"auto": "auto", "standard_only": "default"}.get(tier or "")
     if fields.text("speed") == "fast":
-        ask.tier = "priority"
+        ask.tier = "priority" if ctx.caps.vendor_fields else ask.tier
+        if not ctx.caps.vendor_fields:
+            ctx.drop("speed", "not taken by this provider")
 
 
 def read_messages_choice(fields: Fields | None, ask: Ask) -> Choice | None:
@@ -4823,7 +4933,10 @@ def brief_kind(kind: str) -> str:
 def read_thinking(fields: Fields, kind: str, ctx: Context) -> list[Atom]:
     """A thinking block whose signature is our carrier."""
     key, text = ("signature", fields.text("thinking") or "") if kind == "thinking" else ("data", "")
-    thought = unseal(fields.text(key), text, ctx)
+    sealed = fields.text(key) or ""
+    thought = unseal(sealed, text, ctx)
+    if thought is None and text and ctx.provider == CHAT.word and not sealed.startswith(CARRIER):
+        return [Thought("foreign", text, sealed)]  # plain text that a Chat provider can read
     if thought is None:
         ctx.drop(fields.path, "reasoning_foreign: not of this provider, cut or edited")
     return [thought] if thought else []
@@ -4926,7 +5039,9 @@ def source_part(fields: Fields, kind: str, more: Json) -> Part:
     if what == "content":
         inner = read_content(source, "content", messages_part_of)
         return Part("several", raw=inner, **more)
-    return Part("text", f"[file {source.text('file_id') or ''} omitted]", **more)
+    id = source.text("file_id") or ""
+    return Part("text", f"[{kind} omitted: file {id}]" if fields.ctx.provider == CHAT.word
+                else f"[file {id} omitted]", **more)
 
 
 EDIT_FIELDS: Json = {
@@ -5099,7 +5214,6 @@ def write_messages(ask: Ask, ctx: Context) -> Json:
     end_with_user(out, ctx.kind)
     set_marks(ask, ctx, out)
     shorten(out)
-    ctx.stream = bool(ask.stream)
     return out
 
 
@@ -5543,7 +5657,7 @@ def set_marks(ask: Ask, ctx: Context, out: Json) -> None:
     messages, tools = out["messages"], out.get("tools")
     worth = tools or any(m["role"] == "assistant" for m in messages)
     if ctx.caps.cache != "on" or not ask.marks or not worth or \
-            estimate_tokens([out.get("system"), tools, messages]) < CACHED_FROM:
+            estimate_tokens(out) < CACHED_FROM:
         return
     mark: Json = {"type": "ephemeral", "ttl": ask.ttl} if ask.ttl else {"type": "ephemeral"}
     users = [m for m in messages if m["role"] == "user"][-2:]
@@ -5611,22 +5725,29 @@ def write_chat(ask: Ask, ctx: Context) -> Json:
     out: Json = {"model": ctx.model}
     messages = chat_system(ask, ctx) + chat_turns(atoms, names, level, ctx)
     if not any(message["role"] not in ("system", "developer") for message in messages):
-        messages.append({"role": "user", "content": "."})
+        messages.append({"role": "user", "content": " " if ctx.inbound == MESSAGES.word else "."})
     out["messages"] = messages
     if ask.stream is not None:
         out["stream"] = ask.stream
         if ask.stream and caps.stream_usage:
             out["stream_options"] = {"include_usage": True}
+    if ask.max_tokens is None and ctx.inbound == MESSAGES.word:
+        ask.max_tokens = MESSAGES_LIMIT
     if ask.max_tokens is not None:
         limit = max(ask.max_tokens, 1)
         out[caps.max_tokens_field or "max_tokens"] = min(limit, caps.max_tokens_cap or limit)
     chat_tools(ask, names, mode, tool, ctx, out)
     chat_sampling(ask, level, ctx, out)
     out |= reasoning_fields(ask, level, bool(out.get("tools")), ctx)
+    if "chat_template_kwargs" in ask.more:
+        out["chat_template_kwargs"] = {**mapping(out.get("chat_template_kwargs")),
+                                       **ask.more.pop("chat_template_kwargs")[1]}
     chat_format(ask, ctx, out)
     chat_extras(ask, ctx, out)
-    ctx.stream = bool(ask.stream)
     return out
+
+
+MESSAGES_LIMIT = 4096  # of a Messages request without the limit it should have
 
 
 def asked_level(ask: Ask) -> str | None:
@@ -5645,6 +5766,8 @@ def chat_system(ask: Ask, ctx: Context) -> list[Json]:
     if ctx.caps.late_system == "keep" and ctx.inbound == RESPONSES.word:
         return [{"role": chat_role(part, ctx), "content": part.text} for part in ask.system
                 if part.text.strip()]
+    if ctx.caps.cache == "on" and any(part.mark for part in ask.system):
+        return [{"role": "system", "content": [chat_part(part, ctx) for part in ask.system]}]
     return [{"role": "system", "content": join_lines(texts)}]
 
 
@@ -5666,14 +5789,21 @@ def chat_turns(atoms: list[Atom], names: ToolNames, level: str | None,
         images: list[Json] = []
         for atom in group:
             if isinstance(atom, Out):
-                message, media = chat_result(atom, ctx)
+                shown = sum(part["type"] != "text" for part in images)
+                message, media = chat_result(atom, shown, ctx)
                 out.append(message)
                 images += media
         if images:
             out.append({"role": "user", "content": images})
         for atom in group:
             if isinstance(atom, User):
-                content = chat_content(atom.parts, ctx)
+                parts = atom.parts
+                if ctx.inbound == MESSAGES.word and out and out[-1]["role"] == "tool":
+                    # a word of the client beside a result is no turn of the user
+                    out[-1]["content"] = join_lines([out[-1]["content"], *(
+                        p.text for p in parts if REMINDER.fullmatch(p.text))])
+                    parts = [p for p in parts if not REMINDER.fullmatch(p.text)]
+                content = chat_content(parts, ctx)
                 if content and fold and out and out[-1]["role"] == "user":
                     out[-1]["content"] = merged(out[-1]["content"], content)
                 elif content:
@@ -5716,7 +5846,8 @@ def chat_content(parts: list[Part], ctx: Context) -> Any:
     found = [chat_part(part, ctx) for part in parts]
     texts = [part["text"] for part in found if part["type"] == "text"]
     lists = ctx.caps.files == "native" and ctx.inbound == RESPONSES.word
-    if len(texts) == len(found) and (len(found) < 2 or not lists):
+    marks = ctx.caps.cache == "on" and any(part.mark for part in parts)
+    if len(texts) == len(found) and (len(found) < 2 or not lists) and not marks:
         return join_lines(texts)
     return found
 
@@ -5760,6 +5891,8 @@ def chat_file(part: Part, ctx: Context) -> Json | None:
 def omitted_part(part: Part, ctx: Context) -> str:
     """The words that stand for what a Chat provider does not take."""
     if ctx.inbound == MESSAGES.word:
+        if part.kind == "image":
+            return "[image omitted]"
         if part.url:
             return f"[document: {part.url}]"
         return f'[document "{part.name or ""}" omitted: provider takes no files]'
@@ -5768,8 +5901,9 @@ def omitted_part(part: Part, ctx: Context) -> str:
             f" {TRANSLATED_TO[ctx.provider]} translation]{where}")
 
 
-def chat_result(out: Out, ctx: Context) -> tuple[Json, list[Json]]:
-    """A tool message, and the images that must go into a user message behind all of them."""
+def chat_result(out: Out, shown: int, ctx: Context) -> tuple[Json, list[Json]]:
+    """A tool message, and the images that must go into a user message behind all of them, where
+    `shown` stand already."""
     texts: list[str] = []
     media: list[Json] = []
     for part in out.parts:
@@ -5781,7 +5915,7 @@ def chat_result(out: Out, ctx: Context) -> tuple[Json, list[Json]]:
         else:
             media.append(found)
             if ctx.caps.tool_images == "user":
-                texts.append(f"[see image {len(media)} below]")
+                texts.append(f"[see image {shown + len(media)} below]")
     text = "\n".join(texts)
     if out.error and ctx.inbound == MESSAGES.word and not out.stub:
         text = with_error(text)
@@ -5852,9 +5986,15 @@ def replayed_reasoning(thoughts: list[Thought], content: str | None, calls: list
         elif thought.kind == "cd" and isinstance(thought.body, dict):
             found.append((thought.text, "reasoning_details", listing(thought.body.get("d"))))
             signatures |= mapping(thought.body.get("t"))
+        elif thought.kind == "foreign" and ctx.caps.reasoning_replay != "auto":
+            signed = {"signature": thought.body, "format": "anthropic-claude-v1"}
+            claude = ctx.model.startswith("anthropic/")
+            found.append((thought.text, "foreign", [{
+                "type": "reasoning.text", "text": thought.text, "index": len(found),
+                **(signed if claude else {})}]))
     text = "\n\n".join(text for text, _, _ in found if text)
     field = ctx.caps.reasoning_replay or "none"
-    details = next((d for _, _, d in found if d), None)
+    details = [detail for _, _, d in found for detail in d]
     if field == "auto" and found:
         field = "reasoning_details" if details else str(found[0][1])
     if found and field == "reasoning_details":
@@ -5921,11 +6061,10 @@ def chat_tools(ask: Ask, names: ToolNames, mode: str | None, forced: str | None,
     if ask.choice and ask.choice.mode == "allowed" and caps.allowed_tools:
         out["tool_choice"] = {"type": "allowed_tools", "allowed_tools": {
             "mode": "required" if ask.choice.required else "auto",
-            "tools": [{"type": "function", "function": {"name": name}}
-                      for name in names.pick(ask.choice)]}}
+            "tools": [{"type": kind, kind: {"name": name}} for name in names.pick(ask.choice)
+                      for kind in (call_kind(names.declared[name], ctx),)]}}
     elif mode == "tool":
-        native = caps.custom_tools and names.declared[forced or ""].kind == "custom"
-        kind = "custom" if native else "function"
+        kind = call_kind(names.declared[forced or ""], ctx)
         out["tool_choice"] = {"type": kind, kind: {"name": forced}}
     elif mode:
         out["tool_choice"] = mode
@@ -6101,7 +6240,7 @@ def write_responses(ask: Ask, ctx: Context) -> Json:
     """A neutral request as the body of a Responses request."""
     caps, out = ctx.caps, cast(Json, {"model": ctx.model})
     names = ToolNames(ask.tools, 64)
-    mode, tool = settle_choice(ask, names)
+    mode, tool = settle_choice(ask, names, narrows=False)
     texts = texts_of(ask.system)
     instructions = (join_lines(texts) if ctx.inbound == MESSAGES.word else "\n\n".join(texts))
     items = response_items(pair_up(ask.atoms, short_call_id, ctx), names, ctx)
@@ -6113,6 +6252,9 @@ def write_responses(ask: Ask, ctx: Context) -> Json:
     out["input"] = items or [message_item("user", [Part("text", ".")], ctx)]
     if ask.stream is not None:
         out["stream"] = ask.stream
+        if ask.stream and "include_obfuscation" in ask.more:
+            shown = ask.more.pop("include_obfuscation")[1]
+            out["stream_options"] = {"include_obfuscation": shown}
     if ask.max_tokens is not None and caps.max_output_tokens:
         limit = min(ask.max_tokens, caps.max_tokens_cap or ask.max_tokens)
         out["max_output_tokens"] = max(limit, LEAST_OUTPUT_TOKENS)
@@ -6133,8 +6275,6 @@ def write_responses(ask: Ask, ctx: Context) -> Json:
         include.append("message.output_text.logprobs")
     if include:
         out["include"] = include
-    ctx.stream, ctx.estimate = bool(ask.stream), estimate_tokens(
-        [out.get("instructions"), out["input"], out.get("tools")])
     return out
 
 
@@ -6315,12 +6455,22 @@ def response_tools(ask: Ask, names: ToolNames, mode: str | None, forced: str | N
         if kind == "web_search":
             out["tool_choice"] = {"type": "web_search"}
         else:
-            kind = "custom" if kind == "custom" and ctx.caps.custom_tools else "function"
+            kind = call_kind(names.declared[forced or ""], ctx)
             out["tool_choice"] = {"type": kind, "name": forced}
+    elif mode == "allowed" and ask.choice:
+        out["tool_choice"] = {
+            "type": "allowed_tools", "mode": "required" if ask.choice.required else "auto",
+            "tools": [{"type": call_kind(names.declared[name], ctx), "name": name}
+                      for name in names.pick(ask.choice)]}
     elif mode:
         out["tool_choice"] = mode
     if ask.parallel is not None and (ask.parallel is False or ctx.inbound == CHAT.word):
         out["parallel_tool_calls"] = ask.parallel
+
+
+def call_kind(tool: Tool, ctx: Context) -> str:
+    """Whether a tool goes to the provider as a custom tool or as a function."""
+    return "custom" if tool.kind == "custom" and ctx.caps.custom_tools else "function"
 
 
 def flat_custom(tool: Tool, wire: str) -> Json:
@@ -6351,6 +6501,8 @@ def response_search(options: Json) -> Json:
 def response_reasoning(ask: Ask, ctx: Context, out: Json) -> str | None:
     """The reasoning wish, clamped to what the model takes; the effort that is sent."""
     wish, caps = ask.effort, ctx.caps
+    if wish is None and ctx.inbound == CHAT.word and caps.reasoning:
+        wish = Effort()  # so that there is reasoning to show
     if wish is None or not caps.reasoning:
         if wish is not None:
             ctx.drop("thinking" if ctx.inbound == MESSAGES.word else "reasoning_effort",
@@ -6570,23 +6722,18 @@ class Writer:
 
     def start_answer(self, id: str, model: str, created: int) -> None:
         """The first events."""
-        raise NotImplementedError
 
     def start(self, segment: Segment) -> None:
         """The events that open a segment."""
-        raise NotImplementedError
 
     def write(self, segment: Segment, text: str) -> None:
         """The event of a piece of a segment."""
-        raise NotImplementedError
 
     def stop(self, segment: Segment) -> None:
         """The events that close a segment."""
-        raise NotImplementedError
 
     def finish(self, stop: Stop) -> None:
         """The last events of a whole answer."""
-        raise NotImplementedError
 
     def fail(self, error: ProxyError) -> ProxyError:
         """An error in the client's words, with what the client must get before it."""
@@ -6602,11 +6749,9 @@ class Reader:
 
     def take(self, event: Json) -> None:
         """One event."""
-        raise NotImplementedError
 
     def end(self, done: bool = False) -> None:
         """The stream ended; `done` by [DONE]."""
-        raise NotImplementedError
 
 
 Stream = Generator[list[Any], Any, list[Any]]
@@ -6676,11 +6821,6 @@ def fault_of(error: Any, status: int = 502) -> UpstreamError:
     text = message if isinstance(message, str) and message else "the provider sent an error"
     return UpstreamError(text[:ERROR_TEXT_CHARS], status=found or status, type=UPSTREAM,
                          code=word(code), kind=word(kind) or "")
-
-
-def text_of(value: Any) -> str:
-    """A string, or an empty one for anything else."""
-    return value if isinstance(value, str) else ""
 
 
 # -- reading Anthropic Messages (translation-responses.md 2.3, -chat.md 2.10)
@@ -6847,10 +6987,10 @@ CHAT_FAULTS = ("error", "network_error", "abort", "cancelled", "insufficient_sys
 class ChatCall:
     """A tool call as fragments of it come in."""
 
-    __slots__ = ("braces", "id", "index", "name", "segment", "text")
+    __slots__ = ("braces", "custom", "id", "index", "name", "segment", "text")
 
     def __init__(self, index: Any) -> None:
-        self.index, self.id, self.name = index, "", ""
+        self.index, self.id, self.name, self.custom = index, "", "", False
         self.text: list[str] = []
         self.braces = 0  # open ones, those in strings too: a quick no
         self.segment: Segment | None = None
@@ -6876,6 +7016,7 @@ class ChatReader(Reader):
         self.usage: Json | None = None
         self.tier: str | None = None
         self.reason: str | None = None
+        self.matched = ""  # the stop sequence, where the provider tells it
         self.refusal: list[str] = []
         self.blank = ""  # whitespace that came before anything else
         self.spoke = False
@@ -6928,6 +7069,7 @@ class ChatReader(Reader):
                 "message": f"the provider ended the answer with {reason}", "type": reason})
         if self.reason is None or (reason == "tool_calls" and self.reason == "stop"):
             self.reason = reason
+        self.matched = text_of(choice.get("stop_reason")) or text_of(choice.get("matched_stop"))
 
     def delta(self, delta: Json, choice: Json) -> None:
         """What a chunk adds: reasoning, text, refusal, calls, in this order."""
@@ -6941,8 +7083,10 @@ class ChatReader(Reader):
                                    listing(part.get("thinking"))), "thinking")
             elif text := text_of(part.get("text")):
                 self.say(text)
-                self.close_open()
+                if self.ctx.inbound == RESPONSES.word:  # which knows parts
+                    self.close_open()
         if refusal := text_of(delta.get("refusal")):
+            self.refusal.append(refusal)
             self.segment("refusal", refusal)
         for annotation in map(mapping, listing(delta.get("annotations"))):
             inner = mapping(annotation.get("url_citation"))
@@ -7070,8 +7214,13 @@ class ChatReader(Reader):
         self.details, self.signatures = {}, {}
         return "cd", body
 
-    def make_way(self) -> None:
-        """End the calls whose arguments are complete, since something else begins."""
+    def make_way(self, beginning: ChatCall | None = None) -> None:
+        """Something begins: so do calls that waited for arguments, and complete ones end."""
+        for call in self.calls:
+            if call is beginning:
+                break
+            if call.segment is None and call.name:
+                self.begin_call(call)
         if self.out.serial:
             for call in self.calls:
                 if call.segment and not call.segment.closed and call.complete():
@@ -7098,29 +7247,32 @@ class ChatReader(Reader):
         elif text := self.news(call, text):
             call.text.append(text)
             call.braces += text.count("{") - text.count("}")
-        if call.segment is None and call.name:
-            self.begin_call(call, custom)
+        call.custom = call.custom or custom
+        if call.segment is None and call.name and call.text:
+            self.begin_call(call)
         elif call.segment is not None and text:
             self.out.add(call.segment, text)
             if self.out.waiting() and call.complete():
                 self.out.close(call.segment)
 
-    def begin_call(self, call: ChatCall, custom: bool) -> None:
-        """A call whose name is known begins."""
+    def begin_call(self, call: ChatCall) -> None:
+        """A call begins: its name is known, and arguments came or nothing more will."""
         self.close_open()
-        self.make_way()
+        self.make_way(call)
         self.blank, self.held = "", ""
         self.spoke = True
         if (self.details or self.signatures) and self.out.serial:
             segment = self.out.open(Segment("thinking"))
             segment.thought = self.carrier(None)
             self.out.close(segment)
-        call.segment = self.out.open(Segment("custom" if custom else "call", call.id, call.name))
+        call.segment = self.out.open(Segment("custom" if call.custom else "call", call.id, call.name))
         if call.text:
             self.out.add(call.segment, call.whole())
 
     def news(self, call: ChatCall, text: str) -> str:
         """What of a fragment is new: some providers send all the arguments again each time."""
+        if call.text and text[-1:] == "}" and text == call.whole() and is_object(text):
+            return ""
         before = call.whole() if len(text) >= 8 else ""
         if len(before) >= 8 and before.startswith("{") and text.startswith(before):
             return text[len(before):]
@@ -7160,6 +7312,7 @@ class ChatReader(Reader):
             segment = self.out.open(Segment("thinking"))
             segment.thought = self.carrier(None)
             self.out.close(segment)
+        self.make_way()
         for call in self.calls:
             if call.segment:
                 if not call.text:
@@ -7171,7 +7324,12 @@ class ChatReader(Reader):
         self.flush()
         self.out.begin(None, None)
         self.out.usage = chat_usage(self.usage, self.tier)
-        self.out.finish(Stop(CHAT_STOPS.get((self.reason or "stop").lower(), "end")))
+        stop = Stop(CHAT_STOPS.get((self.reason or "stop").lower(), "end"))
+        if self.refusal and self.ctx.inbound == MESSAGES.word:
+            stop = Stop("refusal", "".join(self.refusal))
+        elif stop.reason == "end" and self.matched in self.ctx.stops:
+            stop = Stop("sequence", self.matched)
+        self.out.finish(stop)
 
     def end(self, done: bool = False) -> None:
         """[DONE] or the end of the bytes."""
@@ -7254,7 +7412,8 @@ class ResponsesReader(Reader):
         if key not in self.segments:
             self.items.setdefault(key[0], "message")
             refusal = kind == "refusal"
-            self.segments[key] = self.out.open(Segment("refusal" if refusal else "text"))
+            self.segments[key] = self.out.open(
+                Segment("refusal" if refusal else "text", name=f"item {key[0]}"))
         return self.segments[key]
 
     def text_delta(self, event: Json, index: Any) -> None:
@@ -7931,8 +8090,9 @@ class ResponsesWriter(Writer):
             self.end_message("incomplete" if cut else "completed")
         elif self.message:
             self.message["status"] = "incomplete"  # what was said is to be discarded
-        if cut and self.output:
-            self.output[-1]["status"] = "incomplete"
+        if cut and not self.ctx.stream and self.output and "call_id" in self.output[-1]:
+            # in one piece, a call that the limit cut off cannot be told from a whole one
+            self.output[-1] = {**self.output[-1], "status": "incomplete"}
         status = "failed" if reason == "refusal" else "incomplete" if cut else "completed"
         more: Json = {"status": status}
         if status == "completed":
@@ -8003,6 +8163,8 @@ class ChatWriter(Writer):
         self.base: Json = {}
         self.annotations: list[Json] = []
         self.entries = self.indexes = 0  # of reasoning_details, of tool_calls
+        self.message: str | None = None  # what tells the provider's message items apart
+        self.seen_ids: set[str] = set()  # of calls
         self.thought = self.opaque = False  # whether reasoning, or blocks of a server, came
         self.refusal: list[str] = []
         self.searched = 0  # characters in which citations were looked for
@@ -8036,6 +8198,9 @@ class ChatWriter(Writer):
             self.calls += 1
             if tool and tool.kind == "custom" and kind == "call":
                 return  # comes whole, when it is known to be a text
+            if not segment.id or segment.id in self.seen_ids:
+                segment.id = "call_" + sha(f"{self.base['id']}{self.calls}")[:24]
+            self.seen_ids.add(segment.id)
             segment.index = self.next_index()
             if self.ctx.legacy:
                 if segment.index == 0:
@@ -8054,10 +8219,17 @@ class ChatWriter(Writer):
         """A piece of a segment."""
         kind = segment.kind
         if kind == "text":
+            if not segment.shown:
+                segment.shown = True
+                if self.message not in (None, segment.name):
+                    text = "\n\n" + text  # messages of a Responses provider stand apart
+                self.message = segment.name
+                segment.at = (self.characters + len(text) - len(segment.text[0]), self.calls)
             self.characters += len(text)
             logprobs, segment.raw = segment.raw, None
+            found = [{"bytes": None, "top_logprobs": [], **e} for e in map(mapping, logprobs or ())]
             self.emit({"content": text}, None,
-                      {"content": logprobs, "refusal": None} if logprobs else None)
+                      {"content": found, "refusal": None} if found else None)
         elif kind == "thinking":
             if self.thought and not segment.shown:
                 self.emit({"reasoning_content": "\n\n" + text})
@@ -8081,6 +8253,8 @@ class ChatWriter(Writer):
             self.leave_detail(segment)
         elif segment.kind == "text":
             self.cite(segment)
+        elif segment.kind == "call" and segment.index >= 0 and not segment.text:
+            self.write(segment, "{}")
         elif segment.kind == "call" and segment.index < 0:
             whole = segment.whole()
             text, _ = InputDecoder().close(whole)
@@ -8124,14 +8298,17 @@ class ChatWriter(Writer):
     def finish(self, stop: Stop) -> None:
         """Refusal, sources, the reason, usage, [DONE]."""
         reason, refusal = stop.reason, "".join(self.refusal)
-        if reason == "refusal" and not refusal and not self.characters:
+        own = self.ctx.provider == MESSAGES.word  # whose text so far is the refusal
+        if reason == "refusal" and not refusal and not (own and self.characters):
             refusal = stop.text or "The model declined to answer."
-        if reason == "refusal" and self.characters and not self.ctx.stream:
+        if reason == "refusal" and own and self.characters and not self.ctx.stream:
             self.emit({"content": None})  # in one piece, the text is the refusal
         elif refusal:
             self.emit({"refusal": refusal})
         if self.annotations:
             self.emit({"annotations": self.annotations})
+        if self.usage and self.usage.tier and not own:
+            self.base["service_tier"] = self.usage.tier
         called = "function_call" if self.ctx.legacy else "tool_calls"
         ends = {"length": "length", "context": "length", "pause": "length", "filter":
                 "content_filter", "refusal": "stop"}
@@ -8416,12 +8593,13 @@ def collect_chat(events: list[Any]) -> Json:
                     known[key] += text
     if calls:
         message["tool_calls"] = calls
-    first = next(chunk for chunk in events if chunk != DONE)
+    first, *_, last = [chunk for chunk in events if chunk != DONE]
+    tier = {"service_tier": last["service_tier"]} if "service_tier" in last else {}
     found = {"content": logprobs, "refusal": None} if logprobs else None
     return {"id": first["id"], "object": "chat.completion", "created": first["created"],
             "model": first["model"], "choices": [{
                 "index": 0, "message": message, "logprobs": found, "finish_reason": reason}],
-            "usage": usage, "system_fingerprint": None}
+            "usage": usage, "system_fingerprint": None, **tier}
 
 
 def collect_call(calls: list[Json], part: Json) -> None:
@@ -8457,11 +8635,14 @@ def collect_messages(events: list[Any]) -> Json:
                 block[name] = block[name] + delta[name]
         elif kind == "message_delta":
             message |= {**event["delta"], "usage": {**message["usage"], **event["usage"]}}
+    cut = message["stop_reason"] == "max_tokens"
     for index, parts in arguments.items():
-        content[index]["input"] = parse_arguments("".join(parts))
-    for block in content:
-        if block["type"] == "text":
-            block.setdefault("citations", None)
+        text = "".join(parts)
+        content[index]["input"] = parse_arguments(text)
+        if cut and content[index]["type"] == "tool_use" and not is_object(text):
+            content[index] = {}  # a call that was cut off must not run
+    message["content"] = [block | ({"citations": None} if block["type"] == "text" and
+                                   "citations" not in block else {}) for block in content if block]
     return {**message, "container": None}
 
 
@@ -8495,17 +8676,28 @@ class Pair(NamedTuple):
 
 def rewritten(read: Callable[[Json, Context], Ask], write: Callable[[Ask, Context], Json],
               body: Json, ctx: Context) -> Json:
-    """A request through a reader and a writer."""
+    """A request through a reader and a writer; RequestError for what the provider cannot do."""
     try:
         ask = read(body, ctx)
-        ctx.alias = ask.model
-        return write(ask, ctx)
+        ctx.alias, ctx.stream, ctx.stops = ask.model, bool(ask.stream), ask.stop
+        payload = write(ask, ctx)
     except RecursionError:
         raise RequestError("the request body is nested too deeply") from None
+    if ctx.inbound == MESSAGES.word:
+        ctx.estimate = estimate_tokens(payload)
+    return payload
 
 
-def answered(stream: Stream, body: Any, ctx: Context) -> Json:
+def streamed(read: Callable[[Writer, Context], Reader], write: Callable[[Context], Writer],
+             ctx: Context) -> Stream:
+    """A stream through a reader and a writer, see translated()."""
+    out = write(ctx)
+    return translated(read(out, ctx), out)
+
+
+def answered(streams: Callable[[Context], Stream], body: Any, ctx: Context) -> Json:
     """An answer in one piece through the stream of its pair."""
+    stream = streams(ctx)
     next(stream)
     out: list[Any] = []
     try:
@@ -8516,101 +8708,30 @@ def answered(stream: Stream, body: Any, ctx: Context) -> Json:
     raise cut_short("its end")
 
 
-def responses_to_messages_request(body: Json, ctx: Context) -> Json:
-    """A Responses request for an Anthropic Messages provider."""
-    return rewritten(read_responses, write_messages, body, ctx)
+through = functools.partial
+responses_to_messages_request = through(rewritten, read_responses, write_messages)
+messages_to_responses_stream = through(streamed, MessagesReader, ResponsesWriter)
+messages_to_responses_response = through(answered, messages_to_responses_stream)
 
+responses_to_chat_request = through(rewritten, read_responses, write_chat)
+chat_to_responses_stream = through(streamed, ChatReader, ResponsesWriter)
+chat_to_responses_response = through(answered, chat_to_responses_stream)
 
-def messages_to_responses_stream(ctx: Context) -> Stream:
-    """The stream of an Anthropic Messages provider for a Responses client."""
-    out = ResponsesWriter(ctx)
-    return translated(MessagesReader(out, ctx), out)
+chat_to_messages_request = through(rewritten, read_chat, write_messages)
+messages_to_chat_stream = through(streamed, MessagesReader, ChatWriter)
+messages_to_chat_response = through(answered, messages_to_chat_stream)
 
+messages_to_responses_request = through(rewritten, read_messages, write_responses)
+responses_to_messages_stream = through(streamed, ResponsesReader, MessagesWriter)
+responses_to_messages_response = through(answered, responses_to_messages_stream)
 
-def messages_to_responses_response(body: Any, ctx: Context) -> Json:
-    """The answer of an Anthropic Messages provider for a Responses client."""
-    return answered(messages_to_responses_stream(ctx), body, ctx)
+messages_to_chat_request = through(rewritten, read_messages, write_chat)
+chat_to_messages_stream = through(streamed, ChatReader, MessagesWriter)
+chat_to_messages_response = through(answered, chat_to_messages_stream)
 
-
-def responses_to_chat_request(body: Json, ctx: Context) -> Json:
-    """A Responses request for a Chat Completions provider."""
-    return rewritten(read_responses, write_chat, body, ctx)
-
-
-def chat_to_responses_stream(ctx: Context) -> Stream:
-    """The stream of a Chat Completions provider for a Responses client."""
-    out = ResponsesWriter(ctx)
-    return translated(ChatReader(out, ctx), out)
-
-
-def chat_to_responses_response(body: Any, ctx: Context) -> Json:
-    """The answer of a Chat Completions provider for a Responses client."""
-    return answered(chat_to_responses_stream(ctx), body, ctx)
-
-
-def chat_to_messages_request(body: Json, ctx: Context) -> Json:
-    """A Chat Completions request for an Anthropic Messages provider."""
-    return rewritten(read_chat, write_messages, body, ctx)
-
-
-def messages_to_chat_stream(ctx: Context) -> Stream:
-    """The stream of an Anthropic Messages provider for a Chat Completions client."""
-    out = ChatWriter(ctx)
-    return translated(MessagesReader(out, ctx), out)
-
-
-def messages_to_chat_response(body: Any, ctx: Context) -> Json:
-    """The answer of an Anthropic Messages provider for a Chat Completions client."""
-    return answered(messages_to_chat_stream(ctx), body, ctx)
-
-
-def messages_to_responses_request(body: Json, ctx: Context) -> Json:
-    """An Anthropic Messages request for a Responses provider."""
-    return rewritten(read_messages, write_responses, body, ctx)
-
-
-def responses_to_messages_stream(ctx: Context) -> Stream:
-    """The stream of a Responses provider for an Anthropic Messages client."""
-    out = MessagesWriter(ctx)
-    return translated(ResponsesReader(out, ctx), out)
-
-
-def responses_to_messages_response(body: Any, ctx: Context) -> Json:
-    """The answer of a Responses provider for an Anthropic Messages client."""
-    return answered(responses_to_messages_stream(ctx), body, ctx)
-
-
-def messages_to_chat_request(body: Json, ctx: Context) -> Json:
-    """An Anthropic Messages request for a Chat Completions provider."""
-    return rewritten(read_messages, write_chat, body, ctx)
-
-
-def chat_to_messages_stream(ctx: Context) -> Stream:
-    """The stream of a Chat Completions provider for an Anthropic Messages client."""
-    out = MessagesWriter(ctx)
-    return translated(ChatReader(out, ctx), out)
-
-
-def chat_to_messages_response(body: Any, ctx: Context) -> Json:
-    """The answer of a Chat Completions provider for an Anthropic Messages client."""
-    return answered(chat_to_messages_stream(ctx), body, ctx)
-
-
-def chat_to_responses_request(body: Json, ctx: Context) -> Json:
-    """A Chat Completions request for a Responses provider."""
-    return rewritten(read_chat, write_responses, body, ctx)
-
-
-def responses_to_chat_stream(ctx: Context) -> Stream:
-    """The stream of a Responses provider for a Chat Completions client."""
-    out = ChatWriter(ctx)
-    return translated(ResponsesReader(out, ctx), out)
-
-
-def responses_to_chat_response(body: Any, ctx: Context) -> Json:
-    """The answer of a Responses provider for a Chat Completions client."""
-    return answered(responses_to_chat_stream(ctx), body, ctx)
-
+chat_to_responses_request = through(rewritten, read_chat, write_responses)
+responses_to_chat_stream = through(streamed, ResponsesReader, ChatWriter)
+responses_to_chat_response = through(answered, responses_to_chat_stream)
 
 PAIRS: dict[tuple[str, str], Pair] = {
     ("responses", "messages"): Pair(responses_to_messages_request, messages_to_responses_response,
@@ -8724,8 +8845,8 @@ class Exchange:
     """Everything about one request that is told afterwards, in the log and in headers."""
 
     __slots__ = ("body", "choices", "chunks", "content_type", "down", "dropped", "encoding",
-                 "error", "head_at", "id", "inbound", "inbound_bytes", "last_byte_at", "method",
-                 "model", "observed", "path", "phase", "provider", "provider_bytes",
+                 "error", "estimate", "head_at", "id", "inbound", "inbound_bytes", "last_byte_at",
+                 "method", "model", "observed", "path", "phase", "provider", "provider_bytes",
                  "provider_protocol", "rates", "route", "sse", "started", "status",
                  "upstream_model")
 
@@ -8745,6 +8866,7 @@ class Exchange:
         self.encoding: str | None = None  # the Transfer-Encoding of the answer
         self.sse = False
         self.dropped = 0  # how many parts a translation has left out, as far as was told
+        self.estimate = 0  # of the tokens of a request that was translated
         self.rates: Sequence[Field] = ()
         self.observed: Observed | None = None
         self.error: str | None = None
@@ -10719,6 +10841,11 @@ class Server:
 
 # -- admission ---------------------------------------------------------------
 
+def protocol_of(path: str) -> Protocol | None:
+    """The protocol that a path is of; None where there is nothing."""
+    return MESSAGES if path in COUNT_PATHS else MODEL_PATHS.get(path)
+
+
 def admit(head: RequestHead, settings: ServerConfig) -> Protocol | int:
     """The protocol of a request that is let in, or the status it is answered with here;
     RequestError says why not (rulings 16 and 5)."""
@@ -10734,10 +10861,10 @@ def admit(head: RequestHead, settings: ServerConfig) -> Protocol | int:
         raise RequestError("a valid API key of this proxy is needed", status=401,
                            fix="send one of server.api_keys as Authorization: Bearer or x-api-key",
                            fields=[b"www-authenticate: Bearer"])
-    protocol = MODEL_PATHS.get(head.path)
+    protocol = protocol_of(head.path)
     if protocol is None:
         raise RequestError("there is nothing at this path", status=404,
-                           fix="the paths are " + ", ".join(MODEL_PATHS))
+                           fix="the paths are " + ", ".join((*MODEL_PATHS, *COUNT_PATHS)))
     if head.method != b"POST":
         raise method_error(b"POST")
     return protocol
@@ -10807,20 +10934,43 @@ class Provider:
                       b"accept-encoding: identity"]
         self.template_key = bool(TEMPLATE_KEY.search(settings.api_key or ""))
         self.target = join_target(urlsplit(settings.base_url).path, self.protocol.path, "")
-        self.first = f"POST {self.target}".encode("ascii")
+        self.first = self.first_line(self.target)
         if self.origin.proxy and self.origin.scheme == "http":
-            # Plain HTTP goes through a forward proxy in absolute form (9112 3.2.2), with its
-            # credentials.
-            self.first = f"POST http://{self.origin.authority}{self.target}".encode("ascii")
             self.fixed += proxy_authorization(urlsplit(self.origin.proxy))
 
+    def first_line(self, target: str) -> bytes:
+        """The request line for a target, without the version. Plain HTTP goes through a forward
+        proxy in absolute form (9112 3.2.2), with its credentials."""
+        absolute = self.origin.proxy and self.origin.scheme == "http"
+        return f"POST {f'http://{self.origin.authority}' if absolute else ''}{target}".encode("ascii")
+
     def request_head(self, head: RequestHead, length: int,
-                     translated: Sequence[bytes] | None = None) -> bytes:
-        """The head of a provider request, final empty line included. The query of a translated one
-        stays here, for it is the client's protocol that knows its words."""
+                     translated: Sequence[bytes] | None = None, path: str = "") -> bytes:
+        """The head of a provider request, final empty line included; `path` is another one than
+        the protocol's. The query of a translated one stays here, for it is the client's protocol
+        that knows its words."""
         query = b"" if translated is not None else head.query.encode("ascii")
-        return format_lines(b"%b%b HTTP/1.1" % (self.first, query), *provider_lines(
+        first = self.first if not path else self.first_line(
+            join_target(urlsplit(self.settings.base_url).path, path, ""))
+        return format_lines(b"%b%b HTTP/1.1" % (first, query), *provider_lines(
             head, self.protocol, self.fixed, length, translated))
+
+
+# Where providers count tokens, of those that do; vLLM and llama.cpp have Anthropic's path.
+COUNT_TARGETS = {"messages": COUNT_PATHS[0], "chat": COUNT_PATHS[0],
+                 "responses": f"{RESPONSES.path}/input_tokens"}
+COUNTED_MEMBERS = ("model", "input", "instructions", "tools", "tool_choice", "parallel_tool_calls",
+                   "reasoning", "text")
+CANNOT_COUNT = (404, 405, 501)
+
+
+def counted_tokens(status: int, raw: bytes) -> int | None:
+    """The count in a provider's answer; None where it gave none."""
+    try:
+        count = mapping(load(raw)).get("input_tokens")
+    except ValueError:
+        return None
+    return count if 200 <= status < 300 and type(count) is int else None
 
 
 class Job(NamedTuple):
@@ -11012,7 +11162,7 @@ class Proxy:
             self.log.event(logging.DEBUG, "recv",
                            {**base_fields(exchange), "content_length": head.length})
         # so that a refusal has the shape the client expects
-        exchange.inbound = MODEL_PATHS.get(head.path)
+        exchange.inbound = protocol_of(head.path)
         connection.extra += check_origin(head, self.config.server)
         protocol = admit(head, self.config.server)
         if isinstance(protocol, int):
@@ -11027,6 +11177,9 @@ class Proxy:
         decision = choose(self.routes, self.defaults, protocol.name, request.model)
         provider = self.provider_for(decision, exchange)
         pair = pair_for(protocol, provider.protocol, self.config.translation.extended_pairs)
+        if head.path in COUNT_PATHS:
+            await self.count(connection, head, exchange, provider, request, pair)
+            return
         if pair:
             job, body = self.translate_request(connection, exchange, provider, pair, request.body)
         else:
@@ -11045,6 +11198,51 @@ class Proxy:
             if payload is None or not payload.released:
                 link.abort()
             raise
+
+    async def count(self, connection: Connection, head: RequestHead, exchange: Exchange,
+                    provider: Provider, request: ModelRequest, pair: Pair | None) -> None:
+        """Answer count_tokens: by the provider where it can count, else with an estimate, which a
+        header tells. Claude Code asks often, so this never fails for want of a counter."""
+        ask: Json = {**request.body, "model": exchange.upstream_model}
+        payload = ask
+        if pair:
+            raw = self.translate_request(connection, exchange, provider, pair, request.body)[1]
+            payload = load(raw)
+        lines = [b"content-type: application/json", date_line()]
+        native = provider.protocol is MESSAGES or provider.settings.profile.count_native
+        if native:
+            if provider.protocol is RESPONSES:
+                ask = {name: payload[name] for name in COUNTED_MEMBERS if name in payload}
+            for name in ("max_tokens", "stream"):
+                ask.pop(name, None)
+            body = dump(ask)
+            exchange.body, exchange.provider_bytes, exchange.phase = ask, len(body), PHASES[1]
+            link, answer, rest = await self.send(
+                connection, head, exchange, provider, body,
+                translated_lines(False, ()) if pair else None, COUNT_TARGETS[provider.protocol.word])
+            content = response_body(provider, link, answer, rest)
+            try:
+                exchange.status = answer.status
+                if not pair and answer.status not in CANNOT_COUNT:
+                    await self.respond(connection, exchange, provider, answer, content, None)
+                    return
+                found, complete = await self.read_up_to(connection, provider, content,
+                                                        ERROR_BODY_BYTES)
+                self.release(content, answer, complete)
+            except BaseException:
+                if not content.released:
+                    link.abort()
+                raise
+            counted = counted_tokens(answer.status, found)
+        else:
+            counted = None
+        if counted is None:
+            counted = estimate_tokens(payload)
+            lines.append(b"x-proxai-token-count: estimate")
+        raw = dump({"input_tokens": counted})
+        exchange.status, exchange.phase, exchange.down = 200, PHASES[3], len(raw)
+        connection.write_head(200, lines, len(raw), raw)
+        self.log_end(exchange, logging.INFO, "end")
 
     def answer_here(self, connection: Connection, head: RequestHead, status: int) -> None:
         """Health, and the preflight of a browser that may call (Fetch, CORS protocol)."""
@@ -11081,6 +11279,7 @@ class Proxy:
             raw = dump(payload)
         except ValueError as error:
             raise RequestError(f"the request body is {error}") from None
+        exchange.estimate = ctx.estimate
         self.tell_dropped(connection, exchange, ctx.dropped)
         return Job(pair, ctx, translated_lines(payload.get("stream") is True, ctx.headers)), raw
 
@@ -11101,7 +11300,7 @@ class Proxy:
 
     async def send(self, connection: Connection, head: RequestHead, exchange: Exchange,
                    provider: Provider, body: bytes, translated: Sequence[bytes] | None = None,
-                   ) -> tuple[Link, ResponseHead, bytes]:
+                   path: str = "") -> tuple[Link, ResponseHead, bytes]:
         """Send the provider request when its turn has come;
         holds a slot until the answer's head is there."""
         if connection.gone:
@@ -11113,7 +11312,7 @@ class Proxy:
         async with self.slots:
             try:
                 found = await self.pool.exchange(
-                    provider.origin, provider.request_head(head, len(body), translated), body,
+                    provider.origin, provider.request_head(head, len(body), translated, path), body,
                     connection.watch, settings.connect_timeout_secs,
                     settings.read_idle_timeout_secs, functools.partial(self.log_sent, exchange))
             except UpstreamError as error:
@@ -11615,7 +11814,7 @@ def response_body(provider: Provider, link: Link, answer: ResponseHead,
 def error_for(exchange: Exchange, error: ProxyError) -> ProxyError:
     """An error as the client of an exchange understands it."""
     if isinstance(error, UpstreamError) and exchange.inbound and translation_name(exchange):
-        return translated_error(error, exchange.inbound, exchange.provider_bytes // 4)
+        return translated_error(error, exchange.inbound, exchange.estimate)
     return error
 
 
@@ -11778,10 +11977,10 @@ def demo_events(protocol: Protocol, turn: DemoTurn, now: int, body: Json) -> Ite
     ctx = Context(protocol.word, CHAT.word, turn.model, now=now)
     ctx.estimate = turn.tokens
     ctx.echo = ECHOED | {k: v for k, v in body.items() if k in ECHOED and v is not None}
-    return through(PAIRS[protocol.word, CHAT.word].stream(ctx), chunks)
+    return pair_events(PAIRS[protocol.word, CHAT.word].stream(ctx), chunks)
 
 
-def through(stream: Stream, items: Iterable[Any]) -> Iterator[Any]:
+def pair_events(stream: Stream, items: Iterable[Any]) -> Iterator[Any]:
     """The client's events that the stream of a pair makes of a provider's."""
     next(stream)
     try:
@@ -11799,13 +11998,17 @@ class Demo:
 
     async def serve(self, connection: Connection, head: RequestHead) -> None:
         """Answer one request."""
-        protocol = MODEL_PATHS.get(head.path)
+        protocol = protocol_of(head.path)
         try:
             admit(head, ServerConfig())
             if protocol is None:
                 connection.write_head(200, [b"content-type: application/json"], 2, b"{}")
                 return
             body = read_model_request(protocol, await connection.read_body(64 << 20)).body
+            if head.path in COUNT_PATHS:
+                data = dump({"input_tokens": estimate_tokens(body)})
+                connection.write_head(200, [b"content-type: application/json"], len(data), data)
+                return
             await self.answer(connection, protocol, body)
         except ProxyError as error:
             write_error(connection, error, "native", protocol)
@@ -11959,7 +12162,7 @@ def translated_events(pair: Pair, ctx: Context, provider: Protocol, inbound: Pro
     """A stream translated, as text; its failure is the last event, and raised."""
     payloads = StreamObserver(provider, len(raw) + 1).payloads(raw + b"\n\n", 0.0)
     try:
-        for event in through(pair.stream(ctx), [*payloads, None]):
+        for event in pair_events(pair.stream(ctx), [*payloads, None]):
             yield event_bytes(inbound, event).decode()
     except ProxyError as error:
         for event in error.events:

@@ -1366,7 +1366,7 @@ FULL_PROFILE = {
     "tool_arguments": "buffer", "think_tags": "off", "deferred_tools": "all", "custom_tools": True,
     "allowed_tools": True, "model_class": "K3", "lenient_thinking": True, "native_system": True,
     "thinking_binding": True, "reasoning": True, "efforts": ("low", "max"), "encrypted_reasoning": False,
-    "reasoning_summary": False, "sampling": True, "max_output_tokens": False, "output_lists": True, "phase": True,
+    "reasoning_summary": False, "sampling": True, "max_output_tokens": False, "output_lists": True, "phase": True, "count_native": True,
 }
 FULL_VALUES = {
     "server.host": "127.0.0.2", "server.port": 1, "server.api_keys": ("client-1", "client-2"),
