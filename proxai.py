@@ -709,6 +709,7 @@ def glob_source(tokens: list[str]) -> str:
             raise re.error("the [ has no ]", "".join(tokens), len("".join(tokens[:i])))
         elif len(token) > 1:
             inside = re.sub(r"([\\\[\]&~|^])", r"\\\1", token[1:-1].removeprefix("!"))
+            inside = inside.replace("--", "\\--")  # no set difference
             parts[-1] += f"[{'^' if token[1] == '!' else ''}{inside}]"
         else:
             parts[-1] += re.escape(token)
@@ -12162,7 +12163,7 @@ def translated_events(pair: Pair, ctx: Context, provider: Protocol, inbound: Pro
     """A stream translated, as text; its failure is the last event, and raised."""
     payloads = StreamObserver(provider, len(raw) + 1).payloads(raw + b"\n\n", 0.0)
     try:
-        for event in pair_events(pair.stream(ctx), [*payloads, None]):
+        for event in pair_events(pair.stream(ctx), itertools.chain(payloads, [None])):
             yield event_bytes(inbound, event).decode()
     except ProxyError as error:
         for event in error.events:
@@ -12465,6 +12466,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
 
 
 def open_outputs() -> None:
