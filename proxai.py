@@ -7066,12 +7066,13 @@ class ChatReader(Reader):
         reason = choice["finish_reason"]
         if not isinstance(reason, str):
             return
-        if reason in CHAT_FAULTS:
+        if reason in CHAT_FAULTS or isinstance(choice.get("error"), dict):
             raise fault_of(choice.get("error") or {
                 "message": f"the provider ended the answer with {reason}", "type": reason})
         if self.reason is None or (reason == "tool_calls" and self.reason == "stop"):
             self.reason = reason
-        self.matched = text_of(choice.get("stop_reason")) or text_of(choice.get("matched_stop"))
+        self.matched = (self.matched or text_of(choice.get("stop_reason"))
+                        or text_of(choice.get("matched_stop")))
 
     def delta(self, delta: Json, choice: Json) -> None:
         """What a chunk adds: reasoning, text, refusal, calls, in this order."""
