@@ -6604,6 +6604,7 @@ class Usage(NamedTuple):
     output: int = 0
     reasoning: int | None = None
     tier: str | None = None
+    total: int = 0  # as the provider tells it
 
 
 class Stop(NamedTuple):
@@ -7065,12 +7066,13 @@ class ChatReader(Reader):
         reason = choice["finish_reason"]
         if not isinstance(reason, str):
             return
-        if reason in CHAT_FAULTS:
+        if reason in CHAT_FAULTS or isinstance(choice.get("error"), dict):
             raise fault_of(choice.get("error") or {
                 "message": f"the provider ended the answer with {reason}", "type": reason})
         if self.reason is None or (reason == "tool_calls" and self.reason == "stop"):
             self.reason = reason
-        self.matched = text_of(choice.get("stop_reason")) or text_of(choice.get("matched_stop"))
+        self.matched = (self.matched or text_of(choice.get("stop_reason"))
+                        or text_of(choice.get("matched_stop")))
 
     def delta(self, delta: Json, choice: Json) -> None:
         """What a chunk adds: reasoning, text, refusal, calls, in this order."""
@@ -7078,14 +7080,16 @@ class ChatReader(Reader):
         content = delta.get("content")
         if isinstance(content, str) and content:
             self.content(content, mapping(choice.get("logprobs")).get("content"))
+        parts = 0
         for part in map(mapping, listing(content)):
             if part.get("type") == "thinking":
                 self.think("".join(text_of(mapping(p).get("text")) for p in
                                    listing(part.get("thinking"))), "thinking")
             elif text := text_of(part.get("text")):
-                self.say(text)
-                if self.ctx.inbound == RESPONSES.word:  # which knows parts
+                if parts and self.ctx.inbound == RESPONSES.word:  # which knows parts
                     self.close_open()
+                parts += 1
+                self.say(text)
         if refusal := text_of(delta.get("refusal")):
             self.refusal.append(refusal)
             self.segment("refusal", refusal)
@@ -7231,7 +7235,10 @@ class ChatReader(Reader):
         """A fragment of a tool call."""
         function = mapping(part.get("function")) or mapping(part.get("custom"))
         name, id = text_of(function.get("name")), text_of(part.get("id"))
-        call = self.slot(part.get("index"), id, name, used)
+        arguments = function.get("arguments", function.get("input"))
+        text = arguments if isinstance(arguments, str) else "" if arguments is None \
+            else compact(arguments)
+        call = self.slot(part.get("index"), id, name, text, used)
         used.append(call)
         call.id = call.id or id
         if name and call.segment is None and name != call.name:
@@ -7239,10 +7246,7 @@ class ChatReader(Reader):
         google = mapping(mapping(part.get("extra_content")).get("google"))
         if call.id and (signature := text_of(google.get("thought_signature"))):
             self.signatures[call.id] = signature
-        arguments = function.get("arguments", function.get("input"))
         custom = "custom" in part
-        text = arguments if isinstance(arguments, str) else "" if arguments is None \
-            else compact(arguments)
         if custom and text:
             call.text.append(text)
         elif text := self.news(call, text):
@@ -7279,7 +7283,7 @@ class ChatReader(Reader):
             return text[len(before):]
         return text
 
-    def slot(self, index: Any, id: str, name: str, used: list[ChatCall]) -> ChatCall:
+    def slot(self, index: Any, id: str, name: str, text: str, used: list[ChatCall]) -> ChatCall:
         """The call that a fragment belongs to, whatever the provider says or leaves out."""
         last = self.calls[-1] if self.calls else None
         found: ChatCall | None = None
@@ -7287,6 +7291,9 @@ class ChatReader(Reader):
             found = next((c for c in reversed(self.calls) if c.index == index), None)
             if found and id and found.id and id != found.id and name and (
                     found.complete() or (not found.text and found.name)):
+                found = None
+            elif found and name and not id and text.strip() and found.complete() \
+                    and text != found.whole():
                 found = None
         elif id:
             found = next((c for c in self.calls if c.id == id), None)
@@ -7361,7 +7368,7 @@ def chat_usage(usage: Json | None, tier: str | None) -> Usage | None:
                         for what in ("prompt", "completion", "total"))
     if reasoning and total == sent + got + reasoning:
         got += reasoning  # xAI counts them beside the completion
-    return Usage(sent, cached, written, got, reasoning, tier)
+    return Usage(sent, cached, written, got, reasoning, tier, total)
 
 
 # -- reading Responses (translation-responses.md 3.3, 5.3) -------------------
@@ -8149,7 +8156,7 @@ def responses_counts(usage: Usage | None) -> Json | None:
                                      "cache_write_tokens": usage.written},
             "output_tokens": usage.output,
             "output_tokens_details": {"reasoning_tokens": usage.reasoning or 0},
-            "total_tokens": usage.input + usage.output}
+            "total_tokens": usage.total or usage.input + usage.output}
 
 
 # -- writing Chat Completions (translation-chat.md 2.9, 2.10) ----------------
@@ -12163,7 +12170,7 @@ def translated_events(pair: Pair, ctx: Context, provider: Protocol, inbound: Pro
     """A stream translated, as text; its failure is the last event, and raised."""
     payloads = StreamObserver(provider, len(raw) + 1).payloads(raw + b"\n\n", 0.0)
     try:
-        for event in pair_events(pair.stream(ctx), itertools.chain(payloads, [None])):
+        for event in pair_events(pair.stream(ctx), [*payloads, None]):
             yield event_bytes(inbound, event).decode()
     except ProxyError as error:
         for event in error.events:
@@ -12466,9 +12473,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
 
 
 def open_outputs() -> None:
