@@ -3021,29 +3021,9 @@ class Context:
     seconds. A request fills what its answer needs; `dropped` maps paths to reasons.
     """
 
-    __slots__ = (
-        "alias",
-        "caps",
-        "dropped",
-        "echo",
-        "estimate",
-        "headers",
-        "host",
-        "ids",
-        "inbound",
-        "include_usage",
-        "kind",
-        "legacy",
-        "model",
-        "now",
-        "provider",
-        "realm",
-        "schema",
-        "stream",
-        "tools",
-        "wants_thinking",
-        "web_search",
-    )
+    __slots__ = ("alias", "caps", "dropped", "echo", "estimate", "headers", "host", "ids",
+                 "inbound", "include_usage", "kind", "legacy", "model", "now", "provider", "realm",
+                 "schema", "stream", "tools", "wants_thinking", "web_search")
 
     def __init__(self, inbound: str, provider: str, model: str, *, host: str = "",
                  profile: Any = None, realm: str | None = None, now: int = 0) -> None:
@@ -3054,11 +3034,9 @@ class Context:
                              for key, value in (profile or {}).items()}
             profile = ProfileConfig(**options)
         self.caps = capabilities(provider, host, model, profile)
-        self.kind = MODEL_CLASSES["X"]
-        if provider == MESSAGES.word:
-            own = model_class(model)
-            given = self.caps.model_class or own.name
-            self.kind = own if own.name == given else MODEL_CLASSES[given]
+        self.kind, given = model_class(model), self.caps.model_class
+        if given and given != self.kind.name:
+            self.kind = MODEL_CLASSES[given]
         self.realm = sha(realm if realm is not None else host)[:6]
         self.dropped: dict[str, str] = {}
         self.headers: list[bytes] = []
@@ -3240,18 +3218,27 @@ class Fields:
         """The path of a member."""
         return f"{self.path}.{key}" if self.path else key
 
+    def wrong(self, key: str, wants: str) -> RequestError:
+        """The error that a member is not what it must be."""
+        return RequestError(f"`{self.at(key)}` must be {wants}", param=self.at(key))
+
     def get(self, key: str, *kinds: type) -> Any:
         """A member that is null, missing or of one of `kinds` (of any, where none is named)."""
         value = self.left.pop(key, None)
         if kinds and value is not None and type(value) not in kinds:
-            wants = " or ".join(dict.fromkeys(TYPE_NAMES[kind] for kind in kinds))
-            raise RequestError(f"`{self.at(key)}` must be {wants}", param=self.at(key))
+            raise self.wrong(key, " or ".join(dict.fromkeys(TYPE_NAMES[kind] for kind in kinds)))
         return value
 
     def text(self, key: str) -> str | None:
         """A string."""
         value: str | None = self.get(key, str)
         return value
+
+    def name(self, key: str = "name") -> str:
+        """A string that must be there."""
+        if value := self.text(key):
+            return value
+        raise self.wrong(key, "a non-empty string")
 
     def flag(self, key: str) -> bool | None:
         """A boolean."""
@@ -3265,7 +3252,7 @@ class Fields:
 
     def count(self, key: str) -> int | None:
         """A whole number."""
-        value = self.get(key, int, float)
+        value = self.number(key)
         return None if value is None else int(value)
 
     def list(self, key: str) -> list[Any]:
@@ -3277,10 +3264,21 @@ class Fields:
         value = self.get(key, dict)
         return None if value is None else Fields(self.ctx, value, self.at(key))
 
+    def objects(self, key: str) -> Iterator[Fields]:
+        """The objects of an array, each to be taken apart in turn."""
+        for i, value in enumerate(self.list(key)):
+            yield Fields(self.ctx, value, f"{self.at(key)}[{i}]")
+
     def json(self, key: str) -> Json | None:
         """An object as it is."""
         value: Json | None = self.get(key, dict)
         return value
+
+    def mark(self) -> Json | None:
+        """A client's cache_control, with nothing in it but what is known."""
+        value = self.left.pop("cache_control", None)
+        ttl = mapping(value).get("ttl")
+        return cache_mark(ttl if ttl in ("5m", "1h") else None) if type(value) is dict else None
 
     def close(self, reason: str = "", trifles: Collection[str] = ()) -> None:
         """Report what is left and no trifle."""
@@ -3289,14 +3287,17 @@ class Fields:
                 self.ctx.drop(self.at(key), reason)
 
 
-A_NUMBER = "a number"
-TYPE_NAMES = {str: "a string", int: A_NUMBER, float: A_NUMBER, bool: "true or false",
+def cache_mark(ttl: str | None) -> Json:
+    """A cache mark in Anthropic's form."""
+    return {"type": "ephemeral", "ttl": ttl} if ttl else {"type": "ephemeral"}
+
+
+TYPE_NAMES = {str: "a string", int: "a number", float: "a number", bool: "true or false",
               list: "an array", dict: "an object"}
 
 # -- ids ---------------------------------------------------------------------
 
 SAFE_ID = re.compile(r"[a-zA-Z0-9_-]+")
-NINE = re.compile(r"[a-zA-Z0-9]{9}")
 BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 
@@ -3344,8 +3345,8 @@ def short_call_id(id: str) -> str:
 
 
 def nine_characters(id: str) -> str:
-    """An id in the form that Mistral demands."""
-    if NINE.fullmatch(id):
+    """An id in the form that Mistral demands: nine letters and digits."""
+    if len(id) == 9 and id.isascii() and id.isalnum():
         return id
     value, out = int(sha(id), 16), ""
     while len(out) < 9:
@@ -3359,12 +3360,8 @@ def forty_characters(id: str) -> str:
     return id if len(id) <= 40 else "call_" + sha(id)[:35]
 
 
-def any_id(id: str) -> str:
-    """An id as it is."""
-    return id
-
-
-CALL_IDS = {"any": any_id, "40": forty_characters, "9": nine_characters}
+CALL_IDS: Mapping[str, Callable[[str], str]] = {
+    "any": str, "40": forty_characters, "9": nine_characters}
 
 
 def safe_id(id: str) -> str:
@@ -3469,7 +3466,8 @@ def settle_choice(ask: Ask, names: ToolNames,
 
 # -- pairing of calls and results (translation-responses.md 1.8) ------------
 
-NO_RESULT = "[no result was recorded for this call]"
+# What stands for a result that never came.
+NO_RESULT = Out("", [Part("text", "[no result was recorded for this call]")], error=True, stub=True)
 
 
 def pair_up(atoms: Sequence[Atom], wire: Callable[[str], str], ctx: Context) -> list[Atom]:
@@ -3482,32 +3480,22 @@ def pair_up(atoms: Sequence[Atom], wire: Callable[[str], str], ctx: Context) -> 
     answers, strays = match_results(atoms)
     used: dict[str, int] = {}
     out: list[Atom] = []
-    run: list[Call] = []
-
-    def finish_run() -> None:
-        for call in run:
-            answer = answers.get(id(call))
-            stub = Out("", [Part("text", NO_RESULT)], error=True, stub=True)
-            out.append((answer or stub)._replace(id=ids[id(call)], kind=call.kind, name=call.name))
-        run.clear()
-
-    ids: dict[int, str] = {}
-    for atom in atoms:
-        if isinstance(atom, (Said, Thought)):
-            out.append(atom)
-        elif isinstance(atom, Call):
-            ids[id(atom)] = unique_id(atom.id or f"call_px_{len(ids)}", wire, used)
-            ctx.ids.add(atom.id)
-            run.append(atom)
-            out.append(atom._replace(id=ids[id(atom)]))
-        else:
-            finish_run()
-            if isinstance(atom, Out):
-                if (note := strays.get(id(atom))) is not None:
-                    out.append(User(noted(note, atom.parts)))
-            else:
+    calls = 0
+    for _, group in runs(atoms):
+        results: list[Out] = []
+        for atom in group:
+            if isinstance(atom, Call):
+                ctx.ids.add(atom.id)
+                wired = unique_id(atom.id or f"call_px_{calls}", wire, used)
+                calls += 1
+                results.append(answers.get(id(atom), NO_RESULT)._replace(
+                    id=wired, kind=atom.kind, name=atom.name))
+                out.append(atom._replace(id=wired))
+            elif not isinstance(atom, Out):
                 out.append(atom)
-    finish_run()
+            elif note := strays.get(id(atom)):
+                out.append(User(noted(note, atom.parts)))
+        out += results
     return out
 
 
@@ -3569,16 +3557,12 @@ def runs(atoms: Iterable[Atom]) -> Iterator[tuple[bool, list[Atom]]]:
 
 def parse_arguments(value: Any) -> Json:
     """Tool arguments as an object, whatever a model wrote (translation-chat.md 1.6)."""
-    if isinstance(value, dict):
-        return value
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return {}
-    found = value if not isinstance(value, str) else read_arguments(value)
+    found = value
+    if isinstance(value, str):
+        found = read_arguments(value) if value.strip() else None
     if found is ABSENT:
         return {"raw_arguments": value}
-    if found is None:
-        return {}
-    return found if isinstance(found, dict) else {"value": found}
+    return found if isinstance(found, dict) else {} if found is None else {"value": found}
 
 
 def read_arguments(text: str) -> Any:
@@ -3613,12 +3597,10 @@ def loose_json(text: str) -> Any:
 LOOSE_DECODER = json.JSONDecoder(strict=False, parse_constant=refuse_constant, parse_float=finite)
 
 
-def dump_arguments(value: Any) -> str:
+def dump_arguments(value: Json) -> str:
     """Arguments as text; what parse_arguments() could not read is what it was."""
-    if isinstance(value, dict) and list(value) == ["raw_arguments"] and \
-            isinstance(value["raw_arguments"], str):
-        return str(value["raw_arguments"])
-    return compact(value)
+    raw = value.get("raw_arguments")
+    return raw if isinstance(raw, str) and len(value) == 1 else compact(value)
 
 
 def compact(value: Any) -> str:
@@ -3654,9 +3636,7 @@ def input_schema(schema: Any) -> Json:
                 required = [*required, *(r for r in listing(branch.get("required"))
                                          if r not in required)]
     out["properties"] = properties
-    if required:
-        out["required"] = required
-    return out
+    return out | ({"required": required} if required else {})
 
 
 def closed_schema(schema: Any) -> Json:
@@ -3752,8 +3732,7 @@ def read_data_url(url: str) -> tuple[str, str] | None:
     data = url[match.end():]
     if not match[3]:
         data = base64.b64encode(unquote_to_bytes(data)).decode("ascii")
-    media = match[1].lower().strip()
-    media = "image/jpeg" if media == "image/jpg" else media
+    media = match[1].lower().strip().replace("image/jpg", "image/jpeg")
     if media in ("", "application/octet-stream", "binary/octet-stream"):
         media = sniffed(data) or media
     return media, data
@@ -3770,9 +3749,7 @@ def sniffed(data: str) -> str | None:
 def media_part(url: str, **more: Any) -> Part:
     """An image or a file from a URL of either kind."""
     found = read_data_url(url)
-    if found is None:
-        return Part(url=url, **more)
-    return Part(media=found[0], data=found[1], **more)
+    return Part(media=found[0], data=found[1], **more) if found else Part(url=url, **more)
 
 
 def decoded_text(part: Part) -> str:
@@ -3783,9 +3760,9 @@ def decoded_text(part: Part) -> str:
         return ""
 
 
-def document_text(part: Part, text: str) -> str:
+def document_text(name: str | None, text: str) -> str:
     """A document as text for a model that takes no files."""
-    title = f' title="{part.name}"' if part.name else ""
+    title = f' title="{name}"' if name else ""
     return f"<document{title}>\n{text}\n</document>"
 
 
@@ -3828,17 +3805,11 @@ def seal(kind: str, body: str, text: str, ctx: Context) -> str:
 def unseal(value: Any, text: str, ctx: Context) -> Thought | None:
     """What seal() put in; None for foreign, cut or edited strings, and for another provider's."""
     parts = value.split(".", 5) if isinstance(value, str) else []
-    if len(parts) != 6 or parts[0] != "px1":
+    if len(parts) != 6 or value != seal(parts[1], parts[5], text, ctx):
         return None
-    _, kind, realm, check, length, body = parts
-    bound = text if kind == "at" else ""
-    if (realm != ctx.realm or length != str(len(body))
-            or check != sha("\0".join((kind, realm, bound, body)))[:8]):
-        return None
-    if kind not in ("ab", "cd"):
-        return Thought(kind, text, body)
-    packed = unpack(body)
-    return None if packed is ABSENT else Thought(kind, text, packed)
+    kind, body = parts[1], parts[5]
+    found = unpack(body) if kind in ("ab", "cd") else body
+    return None if found is ABSENT else Thought(kind, text, found)
 
 
 def pack(value: Any) -> str:
@@ -3848,12 +3819,9 @@ def pack(value: Any) -> str:
 
 def unpack(body: str) -> Any:
     """What pack() was given; ABSENT where that cannot be told."""
-    data = from_base64url(body)
-    if data is None:
-        return ABSENT
     try:
         inflater = zlib.decompressobj()
-        raw = inflater.decompress(data, CARRIER_BYTES)
+        raw = inflater.decompress(from_base64url(body) or b"", CARRIER_BYTES)
         return load(raw) if inflater.eof else ABSENT
     except (ValueError, zlib.error):
         return ABSENT
@@ -3971,9 +3939,15 @@ ECHOED: Json = {
     "safety_identifier": None, "prompt_cache_key": None, "service_tier": None, "prompt": None,
 }
 # What history carries and no other protocol has a place for: not worth a word.
-ITEM_TRIFLES = frozenset(("id", "status", "phase", "type", "internal_chat_message_metadata_passthrough",
-                          "agent", "caller", "created_by"))
-PART_TRIFLES = frozenset(("annotations", "logprobs", "type", "parsed"))
+ITEM_TRIFLES = frozenset((
+    "id", "status", "phase", "type", "internal_chat_message_metadata_passthrough", "agent",
+    "caller", "created_by"))
+
+
+def begin(fields: Fields) -> Ask:
+    """A request with what all protocols call by the same names."""
+    return Ask(fields.text("model") or fields.ctx.model, stream=fields.flag("stream"),
+               temperature=fields.number("temperature"), top_p=fields.number("top_p"))
 
 
 def read_responses(body: Json, ctx: Context) -> Ask:
@@ -3985,30 +3959,23 @@ def read_responses(body: Json, ctx: Context) -> Ask:
                                " send the full input", param=name)
     ctx.echo = {name: default if body.get(name) is None else body[name]
                 for name, default in ECHOED.items()}
-    ask = Ask(fields.text("model") or ctx.model, stream=fields.flag("stream"))
-    ask.parallel = fields.flag("parallel_tool_calls")
+    ask = begin(fields)
     ask.max_tokens = fields.count("max_output_tokens")
     if ask.max_tokens is not None and ask.max_tokens < 1:
-        raise RequestError("`max_output_tokens` must be 1 or more", param="max_output_tokens")
-    ask.temperature, ask.top_p = fields.number("temperature"), fields.number("top_p")
+        raise fields.wrong("max_output_tokens", "1 or more")
     if instructions := fields.text("instructions"):
         ask.system.append(Part("text", instructions, path="instructions"))
-    read_responses_reasoning(ask, fields.object("reasoning"))
-    if text := fields.object("text"):
-        ask.format = read_text_format(text.object("format"))
-        keep(ask, text, "verbosity")
-        text.close()
+    read_settings(ask, fields)
     read_openai_common(ask, fields)
     if fields.count("top_logprobs"):
         ask.more["top_logprobs"] = ("top_logprobs", body["top_logprobs"])
-    include = fields.list("include")
-    if "message.output_text.logprobs" in include:
+    if "message.output_text.logprobs" in fields.list("include"):
         ask.more.setdefault("logprobs", ("include", True))
     for name in ("stream_options", "store"):
         fields.get(name)
-    for i, tool in enumerate(fields.list("tools")):
-        ask.tools += read_responses_tool(ctx, tool, f"tools[{i}]")
-    ask.choice = read_responses_choice(fields.get("tool_choice", str, dict), ctx)
+    for tool in fields.objects("tools"):
+        ask.tools += read_responses_tool(tool)
+    ask.choice = read_choice(fields.get("tool_choice", str, dict), ctx)
     read_responses_input(ask, fields.get("input", str, list), ctx)
     fields.close()
     finish_tools(ask, ctx)
@@ -4023,7 +3990,8 @@ def keep(ask: Ask, fields: Fields, *names: str) -> None:
 
 
 def read_openai_common(ask: Ask, fields: Fields) -> None:
-    """What Responses and Chat call by the same names: user, tier, cache."""
+    """What Responses and Chat call by the same names: parallel calls, user, tier, cache."""
+    ask.parallel = fields.flag("parallel_tool_calls")
     metadata = fields.json("metadata")
     ids = [mapping(metadata).get("user_id"), fields.left.get("safety_identifier"),
            fields.left.get("user")]
@@ -4034,8 +4002,7 @@ def read_openai_common(ask: Ask, fields: Fields) -> None:
         ask.more["metadata"] = ("metadata", metadata)
     ask.tier = fields.text("service_tier")
     options = fields.json("prompt_cache_options") or {}
-    if options.get("ttl") in ("30m", "12h", "1h") or \
-            fields.left.get("prompt_cache_retention") == "24h":
+    if options.get("ttl") in LONG_TTLS or fields.left.get("prompt_cache_retention") == "24h":
         ask.ttl = "1h"
     ask.marks = options.get("mode") != "explicit"
     if options:
@@ -4047,41 +4014,50 @@ def read_openai_common(ask: Ask, fields: Fields) -> None:
         raise RequestError("`moderation` cannot be done by this provider", param="moderation")
 
 
-def read_responses_reasoning(ask: Ask, fields: Fields | None) -> None:
-    """The reasoning wish of a Responses request, or of a later configuration_update."""
-    if fields is None:
-        return
-    level = known_effort(fields, "effort")
-    summary = fields.text("summary") or fields.left.pop("generate_summary", None)
-    fields.left.pop("generate_summary", None)
-    if level or summary:
-        before = ask.effort or Effort(display="omitted")
-        ask.effort = before._replace(level=level or before.level,
-                                     display="summarized" if summary else before.display)
-    fields.close()
+LONG_TTLS = ("30m", "12h", "1h")  # for which a cache mark of an hour is the nearest
 
 
-def known_effort(fields: Fields, name: str) -> str | None:
+def read_settings(ask: Ask, fields: Fields) -> None:
+    """Reasoning and text of a Responses request, or of a configuration_update in its input: the
+    last one holds."""
+    if wish := fields.object("reasoning"):
+        level, older = known_effort(wish, "effort"), wish.get("generate_summary")
+        summary = wish.text("summary") or older
+        if level or summary:
+            before = ask.effort or Effort(display="omitted")
+            ask.effort = before._replace(level=level or before.level,
+                                         display="summarized" if summary else before.display)
+        wish.close()
+    if text := fields.object("text"):
+        ask.format = read_format(text.object("format")) or ask.format
+        if not fields.path:
+            keep(ask, text, "verbosity")
+            text.close()
+
+
+def known_effort(fields: Fields | None, name: str) -> str | None:
     """An effort level that is one."""
-    level = fields.text(name)
-    if level is not None and level not in EFFORTS:
+    level = fields.text(name) if fields else None
+    if fields and level is not None and level not in EFFORTS:
         fields.ctx.drop(fields.at(name), "unknown effort level")
         return None
     return level
 
 
-def read_text_format(fields: Fields | None) -> Format | None:
-    """The answer's format in the flat shape of Responses."""
+def read_format(fields: Fields | None) -> Format | None:
+    """The answer's format: flat in Responses, its schema one level deeper in Chat Completions."""
     kind = fields.text("type") if fields else None
     if fields is None or kind in (None, "text"):
         return None
     if kind == "json_object":
         return Format(None)
-    if kind != "json_schema":
-        raise RequestError(f"`{fields.at('type')}` must be text, json_object or json_schema",
-                           param=fields.at("type"))
-    return Format(fields.json("schema") or {}, fields.text("name") or "output",
-                  fields.flag("strict"), fields.text("description"))
+    inner = None
+    if kind == "json_schema":
+        inner = fields.object(kind) if fields.ctx.inbound == CHAT.word else fields
+    if inner is None:
+        raise fields.wrong("type", "text, json_object or json_schema")
+    return Format(inner.json("schema") or {}, inner.text("name") or "output",
+                  inner.flag("strict"), inner.text("description"))
 
 
 SHELL_SCHEMA: Json = {"type": "object", "properties": {
@@ -4102,61 +4078,61 @@ CLIENT_TOOLS: Mapping[str, tuple[str, Json]] = {
     "tool_search": ("", {"type": "object", "properties": {
         "query": {"type": "string"}, "limit": {"type": "integer"}}}),
 }
-TOOL_TRIFLES = ("type", "output_schema", "async", "defer_loading", "allowed_callers")
-
-
-def read_responses_tool(ctx: Context, value: Any, path: str, space: str = "",
-                        about: str = "") -> list[Tool]:
+def read_responses_tool(fields: Fields, space: str = "", about: str = "") -> list[Tool]:
     """One entry of `tools` (a namespace holds several)."""
-    fields = Fields(ctx, value, path)
+    value, path = dict(fields.left), fields.path
     kind = fields.text("type") or "function"
     if kind == "namespace":
         space, about = fields.text("name") or "", fields.text("description") or ""
-        return [tool for i, child in enumerate(fields.list("tools"))
-                for tool in read_responses_tool(ctx, child, f"{path}.tools[{i}]", space, about)]
+        return [tool for child in fields.objects("tools")
+                for tool in read_responses_tool(child, space, about)]
     deferred = bool(fields.flag("defer_loading"))
+    if kind == "tool_search" and fields.text("execution") != "client":
+        return [Tool("hosted_search", kind, path=path)]
     if kind in CLIENT_TOOLS:
-        text, schema = cast("tuple[str, Json | None]", CLIENT_TOOLS[kind])
+        text, schema = CLIENT_TOOLS[kind]
         if kind == "tool_search":
-            if fields.text("execution") != "client":
-                return [Tool("hosted_search", kind, path=path)]
             schema = fields.json("parameters") or schema
         return [Tool(kind, kind, fields.text("description") or text, schema, raw=value, path=path)]
+    if kind.startswith("web_search"):
+        return [Tool("web_search", "web_search", raw=value, path=path)]
     if kind not in ("function", "custom"):
-        if kind.startswith("web_search"):
-            return [Tool("web_search", "web_search", raw=value, path=path)]
         return [Tool("hosted", kind, raw=value, path=path)]
-    name = fields.text("name")
-    if not name:
-        raise RequestError(f"`{path}.name` must be a non-empty string", param=f"{path}.name")
-    description = fields.text("description")
+    name, description = fields.name(), fields.text("description")
     if about and len(about) < 200:
         description = f"[{about}] {description or ''}".rstrip()
-    schema = fields.json("parameters") if kind == "function" else None
-    return [Tool(kind, name, description, schema, space, fields.flag("strict"), raw=value,
+    schema_ = fields.json("parameters") if kind == "function" else None
+    return [Tool(kind, name, description, schema_, space, fields.flag("strict"), raw=value,
                  deferred=deferred, path=path)]
 
 
-def read_responses_choice(value: Any, ctx: Context) -> Choice | None:
-    """The tool_choice of a Responses request."""
+def read_choice(value: Any, ctx: Context) -> Choice | None:
+    """The tool_choice of a Responses or a Chat request; the latter nests what it names, and knows
+    Anthropic's words, too."""
+    chat = ctx.inbound == CHAT.word
     if value is None or isinstance(value, str):
-        if value not in (None, "auto", "none", "required"):
+        if value not in (None, "auto", "none", "required", "any" if chat else None):
             raise RequestError("`tool_choice` must be auto, none, required or an object",
                                param="tool_choice")
-        return Choice(value) if value else None
+        return Choice("required" if value == "any" else value) if value else None
     fields = Fields(ctx, value, "tool_choice")
-    kind = fields.text("type")
+    kind = fields.text("type") or ("function" if chat else "")
+    if chat and kind in ("auto", "none", "any", "tool"):
+        name = fields.text("name") or ""
+        return Choice({"any": "required"}.get(kind, kind), (("", name),) if name else ())
+    inner = (chat and fields.object(kind)) or fields
     if kind == "allowed_tools":
-        listed = [Fields(ctx, tool, f"tool_choice.tools[{i}]")
-                  for i, tool in enumerate(fields.list("tools"))]
-        names = tuple(choice_name(tool, tool.text("type")) for tool in listed)
-        return Choice("allowed", names, fields.text("mode") == "required")
-    return Choice("tool", (choice_name(fields, kind),))
+        names = [choice_name(tool, tool.text("type") or "") for tool in inner.objects("tools")]
+        return Choice("allowed", tuple(names), inner.text("mode") == "required")
+    return Choice("tool", (choice_name(inner, kind),))
 
 
-def choice_name(fields: Fields, kind: str | None) -> tuple[str, str]:
-    """Which tool a choice means: (namespace, name); built-in tools are named by their type."""
-    name = fields.text("name") or kind or ""
+def choice_name(fields: Fields, kind: str) -> tuple[str, str]:
+    """Which tool a choice means: (namespace, name); built-in tools of Responses are named by their
+    type."""
+    if fields.ctx.inbound == CHAT.word:
+        fields, kind = fields.object(kind or "function") or fields, ""
+    name = fields.text("name") or kind
     return fields.text("namespace") or "", "web_search" if name.startswith("web_search_") else name
 
 
@@ -4195,12 +4171,11 @@ def read_responses_input(ask: Ask, value: Any, ctx: Context) -> None:
         if kind in (None, "item_reference"):
             raise RequestError(f"`input[{i}]` refers to an item that only OpenAI has stored;"
                                " send the item itself", param=f"input[{i}]")
-        reader = RESPONSES_ITEMS.get(kind)
-        if reader is None:
+        if kind not in RESPONSES_ITEMS:
             ctx.drop(fields.path, f"no {brief_kind(kind)} items with this provider")
-            ask.atoms.append(User([omitted_item(kind, ctx)]))
+            ask.atoms.append(User([Part("text", omitted_words("item", kind, ctx))]))
             continue
-        atom = reader(ask, fields)
+        atom = RESPONSES_ITEMS[kind](ask, fields, kind)
         fields.close(trifles=ITEM_TRIFLES)
         if isinstance(atom, System) and not ask.atoms:
             ask.system += [part._replace(type=atom.role) for part in atom.parts]
@@ -4211,13 +4186,13 @@ def read_responses_input(ask: Ask, value: Any, ctx: Context) -> None:
 TRANSLATED_TO = {"messages": "Anthropic", "chat": "Chat Completions", "responses": "Responses"}
 
 
-def omitted_item(kind: str, ctx: Context) -> Part:
-    """The words that stand for an item which the provider's protocol cannot say."""
-    return Part("text", f"[OpenAI Responses item `{kind}` omitted during"
-                        f" {TRANSLATED_TO[ctx.provider]} translation]")
+def omitted_words(what: str, kind: str, ctx: Context) -> str:
+    """The words that stand for a piece of a Responses request that the provider cannot be told."""
+    return (f"[OpenAI Responses {what} `{kind}` omitted during"
+            f" {TRANSLATED_TO[ctx.provider]} translation]")
 
 
-def read_message_item(ask: Ask, fields: Fields) -> Atom | None:
+def read_message_item(ask: Ask, fields: Fields, kind: str) -> Atom | None:
     """A message of any role."""
     role = fields.text("role")
     parts = read_content(fields, "content", responses_part_of)
@@ -4232,27 +4207,24 @@ def read_message_item(ask: Ask, fields: Fields) -> Atom | None:
 
 
 def read_content(fields: Fields, key: str, read: Callable[[Fields, str], Part]) -> list[Part]:
-    """A content member, string or array, as parts."""
+    """A content member, string or array, as parts; a bare string in an array is text."""
     value, path = fields.get(key, str, list), fields.at(key)
     if isinstance(value, str):
         return [Part("text", value, path=path)] if value else []
-    found = [read_part(fields.ctx, part, f"{path}[{i}]", read)
-             for i, part in enumerate(value or [])]
-    return [inner for part in found
-            for inner in (part.raw if part.kind == "several" else (part,))]
-
-
-def read_part(ctx: Context, value: Any, path: str, read: Callable[[Fields, str], Part]) -> Part:
-    """One part of a content array; a bare string is text."""
-    if isinstance(value, str):
-        return Part("text", value, path=path)
-    fields = Fields(ctx, value, path)
-    return read(fields, fields.text("type") or "")
+    out: list[Part] = []
+    for i, entry in enumerate(value or ()):
+        if isinstance(entry, str):
+            out.append(Part("text", entry, path=f"{path}[{i}]"))
+        else:
+            inner = Fields(fields.ctx, entry, f"{path}[{i}]")
+            part = read(inner, inner.text("type") or "")
+            out += part.raw if part.kind == "several" else (part,)
+    return out
 
 
 def responses_part_of(fields: Fields, kind: str) -> Part:
     """A content part of a Responses item."""
-    path, mark = fields.path, openai_mark(fields.left.get("prompt_cache_breakpoint"))
+    path, mark = fields.path, openai_mark(fields)
     if kind in ("input_text", "output_text", "text", "summary_text", "reasoning_text"):
         return Part("text", fields.text("text") or "", path=path, mark=mark, type=kind)
     if kind == "refusal":
@@ -4267,12 +4239,12 @@ def responses_part_of(fields: Fields, kind: str) -> Part:
                 raw=dict(fields.left))
 
 
-def openai_mark(value: Any) -> Json | None:
+def openai_mark(fields: Fields) -> Json | None:
     """A prompt_cache_breakpoint as a cache mark."""
-    if mapping(value).get("mode") != "explicit":
+    value = mapping(fields.left.get("prompt_cache_breakpoint"))
+    if value.get("mode") != "explicit":
         return None
-    long = mapping(value).get("ttl") in ("30m", "12h", "1h")
-    return {"type": "ephemeral", "ttl": "1h"} if long else {"type": "ephemeral"}
+    return cache_mark("1h" if value.get("ttl") in LONG_TTLS else None)
 
 
 def file_part(fields: Fields, mark: Json | None, kind: str, url: str | None = None) -> Part:
@@ -4297,66 +4269,69 @@ MEDIA_OF = {"pdf": "application/pdf", "txt": "text/plain", "md": "text/markdown"
             "webp": "image/webp"}
 
 
-def read_reasoning_item(ask: Ask, fields: Fields) -> Atom | None:
+def read_reasoning_item(ask: Ask, fields: Fields, kind: str) -> Atom | None:
     """A reasoning item whose carrier is ours and whole; foreign ones go without a word."""
     texts = [text for part in fields.list("summary")
              if isinstance(text := mapping(part).get("text"), str)]
-    fields.left.pop("content", None)
-    sealed = fields.text("encrypted_content")
-    thought = unseal(sealed, "\n\n".join(texts), fields.ctx)
-    if thought is None and sealed:
+    fields.get("content")
+    return own_thought(fields, fields.text("encrypted_content") or None, "\n\n".join(texts))
+
+
+def own_thought(fields: Fields, sealed: str | None, text: str) -> Thought | None:
+    """The reasoning in a carrier of ours; None, and a word in the report, for a foreign one."""
+    thought = unseal(sealed, text, fields.ctx)
+    if thought is None and sealed is not None:
         fields.ctx.drop(fields.path, "reasoning_foreign: not of this provider, cut or edited")
     return thought
 
 
-def read_call_item(ask: Ask, fields: Fields) -> Atom:
+def read_call_item(ask: Ask, fields: Fields, kind: str) -> Atom:
     """A call of a function or a custom tool."""
-    name, id = fields.text("name") or "", fields.text("call_id") or ""
-    space = fields.text("namespace") or ""
-    if "input" in fields.left:
+    call = read_call(fields, fields.text("call_id") or "", "input" in fields.left)
+    return call._replace(space=fields.text("namespace") or "")
+
+
+def read_call(fields: Fields, id: str, custom: bool, mark: Json | None = None) -> Call:
+    """A call of either OpenAI protocol by the object that has its name."""
+    name = fields.text("name") or ""
+    if custom:
         text = fields.text("input") or ""
-        return Call(id, name, compact({"input": text}), {"input": text}, "custom", space)
+        return Call(id, name, compact({"input": text}), {"input": text}, "custom", mark=mark)
     value = fields.get("arguments", str, dict)
     arguments = compact(value) if isinstance(value, dict) else value or ""
-    return Call(id, name, arguments, space=space)
+    return Call(id, name, arguments, mark=mark)
 
 
-def read_output_item(ask: Ask, fields: Fields) -> Atom:
-    """The result of a call of any kind."""
+def read_output_item(ask: Ask, fields: Fields, kind: str) -> Atom:
+    """The result of a call; older clients name a local shell's call by `id`."""
     failed = fields.left.get("status") == "incomplete"
     id = fields.text("call_id") or ""
+    if kind == "local_shell_call_output":
+        id = id or fields.text("id") or ""
     value = fields.left.get("output")
     if isinstance(value, list) and all(isinstance(mapping(v).get("type"), str) for v in value):
-        parts = read_content(fields, "output", responses_part_of)
-    else:
-        fields.left.pop("output", None)
-        text = value if isinstance(value, str) else "" if value is None else compact(value)
-        parts = [Part("text", text)] if text else []
-    return Out(id, parts, failed)
+        return Out(id, read_content(fields, "output", responses_part_of), failed)
+    fields.get("output")
+    text = value if isinstance(value, str) else "" if value is None else compact(value)
+    return Out(id, [Part("text", text)] if text else [], failed)
 
 
-def read_local_shell_call(ask: Ask, fields: Fields) -> Atom:
-    """A local_shell_call as a call with the arguments of CLIENT_TOOLS."""
-    action = fields.json("action") or {}
-    names = {"command": "command", "working_directory": "workdir", "timeout_ms": "timeout_ms",
-             "env": "env"}
-    found = {new: action[old] for old, new in names.items() if action.get(old) not in (None, {})}
-    return client_call(fields, "local_shell", found)
+# Calls of built-in tools that the client runs: kind, the member with what is to be done, and what
+# the arguments of CLIENT_TOOLS are called in it, where that differs.
+CLIENT_CALLS: Mapping[str, tuple[str, str, Mapping[str, str]]] = {
+    "local_shell_call": ("local_shell", "action", {"workdir": "working_directory"}),
+    "shell_call": ("shell", "action", {}),
+    "apply_patch_call": ("apply_patch", "operation", {}),
+}
 
 
-def read_shell_call(ask: Ask, fields: Fields) -> Atom:
-    """A shell_call as a call."""
-    action = fields.json("action") or {}
-    names = ("commands", "timeout_ms", "max_output_length")
-    return client_call(fields, "shell", {n: action[n] for n in names if action.get(n) is not None})
-
-
-def read_patch_call(ask: Ask, fields: Fields) -> Atom:
-    """An apply_patch_call as a call."""
-    operation = fields.json("operation") or {}
-    names = ("type", "path", "diff")
-    found = {n: operation[n] for n in names if operation.get(n) is not None}
-    return client_call(fields, "apply_patch", found)
+def read_client_call(ask: Ask, fields: Fields, kind: str) -> Atom:
+    """A call of a built-in tool as a call with the arguments of CLIENT_TOOLS."""
+    tool, member, names = CLIENT_CALLS[kind]
+    action = fields.json(member) or {}
+    return client_call(fields, tool, {
+        name: value for name in CLIENT_TOOLS[tool][1]["properties"]
+        if (value := action.get(names.get(name, name))) not in (None, {})})
 
 
 def client_call(fields: Fields, kind: str, input: Json) -> Call:
@@ -4365,186 +4340,136 @@ def client_call(fields: Fields, kind: str, input: Json) -> Call:
     return Call(id, kind, compact(input), input, kind)
 
 
-def read_shell_output(ask: Ask, fields: Fields) -> Atom:
+def read_shell_output(ask: Ask, fields: Fields, kind: str) -> Atom:
     """A shell_call_output as text: what the commands wrote, and how they ended."""
-    value, texts = fields.get("output", str, list), []
-    for entry in value if isinstance(value, list) else []:
-        entry = mapping(entry)
+    value = fields.get("output", str, list)
+    texts: list[str] = [value] if isinstance(value, str) else []
+    for entry in map(mapping, listing(value)):
         outcome = mapping(entry.get("outcome"))
-        texts += [text for key in ("stdout",) if isinstance(text := entry.get(key), str) and text]
-        if isinstance(entry.get("stderr"), str) and entry["stderr"]:
-            texts.append("[stderr]\n" + entry["stderr"])
+        wrote = text_of(entry.get("stdout")), text_of(entry.get("stderr"))
+        texts += [wrote[0]] if wrote[0] else []
+        texts += [f"[stderr]\n{wrote[1]}"] if wrote[1] else []
         texts.append("[timed out]" if outcome.get("type") == "timeout"
                      else f"[exit code {outcome.get('exit_code', 0)}]")
-    text = value if isinstance(value, str) else join_lines(texts)
+    text = join_lines(texts)
     id = fields.text("call_id") or fields.text("id") or ""
     return Out(id, [Part("text", text)] if text else [], kind="shell")
 
 
-def read_patch_output(ask: Ask, fields: Fields) -> Atom:
+def read_patch_output(ask: Ask, fields: Fields, kind: str) -> Atom:
     """An apply_patch_call_output as text."""
     status, text = fields.text("status") or "completed", fields.text("output")
     return Out(fields.text("call_id") or "", [Part("text", text or status)], status == "failed")
 
 
-def read_local_shell_output(ask: Ask, fields: Fields) -> Atom:
-    """A local_shell_call_output, which names its call by `id` in older clients."""
-    if not fields.left.get("call_id"):
-        fields.left["call_id"] = fields.left.get("id")
-    return read_output_item(ask, fields)
-
-
-def read_search_call(ask: Ask, fields: Fields) -> Atom | None:
+def read_search_call(ask: Ask, fields: Fields, kind: str) -> Atom | None:
     """A tool_search_call that the client runs; the server's own need no words."""
     if not fields.left.get("call_id"):
         return None
-    value = fields.get("arguments", str, dict)
-    return client_call(fields, "tool_search", parse_arguments(value))
+    return client_call(fields, "tool_search", parse_arguments(fields.get("arguments", str, dict)))
 
 
-def read_search_output(ask: Ask, fields: Fields) -> Atom | None:
-    """Tools that were found: they join the tools, and the model is told their names."""
-    found = load_tools(ask, fields)
+def read_found_tools(ask: Ask, fields: Fields, kind: str) -> Atom | None:
+    """Tools that are there from now on; after a search the model is told their names."""
+    found = [tool._replace(deferred=False) for entry in fields.objects("tools")
+             for tool in read_responses_tool(entry)]
+    ask.tools += found
+    if kind == "additional_tools":
+        fields.get("role")
+        return None
     id = fields.text("call_id")
     names = ", ".join(full_name(tool.space, tool.name) for tool in found)
     return Out(id, [Part("text", f"Loaded tools: {names}")]) if id else None
 
 
-def load_tools(ask: Ask, fields: Fields) -> list[Tool]:
-    """Register the tools of an item."""
-    found = [tool._replace(deferred=False) for i, value in enumerate(fields.list("tools"))
-             for tool in read_responses_tool(fields.ctx, value, f"{fields.at('tools')}[{i}]")]
-    ask.tools += found
-    return found
-
-
-def read_additional_tools(ask: Ask, fields: Fields) -> None:
-    """An additional_tools item."""
-    load_tools(ask, fields)
-    fields.left.pop("role", None)
-
-
-def read_configuration(ask: Ask, fields: Fields) -> None:
-    """A configuration_update: the last one holds."""
-    read_responses_reasoning(ask, fields.object("reasoning"))
-    if text := fields.object("text"):
-        ask.format = read_text_format(text.object("format")) or ask.format
-
-
-def read_nothing(ask: Ask, fields: Fields) -> None:
-    """An item that needs no words."""
-    fields.left.clear()
-
-
-RESPONSES_ITEMS: dict[str | None, Callable[[Ask, Fields], Atom | None]] = {
+RESPONSES_ITEMS: Mapping[str, Callable[[Ask, Fields, str], Atom | None]] = {
     "message": read_message_item, "reasoning": read_reasoning_item,
     "function_call": read_call_item, "function_call_output": read_output_item,
     "custom_tool_call": read_call_item, "custom_tool_call_output": read_output_item,
-    "local_shell_call": read_local_shell_call,
-    "local_shell_call_output": read_local_shell_output,
-    "shell_call": read_shell_call, "shell_call_output": read_shell_output,
-    "apply_patch_call": read_patch_call, "apply_patch_call_output": read_patch_output,
-    "tool_search_call": read_search_call, "tool_search_output": read_search_output,
-    "additional_tools": read_additional_tools, "configuration_update": read_configuration,
-    "web_search_call": read_nothing,
+    "local_shell_call": read_client_call, "local_shell_call_output": read_output_item,
+    "shell_call": read_client_call, "shell_call_output": read_shell_output,
+    "apply_patch_call": read_client_call, "apply_patch_call_output": read_patch_output,
+    "tool_search_call": read_search_call, "tool_search_output": read_found_tools,
+    "additional_tools": read_found_tools,
+    "configuration_update": lambda ask, fields, kind: read_settings(ask, fields),
+    "web_search_call": lambda ask, fields, kind: fields.left.clear(),  # needs no words
 }
 
 # -- reading Chat Completions (translation-chat.md 2.2-2.6) ------------------
 
 # Known members that nobody else has; a value that changes nothing is no loss.
-CHAT_ONLY: Json = {"n": 1, "seed": None, "logit_bias": {}, "frequency_penalty": 0, "presence_penalty": 0,
-             "prediction": None, "logprobs": False, "top_logprobs": 0, "store": False}
+CHAT_ONLY: Json = {
+    "n": 1, "seed": None, "logit_bias": {}, "frequency_penalty": 0, "presence_penalty": 0,
+    "prediction": None, "logprobs": False, "top_logprobs": 0, "store": False}
 
 
 def read_chat(body: Json, ctx: Context) -> Ask:
     """A Chat Completions request in neutral form."""
     fields = Fields(ctx, body)
-    ask = Ask(fields.text("model") or ctx.model, stream=fields.flag("stream"))
-    messages = fields.list("messages")
-    if not messages:
-        raise RequestError("`messages` must be a non-empty array", param="messages")
+    ask, messages = begin(fields), read_messages_member(fields)
     if (fields.count("n") or 1) > 1:
         raise RequestError("`n` above 1 is not possible with this provider", param="n")
     if "audio" in fields.list("modalities"):
         raise RequestError("audio output is not possible with this provider", param="modalities")
-    ask.parallel = fields.flag("parallel_tool_calls")
     limits = [fields.count("max_completion_tokens"), fields.count("max_tokens")]
     ask.max_tokens = next((max(limit, 1) for limit in limits if limit is not None), None)
-    ask.temperature, ask.top_p = fields.number("temperature"), fields.number("top_p")
     ask.top_k = fields.count("top_k")
     stop = fields.get("stop", str, list)
     ask.stop = [s for s in (stop if isinstance(stop, list) else [stop])
                 if isinstance(s, str) and s.strip()]
     read_chat_reasoning(ask, fields)
     read_openai_common(ask, fields)
-    ask.format = read_response_format(fields.object("response_format"))
+    ask.format = read_format(fields.object("response_format"))
     ask.search = fields.json("web_search_options")
-    read_stream_options(fields, ask, ctx)
+    options = fields.object("stream_options")
+    usage = options.flag("include_usage") if options else None
+    if options:
+        keep(ask, options, "include_obfuscation")
+    ctx.include_usage = bool(usage) or not ask.stream  # an answer in one piece always has it
     for name, idle in CHAT_ONLY.items():
         if fields.left.get(name) == idle:
-            fields.left.pop(name, None)
-        keep(ask, fields, name)
-    keep(ask, fields, "verbosity")
+            fields.get(name)
+    keep(ask, fields, *CHAT_ONLY, "verbosity")
     read_chat_tools(ask, fields, ctx)
     read_chat_messages(ask, messages, ctx)
     fields.close()
     return ask
 
 
-def read_stream_options(fields: Fields, ask: Ask, ctx: Context) -> None:
-    """Whether a stream ends with its usage; an answer in one piece always has it."""
-    options = fields.object("stream_options")
-    usage = options.flag("include_usage") if options else None
-    if options:
-        keep(ask, options, "include_obfuscation")
-    ctx.include_usage = bool(usage) or not ask.stream
+def read_messages_member(fields: Fields) -> list[Any]:
+    """The member `messages`, which may not be empty."""
+    if messages := fields.list("messages"):
+        return messages
+    raise fields.wrong("messages", "a non-empty array")
 
 
 def read_chat_reasoning(ask: Ask, fields: Fields) -> None:
     """The reasoning wish, in one of the four ways that Chat clients know."""
     level = known_effort(fields, "reasoning_effort")
     wish, thinking = fields.object("reasoning"), fields.object("thinking")
-    output = fields.object("output_config")
-    found: Effort | None = Effort(level, display="summarized") if level else None
+    output = known_effort(fields.object("output_config"), "effort")
+    found = Effort(level, display="summarized") if level else None
     if wish:
         budget, enabled = wish.count("max_tokens"), wish.flag("enabled")
-        inner = known_effort(wish, "effort") or {
-            True: "medium", False: "none", None: None}[enabled]
-        if budget is not None:
-            level, budget = (None, budget) if budget else ("none", None)
+        named = known_effort(wish, "effort") or (
+            None if enabled is None else "medium" if enabled else "none")
+        if budget is None:
+            level = level or named
         else:
-            level = level or inner
+            level = None if budget else "none"
         if level or budget:
-            found = Effort(level, budget, "summarized")
+            found = Effort(level, budget or None, "summarized")
         if found and wish.flag("exclude"):
             found = found._replace(display=None)
         wish.close()
     if thinking:
         kind, budget = thinking.text("type"), thinking.count("budget_tokens")
-        display = thinking.text("display")
-        inner = known_effort(output, "effort") if output else None
-        if kind == "enabled":
-            display = display or "summarized"
+        display = thinking.text("display") or ("summarized" if kind == "enabled" else None)
         found = Effort("none") if kind == "disabled" else Effort(
-            inner or (None if budget else level), budget, display, kind)
-    elif output and (inner := known_effort(output, "effort")):
-        found = Effort(inner, display="summarized")
+            output or (None if budget else level), budget, display, kind)
+    elif output:
+        found = Effort(output, display="summarized")
     ask.effort = found
-
-
-def read_response_format(fields: Fields | None) -> Format | None:
-    """The answer's format in the nested shape of Chat Completions."""
-    kind = fields.text("type") if fields else None
-    if fields is None or kind in (None, "text"):
-        return None
-    if kind == "json_object":
-        return Format(None)
-    inner = fields.object("json_schema") if kind == "json_schema" else None
-    if inner is None:
-        raise RequestError(f"`{fields.at('type')}` must be text, json_object or json_schema",
-                           param=fields.at("type"))
-    return Format(inner.json("schema") or {}, inner.text("name") or "output", inner.flag("strict"),
-                  inner.text("description"))
 
 
 ANTHROPIC_TOOL = re.compile(r"(bash|text_editor|computer|memory|web_search|web_fetch"
@@ -4553,91 +4478,53 @@ ANTHROPIC_TOOL = re.compile(r"(bash|text_editor|computer|memory|web_search|web_f
 
 def read_chat_tools(ask: Ask, fields: Fields, ctx: Context) -> None:
     """Tools, functions (their older form) and the wishes about them."""
-    functions = fields.list("functions")
-    for i, value in enumerate(fields.list("tools")):
-        ask.tools += read_chat_tool(ctx, value, f"tools[{i}]")
-    for i, value in enumerate(functions):
-        ask.tools.append(read_function(Fields(ctx, value, f"functions[{i}]"), "function", None))
-    if functions and not ctx.legacy:
+    tools = [read_chat_tool(tool, ctx) for tool in fields.objects("tools")]
+    functions = [read_function(old, "function", None) for old in fields.objects("functions")]
+    if functions:
         ctx.legacy, ask.parallel = True, False
     choice = fields.get("tool_choice", str, dict)
     if choice is None and (old := fields.get("function_call", str, dict)) is not None:
         choice = {"type": "function", "function": old} if isinstance(old, dict) else old
-    ask.choice = read_chat_choice(choice, ctx)
-    last = {tool.name: tool for tool in ask.tools}
-    unserved = [tool for tool in ask.tools if tool.kind == "hosted"]
+    ask.choice = read_choice(choice, ctx)
+    last = {tool.name: tool for tool in (*tools, *functions)}
+    ask.tools = [tool for tool in last.values() if tool.kind != "hosted"]
+    unserved = [tool for tool in tools if tool.kind == "hosted"]
     for tool in unserved:
         ctx.drop(tool.path, f"no {tool.name} with this provider")
-    ask.tools = [tool for tool in last.values() if tool.kind != "hosted"]
     if unserved and not ask.tools:
         raise RequestError(f"tool `{unserved[0].name}` is not available with this provider",
                            param=unserved[0].path)
 
 
-def read_chat_tool(ctx: Context, value: Any, path: str) -> list[Tool]:
+def read_chat_tool(fields: Fields, ctx: Context) -> Tool:
     """One entry of `tools`."""
-    fields = Fields(ctx, value, path)
-    kind = fields.text("type") or "function"
-    mark = cache_mark(fields.left.pop("cache_control", None))
+    value, path = dict(fields.left), fields.path
+    kind, mark = fields.text("type") or "function", fields.mark()
     if kind in ("function", "custom"):
         inner = fields.object(kind) or (fields if "name" in fields.left else None)
         if inner is None:
-            raise RequestError(f"`{path}.{kind}` must be an object", param=f"{path}.{kind}")
-        return [read_function(inner, kind, mark)]
+            raise fields.wrong(kind, "an object")
+        return read_function(inner, kind, mark)
     if ANTHROPIC_TOOL.fullmatch(kind) and ctx.provider == MESSAGES.word:
-        return [Tool("raw", fields.text("name") or kind, raw=value, path=path)]
+        return Tool("raw", fields.text("name") or kind, raw=value, path=path)
     if kind.startswith("web_search") and ctx.caps.web_search == "native":
-        return [Tool("web_search", "web_search", raw=value, path=path)]
-    return [Tool("hosted", kind, path=path)]
+        return Tool("web_search", "web_search", raw=value, path=path)
+    return Tool("hosted", kind, path=path)
 
 
 def read_function(fields: Fields, kind: str, mark: Json | None) -> Tool:
     """The inner object of a function or custom tool."""
-    name = fields.text("name")
-    if not name:
-        raise RequestError(f"`{fields.at('name')}` must be a non-empty string",
-                           param=fields.at("name"))
-    mark = mark or cache_mark(fields.left.pop("cache_control", None))
+    name, own_mark = fields.name(), fields.mark()
     extra = {key: fields.left.pop(key) for key in ("defer_loading", "eager_input_streaming",
                                                    "input_examples")
              if isinstance(fields.left.get(key), (bool, list))}
     raw = {"format": fields.json("format")} if kind == "custom" else extra
-    schema = fields.left.pop("parameters", None)
+    schema = fields.get("parameters")
     found = Tool(kind, name, fields.text("description"),
                  schema if isinstance(schema, dict) else None, strict=fields.flag("strict"),
-                 mark=mark, raw=raw, path=fields.path)
+                 mark=mark or own_mark, raw=raw, path=fields.path)
     fields.close()
     return found
-
-
-def read_chat_choice(value: Any, ctx: Context) -> Choice | None:
-    """The tool_choice of a Chat request."""
-    if value is None or isinstance(value, str):
-        if value not in (None, "auto", "none", "required", "any"):
-            raise RequestError("`tool_choice` must be auto, none, required or an object",
-                               param="tool_choice")
-        return Choice("required" if value == "any" else value) if value else None
-    fields = Fields(ctx, value, "tool_choice")
-    kind = fields.text("type") or "function"
-    if kind in ("auto", "none", "any", "tool"):  # Anthropic's own form
-        name = fields.text("name") or ""
-        return Choice({"any": "required"}.get(kind, kind), (("", name),) if name else ())
-    inner = fields.object(kind) or fields
-    if kind == "allowed_tools":
-        tools = [Fields(ctx, tool, f"tool_choice.tools[{i}]")
-                 for i, tool in enumerate(inner.list("tools"))]
-        names = tuple(choice_name(tool.object(tool.text("type") or "function") or tool, None)
-                      for tool in tools)
-        return Choice("allowed", names, inner.text("mode") == "required")
-    return Choice("tool", (choice_name(inner, None),))
-
-
-def cache_mark(value: Any) -> Json | None:
-    """A cache_control object of a client, with nothing in it but what is known."""
-    if not isinstance(value, dict):
-        return None
-    ttl = value.get("ttl")
-    return {"type": "ephemeral", "ttl": ttl} if ttl in ("5m", "1h") else {"type": "ephemeral"}
 
 
 def read_chat_messages(ask: Ask, messages: list[Any], ctx: Context) -> None:
@@ -4648,22 +4535,11 @@ def read_chat_messages(ask: Ask, messages: list[Any], ctx: Context) -> None:
     legacy: list[tuple[str, str]] = []  # name and id of function_call without a result
     for i, message in enumerate(messages):
         fields = Fields(ctx, message, f"messages[{i}]")
-        role = fields.text("role") or ""
-        mark = cache_mark(fields.left.pop("cache_control", None))
+        role, mark = fields.text("role") or "", fields.mark()
         if role == "assistant":
             ask.atoms += read_assistant(fields, i, legacy, mark)
         else:
-            if role in ("tool", "function") and type(fields.left.get("content")) in (
-                    int, float, bool, dict):
-                fields.left["content"] = compact(fields.left["content"])
-            parts = read_content(fields, "content", chat_part_of)
-            if i > last and role == "user":
-                parts = [part._replace(current=True) for part in parts]
-            atom = read_chat_turn(fields, role, parts, legacy)
-            if mark and isinstance(atom, Out):
-                atom = atom._replace(mark=mark)
-            elif mark:
-                mark_last(parts, mark)
+            atom = read_chat_turn(fields, role, mark, legacy, i > last)
             if isinstance(atom, System) and not ask.atoms:
                 ask.system += atom.parts
             else:
@@ -4674,27 +4550,35 @@ def read_chat_messages(ask: Ask, messages: list[Any], ctx: Context) -> None:
 MESSAGE_TRIFLES = frozenset(("annotations", "parsed", "id", "provider_specific_fields"))
 
 
-def mark_last(parts: list[Part], mark: Json) -> None:
+def mark_last(parts: list[Part], mark: Json | None) -> None:
     """Put a message's cache mark on the last of its parts that is sent."""
-    at = next((i for i in reversed(range(len(parts)))
-               if parts[i].kind != "text" or parts[i].text.strip()), None)
-    if at is not None:
-        parts[at] = parts[at]._replace(mark=mark)
+    for at in reversed(range(len(parts) if mark else 0)):
+        if parts[at].kind != "text" or parts[at].text.strip():
+            parts[at] = parts[at]._replace(mark=mark)
+            return
 
 
-def read_chat_turn(fields: Fields, role: str, parts: list[Part],
-                   legacy: list[tuple[str, str]]) -> Atom:
+def read_chat_turn(fields: Fields, role: str, mark: Json | None, legacy: list[tuple[str, str]],
+                   current: bool) -> Atom:
     """A message of anyone but the assistant."""
+    result = role in ("tool", "function")
+    content = fields.left.get("content")
+    if result and type(content) in (int, float, bool, dict):
+        fields.left["content"] = compact(content)
+    parts = read_content(fields, "content", chat_part_of)
+    if result:
+        id, name = own_id(fields, "tool_call_id"), fields.text("name") or ""
+        if role == "function":
+            found = next((pair for pair in reversed(legacy) if pair[0] == name), None)
+            id = found[1] if found else name
+            if found:
+                legacy.remove(found)
+        return Out(id, parts, name=name, mark=mark)
+    if current and role == "user":
+        parts = [part._replace(current=True) for part in parts]
+    mark_last(parts, mark)
     if role in ("system", "developer"):
         return System(parts, role)
-    if role == "tool":
-        return Out(own_id(fields, "tool_call_id"), parts, name=fields.text("name") or "")
-    if role == "function":
-        name = fields.text("name") or ""
-        found = next((pair for pair in reversed(legacy) if pair[0] == name), None)
-        if found:
-            legacy.remove(found)
-        return Out(found[1] if found else name, parts, name=name)
     if role != "user":
         fields.ctx.drop(fields.at("role"), "unknown role, taken for the user's")
     return User(parts)
@@ -4706,17 +4590,16 @@ def read_assistant(fields: Fields, i: int, legacy: list[tuple[str, str]],
     parts = read_content(fields, "content", chat_part_of)
     if refusal := fields.text("refusal"):
         parts.append(Part("refusal", refusal, path=fields.at("refusal")))
-    calls = [read_chat_call(Fields(fields.ctx, call, f"{fields.at('tool_calls')}[{k}]"))
-             for k, call in enumerate(fields.list("tool_calls"))]
+    calls = [read_chat_call(call) for call in fields.objects("tool_calls")]
     if (old := fields.object("function_call")) is not None:
         name = old.text("name") or ""
         legacy.append((name, f"fc_{i}"))
         calls.append(Call(f"fc_{i}", name, old.text("arguments") or ""))
     if mark and calls:
         calls[-1] = calls[-1]._replace(mark=mark)
-    elif mark:
+    else:
         mark_last(parts, mark)
-    if fields.left.pop("audio", None):
+    if fields.get("audio"):
         fields.ctx.drop(fields.at("audio"))
     thoughts = read_details(fields)
     if any(at and at[0] > sum(len(p.text) for p in parts) for at, _ in thoughts):
@@ -4756,34 +4639,26 @@ def own_id(fields: Fields, name: str) -> str:
 
 def read_chat_call(fields: Fields) -> Call:
     """One entry of tool_calls."""
-    kind, id = fields.text("type") or "function", own_id(fields, "id")
-    inner = fields.object("custom" if kind == "custom" else "function") or fields
-    name = inner.text("name") or ""
-    mark = cache_mark(fields.left.pop("cache_control", None))
-    if kind == "custom":
-        text = inner.text("input") or ""
-        return Call(id, name, compact({"input": text}), {"input": text}, "custom", mark=mark)
-    value = inner.get("arguments", str, dict)
-    arguments = compact(value) if isinstance(value, dict) else value or ""
-    return Call(id, name, arguments, mark=mark)
+    kind, id, mark = fields.text("type") or "function", own_id(fields, "id"), fields.mark()
+    custom = kind == "custom"
+    return read_call(fields.object("custom" if custom else "function") or fields, id, custom, mark)
 
 
 def read_details(fields: Fields) -> list[tuple[tuple[int, int] | None, Thought]]:
     """The reasoning of an assistant message that can be sent back, with its places."""
-    ctx, plain = fields.ctx, fields.left.pop("reasoning_content", None)
-    plain = plain or fields.left.pop("reasoning", None)
-    fields.left.pop("reasoning", None)
-    details = fields.left.pop("reasoning_details", None)
-    blocks = fields.left.pop("thinking_blocks", None) or mapping(
-        fields.left.get("provider_specific_fields")).get("thinking_blocks")
-    found = []
+    ctx = fields.ctx
+    plain, older, details, blocks = (fields.get(name) for name in (
+        "reasoning_content", "reasoning", "reasoning_details", "thinking_blocks"))
+    plain = plain or older
+    blocks = blocks or mapping(fields.left.get("provider_specific_fields")).get("thinking_blocks")
+    found: list[tuple[tuple[int, int] | None, Thought]] = []
     for entry in map(mapping, listing(details)):
         at = re.fullmatch(r"(\d{1,9}):(\d{1,9})", str(entry.get("x_at")))
         if thought := detail_thought(entry, ctx):
             found.append(((int(at[1]), int(at[2])) if at else None, thought))
-    if not found:
+    if not found:  # Anthropic's own blocks, as LiteLLM hands them to clients
         found = [(None, thought) for block in map(mapping, listing(blocks))
-                 if (thought := block_thought(block))]
+                 if (thought := signed_thought(block.get("thinking"), block))]
     if not found and isinstance(plain, str) and plain and ctx.caps.lenient_thinking:
         found = [(None, Thought("at", plain, ""))]
     elif plain and not found:
@@ -4793,54 +4668,49 @@ def read_details(fields: Fields) -> list[tuple[tuple[int, int] | None, Thought]]
 
 def detail_thought(entry: Json, ctx: Context) -> Thought | None:
     """An entry of reasoning_details that this provider's own answer was the source of."""
-    form, text, data = entry.get("format"), entry.get("text"), entry.get("data")
-    if isinstance(data, str) and data.startswith(CARRIER):
+    if text_of(data := entry.get("data")).startswith(CARRIER):
         return unseal(data, "", ctx)
-    if form not in (None, "anthropic-claude-v1"):
-        return None
-    if isinstance(entry.get("signature"), str) and isinstance(text, str):
-        return Thought("at", text, entry["signature"])
+    if entry.get("format") in (None, "anthropic-claude-v1"):
+        return signed_thought(entry.get("text"), entry)
+    return None
+
+
+def signed_thought(text: Any, block: Json) -> Thought | None:
+    """Reasoning of Anthropic's, with its signature or as data that is redacted."""
+    signature, data = block.get("signature"), block.get("data")
+    if isinstance(signature, str) and isinstance(text, str):
+        return Thought("at", text, signature)
     return Thought("ar", "", data) if isinstance(data, str) and data else None
-
-
-def block_thought(block: Json) -> Thought | None:
-    """Anthropic's own block, as LiteLLM hands it to clients."""
-    if isinstance(block.get("thinking"), str) and isinstance(block.get("signature"), str):
-        return Thought("at", block["thinking"], block["signature"])
-    return Thought("ar", "", block["data"]) if isinstance(block.get("data"), str) else None
 
 
 def chat_part_of(fields: Fields, kind: str) -> Part:
     """A content part of a Chat message."""
-    path = fields.path
-    mark = cache_mark(fields.left.get("cache_control")) or openai_mark(
-        fields.left.get("prompt_cache_breakpoint"))
-    if kind in ("text", "input_text", "output_text") or (not kind and "text" in fields.left):
-        return Part("text", fields.text("text") or "", path=path, mark=mark, type=kind)
+    path, raw = fields.path, dict(fields.left)
+    mark = fields.mark() or openai_mark(fields)
+    more: Json = {"path": path, "mark": mark, "type": kind}
+    if kind in ("text", "input_text", "output_text") or (not kind and "text" in raw):
+        return Part("text", fields.text("text") or "", **more)
     if kind == "refusal":
         return Part("refusal", fields.text("refusal") or "", path=path, type=kind)
     if kind == "image_url":
         value = fields.get("image_url", str, dict)
         inner = Fields(fields.ctx, {"url": value} if isinstance(value, str) else value or {},
                        f"{path}.image_url")
-        url, detail = inner.text("url") or "", inner.text("detail")
-        more: Json = {"kind": "image", "detail": detail, "path": path, "mark": mark, "type": kind}
-        return Part(id=url, **more) if url.startswith("file_") or not url else media_part(url, **more)
+        url = inner.text("url") or ""
+        more |= {"kind": "image", "detail": inner.text("detail")}
+        return media_part(url, **more) if url and not url.startswith("file_") else Part(
+            id=url, **more)
     if kind == "file":
-        inner_file = fields.object("file") or fields
-        return file_part(inner_file, mark, kind)._replace(path=path)
-    if kind in ("image", "document", "tool_result", "search_result") and (
-            "source" in fields.left or kind in ("tool_result", "search_result")):
-        raw = {"type": kind, **fields.left}
-        return Part("raw", path=path, type=kind, raw=raw)
-    return Part("audio" if kind == "input_audio" else "unknown", path=path, type=kind,
-                raw=dict(fields.left))
+        return file_part(fields.object("file") or fields, mark, kind)._replace(path=path)
+    if kind in ("tool_result", "search_result") or (
+            kind in ("image", "document") and "source" in raw):
+        return Part("raw", path=path, type=kind, raw={"type": kind, **raw})
+    return Part("audio" if kind == "input_audio" else "unknown", path=path, type=kind, raw=raw)
 
 # -- reading Anthropic Messages (translation-responses.md 3.1, -chat.md 3.2-3.5)
 
 SERVER_STATE = ("mcp_servers", "thread", "compaction")
-BILLING_HEADER = re.compile(r"x-anthropic-billing-header:\s*(?:[\w.-]+=[^;\n]*;?[ \t]*)*\n?")
-# A client's word for the end of thinking that its later thinking cannot do without.
+BILLING_HEADER = re.compile(r"\Ax-anthropic-billing-header:\s*(?:[\w.-]+=[^;\n]*;?[ \t]*)*\n?")
 MESSAGES_ONLY = ("container", "context_management", "fallbacks", "fallback_credit_token",
                  "inference_geo", "diagnostics", "user_profile_id", "workspace_id", "betas",
                  "billing_policy")
@@ -4849,48 +4719,41 @@ MESSAGES_ONLY = ("container", "context_management", "fallbacks", "fallback_credi
 def read_messages(body: Json, ctx: Context) -> Ask:
     """An Anthropic Messages request in neutral form."""
     fields = Fields(ctx, body)
-    ask = Ask(fields.text("model") or ctx.model, stream=fields.flag("stream"))
-    messages = fields.list("messages")
-    if not messages:
-        raise RequestError("`messages` must be a non-empty array", param="messages")
+    ask, messages = begin(fields), read_messages_member(fields)
     for name in SERVER_STATE:
         if fields.get(name):
             raise RequestError(
                 f"`{name}` needs a server of Anthropic; this provider has none", param=name,
                 # what makes Anthropic's SDKs go on without a thread
                 details={"error_code": f"{name}_unsupported_request", "unsupported": [name]})
-    ask.max_tokens = fields.count("max_tokens")
-    ask.temperature, ask.top_p = fields.number("temperature"), fields.number("top_p")
-    ask.top_k = fields.count("top_k")
+    ask.max_tokens, ask.top_k = fields.count("max_tokens"), fields.count("top_k")
     ask.stop = [s for s in fields.list("stop_sequences") if isinstance(s, str) and s]
-    ask.system = [part for part in read_content(fields, "system", messages_part_of)
+    ask.system = [part._replace(text=BILLING_HEADER.sub("", part.text))
+                  for part in read_content(fields, "system", messages_part_of)
                   if part.kind == "text"]
-    ask.system = [p._replace(text=BILLING_HEADER.sub("", p.text, count=1))
-                  if p.text.startswith("x-anthropic-billing-header:") else p for p in ask.system]
     read_messages_wishes(ask, fields, ctx)
-    search = MessagesTools(ask, ctx)
-    search.read(fields.list("tools"))
-    effort = read_message_list(ask, messages, ctx, search)
-    if effort and ask.effort and not ask.effort.switched:
-        ask.effort = ask.effort._replace(level=effort)
-    elif effort and not ask.effort:
-        ask.effort = Effort(effort)
-    ask.choice = read_messages_choice(fields.object("tool_choice"), ask)
-    search.settle()
+    tools = MessagesTools(ask, ctx)
+    for tool in fields.objects("tools"):
+        tools.add(tool)
+    effort = read_message_list(ask, messages, ctx, tools)
+    if effort and not (ask.effort and ask.effort.switched):
+        ask.effort = (ask.effort or Effort())._replace(level=effort)
+    if choice := fields.object("tool_choice"):
+        read_messages_choice(choice, ask)
+    tools.settle()
     for name in MESSAGES_ONLY:
-        if fields.left.pop(name, None):
+        if fields.get(name):
             ctx.drop(name)
-    fields.left.pop("cache_control", None)
+    fields.get("cache_control")
     fields.close()
     return ask
 
 
 def read_messages_wishes(ask: Ask, fields: Fields, ctx: Context) -> None:
     """Thinking, effort, format, user and tier."""
-    output = fields.object("output_config")
-    thinking = fields.object("thinking")
+    output, thinking = fields.object("output_config"), fields.object("thinking")
     kind = thinking.text("type") if thinking else None
-    level = known_effort(output, "effort") if output else None
+    level = known_effort(output, "effort")
     ctx.wants_thinking = kind in ("enabled", "adaptive")
     if thinking:
         budget, display = thinking.count("budget_tokens"), thinking.text("display")
@@ -4900,66 +4763,55 @@ def read_messages_wishes(ask: Ask, fields: Fields, ctx: Context) -> None:
                             "off" if off else "on")
     elif level:
         ask.effort = Effort(level)
-    form = output.object("format") if output else None
-    old = fields.object("output_format")
-    form = form or old
-    if form:
+    older = fields.object("output_format")
+    if form := (output.object("format") if output else None) or older:
         if form.text("type") != "json_schema":
-            raise RequestError(f"`{form.at('type')}` must be json_schema", param=form.at("type"))
+            raise form.wrong("type", "json_schema")
         ask.format = Format(form.json("schema") or {}, "anthropic_json_schema")
     if output:
         output.close()
     metadata = fields.object("metadata")
     ask.user = metadata.text("user_id") if metadata else None
-    tier = fields.text("service_tier")
-    ask.tier = {"auto": "auto", "standard_only": "default"}.get(tier or "")
+    ask.tier = {"auto": "auto", "standard_only": "default"}.get(fields.text("service_tier") or "")
     if fields.text("speed") == "fast":
         ask.tier = "priority"
 
 
-def read_messages_choice(fields: Fields | None, ask: Ask) -> Choice | None:
+def read_messages_choice(fields: Fields, ask: Ask) -> None:
     """The tool_choice of a Messages request."""
-    if fields is None:
-        return None
     kind = fields.text("type")
     if fields.flag("disable_parallel_tool_use"):
         ask.parallel = False
     if kind not in ("auto", "any", "none", "tool"):
-        raise RequestError("`tool_choice.type` must be auto, any, none or tool",
-                           param="tool_choice.type")
-    if kind == "tool":
-        return Choice("tool", (("", fields.text("name") or ""),))
-    return Choice("required" if kind == "any" else kind)
+        raise fields.wrong("type", "auto, any, none or tool")
+    names = (("", fields.text("name") or ""),) if kind == "tool" else ()
+    ask.choice = Choice("required" if kind == "any" else kind, names)
 
 
 def read_message_list(ask: Ask, messages: list[Any], ctx: Context,
                       tools: MessagesTools) -> str | None:
     """`messages` as atoms; the effort that the last system message among them asks for."""
     effort: str | None = None
-    users = [i for i, m in enumerate(messages) if mapping(m).get("role") == "user"]
-    last = users[-1] if users else -1
+    last = max((i for i, m in enumerate(messages) if mapping(m).get("role") == "user"), default=-1)
     for i, message in enumerate(messages):
         fields = Fields(ctx, message, f"messages[{i}]")
         role = fields.text("role")
         if role not in ("user", "assistant", "system"):
-            raise RequestError(f"`{fields.at('role')}` must be user or assistant",
-                               param=fields.at("role"))
+            raise fields.wrong("role", "user or assistant")
         content = fields.get("content", str, list)
-        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
+        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content or ()
         if role == "system":
-            if config := fields.object("output_config"):
-                effort = known_effort(config, "effort") or effort
+            effort = known_effort(fields.object("output_config"), "effort") or effort
             if fields.text("clear_at") == "next_user_message" and i < last:
                 continue
         atoms: list[Atom] = []
         for k, block in enumerate(blocks):
-            part = Fields(ctx, block, f"{fields.at('content')}[{k}]")
+            part = Fields(ctx, block, f"{fields.path}.content[{k}]")
             found = read_block(part, part.text("type") or "", role, tools, ctx)
-            if atoms and found and is_rendered(found[0]) and is_rendered(atoms[-1]):
-                last_said = cast(Said, atoms[-1]).parts[0]
-                text = join_lines([last_said.text, cast(Said, found[0]).parts[0].text])
-                atoms[-1] = Said([last_said._replace(text=text)])
-                continue
+            before, after = rendered(atoms[-1:]), rendered(found)
+            if before and after:  # a server tool's call and its result are one text
+                found = [Said([before._replace(text=join_lines([before.text, after.text]))])]
+                atoms.pop()
             atoms += found
         add_message(ask, role, atoms)
     return effort
@@ -4987,24 +4839,25 @@ def read_block(fields: Fields, kind: str, role: str, tools: MessagesTools,
     """One content block as atoms."""
     if kind == "tool_use" and role == "assistant":
         name = fields.text("name") or ""
-        tools.used(name)
+        tools.named.append(name)
         id = original_id(fields.text("id") or "")
-        value = fields.get("input")
-        return [Call(id, name, dump_arguments(parse_arguments(value)), parse_arguments(value))]
+        input = parse_arguments(fields.get("input"))
+        return [Call(id, name, dump_arguments(input), input)]
     if kind == "tool_result":
         parts = read_content(fields, "content", messages_part_of)
-        for part in parts:
-            if part.type == "tool_reference":
-                tools.used(part.name or "")
+        tools.named += [part.name or "" for part in parts if part.type == "tool_reference"]
         return [Out(original_id(fields.text("tool_use_id") or ""), parts,
                     bool(fields.flag("is_error")))]
-    if kind in ("thinking", "redacted_thinking") and role == "assistant":
-        return read_thinking(fields, kind, ctx)
+    if kind in THINKING and role == "assistant":
+        key = "signature" if kind == "thinking" else "data"
+        text = (fields.text("thinking") or "") if kind == "thinking" else ""
+        thought = own_thought(fields, fields.text(key) or "", text)
+        return [thought] if thought else []
     if kind in ("tool_addition", "tool_removal"):
         tools.change(fields, kind)
         return []
     if kind == "compaction":
-        text = fields.text("content")
+        text = fields.text("content") or ""
         return [User([Part("text", f"<summary>\n{text}\n</summary>")])] if text else []
     if kind in SERVER_BLOCKS or kind.endswith("_tool_result"):
         return read_server_block(fields, kind, tools, ctx)
@@ -5016,23 +4869,15 @@ def read_block(fields: Fields, kind: str, role: str, tools: MessagesTools,
     return [Said(parts)] if role == "assistant" else [User(parts)]
 
 
-def is_rendered(atom: Atom) -> bool:
-    """Whether an atom tells what a server's tool did."""
-    return isinstance(atom, Said) and atom.parts[0].type == "rendered"
+def rendered(atoms: list[Atom]) -> Part | None:
+    """The text of an atom that tells what a server's tool did; None where there is none."""
+    said = atoms[0] if atoms else None
+    return said.parts[0] if isinstance(said, Said) and said.parts[0].type == "rendered" else None
 
 
 def brief_kind(kind: str) -> str:
     """A type from a request as it can stand in a log line."""
     return kind if re.fullmatch(r"[a-z0-9_]{1,40}", kind) else "unknown"
-
-
-def read_thinking(fields: Fields, kind: str, ctx: Context) -> list[Atom]:
-    """A thinking block whose signature is our carrier."""
-    key, text = ("signature", fields.text("thinking") or "") if kind == "thinking" else ("data", "")
-    thought = unseal(fields.text(key), text, ctx)
-    if thought is None:
-        ctx.drop(fields.path, "reasoning_foreign: not of this provider, cut or edited")
-    return [thought] if thought else []
 
 
 SERVER_BLOCKS = ("server_tool_use", "mcp_tool_use", "mcp_tool_result", "advisor_tool_result")
@@ -5042,67 +4887,57 @@ RENDERED_CHARS = 8000  # of a server tool's result in a history rendered as text
 def read_server_block(fields: Fields, kind: str, tools: MessagesTools,
                       ctx: Context) -> list[Atom]:
     """What a server's tool did, as the text that another provider's model can read."""
-    if kind in ("server_tool_use", "mcp_tool_use"):
-        input = mapping(fields.get("input"))
-        id, name = fields.text("id") or "", fields.text("name") or "tool"
-        if id.startswith("srvtoolu_px_") and ctx.caps.web_search == "native":
-            inner = from_base64url(id.removeprefix("srvtoolu_px_"))
-            return [Thought("search", "", ((inner or b"").decode("utf-8", "replace"),
-                                           str(input.get("query") or "")))]
-        said = next((str(input[k]) for k in ("query", "url", "command", "code")
-                     if isinstance(input.get(k), str)), "")
-        return [Said([Part("text", f'[{name} "{said}"]' if said else f"[{name}]",
-                           type="rendered")])]
-    id = fields.text("tool_use_id") or ""
-    if id.startswith("srvtoolu_px_") and ctx.caps.web_search == "native":
-        return []
-    text = rendered_result(fields.get("content"), tools)
-    return [Said([Part("text", text, type="rendered")])] if text else []
+    called = kind in ("server_tool_use", "mcp_tool_use")
+    id = fields.text("id" if called else "tool_use_id") or ""
+    own = id.startswith("srvtoolu_px_") and ctx.caps.web_search == "native"
+    if not called:
+        text = "" if own else rendered_result(fields.get("content"), tools)
+        return [Said([Part("text", text, type="rendered")])] if text else []
+    input, name = mapping(fields.get("input")), fields.text("name") or "tool"
+    if own:
+        inner = from_base64url(id.removeprefix("srvtoolu_px_")) or b""
+        query = str(input.get("query") or "")
+        return [Thought("search", "", (inner.decode("utf-8", "replace"), query))]
+    said = next((str(input[k]) for k in ("query", "url", "command", "code")
+                 if isinstance(input.get(k), str)), "")
+    return [Said([Part("text", f'[{name} "{said}"]' if said else f"[{name}]", type="rendered")])]
 
 
 def rendered_result(content: Any, tools: MessagesTools) -> str:
     """The result of a server tool as text; encrypted content stays out."""
-    if isinstance(content, str):
-        return content[:RENDERED_CHARS]
+    texts: list[str] = [content] if isinstance(content, str) else []
     if isinstance(content, dict):
         if isinstance(content.get("error_code"), str):
             return f"[failed: {content['error_code']}]"
-        inner = content.get("content")
-        references = listing(content.get("tool_references"))
-        if references:
+        if references := listing(content.get("tool_references")):
             names = [str(mapping(r).get("tool_name")) for r in references]
-            for name in names:
-                tools.used(name)
+            tools.named += names
             return "Found tools: " + ", ".join(names)
         texts = [str(content[k]) for k in ("url", "stdout", "stderr") if content.get(k)]
-        source = mapping(mapping(inner).get("source"))
+        source = mapping(mapping(content.get("content")).get("source"))
         if isinstance(source.get("data"), str) and source.get("type") == "text":
             texts.append(source["data"])
-        return join_lines(texts)[:RENDERED_CHARS]
-    lines = []
     for entry in map(mapping, listing(content)):
         if isinstance(entry.get("url"), str):
-            lines.append(f"- {entry.get('title') or entry['url']}: {entry['url']}")
+            texts.append(f"- {entry.get('title') or entry['url']}: {entry['url']}")
         elif isinstance(entry.get("text"), str):
-            lines.append(entry["text"])
-    return join_lines(lines)[:RENDERED_CHARS]
+            texts.append(entry["text"])
+    return join_lines(texts)[:RENDERED_CHARS]
 
 
 def messages_part_of(fields: Fields, kind: str) -> Part:
     """A content block that is a piece of content."""
-    path, mark = fields.path, cache_mark(fields.left.get("cache_control"))
-    more: Json = {"path": path, "mark": mark, "type": kind}
+    more: Json = {"path": fields.path, "mark": fields.mark(), "type": kind}
     if kind == "text":
         return Part("text", fields.text("text") or "", **more)
     if kind in ("image", "document"):
         return source_part(fields, kind, more)
     if kind == "search_result":
-        texts = [text for block in fields.list("content")
-                 if isinstance(text := mapping(block).get("text"), str)]
-        source = fields.get("source")
-        return Part("text", join_lines([f"Title: {fields.text('title') or ''}",
-                                        f"Source: {source if isinstance(source, str) else ''}",
-                                        *texts]), **more)
+        source = text_of(fields.get("source"))
+        lines = [f"Title: {fields.text('title') or ''}", f"Source: {source}"]
+        lines += [text for block in fields.list("content")
+                  if isinstance(text := mapping(block).get("text"), str)]
+        return Part("text", join_lines(lines), **more)
     if kind == "tool_reference":
         name = fields.text("tool_name") or fields.text("name") or ""
         return Part("text", f"Tool loaded: {name}", name=name, **more)
@@ -5119,19 +4954,17 @@ def source_part(fields: Fields, kind: str, more: Json) -> Part:
     what = source.text("type") if source else None
     if source is None or what is None:
         return Part("text", f"[{kind} omitted]", **more)
+    shape = "image" if kind == "image" else "file"
     if what == "base64":
         media = (source.text("media_type") or "").lower()
-        shape = "image" if kind == "image" else "file"
         return Part(shape, media=media, data=source.text("data") or "", name=title, **more)
     if what == "url":
-        return Part("image" if kind == "image" else "file", url=source.text("url") or "",
-                    name=title, **more)
+        return Part(shape, url=source.text("url") or "", name=title, **more)
     if what == "text":
-        part = Part("file", name=title, **more)
-        return part._replace(kind="text", text=document_text(part, source.text("data") or ""))
+        text = document_text(title, source.text("data") or "")
+        return Part("text", text, name=title, **more)
     if what == "content":
-        inner = read_content(source, "content", messages_part_of)
-        return Part("several", raw=inner, **more)
+        return Part("several", raw=read_content(source, "content", messages_part_of), **more)
     return Part("text", f"[file {source.text('file_id') or ''} omitted]", **more)
 
 
@@ -5185,53 +5018,38 @@ class MessagesTools:
         self.dropped: list[str] = []
         self.server_search = False
 
-    def read(self, values: list[Any]) -> None:
-        """The declared tools."""
-        for i, value in enumerate(values):
-            fields = Fields(self.ctx, value, f"tools[{i}]")
-            tool = self.tool(fields, fields.text("type") or "custom")
-            if tool:
-                self.ask.tools.append(tool)
-
-    def tool(self, fields: Fields, kind: str) -> Tool | None:
-        """One declared tool; None for one that only Anthropic's servers run."""
-        if kind.startswith("web_search_") and self.ctx.caps.web_search != "off":
+    def add(self, fields: Fields, loaded: bool = False) -> None:
+        """One declared tool, or one `loaded` on the way; those that only Anthropic's servers run
+        are dropped."""
+        kind, path, web_search = fields.text("type") or "custom", fields.path, self.ctx.caps.web_search
+        known = next((row for row in ANTHROPIC_TOOLS if re.match(row[0], kind)), None)
+        if kind.startswith("web_search_") and web_search != "off":
             raw = {key: fields.left[key] for key in ("allowed_domains", "user_location", "max_uses")
                    if fields.left.get(key) is not None}
-            return Tool("web_search", "web_search", raw=raw, path=fields.path)
-        if HOSTED_TOOL.match(kind):
+            self.ask.tools.append(Tool("web_search", "web_search", raw=raw, path=path))
+        elif HOSTED_TOOL.match(kind) or not (known or kind in ("custom", "function")):
             self.server_search = self.server_search or bool(SEARCH_TOOL.match(kind))
             self.dropped.append(kind)
-            self.ctx.drop(fields.path, f"no {brief_kind(kind)} with this provider")
-            return None
-        inner = fields.object("function") if kind == "function" else None
-        fields = inner or fields
-        name = fields.text("name")
-        if not name:
-            raise RequestError(f"`{fields.at('name')}` must be a non-empty string",
-                               param=fields.at("name"))
-        known = next((row for row in ANTHROPIC_TOOLS if re.match(row[0], kind)), None)
-        if known:
+            self.ctx.drop(path, f"no {brief_kind(kind)} with this provider")
+        elif known:
             about = known[1]
             if kind.startswith("computer_"):
                 width, height = (fields.left.get(f"display_{k}_px") for k in ("width", "height"))
                 about += f" The display is {width} x {height} pixels."
-            return Tool("function", name, about, known[2], path=fields.path)
-        if kind not in ("custom", "function"):
-            self.dropped.append(kind)
-            self.ctx.drop(fields.path, f"no {brief_kind(kind)} with this provider")
-            return None
-        text = fields.text("description")
+            self.ask.tools.append(Tool("function", fields.name(), about, known[2], path=path))
+        else:
+            tool = self.function((kind == "function" and fields.object(kind)) or fields)
+            self.ask.tools.append(tool._replace(deferred=tool.deferred and not loaded))
+
+    def function(self, fields: Fields) -> Tool:
+        """A tool that the client defines."""
+        name, text = fields.name(), fields.text("description")
         if examples := fields.list("input_examples"):
             text = f"{text or ''}\n\nExamples: {compact(examples)}"
         schema = fields.json("input_schema") or fields.json("parameters")
         return Tool("function", name, text, schema, strict=fields.flag("strict"),
                     deferred=bool(fields.flag("defer_loading")), path=fields.path,
-                    mark=cache_mark(fields.left.pop("cache_control", None)))
-
-    def used(self, name: str) -> None:
-        """A call or a reference names a tool."""
-        self.named.append(name)
+                    mark=fields.mark())
 
     def change(self, fields: Fields, kind: str) -> None:
         """A tool_addition or tool_removal block within the conversation."""
@@ -5240,14 +5058,12 @@ class MessagesTools:
             found = found.object("tool") or found.object("definition") or found
         inner = found.left if found else fields.left
         name = inner.get("name") or inner.get("tool_name")
-        if inner.get("type") == "tool_reference":
-            found = None
         if kind == "tool_removal":
             self.ask.tools = [tool for tool in self.ask.tools if tool.name != name]
-        elif found and (tool := self.tool(found, found.text("type") or "custom")):
-            self.ask.tools.append(tool._replace(deferred=False))
+        elif found and inner.get("type") != "tool_reference":
+            self.add(found, loaded=True)
         elif isinstance(name, str):
-            self.used(name)
+            self.named.append(name)
 
     def settle(self) -> None:
         """Leave the tools that are sent: deferred ones behind, in the order they were named."""
@@ -5949,7 +5765,7 @@ def chat_file(part: Part, ctx: Context) -> Json | None:
     if part.data and part.media in IMAGE_TYPES:
         return {"type": "image_url", "image_url": {"url": data_url(part)}}
     if part.data and part.media and TEXT_TYPES.fullmatch(part.media):
-        return {"type": "text", "text": document_text(part, decoded_text(part))}
+        return {"type": "text", "text": document_text(part.name, decoded_text(part))}
     if part.data and part.media == "application/pdf" and ctx.caps.files == "native":
         name = part.name or "document.pdf"
         return {"type": "file", "file": {"filename": name, "file_data": data_url(part)}}
