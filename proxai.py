@@ -4142,8 +4142,8 @@ def finish_tools(ask: Ask, ctx: Context) -> None:
     forced = ask.choice.names[0][1] if ask.choice and ask.choice.mode == "tool" else None
     kept = []
     for tool in unique_tools(sorted(ask.tools, key=lambda t: t.deferred and by_client)):
-        searches = tool.kind == "web_search" and (
-            ctx.caps.web_search != "off" and mapping(tool.raw).get("external_web_access") is not False)
+        searches = (ctx.caps.web_search != "off"
+                    and mapping(tool.raw).get("external_web_access") is not False)
         if tool.kind in ("hosted", "hosted_search") or (tool.kind == "web_search" and not searches):
             ctx.drop(tool.path, f"no {tool.name} with this provider")
             if forced == tool.name:
@@ -4881,6 +4881,7 @@ def brief_kind(kind: str) -> str:
 
 
 SERVER_BLOCKS = ("server_tool_use", "mcp_tool_use", "mcp_tool_result", "advisor_tool_result")
+THINKING = ("thinking", "redacted_thinking")
 RENDERED_CHARS = 8000  # of a server tool's result in a history rendered as text
 
 
@@ -5021,9 +5022,9 @@ class MessagesTools:
     def add(self, fields: Fields, loaded: bool = False) -> None:
         """One declared tool, or one `loaded` on the way; those that only Anthropic's servers run
         are dropped."""
-        kind, path, web_search = fields.text("type") or "custom", fields.path, self.ctx.caps.web_search
+        kind, path = fields.text("type") or "custom", fields.path
         known = next((row for row in ANTHROPIC_TOOLS if re.match(row[0], kind)), None)
-        if kind.startswith("web_search_") and web_search != "off":
+        if kind.startswith("web_search_") and self.ctx.caps.web_search != "off":
             raw = {key: fields.left[key] for key in ("allowed_domains", "user_location", "max_uses")
                    if fields.left.get(key) is not None}
             self.ask.tools.append(Tool("web_search", "web_search", raw=raw, path=path))
@@ -5082,6 +5083,185 @@ class MessagesTools:
                                " this provider", param="tools")
         self.ask.tools = tools
 
+# -- what the writers share --------------------------------------------------
+
+WORDS = ("text", "refusal")  # the kinds of part that are text
+NO_SAMPLING = "this model takes no sampling parameters"
+IN_JSON, BY_SCHEMA = "Answer in JSON.", "Answer only with JSON that matches this JSON schema:\n"
+STOP_NAMES = {"responses": "stop", "chat": "stop", "messages": "stop_sequences"}
+
+
+def spoken(parts: Iterable[Part]) -> list[Part]:
+    """Parts without texts that are empty."""
+    return [part for part in parts if part.kind not in WORDS or part.text.strip()]
+
+
+def words_for(part: Part, ctx: Context) -> str:
+    """The text of a part, or the words that stand for what the provider does not take; in a Chat
+    request at hand that is refused instead."""
+    if part.kind in WORDS:
+        return part.text
+    if part.kind == "image" and not ctx.caps.vision:
+        return "[image omitted: this model cannot see images]"
+    what = part.kind if part.kind in ("image", "file", "audio") else "part"
+    if part.current:
+        said = f" of type {part.media}" if part.media else ""
+        raise RequestError(f"this provider takes no such {what}{said}", param=part.path)
+    if ctx.inbound == RESPONSES.word:
+        where = f" ({part.url})" if part.url else ""
+        return omitted_words("content", brief_kind(part.type), ctx) + where
+    if ctx.provider == CHAT.word:
+        return (f"[document: {part.url}]" if part.url else
+                f'[document "{part.name or ""}" omitted: provider takes no files]')
+    note = part.media if part.kind == "image" else part.name
+    return f"[{what} omitted: {note}]" if note and ctx.provider == MESSAGES.word \
+        else f"[{what} omitted]"
+
+
+def marked(block: Json, mark: Json | None) -> Json:
+    """A block with a cache mark, where there is one."""
+    if mark is not None:
+        block["cache_control"] = mark
+    return block
+
+
+def asked_level(ask: Ask) -> str | None:
+    """The effort level that a request comes to, None where it asks for none in particular."""
+    wish = ask.effort or Effort()
+    return budget_level(wish.budget) if not wish.level and wish.budget is not None else wish.level
+
+
+def write_tools(ask: Ask, names: ToolNames, ctx: Context,
+                write: Callable[[Tool, str, Context], Json],
+                search: Callable[[Json], Json] | None) -> list[Json]:
+    """The tools, each remembered under the name it goes by. `search` makes a tool of a wish for
+    web search, where the protocol has it as a tool."""
+    found: list[Json] = []
+    for tool in ask.tools:
+        if tool.kind == "raw":
+            found.append(tool.raw)
+        elif tool.kind != "web_search":
+            wire = names.of(tool.space, tool.name)
+            ctx.tools[wire] = tool
+            found.append(write(tool, wire, ctx))
+        elif search:
+            found.append(search(mapping(tool.raw)))
+            ctx.web_search = True
+    if search and ask.search is not None:
+        if ctx.caps.web_search == "native":
+            found.append(search(ask.search))
+            ctx.web_search = True
+        else:
+            ctx.drop("web_search_options")
+    return found
+
+
+def function_of(tool: Tool, wire: str, key: str, schema: Json) -> Json:
+    """A tool as a function with its schema at `key`. A free text tool has one string; its grammar
+    is only told."""
+    description = tool.description
+    if tool.kind == "custom":
+        schema = {"type": "object", "properties": {"input": {"type": "string"}},
+                  "required": ["input"], "additionalProperties": False}
+        format_ = mapping(mapping(tool.raw).get("format"))
+        grammar = mapping(format_.get("grammar")) or format_
+        if isinstance(definition := grammar.get("definition"), str):
+            note = (f'"input" must match this {grammar.get("syntax") or ""} grammar:\n'
+                    f"```\n{definition}\n```")
+            description = f"{description}\n\n{note}" if description else note
+    return {"name": wire, **({"description": description} if description else {}), key: schema}
+
+
+def native_custom(tool: Tool, wire: str, ctx: Context) -> Json:
+    """A free text tool as OpenAI has it; a grammar is nested in Chat, flat in Responses."""
+    out: Json = {"name": wire, **({"description": tool.description} if tool.description else {})}
+    form = mapping(mapping(tool.raw).get("format"))
+    if form.get("type") == "grammar":
+        inner = mapping(form.get("grammar")) or {
+            key: form[key] for key in ("syntax", "definition") if key in form}
+        form = {"type": "grammar", **({"grammar": inner} if ctx.provider == CHAT.word else inner)}
+    return {**out, "format": form} if form else out
+
+
+def call_kind(tool: Tool, ctx: Context) -> str:
+    """Whether a tool goes to the provider as a custom tool or as a function."""
+    return "custom" if tool.kind == "custom" and ctx.caps.custom_tools else "function"
+
+
+def is_strict_tool(tool: Tool, schema: Json, ctx: Context) -> bool:
+    """Whether a tool's schema is to be strict; Anthropic's strict is the weaker one."""
+    return bool(tool.strict and ctx.caps.strict_tools
+                and (ctx.inbound != MESSAGES.word or is_strict(schema)))
+
+
+def is_strict_format(form: Format, ctx: Context) -> bool:
+    """Whether an answer's schema is to be strict; Anthropic's always is, as far as it can be."""
+    if ctx.inbound != MESSAGES.word:
+        return bool(form.strict)
+    return bool(ctx.caps.strict_tools) and is_strict(form.schema)
+
+
+def put_tools(ask: Ask, names: ToolNames, mode: str | None, forced: str | None, tools: list[Json],
+              ctx: Context, out: Json) -> None:
+    """tools, tool_choice and parallel_tool_calls of either OpenAI protocol; Chat Completions nests
+    what a choice names."""
+    if not tools:
+        return
+    nested = ctx.provider == CHAT.word
+
+    def named(wire: str) -> Json:
+        kind = call_kind(names.declared[wire], ctx)
+        return {"type": kind, kind: {"name": wire}} if nested else {"type": kind, "name": wire}
+
+    out["tools"] = tools
+    if mode == "tool" and forced:
+        search = names.declared[forced].kind == "web_search" and not nested
+        out["tool_choice"] = {"type": "web_search"} if search else named(forced)
+    elif mode == "allowed" and ask.choice:
+        allowed: Json = {"mode": "required" if ask.choice.required else "auto",
+                         "tools": [named(wire) for wire in names.pick(ask.choice)]}
+        out["tool_choice"] = {"type": "allowed_tools",
+                              **({"allowed_tools": allowed} if nested else allowed)}
+    elif mode:
+        out["tool_choice"] = mode
+    if ctx.caps.parallel_tool_calls is not False and (
+            ask.parallel is False or (ask.parallel and ctx.inbound == CHAT.word)):
+        out["parallel_tool_calls"] = ask.parallel
+
+
+def put_sampling(ask: Ask, ctx: Context, out: Json, **reasons: str | None) -> None:
+    """temperature, top_p and top_k, each unless there is a reason against it."""
+    for name, reason in reasons.items():
+        value = getattr(ask, name)
+        if value is not None and reason is None:
+            out[name] = value
+        elif value is not None:
+            ctx.drop(name, reason or "")
+
+
+def put_user(ask: Ask, ctx: Context, out: Json) -> None:
+    """Anthropic's user_id for OpenAI, in a form that names nobody; for others it stays here."""
+    if ctx.inbound == MESSAGES.word and ask.user:
+        if ctx.caps.vendor_fields:
+            plain = len(ask.user) <= 64 and not ask.user.startswith("{")
+            out["safety_identifier"] = ask.user if plain else sha(ask.user)
+            out["prompt_cache_key"] = sha(ask.user)[:32]
+        else:
+            ctx.drop("metadata.user_id", "stays here: it may name an account")
+
+
+def put_extras(ask: Ask, ctx: Context, out: Json, taken: Iterable[str], tier: str | None) -> None:
+    """The members of `ask.more` that are `taken`, and the tier; what is left is dropped."""
+    for name in taken:
+        if name in ask.more:
+            out[name] = ask.more.pop(name)[1]
+    if tier and ctx.caps.vendor_fields:
+        out["service_tier"] = tier
+    elif ask.tier:
+        ctx.drop("service_tier", "not taken by this provider")
+    for path, _ in ask.more.values():
+        ctx.drop(path)
+
 # -- writing Anthropic Messages (translation-responses.md 2.1, -chat.md 2.2-2.8)
 
 CACHED_FROM = 2048  # tokens, below which a cache mark costs more than it saves
@@ -5092,7 +5272,7 @@ def write_messages(ask: Ask, ctx: Context) -> Json:
     """A neutral request as the body of an Anthropic Messages request."""
     names = ToolNames(ask.tools, 64 if ctx.inbound == RESPONSES.word else 128)
     mode, tool = settle_choice(ask, names)
-    tools = messages_tools(ask, names, ctx)
+    tools = write_tools(ask, names, ctx, anthropic_tool, anthropic_search)
     system = [text_block(part) for part in system_parts(ask.system, ctx) if part.text.strip()]
     atoms = pair_up(ask.atoms, safe_id, ctx)
     messages = messages_turns(atoms, names, ctx)
@@ -5131,7 +5311,7 @@ def system_parts(parts: list[Part], ctx: Context) -> list[Part]:
         if part.kind == "text":
             out.append(part)
         elif ctx.inbound == RESPONSES.word:
-            out.append(Part("text", cannot_send(part, ctx)))
+            out.append(Part("text", words_for(part, ctx)))
         else:
             ctx.drop(part.path, "only text has a place in a system message")
     return out
@@ -5142,61 +5322,38 @@ def text_block(part: Part) -> Json:
     return marked({"type": "text", "text": part.text}, part.mark)
 
 
-def marked(block: Json, mark: Json | None) -> Json:
-    """A block with a cache mark, where there is one."""
-    if mark is not None:
-        block["cache_control"] = mark
-    return block
-
-
 def anthropic_blocks(part: Part, ctx: Context) -> list[Json]:
     """A part as content blocks: none for an empty text."""
-    if part.kind in ("text", "refusal"):
+    if part.kind in WORDS:
         return [text_block(part)] if part.text.strip() else []
     if part.kind == "raw":
         return [part.raw]
-    if part.kind == "image" and not ctx.caps.vision:
-        return [text_block(Part("text", "[image omitted: this model cannot see images]"))]
-    if part.detail:
-        ctx.drop(f"{part.path}.{'image_url.' if part.type == 'image_url' else ''}detail")
-    block = anthropic_media(part) if part.kind in ("image", "file") else None
+    block = None
+    if part.kind != "image" or ctx.caps.vision:
+        block = anthropic_media(part)
+        if part.detail:
+            ctx.drop(f"{part.path}.{'image_url.' if part.type == 'image_url' else ''}detail")
     if block is None:
-        return [text_block(Part("text", cannot_send(part, ctx)))]
+        return [text_block(Part("text", words_for(part, ctx)))]
     return [marked(block, part.mark)]
 
 
 def anthropic_media(part: Part) -> Json | None:
     """An image or document block; None for what Anthropic takes in no form."""
-    if part.url and part.kind == "image":
-        return {"type": "image", "source": {"type": "url", "url": part.url}}
-    if part.url and (part.type == "input_file" or part.url.split("?")[0].endswith(".pdf")):
-        return {"type": "document", "source": {"type": "url", "url": part.url}}
+    if part.url and (part.kind == "image" or part.type == "input_file"
+                     or part.url.split("?")[0].endswith(".pdf")):
+        return {"type": "image" if part.kind == "image" else "document",
+                "source": {"type": "url", "url": part.url}}
     if not part.data:
         return None
+    source: Json = {"type": "base64", "media_type": part.media, "data": part.data}
     if part.media in IMAGE_TYPES:
-        return {"type": "image",
-                "source": {"type": "base64", "media_type": part.media, "data": part.data}}
-    title = {"title": part.name} if part.name else {}
-    if part.media == "application/pdf":
-        return {"type": "document", "source": {
-            "type": "base64", "media_type": "application/pdf", "data": part.data}, **title}
-    if part.kind == "file" and part.media and TEXT_TYPES.fullmatch(part.media):
-        return {"type": "document", "source": {
-            "type": "text", "media_type": "text/plain", "data": decoded_text(part)}, **title}
-    return None
-
-
-def cannot_send(part: Part, ctx: Context) -> str:
-    """The words that stand for a part; a Chat request at hand is refused instead."""
-    what = {"image": "image", "file": "file", "audio": "audio"}.get(part.kind, "part")
-    if ctx.inbound == CHAT.word:
-        if part.current:
-            said = f" of type {part.media}" if part.media else ""
-            raise RequestError(f"this provider takes no such {what}{said}", param=part.path)
-        note = part.media if part.kind == "image" else part.name
-        return f"[{what} omitted: {note}]" if note else f"[{what} omitted]"
-    return (f"[OpenAI Responses content `{brief_kind(part.type)}` omitted during"
-            f" {TRANSLATED_TO[ctx.provider]} translation]")
+        return {"type": "image", "source": source}
+    if part.media != "application/pdf":
+        if part.kind != "file" or not TEXT_TYPES.fullmatch(part.media or ""):
+            return None
+        source = {"type": "text", "media_type": "text/plain", "data": decoded_text(part)}
+    return {"type": "document", "source": source, **({"title": part.name} if part.name else {})}
 
 
 def messages_turns(atoms: list[Atom], names: ToolNames, ctx: Context) -> list[Json]:
@@ -5270,19 +5427,14 @@ def assistant_blocks(group: list[Atom], names: ToolNames, ctx: Context) -> list[
             or block.get("id") in answered or i == len(blocks) - 1]
 
 
-THINKING = ("thinking", "redacted_thinking")
-
-
 def thought_blocks(thought: Thought, ctx: Context) -> list[Json]:
     """Reasoning as the provider gave it; that of another protocol's provider is left out."""
     if thought.kind == "at" and (thought.body or ctx.caps.lenient_thinking):
         return [{"type": "thinking", "thinking": thought.text, "signature": thought.body}]
     if thought.kind == "ar":
         return [{"type": "redacted_thinking", "data": thought.body}]
-    if thought.kind == "ab":
-        return [block for block in listing(thought.body)
-                if isinstance(block, dict) and isinstance(block.get("type"), str)]
-    return []
+    return [block for block in listing(thought.body) if thought.kind == "ab"
+            and isinstance(mapping(block).get("type"), str)]
 
 
 def result_blocks(out: Out, ctx: Context) -> list[Json]:
@@ -5297,49 +5449,23 @@ def result_blocks(out: Out, ctx: Context) -> list[Json]:
     return [marked(block, out.mark)]
 
 
-def messages_tools(ask: Ask, names: ToolNames, ctx: Context) -> list[Json]:
-    """The tools, each remembered under the name it goes by."""
-    found = []
-    for tool in ask.tools:
-        if tool.kind == "raw":
-            found.append(tool.raw)
-            continue
-        if tool.kind == "web_search":
-            ctx.web_search = True
-            found.append(hosted_search(mapping(tool.raw)))
-            continue
-        wire = names.of(tool.space, tool.name)
-        ctx.tools[wire] = tool
-        item: Json = {"name": wire}
-        description = tool.description
-        schema = input_schema(tool.schema)
-        if tool.kind == "custom":
-            description, schema = custom_tool(tool)
-        if description:
-            item["description"] = description
-        item["input_schema"] = schema
-        if tool.strict:
-            if ctx.kind.schema and ctx.caps.strict_tools and \
-                    schema.get("additionalProperties") is False:
-                item["strict"] = True
-            else:
-                ctx.drop(f"{tool.path}.strict", "needs a closed schema and a newer model")
-        if ctx.inbound == CHAT.word and isinstance(tool.raw, dict) and tool.kind == "function":
-            item |= tool.raw
-        found.append(marked(item, tool.mark))
-    if ask.search is not None:
-        if ctx.caps.web_search == "native":
-            ctx.web_search = True
-            found.append(hosted_search(ask.search))
-        else:
-            ctx.drop("web_search_options")
-    return found
+def anthropic_tool(tool: Tool, wire: str, ctx: Context) -> Json:
+    """A function for Anthropic."""
+    item = function_of(tool, wire, "input_schema", input_schema(tool.schema))
+    closed = item["input_schema"].get("additionalProperties") is False
+    if tool.strict and closed and ctx.kind.schema and ctx.caps.strict_tools:
+        item["strict"] = True
+    elif tool.strict:
+        ctx.drop(f"{tool.path}.strict", "needs a closed schema and a newer model")
+    if ctx.inbound == CHAT.word and tool.kind == "function":
+        item |= mapping(tool.raw)
+    return marked(item, tool.mark)
 
 
 SEARCH_USES = {"low": 1, "medium": 5, "high": 10}
 
 
-def hosted_search(options: Json) -> Json:
+def anthropic_search(options: Json) -> Json:
     """Anthropic's web search by the options of either OpenAI protocol."""
     out: Json = {"type": "web_search_20250305", "name": "web_search"}
     filters = mapping(options.get("filters"))
@@ -5356,19 +5482,6 @@ def hosted_search(options: Json) -> Json:
     if uses and "type" not in options:
         out["max_uses"] = uses
     return out
-
-
-def custom_tool(tool: Tool) -> tuple[str | None, Json]:
-    """A free text tool as a function with one string; its grammar is only told."""
-    format_ = mapping(mapping(tool.raw).get("format"))
-    grammar = mapping(format_.get("grammar")) or format_
-    description, definition = tool.description, grammar.get("definition")
-    if isinstance(definition, str):
-        note = (f'"input" must match this {grammar.get("syntax") or ""} grammar:\n'
-                f"```\n{definition}\n```")
-        description = f"{description}\n\n{note}" if description else note
-    return description, {"type": "object", "properties": {"input": {"type": "string"}},
-                         "required": ["input"], "additionalProperties": False}
 
 
 def messages_choice(mode: str | None, tool: str | None, ask: Ask,
@@ -5401,46 +5514,41 @@ def format_texts(ask: Ask, ctx: Context, out: Json) -> list[str]:
         return []
     if form.schema is None:
         return ["Answer with one JSON object only."]
-    if ctx.kind.schema:
-        out["output_config"] = {"format": {"type": "json_schema",
-                                           "schema": closed_schema(form.schema)}}
-        return []
-    return [f"Answer only with JSON that matches this JSON schema:\n{compact(form.schema)}"]
+    if not ctx.kind.schema:
+        return [BY_SCHEMA + compact(form.schema)]
+    out["output_config"] = {"format": {"type": "json_schema",
+                                       "schema": closed_schema(form.schema)}}
+    return []
 
 
 def ask_for_thinking(ask: Ask, ctx: Context, out: Json, choice: Json | None) -> None:
-    """thinking and output_config.effort by the model's class (-chat.md 2.6, -responses.md 2.1.8)."""
+    """thinking and output_config.effort by the model's class (-chat.md 2.6, -responses.md
+    2.1.8)."""
     wish, kind = ask.effort, ctx.kind
     if wish is None:
         return
     if not kind.manual and not kind.adaptive:
         ctx.drop("thinking" if wish.switched else "reasoning", "this model does not reason")
         return
-    level = wish.level or (budget_level(wish.budget) if wish.budget is not None else None)
+    level, effort = asked_level(ask), None
     forced = choice is not None and choice["type"] in ("any", "tool")
-    effort = None
+    disabled = {"type": "disabled"}
     if level == "none":
         if kind.disabled and kind.name != "K1":
-            out["thinking"] = {"type": "disabled"}
+            out["thinking"] = disabled
         elif kind.name == "K5":
             effort = "low"
     elif kind.adaptive and not (kind.manual and wish.switched == "enabled" and wish.budget):
-        if forced and kind.disabled:
-            out["thinking"] = {"type": "disabled"}
-        else:
-            out["thinking"] = {"type": "adaptive"}
-            if wish.display:
-                out["thinking"]["display"] = wish.display
+        shown = {"display": wish.display} if wish.display else {}
+        out["thinking"] = disabled if forced and kind.disabled else {"type": "adaptive", **shown}
         effort = {"minimal": "low", "xhigh": "max" if kind.name == "K2" else "xhigh"}.get(
             level or "", level)
-    elif forced:
-        if ctx.inbound == RESPONSES.word:
-            out["thinking"] = {"type": "disabled"}
-    else:
+    elif not forced:
         budget = wish.budget if wish.budget is not None else BUDGETS[level or "medium"]
         out["thinking"] = {"type": "enabled", "budget_tokens": max(budget, 1024)}
-    if effort in ("xhigh", "max") and "opus-5" in ctx.model and \
-            mapping(out.get("thinking")).get("type") == "disabled":
+    elif ctx.inbound == RESPONSES.word:
+        out["thinking"] = disabled
+    if effort in ("xhigh", "max") and "opus-5" in ctx.model and out.get("thinking") == disabled:
         effort = "high"
     if effort:
         out.setdefault("output_config", {})["effort"] = effort
@@ -5448,40 +5556,30 @@ def ask_for_thinking(ask: Ask, ctx: Context, out: Json, choice: Json | None) -> 
 
 def fit_tokens(ask: Ask, ctx: Context, out: Json) -> None:
     """max_tokens, and the thinking budget that must be below it."""
-    default = ctx.caps.default_max_tokens or ctx.kind.default_max_tokens
-    limit = min(ctx.kind.max_tokens, ctx.caps.max_tokens_cap or 1 << 30)
     thinking = mapping(out.get("thinking"))
     budget = thinking.get("budget_tokens")
-    if ask.max_tokens is None:
-        out["max_tokens"] = min(limit, default + (budget or 0))
-    else:
-        out["max_tokens"] = max(1, min(ask.max_tokens, limit))
+    wanted = ask.max_tokens
+    if wanted is None:
+        wanted = (ctx.caps.default_max_tokens or ctx.kind.default_max_tokens) + (budget or 0)
+    limit = min(ctx.kind.max_tokens, ctx.caps.max_tokens_cap or 1 << 30)
+    out["max_tokens"] = max(1, min(wanted, limit))
     if budget is not None:
-        budget = min(budget, out["max_tokens"] - 1024)
-        if budget < 1024:
+        thinking["budget_tokens"] = min(budget, out["max_tokens"] - 1024)
+        if thinking["budget_tokens"] < 1024:
             del out["thinking"]
             ctx.drop("reasoning", "the output limit leaves no room for thinking")
-        else:
-            thinking["budget_tokens"] = budget
 
 
 def messages_sampling(ask: Ask, ctx: Context, out: Json) -> None:
     """temperature, top_p and top_k where the class takes them; never beside thinking."""
-    thinks = mapping(out.get("thinking")).get("type") in ("enabled", "adaptive")
-    reason = ("not beside thinking" if thinks else
-              None if ctx.kind.sampling else "this model takes no sampling parameters")
-    for name, value in (("temperature", ask.temperature), ("top_p", ask.top_p),
-                        ("top_k", ask.top_k)):
-        if value is None:
-            continue
-        if reason:
-            ctx.drop(name, reason)
-        elif name == "top_p" and ask.temperature is not None and ctx.kind.name in ("K1", "K2"):
-            ctx.drop(name, "not beside temperature")
-        elif name == "temperature":
-            out[name] = max(0, min(value, 1.0))
-        else:
-            out[name] = value
+    why = None if ctx.kind.sampling else NO_SAMPLING
+    if mapping(out.get("thinking")).get("type") in ("enabled", "adaptive"):
+        why = "not beside thinking"
+    one = "not beside temperature" if ask.temperature is not None and (
+        ctx.kind.name in ("K1", "K2")) else None
+    put_sampling(ask, ctx, out, temperature=why, top_p=why or one, top_k=why)
+    if "temperature" in out:
+        out["temperature"] = max(0, min(out["temperature"], 1.0))
 
 
 MAIL_OR_PHONE = re.compile(r"[^@\s]+@[^@\s]+|\+?[\d\s().-]{7,}")
@@ -5495,14 +5593,9 @@ def messages_extras(ask: Ask, ctx: Context, out: Json) -> None:
         if len(user) > 256 or not user.isprintable() or MAIL_OR_PHONE.fullmatch(user):
             user = sha(user)
         out["metadata"] = {"user_id": user}
-    tier = {"auto": "auto", "default": "standard_only"}.get(ask.tier or "")
-    if tier and ctx.caps.vendor_fields:
-        out["service_tier"] = tier
-    elif ask.tier:
-        ctx.drop("service_tier", "not taken by this provider")
-    for name, (path, _) in ask.more.items():
-        if name not in ("user", "safety_identifier"):
-            ctx.drop(path)
+    for name in ("user", "safety_identifier"):
+        ask.more.pop(name, None)
+    put_extras(ask, ctx, out, (), {"auto": "auto", "default": "standard_only"}.get(ask.tier or ""))
 
 
 def finish_thinking(atoms: list[Atom], ctx: Context, out: Json) -> None:
@@ -5543,50 +5636,37 @@ def strip_thinking(messages: list[Json]) -> None:
 def end_with_user(out: Json, kind: ModelClass) -> None:
     """A conversation that ends with the assistant is a prefill, where the class knows that."""
     last = out["messages"][-1]
-    if last["role"] != "assistant" or last["content"][-1]["type"] == "server_tool_use" or \
-            last["content"][-1]["type"].endswith("_tool_result"):
+    block = last["content"][-1]
+    if last["role"] != "assistant" or block["type"] == "server_tool_use" or \
+            block["type"].endswith("_tool_result"):
         return
     if not kind.prefill:
-        out["messages"].append({"role": "user",
-                                "content": [{"type": "text", "text": "Continue."}]})
-        return
-    if last["content"][-1]["type"] == "text":
-        last["content"][-1] = {**last["content"][-1],
-                               "text": last["content"][-1]["text"].rstrip()}
+        add_turn(out["messages"], "user", [{"type": "text", "text": "Continue."}])
+    elif block["type"] == "text":
+        last["content"][-1] = {**block, "text": block["text"].rstrip()}
 
 
 def set_marks(ask: Ask, ctx: Context, out: Json) -> None:
     """Cache marks: the client's own, at most four, else automatic ones (-chat.md 2.7)."""
-    blocks = marked_blocks(out)
-    if blocks:
-        keep_marks(blocks, ask.ttl)
+    messages, tools, system = out["messages"], out.get("tools", []), out.get("system", [])
+    fixed = [b for b in (*tools, *system) if "cache_control" in b]
+    moving = [b for m in messages for b in m["content"] if "cache_control" in b]
+    moving += [b for m in messages for result in m["content"] if result["type"] == "tool_result"
+               for b in listing(result.get("content")) if "cache_control" in b]
+    if fixed or moving:
+        keep_marks(fixed, moving, ask.ttl)
         return
-    messages, tools = out["messages"], out.get("tools")
     worth = tools or any(m["role"] == "assistant" for m in messages)
-    if ctx.caps.cache != "on" or not ask.marks or not worth or \
-            estimate_tokens(out) < CACHED_FROM:
-        return
-    mark: Json = {"type": "ephemeral", "ttl": ask.ttl} if ask.ttl else {"type": "ephemeral"}
-    users = [m for m in messages if m["role"] == "user"][-2:]
-    for place in (tools, out.get("system"), *(m["content"] for m in users)):
-        if place:
-            place[-1] = {**place[-1], "cache_control": mark}
+    if ctx.caps.cache == "on" and ask.marks and worth and estimate_tokens(out) >= CACHED_FROM:
+        users = [m["content"] for m in messages if m["role"] == "user"][-2:]
+        for place in (tools, system, *users):
+            if place:
+                place[-1] = {**place[-1], "cache_control": cache_mark(ask.ttl)}
 
 
-def marked_blocks(out: Json) -> list[list[Json]]:
-    """The blocks with a cache mark: of tools and system, and of messages."""
-    fixed = [b for b in [*out.get("tools", ()), *out.get("system", ())] if "cache_control" in b]
-    moving = [b for m in out["messages"] for b in m["content"] if "cache_control" in b]
-    moving += [b for m in out["messages"] for result in m["content"]
-               if result["type"] == "tool_result" and isinstance(result.get("content"), list)
-               for b in result["content"] if "cache_control" in b]
-    return [fixed, moving] if fixed or moving else []
-
-
-def keep_marks(blocks: list[list[Json]], ttl: str | None) -> None:
+def keep_marks(fixed: list[Json], moving: list[Json], ttl: str | None) -> None:
     """At most four marks, those of system and tools first, then the last; none of five minutes
     stands before one of an hour."""
-    fixed, moving = blocks
     kept = fixed[:MARKS]
     kept += moving[len(moving) - min(len(moving), MARKS - len(kept)):]
     for block in (*fixed, *moving):
@@ -5594,11 +5674,11 @@ def keep_marks(blocks: list[list[Json]], ttl: str | None) -> None:
             del block["cache_control"]
     long = False
     for block in reversed(kept):
-        if ttl and "ttl" not in block["cache_control"]:
-            block["cache_control"] = {**block["cache_control"], "ttl": ttl}
+        block["cache_control"] = {"ttl": ttl, **block["cache_control"]} if ttl else block[
+            "cache_control"]
         long = long or block["cache_control"].get("ttl") == "1h"
         if long:
-            block["cache_control"] = {**block["cache_control"], "ttl": "1h"}
+            block["cache_control"] = cache_mark("1h")
 
 
 def shorten(out: Json) -> None:
@@ -5623,17 +5703,14 @@ THINK, END_THINK = "<think>", "</think>"
 
 def write_chat(ask: Ask, ctx: Context) -> Json:
     """A neutral request as the body of a Chat Completions request."""
-    caps = ctx.caps
-    names = ToolNames(ask.tools, 64)
-    narrows = not caps.allowed_tools
-    mode, tool = settle_choice(ask, names, narrows)
+    caps, names = ctx.caps, ToolNames(ask.tools, 64)
+    mode, tool = settle_choice(ask, names, narrows=not caps.allowed_tools)
     atoms = pair_up(ask.atoms, CALL_IDS[caps.call_ids or "any"], ctx)
     level = asked_level(ask)
-    out: Json = {"model": ctx.model}
     messages = chat_system(ask, ctx) + chat_turns(atoms, names, level, ctx)
     if not any(message["role"] not in ("system", "developer") for message in messages):
         messages.append({"role": "user", "content": "."})
-    out["messages"] = messages
+    out: Json = {"model": ctx.model, "messages": messages}
     if ask.stream is not None:
         out["stream"] = ask.stream
         if ask.stream and caps.stream_usage:
@@ -5641,36 +5718,24 @@ def write_chat(ask: Ask, ctx: Context) -> Json:
     if ask.max_tokens is not None:
         limit = max(ask.max_tokens, 1)
         out[caps.max_tokens_field or "max_tokens"] = min(limit, caps.max_tokens_cap or limit)
-    chat_tools(ask, names, mode, tool, ctx, out)
+    for options in (*(mapping(t.raw) for t in ask.tools if t.kind == "web_search"), ask.search):
+        if options is not None:
+            search_fields(options, ctx, out)
+    put_tools(ask, names, mode, tool, write_tools(ask, names, ctx, chat_tool, None), ctx, out)
     chat_sampling(ask, level, ctx, out)
-    out |= reasoning_fields(ask, level, bool(out.get("tools")), ctx)
+    out |= reasoning_fields(ask, level, "tools" in out, ctx)
     chat_format(ask, ctx, out)
     chat_extras(ask, ctx, out)
     return out
 
 
-def asked_level(ask: Ask) -> str | None:
-    """The effort level that a request comes to, None where it asks for none in particular."""
-    wish = ask.effort
-    if wish is None or wish.level is not None:
-        return wish.level if wish else None
-    return budget_level(wish.budget) if wish.budget is not None else None
-
-
 def chat_system(ask: Ask, ctx: Context) -> list[Json]:
     """The leading system messages: as they were, or in one, which is what templates accept."""
     texts = texts_of(ask.system)
-    if not texts:
-        return []
-    if ctx.caps.late_system == "keep" and ctx.inbound == RESPONSES.word:
-        return [{"role": chat_role(part, ctx), "content": part.text} for part in ask.system
-                if part.text.strip()]
-    return [{"role": "system", "content": join_lines(texts)}]
-
-
-def chat_role(part: Part, ctx: Context) -> str:
-    """Which of the two system roles a text came with."""
-    return "developer" if part.type == "developer" else "system"
+    if texts and ctx.caps.late_system == "keep" and ctx.inbound == RESPONSES.word:
+        return [{"role": "developer" if part.type == "developer" else "system",
+                 "content": part.text} for part in ask.system if part.text.strip()]
+    return [{"role": "system", "content": join_lines(texts)}] if texts else []
 
 
 def chat_turns(atoms: list[Atom], names: ToolNames, level: str | None,
@@ -5732,8 +5797,7 @@ def as_parts(content: Any) -> list[Json]:
 
 def chat_content(parts: list[Part], ctx: Context) -> Any:
     """The content of a user message: a string where it is all text, else parts in order."""
-    parts = [p for p in parts if p.kind not in ("text", "refusal") or p.text.strip()]
-    found = [chat_part(part, ctx) for part in parts]
+    found = [chat_part(part, ctx) for part in spoken(parts)]
     texts = [part["text"] for part in found if part["type"] == "text"]
     lists = ctx.caps.files == "native" and ctx.inbound == RESPONSES.word
     if len(texts) == len(found) and (len(found) < 2 or not lists):
@@ -5743,12 +5807,7 @@ def chat_content(parts: list[Part], ctx: Context) -> Any:
 
 def chat_part(part: Part, ctx: Context) -> Json:
     """A piece of content as a Chat part."""
-    if part.kind in ("text", "refusal"):
-        found: Json = {"type": "text", "text": part.text}
-        return marked(found, part.mark) if ctx.caps.cache == "on" else found
-    if part.kind == "image" and not ctx.caps.vision:
-        return {"type": "text", "text": "[image omitted: this model cannot see images]"}
-    if part.kind == "image" and (part.url or part.media in IMAGE_TYPES):
+    if part.kind == "image" and ctx.caps.vision and (part.url or part.media in IMAGE_TYPES):
         image: Json = {"url": part.url or data_url(part)}
         if part.detail:
             image["detail"] = "high" if part.detail == "original" else part.detail
@@ -5757,35 +5816,24 @@ def chat_part(part: Part, ctx: Context) -> Json:
         return file
     if part.kind == "audio" and ctx.caps.vendor_fields and isinstance(part.raw, dict):
         return {"type": "input_audio", **part.raw}
-    return {"type": "text", "text": omitted_part(part, ctx)}
+    found: Json = {"type": "text", "text": words_for(part, ctx)}
+    return marked(found, part.mark) if ctx.caps.cache == "on" and part.kind in WORDS else found
 
 
 def chat_file(part: Part, ctx: Context) -> Json | None:
     """A file as a Chat part: native where files are taken, text where it is text."""
+    file: Json = {"filename": part.name or "document.pdf"}
     if part.data and part.media in IMAGE_TYPES:
         return {"type": "image_url", "image_url": {"url": data_url(part)}}
-    if part.data and part.media and TEXT_TYPES.fullmatch(part.media):
+    if part.data and TEXT_TYPES.fullmatch(part.media or ""):
         return {"type": "text", "text": document_text(part.name, decoded_text(part))}
     if part.data and part.media == "application/pdf" and ctx.caps.files == "native":
-        name = part.name or "document.pdf"
-        return {"type": "file", "file": {"filename": name, "file_data": data_url(part)}}
+        return {"type": "file", "file": {**file, "file_data": data_url(part)}}
     if part.id and ctx.caps.vendor_fields:
         return {"type": "file", "file": {"file_id": part.id}}
     if part.url and ctx.caps.web_search == "openrouter":
-        return {"type": "file", "file": {"filename": part.name or "document.pdf",
-                                         "file_data": part.url}}
+        return {"type": "file", "file": {**file, "file_data": part.url}}
     return None
-
-
-def omitted_part(part: Part, ctx: Context) -> str:
-    """The words that stand for what a Chat provider does not take."""
-    if ctx.inbound == MESSAGES.word:
-        if part.url:
-            return f"[document: {part.url}]"
-        return f'[document "{part.name or ""}" omitted: provider takes no files]'
-    where = f" ({part.url})" if part.url else ""
-    return (f"[OpenAI Responses content `{brief_kind(part.type)}` omitted during"
-            f" {TRANSLATED_TO[ctx.provider]} translation]{where}")
 
 
 def chat_result(out: Out, ctx: Context) -> tuple[Json, list[Json]]:
@@ -5797,7 +5845,7 @@ def chat_result(out: Out, ctx: Context) -> tuple[Json, list[Json]]:
         if found["type"] == "text":
             texts.append(found["text"])
         elif ctx.caps.tool_images == "drop":
-            texts.append(omitted_part(part, ctx))
+            texts.append(words_for(part, ctx))
         else:
             media.append(found)
             if ctx.caps.tool_images == "user":
@@ -5806,12 +5854,11 @@ def chat_result(out: Out, ctx: Context) -> tuple[Json, list[Json]]:
     if out.error and ctx.inbound == MESSAGES.word and not out.stub:
         text = with_error(text)
     message: Json = {"role": "tool", "tool_call_id": out.id, "content": text}
-    if not media:
-        return message, []
-    if ctx.caps.tool_images == "inline":
-        message["content"] = [*([{"type": "text", "text": text}] if text else []), *media]
-        return message, []
-    return message, [{"type": "text", "text": f"Images from tool result {out.id}:"}, *media]
+    if media and ctx.caps.tool_images == "inline":
+        message["content"] = [*(as_parts(text) if text else ()), *media]
+    elif media:
+        return message, [{"type": "text", "text": f"Images from tool result {out.id}:"}, *media]
+    return message, []
 
 
 def with_error(text: str) -> str:
@@ -5827,24 +5874,22 @@ def chat_assistant(group: list[Atom], names: ToolNames, level: str | None,
         if isinstance(atom, Said):
             own = [p for p in atom.parts if p.kind != "refusal" or not ctx.caps.vendor_fields]
             refusals += [p.text for p in atom.parts if p not in own]
-            text = "".join(p.text if p.kind in ("text", "refusal") else chat_part(p, ctx).get(
-                "text", "") for p in own)
+            text = "".join(chat_part(part, ctx).get("text", "") for part in own)
             if text.strip():
                 texts.append(text)
         elif isinstance(atom, Call):
             calls.append(chat_call(atom, names, ctx))
         elif isinstance(atom, Thought):
             thoughts.append(atom)
+    if not (texts or refusals or calls):
+        return None
     join = "\n\n".join if ctx.inbound == RESPONSES.word else join_lines
     message: Json = {"role": "assistant", "content": join(texts) if texts else None}
     if refusals:
         message["refusal"] = "\n".join(refusals)
     if calls:
         message["tool_calls"] = calls
-    reasoning = replayed_reasoning(thoughts, message["content"], calls, level, ctx)
-    if not (texts or refusals or calls):
-        return None
-    return {**message, **reasoning}
+    return message | replayed_reasoning(thoughts, message["content"], calls, level, ctx)
 
 
 def chat_call(call: Call, names: ToolNames, ctx: Context) -> Json:
@@ -5899,77 +5944,28 @@ def replayed_reasoning(thoughts: list[Thought], content: str | None, calls: list
 
 def with_text(detail: Json, text: str) -> Json:
     """A reasoning detail with the text that its carrier did not repeat."""
-    if detail.get("type") == "reasoning.text" and "text" not in detail:
-        return {**detail, "text": text}
-    if detail.get("type") == "reasoning.summary" and "summary" not in detail:
-        return {**detail, "summary": text}
-    return detail
+    key = {"reasoning.text": "text", "reasoning.summary": "summary"}.get(str(detail.get("type")))
+    return {**detail, key: text} if key and key not in detail else detail
 
 
-def chat_tools(ask: Ask, names: ToolNames, mode: str | None, forced: str | None, ctx: Context,
-               out: Json) -> None:
-    """tools, tool_choice and parallel_tool_calls."""
-    caps, tools = ctx.caps, []
-    for tool in ask.tools:
-        if tool.kind == "web_search":
-            search_fields(mapping(tool.raw), ctx, out)
-            continue
-        wire = names.of(tool.space, tool.name)
-        ctx.tools[wire] = tool
-        if tool.kind == "custom" and caps.custom_tools:
-            tools.append({"type": "custom", "custom": native_custom(tool, wire)})
-            continue
-        description, schema = tool.description, cast(Any, filled_schema(tool.schema))
-        if tool.kind == "custom":
-            description, schema = custom_tool(tool)
-        function: Json = {"name": wire}
-        if description:
-            function["description"] = description
-        function["parameters"] = schema
-        if tool.strict and caps.strict_tools and (ctx.inbound != MESSAGES.word
-                                                  or is_strict(schema)):
-            function["strict"] = True
-        elif tool.strict:
-            ctx.drop(f"{tool.path}.strict", "not taken by this provider")
-        item = {"type": "function", "function": function}
-        tools.append(marked(item, tool.mark) if caps.cache == "on" else item)
-    if ask.search is not None:
-        search_fields(ask.search, ctx, out)
-    if not tools:
-        return
-    out["tools"] = tools
-    if ask.choice and ask.choice.mode == "allowed" and caps.allowed_tools:
-        out["tool_choice"] = {"type": "allowed_tools", "allowed_tools": {
-            "mode": "required" if ask.choice.required else "auto",
-            "tools": [{"type": kind, kind: {"name": name}} for name in names.pick(ask.choice)
-                      for kind in (call_kind(names.declared[name], ctx),)]}}
-    elif mode == "tool":
-        kind = call_kind(names.declared[forced or ""], ctx)
-        out["tool_choice"] = {"type": kind, kind: {"name": forced}}
-    elif mode:
-        out["tool_choice"] = mode
-    if ask.parallel is False and caps.parallel_tool_calls:
-        out["parallel_tool_calls"] = False
-
-
-def native_custom(tool: Tool, wire: str) -> Json:
-    """A custom tool in the nested shape of Chat Completions."""
-    out: Json = {"name": wire}
-    if tool.description:
-        out["description"] = tool.description
-    form = mapping(mapping(tool.raw).get("format"))
-    if form.get("type") == "grammar" and "grammar" not in form:
-        form = {"type": "grammar", "grammar": {key: form[key] for key in ("syntax", "definition")
-                                               if key in form}}
-    return {**out, "format": form} if form else out
+def chat_tool(tool: Tool, wire: str, ctx: Context) -> Json:
+    """A function or a custom tool of Chat Completions."""
+    if call_kind(tool, ctx) == "custom":
+        return {"type": "custom", "custom": native_custom(tool, wire, ctx)}
+    function = function_of(tool, wire, "parameters", filled_schema(tool.schema))
+    if is_strict_tool(tool, function["parameters"], ctx):
+        function["strict"] = True
+    elif tool.strict:
+        ctx.drop(f"{tool.path}.strict", "not taken by this provider")
+    item = {"type": "function", "function": function}
+    return marked(item, tool.mark) if ctx.caps.cache == "on" else item
 
 
 def search_fields(options: Json, ctx: Context, out: Json) -> None:
     """Web search, in the way of the provider."""
     if ctx.caps.web_search == "openrouter":
-        plugin: Json = {"id": "web"}
         uses = options.get("max_uses") or SEARCH_USES.get(str(options.get("search_context_size")))
-        out["plugins"] = [{**plugin, "max_results": uses} if uses else plugin]
+        out["plugins"] = [{"id": "web", **({"max_results": uses} if uses else {})}]
     elif ctx.caps.web_search != "off":
         names = ("search_context_size", "user_location")
         out["web_search_options"] = {n: options[n] for n in names if options.get(n)}
@@ -5981,72 +5977,54 @@ def chat_sampling(ask: Ask, level: str | None, ctx: Context, out: Json) -> None:
     name = ctx.model.lower().rsplit("/", 1)[-1]
     fixed = bool(FIXED_SAMPLING_MODEL.match(name)) and "-chat" not in name and level != "none"
     thinks = ctx.caps.reasoning_control == "deepseek" and level not in (None, "none")
-    for key, value in (("temperature", ask.temperature), ("top_p", ask.top_p)):
-        if value is not None and (fixed or thinks):
-            ctx.drop(key, "this model takes no sampling parameters")
-        elif value is not None:
-            out[key] = value
-    if ask.top_k is not None and ctx.caps.top_k:
-        out["top_k"] = ask.top_k
-    elif ask.top_k is not None:
-        ctx.drop("top_k")
-    if ask.stop:
+    why = NO_SAMPLING if fixed or thinks else None
+    put_sampling(ask, ctx, out, temperature=why, top_p=why, top_k=None if ctx.caps.top_k else "")
+    if ask.stop and ctx.caps.vendor_fields and fixed:
+        ctx.drop(STOP_NAMES[ctx.inbound])
+    elif ask.stop:
         stop = ask.stop[:4] if ctx.caps.vendor_fields else ask.stop
-        if ctx.caps.vendor_fields and fixed:
-            ctx.drop("stop_sequences" if ctx.inbound == MESSAGES.word else "stop")
-        else:
-            out["stop"] = stop[0] if len(stop) == 1 else stop
+        out["stop"] = stop[0] if len(stop) == 1 else stop
 
 
 def reasoning_fields(ask: Ask, level: str | None, tools: bool, ctx: Context) -> Json:
     """Reasoning control in the provider's dialect (translation-chat.md 1.3b)."""
     dialect, model = ctx.caps.reasoning_control or "", ctx.model.lower().rsplit("/", 1)[-1]
-    budget = ask.effort.budget if ask.effort else None
-    word_ = {"xhigh": "high", "max": "high", "minimal": "low"}.get(level or "", level)
     if level is None:
         return {"reasoning_format": "parsed"} if dialect == "groq" else {}
-    off, out = level == "none", cast(Json, {})
+    off, budget = level == "none", ask.effort.budget if ask.effort else None
     if dialect == "effort":
         if tools and not off and re.match(r"gpt-5[.-]([4-9]|\d\d)", model):
             ctx.drop("reasoning.effort", "this model takes no effort beside tools here")
-        elif not off or re.match(r"gpt-5[.-][1-9]|gpt-[6-9]", model):
-            known = openai_efforts(model) if model.startswith("gpt") else EFFORTS[2:5]
-            out = {"reasoning_effort": clamp_effort(level, known)}
-    elif dialect == "effort-basic":
-        out = {"reasoning_effort": "none" if off else word_}
-    elif dialect == "effort-lowhigh":
-        if not off and not model.startswith("grok-4"):
-            out = {"reasoning_effort": "low" if word_ == "low" else "high"}
-    elif dialect == "openrouter":
-        out = {"reasoning": {"enabled": False} if off else {"max_tokens": budget} if budget else
-               {"effort": "xhigh" if level == "max" else level}}
-    elif dialect == "deepseek":
-        out = {"thinking": {"type": "disabled"}} if off else {
+            return {}
+        if off and not re.match(r"gpt-5[.-][1-9]|gpt-[6-9]", model):
+            return {}
+        known = openai_efforts(model) if model.startswith("gpt") else EFFORTS[2:5]
+        return {"reasoning_effort": clamp_effort(level, known)}
+    basic = {"xhigh": "high", "max": "high", "minimal": "low"}.get(level, level)
+    parsed, disabled, qwen = {"reasoning_format": "parsed"}, {"type": "disabled"}, "qwen" in model
+    dialects: Mapping[str, tuple[Json, Json]] = {  # what switches reasoning off, and what on
+        "effort-basic": ({"reasoning_effort": "none"}, {"reasoning_effort": basic}),
+        "effort-lowhigh": ({}, {} if model.startswith("grok-4") else {
+            "reasoning_effort": "low" if basic == "low" else "high"}),
+        "openrouter": ({"reasoning": {"enabled": False}}, {
+            "reasoning": {"max_tokens": budget} if budget else
+            {"effort": "xhigh" if level == "max" else level}}),
+        "deepseek": ({"thinking": disabled}, {
             "thinking": {"type": "enabled"},
-            "reasoning_effort": "max" if level in ("xhigh", "max") else "high"}
-    elif dialect == "kimi":
-        out = {"thinking": {"type": "disabled" if off else "enabled"}}
-    elif dialect == "glm":
-        out = {"thinking": {"type": "disabled"} if off else
-               {"type": "enabled", "clear_thinking": False}}
-    elif dialect == "qwen":
-        out = {"enable_thinking": not off}
-        if budget and not off:
-            out["thinking_budget"] = budget
-    elif dialect == "groq":
-        out = {"reasoning_format": "parsed"}
-        if "qwen" in model:
-            out["reasoning_effort"] = "none" if off else "default"
-        elif not off:
-            out["reasoning_effort"] = word_
-    elif dialect == "mistral":
-        if not off and model.startswith("magistral"):
-            out = {"prompt_mode": "reasoning"}
-    elif dialect == "template":
-        out = {"chat_template_kwargs": {"enable_thinking": not off}}
-        if not off:
-            out["reasoning_effort"] = word_
-    return out
+            "reasoning_effort": "max" if level in ("xhigh", "max") else "high"}),
+        "kimi": ({"thinking": disabled}, {"thinking": {"type": "enabled"}}),
+        "glm": ({"thinking": disabled}, {
+            "thinking": {"type": "enabled", "clear_thinking": False}}),
+        "qwen": ({"enable_thinking": False}, {
+            "enable_thinking": True, **({"thinking_budget": budget} if budget else {})}),
+        "groq": ({**parsed, "reasoning_effort": "none"} if qwen else parsed,
+                 {**parsed, "reasoning_effort": "default" if qwen else basic}),
+        "mistral": ({}, {"prompt_mode": "reasoning"} if model.startswith("magistral") else {}),
+        "template": ({"chat_template_kwargs": {"enable_thinking": False}}, {
+            "chat_template_kwargs": {"enable_thinking": True}, "reasoning_effort": basic}),
+    }
+    switched_off, switched_on = dialects.get(dialect, ({}, {}))
+    return switched_off if off else switched_on
 
 
 def chat_format(ask: Ask, ctx: Context, out: Json) -> None:
@@ -6056,20 +6034,18 @@ def chat_format(ask: Ask, ctx: Context, out: Json) -> None:
         return
     if form.schema is not None and ctx.caps.json_schema == "schema":
         inner: Json = {"name": form.name, "schema": form.schema}
-        if form.strict is not None and ctx.inbound != MESSAGES.word:
-            inner["strict"] = form.strict
-        elif ctx.inbound == MESSAGES.word and ctx.caps.strict_tools and is_strict(form.schema):
-            inner["strict"] = True
+        strict = is_strict_format(form, ctx)
+        if strict or (form.strict is not None and ctx.inbound != MESSAGES.word):
+            inner["strict"] = strict
         if form.description:
             inner["description"] = form.description
         out["response_format"] = {"type": "json_schema", "json_schema": inner}
         return
     out["response_format"] = {"type": "json_object"}
     if form.schema is not None:
-        add_system(out["messages"],
-                   f"Answer only with JSON that matches this JSON schema:\n{compact(form.schema)}")
+        add_system(out["messages"], BY_SCHEMA + compact(form.schema))
     elif not any("json" in str(m.get("content")).lower() for m in out["messages"]):
-        add_system(out["messages"], "Answer in JSON.")
+        add_system(out["messages"], IN_JSON)
 
 
 def add_system(messages: list[Json], text: str) -> None:
@@ -6087,29 +6063,12 @@ CHAT_EXTRAS = ("verbosity", "safety_identifier", "prompt_cache_key", "prompt_cac
 
 def chat_extras(ask: Ask, ctx: Context, out: Json) -> None:
     """What OpenAI's Chat Completions has and others may not know."""
-    vendor = ctx.caps.vendor_fields
-    more = dict(ask.more)
-    if ctx.inbound == MESSAGES.word and ask.user and vendor:
-        out["safety_identifier"] = ask.user if len(ask.user) <= 64 else sha(ask.user)
-        out["prompt_cache_key"] = sha(ask.user)[:32]
-    elif ctx.inbound == MESSAGES.word and ask.user:
-        ctx.drop("metadata.user_id", "stays here: it may name an account")
-    if "user" in more:
-        out["user"] = more.pop("user")[1]
-    if "top_logprobs" in more or "logprobs" in more:
+    put_user(ask, ctx, out)
+    if "top_logprobs" in ask.more or "logprobs" in ask.more:
         out["logprobs"] = True
-        more.pop("logprobs", None)
-        if "top_logprobs" in more:
-            out["top_logprobs"] = more.pop("top_logprobs")[1]
-    for name in CHAT_EXTRAS:
-        if name in more and vendor:
-            out[name] = more.pop(name)[1]
-    if ask.tier and vendor:
-        out["service_tier"] = ask.tier
-    elif ask.tier:
-        ctx.drop("service_tier", "not taken by this provider")
-    for path, _ in more.values():
-        ctx.drop(path)
+        ask.more.pop("logprobs", None)
+    taken = CHAT_EXTRAS if ctx.caps.vendor_fields else ()
+    put_extras(ask, ctx, out, ("user", "top_logprobs", *taken), ask.tier)
 
 # -- writing Responses (translation-responses.md 3.1, 5.1) -------------------
 
@@ -6118,15 +6077,15 @@ LEAST_OUTPUT_TOKENS = 16  # that the Responses API takes
 
 def write_responses(ask: Ask, ctx: Context) -> Json:
     """A neutral request as the body of a Responses request."""
-    caps, out = ctx.caps, cast(Json, {"model": ctx.model})
-    names = ToolNames(ask.tools, 64)
+    caps, names = ctx.caps, ToolNames(ask.tools, 64)
+    out: Json = {"model": ctx.model}
     mode, tool = settle_choice(ask, names, narrows=False)
     texts = texts_of(ask.system)
-    instructions = (join_lines(texts) if ctx.inbound == MESSAGES.word else "\n\n".join(texts))
+    instructions = join_lines(texts) if ctx.inbound == MESSAGES.word else "\n\n".join(texts)
     items = response_items(pair_up(ask.atoms, short_call_id, ctx), names, ctx)
     if ask.format and ask.format.schema is None and \
             "json" not in (instructions + compact(items)).lower():
-        instructions = join_lines([t for t in (instructions, "Answer in JSON.") if t])
+        instructions = join_lines([instructions, IN_JSON] if instructions else [IN_JSON])
     if instructions:
         out["instructions"] = instructions
     out["input"] = items or [message_item("user", [Part("text", ".")], ctx)]
@@ -6140,21 +6099,21 @@ def write_responses(ask: Ask, ctx: Context) -> Json:
         out["max_output_tokens"] = max(limit, LEAST_OUTPUT_TOKENS)
     elif ask.max_tokens is not None:
         ctx.drop("max_tokens", "not taken by this provider")
-    response_tools(ask, names, mode, tool, ctx, out)
+    tools = write_tools(ask, names, ctx, response_tool, response_search)
+    put_tools(ask, names, mode, tool, tools, ctx, out)
     effort = response_reasoning(ask, ctx, out)
-    response_sampling(ask, effort, ctx, out)
+    why = None if caps.sampling or effort == "none" else NO_SAMPLING
+    put_sampling(ask, ctx, out, temperature=why, top_p=why, top_k="")
+    if ask.stop:
+        ctx.drop(STOP_NAMES[ctx.inbound])
     response_text(ask, ctx, out)
+    include = {"reasoning.encrypted_content": caps.encrypted_reasoning and ctx.wants_thinking,
+               "web_search_call.action.sources": ctx.web_search and caps.web_search == "native",
+               "message.output_text.logprobs": "logprobs" in ask.more and not caps.reasoning}
     response_extras(ask, ctx, out)
     out["store"] = False
-    include = []
-    if caps.encrypted_reasoning and ctx.wants_thinking:
-        include.append("reasoning.encrypted_content")
-    if ctx.web_search and caps.web_search == "native":
-        include.append("web_search_call.action.sources")
-    if ask.more.get("logprobs") and not caps.reasoning:
-        include.append("message.output_text.logprobs")
-    if include:
-        out["include"] = include
+    if any(include.values()):
+        out["include"] = [name for name, wanted in include.items() if wanted]
     return out
 
 
@@ -6174,13 +6133,10 @@ def response_items(atoms: list[Atom], names: ToolNames, ctx: Context) -> list[Js
         if media:
             out.append(message_item("user", media, ctx))
         for atom in group:
-            if isinstance(atom, User):
-                parts = [p for p in atom.parts if p.kind != "text" or p.text.strip()]
-                if parts:
-                    out.append(message_item("user", parts, ctx))
-            elif isinstance(atom, System) and texts_of(atom.parts):
-                out.append(message_item("developer", [Part("text", join_lines(
-                    texts_of(atom.parts)))], ctx))
+            if isinstance(atom, User) and (parts := spoken(atom.parts)):
+                out.append(message_item("user", parts, ctx))
+            elif isinstance(atom, System) and (texts := texts_of(atom.parts)):
+                out.append(message_item("developer", [Part("text", join_lines(texts))], ctx))
     return out
 
 
@@ -6192,14 +6148,9 @@ def message_item(role: str, parts: list[Part], ctx: Context) -> Json:
 
 def response_part(part: Part, ctx: Context) -> Json:
     """A piece of content as an input part."""
-    found: Json | None = None
-    if part.kind in ("text", "refusal"):
-        found = {"type": "input_text", "text": part.text}
-    elif part.kind == "image" and not ctx.caps.vision:
-        found = {"type": "input_text", "text": "[image omitted: this model cannot see images]"}
-    elif part.kind == "image" and (part.url or part.media in IMAGE_TYPES):
-        found = {"type": "input_image", "image_url": part.url or data_url(part),
-                 "detail": part.detail or "auto"}
+    if part.kind == "image" and ctx.caps.vision and (part.url or part.media in IMAGE_TYPES):
+        found: Json = {"type": "input_image", "image_url": part.url or data_url(part),
+                       "detail": part.detail or "auto"}
     elif part.kind == "file" and part.url:
         found = {"type": "input_file", "file_url": part.url}
     elif part.kind == "file" and part.data:
@@ -6207,11 +6158,8 @@ def response_part(part: Part, ctx: Context) -> Json:
                  "file_data": data_url(part)}
     elif part.kind == "file" and part.id:
         found = {"type": "input_file", "file_id": part.id}
-    if found is None:
-        what = part.kind if part.kind in ("image", "file", "audio") else "part"
-        if part.current:
-            raise RequestError(f"this provider takes no such {what}", param=part.path)
-        found = {"type": "input_text", "text": f"[{what} omitted]"}
+    else:
+        found = {"type": "input_text", "text": words_for(part, ctx)}
     if part.mark and ctx.caps.cache == "on":
         found["prompt_cache_breakpoint"] = {"mode": "explicit"}
     return found
@@ -6221,11 +6169,7 @@ def assistant_items(group: list[Atom], names: ToolNames, ctx: Context) -> list[J
     """One run of the assistant as items; reasoning that nothing follows is left out."""
     out: list[Json] = []
     for k, atom in enumerate(group):
-        if isinstance(atom, Said):
-            parts = [output_part(part) for part in atom.parts
-                     if part.kind not in ("text", "refusal") or part.text.strip()]
-            if not parts:
-                continue
+        if isinstance(atom, Said) and (parts := [output_part(p) for p in spoken(atom.parts)]):
             if out and out[-1]["type"] == "message":
                 out[-1]["content"] += parts
                 continue
@@ -6281,87 +6225,32 @@ def thought_items(thought: Thought, ctx: Context) -> list[Json]:
 
 def output_item(out: Out, ctx: Context) -> tuple[Json, list[Part]]:
     """The result of a call, and the media that must go into a user message behind all results."""
-    kind = "custom_tool_call_output" if out.kind == "custom" and ctx.caps.custom_tools \
-        else "function_call_output"
-    texts = [p.text for p in out.parts if p.kind in ("text", "refusal")]
-    media = [p for p in out.parts if p.kind not in ("text", "refusal")]
-    text = "\n".join(texts)
-    if out.error and not out.stub:
-        text = with_error(text)
-    item: Json = {"type": kind, "call_id": out.id, "output": text}
-    if media and ctx.caps.output_lists:
-        parts = list(out.parts)
-        if text != "\n".join(texts):
-            parts = noted("Error:", parts) if not texts else [
-                parts[0]._replace(text=f"Error: {parts[0].text}"), *parts[1:]]
-        item["output"] = [response_part(part, ctx) for part in parts]
-        media = []
-    if media:
-        media = [Part("text", f"Images from tool result {out.id}:"), *media]
-    return item, media
+    custom = out.kind == "custom" and ctx.caps.custom_tools
+    said = "\n".join(p.text for p in out.parts if p.kind in WORDS)
+    media = [p for p in out.parts if p.kind not in WORDS]
+    text = with_error(said) if out.error and not out.stub else said
+    item: Json = {"type": f"{'custom_tool' if custom else 'function'}_call_output",
+                  "call_id": out.id, "output": text}
+    if not media:
+        return item, []
+    if not ctx.caps.output_lists:
+        return item, [Part("text", f"Images from tool result {out.id}:"), *media]
+    parts = out.parts
+    if text != said:
+        first = parts[0]
+        parts = [first._replace(text=f"Error: {first.text}"), *parts[1:]] \
+            if first.kind in WORDS else [Part("text", "Error:"), *parts]
+    item["output"] = [response_part(part, ctx) for part in parts]
+    return item, []
 
 
-def response_tools(ask: Ask, names: ToolNames, mode: str | None, forced: str | None, ctx: Context,
-                   out: Json) -> None:
-    """tools, tool_choice and parallel_tool_calls."""
-    tools = []
-    for tool in ask.tools:
-        if tool.kind == "web_search":
-            tools.append(response_search(mapping(tool.raw)))
-            ctx.web_search = True
-            continue
-        wire = names.of(tool.space, tool.name)
-        ctx.tools[wire] = tool
-        if tool.kind == "custom" and ctx.caps.custom_tools:
-            tools.append({"type": "custom", **flat_custom(tool, wire)})
-            continue
-        description, schema = tool.description, cast(Any, filled_schema(tool.schema))
-        if tool.kind == "custom":
-            description, schema = custom_tool(tool)
-        item: Json = {"type": "function", "name": wire}
-        if description:
-            item["description"] = description
-        strict = bool(tool.strict and ctx.caps.strict_tools
-                      and (ctx.inbound != MESSAGES.word or is_strict(schema)))
-        tools.append({**item, "parameters": schema, "strict": strict})
-    if ask.search is not None and ctx.caps.web_search == "native":
-        tools.append(response_search(ask.search))
-        ctx.web_search = True
-    if not tools:
-        return
-    out["tools"] = tools
-    if mode == "tool":
-        kind = names.declared[forced or ""].kind
-        if kind == "web_search":
-            out["tool_choice"] = {"type": "web_search"}
-        else:
-            kind = call_kind(names.declared[forced or ""], ctx)
-            out["tool_choice"] = {"type": kind, "name": forced}
-    elif mode == "allowed" and ask.choice:
-        out["tool_choice"] = {
-            "type": "allowed_tools", "mode": "required" if ask.choice.required else "auto",
-            "tools": [{"type": call_kind(names.declared[name], ctx), "name": name}
-                      for name in names.pick(ask.choice)]}
-    elif mode:
-        out["tool_choice"] = mode
-    if ask.parallel is not None and (ask.parallel is False or ctx.inbound == CHAT.word):
-        out["parallel_tool_calls"] = ask.parallel
-
-
-def call_kind(tool: Tool, ctx: Context) -> str:
-    """Whether a tool goes to the provider as a custom tool or as a function."""
-    return "custom" if tool.kind == "custom" and ctx.caps.custom_tools else "function"
-
-
-def flat_custom(tool: Tool, wire: str) -> Json:
-    """A custom tool in the flat shape of Responses."""
-    out: Json = {"name": wire}
-    if tool.description:
-        out["description"] = tool.description
-    form = mapping(mapping(tool.raw).get("format"))
-    if isinstance(form.get("grammar"), dict):
-        form = {"type": "grammar", **form["grammar"]}
-    return {**out, "format": form} if form else out
+def response_tool(tool: Tool, wire: str, ctx: Context) -> Json:
+    """A function or a custom tool of Responses."""
+    if call_kind(tool, ctx) == "custom":
+        return {"type": "custom", **native_custom(tool, wire, ctx)}
+    function = function_of(tool, wire, "parameters", filled_schema(tool.schema))
+    return {"type": "function", **function,
+            "strict": is_strict_tool(tool, function["parameters"], ctx)}
 
 
 def response_search(options: Json) -> Json:
@@ -6400,30 +6289,15 @@ def response_reasoning(ask: Ask, ctx: Context, out: Json) -> str | None:
     return found.get("effort")
 
 
-def response_sampling(ask: Ask, effort: str | None, ctx: Context, out: Json) -> None:
-    """temperature and top_p where the model takes them; the API knows no others."""
-    for name, value in (("temperature", ask.temperature), ("top_p", ask.top_p)):
-        if value is not None and (ctx.caps.sampling or effort == "none"):
-            out[name] = value
-        elif value is not None:
-            ctx.drop(name, "this model takes no sampling parameters")
-    if ask.top_k is not None:
-        ctx.drop("top_k")
-    if ask.stop:
-        ctx.drop("stop_sequences" if ctx.inbound == MESSAGES.word else "stop")
-
-
 def response_text(ask: Ask, ctx: Context, out: Json) -> None:
     """The answer's format and verbosity."""
     text: Json = {}
     form = ask.format
     if form is not None and form.schema is None:
         text["format"] = {"type": "json_object"}
-    elif form is not None and form.schema is not None:
-        strict = (is_strict(form.schema) and bool(ctx.caps.strict_tools)
-                  if ctx.inbound == MESSAGES.word else bool(form.strict))
+    elif form is not None:
         text["format"] = {"type": "json_schema", "name": form.name, "schema": form.schema,
-                          "strict": strict}
+                          "strict": is_strict_format(form, ctx)}
         if form.description:
             text["format"]["description"] = form.description
     if "verbosity" in ask.more:
@@ -6439,28 +6313,12 @@ RESPONSES_EXTRAS = ("user", "safety_identifier", "prompt_cache_key", "prompt_cac
 
 def response_extras(ask: Ask, ctx: Context, out: Json) -> None:
     """What OpenAI's Responses API has and others may not know."""
-    vendor, more = ctx.caps.vendor_fields, dict(ask.more)
-    if ctx.inbound == MESSAGES.word and ask.user:
-        if vendor:
-            plain = len(ask.user) <= 64 and not ask.user.startswith("{")
-            out["safety_identifier"] = ask.user if plain else sha(ask.user)
-            out["prompt_cache_key"] = sha(ask.user)[:32]
-        else:
-            ctx.drop("metadata.user_id", "stays here: it may name an account")
-    if vendor:
-        for name in RESPONSES_EXTRAS:
-            if name in more:
-                out[name] = more.pop(name)[1]
-    if ask.tier and vendor and ask.tier != "scale":
-        out["service_tier"] = ask.tier
-    elif ask.tier:
-        ctx.drop("service_tier", "not taken by this provider")
-    if "top_logprobs" in more and not ctx.caps.reasoning:
-        out["top_logprobs"] = more.pop("top_logprobs")[1]
+    put_user(ask, ctx, out)
+    taken = RESPONSES_EXTRAS if ctx.caps.vendor_fields else ()
     if not ctx.caps.reasoning:
-        more.pop("logprobs", None)
-    for path, _ in more.values():
-        ctx.drop(path)
+        taken = (*taken, "top_logprobs")
+        ask.more.pop("logprobs", None)
+    put_extras(ask, ctx, out, taken, ask.tier if ask.tier != "scale" else None)
 
 
 
