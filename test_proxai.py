@@ -2085,9 +2085,8 @@ def test_the_example_and_the_table_of_settings_know_every_setting():
 
 def test_a_first_start_makes_the_app_directory_and_later_ones_touch_nothing(tmp_path):
     home = {"HOME": str(tmp_path)}
-    first = proxai.bootstrap(home)
-    base = tmp_path / ".proxai"
-    assert (first.path, first.created) == (base, True)
+    base, created = proxai.bootstrap(home)
+    assert (base, created) == (tmp_path / ".proxai", True)
     assert sorted(p.name for p in base.iterdir()) == ["captures", "config.example.toml", "config.toml",
                                                       "diagnostics", "logs"]
     assert all((base / name).is_dir() for name in ("captures", "diagnostics", "logs"))
@@ -2119,7 +2118,7 @@ def test_only_what_is_missing_of_the_app_directory_is_made(tmp_path):
 def test_nobody_else_can_read_the_app_directory(tmp_path):
     before = os.umask(0)
     try:
-        base = proxai.bootstrap({"HOME": str(tmp_path)}).path
+        base = proxai.bootstrap({"HOME": str(tmp_path)})[0]
     finally:
         os.umask(before)
     assert {p.name: p.stat().st_mode & 0o777 for p in (base, *base.iterdir())} == {
@@ -10044,13 +10043,14 @@ def demo_request(protocol: proxai.Protocol, *items: Any, text: str = "Hello  the
 def demo_reply(protocol: proxai.Protocol, body: dict[str, Any]) -> Any:
     """The whole reply, by way of JSON as a client gets it."""
     turn = proxai.demo_turn(protocol, body, 7)
-    return json.loads(json.dumps(proxai.DEMO_WHOLE[protocol.word](turn, 1700000000, body)))
+    return json.loads(json.dumps(proxai.collect(protocol.word, list(proxai.demo_events(protocol, turn, 1700000000, body)))))
 
 
 def demo_frames(protocol: proxai.Protocol, body: dict[str, Any]) -> list[tuple[str | None, str]]:
     """(event name, data) of the streamed reply."""
     turn = proxai.demo_turn(protocol, body, 7)
-    return frames_of(b"".join(proxai.DEMO_STREAM[protocol.word](turn, 1700000000, body)))
+    return frames_of(b"".join(
+        proxai.event_bytes(protocol, event) for event in proxai.demo_events(protocol, turn, 1700000000, body)))
 
 
 def frames_of(raw: bytes) -> list[tuple[str | None, str]]:
