@@ -3523,15 +3523,14 @@ def closed_schema(schema: Any) -> Json:
     cannot say moved into descriptions."""
     if not isinstance(schema, dict):
         return {"type": "string"}
-    out: Json = {}
-    for key in ("$defs", "definitions"):
-        if isinstance(schema.get(key), dict):
-            out[key] = {name: closed_schema(s) for name, s in schema[key].items()}
+    out: Json = {key: {name: closed_schema(s) for name, s in schema[key].items()}
+                 for key in ("$defs", "definitions") if isinstance(schema.get(key), dict)}
     if isinstance(schema.get("$ref"), str):
         return {**out, "$ref": schema["$ref"]}
     said: list[str] = []
     for key, value in schema.items():
-        if key in ("$defs", "definitions", "additionalProperties") or value is None:
+        if value is None or key in ("$defs", "definitions", "additionalProperties") or (
+                key == "type" and ("enum" in schema or "const" in schema)):
             continue
         if key == "properties" and isinstance(value, dict):
             out[key] = {name: closed_schema(s) for name, s in value.items()}
@@ -3539,8 +3538,6 @@ def closed_schema(schema: Any) -> Json:
             out[key] = closed_schema(value)
         elif key in ("anyOf", "oneOf", "allOf") and isinstance(value, list):
             out["anyOf" if key == "oneOf" else key] = [closed_schema(s) for s in value]
-        elif key == "type" and ("enum" in schema or "const" in schema):
-            continue
         elif (key in SCHEMA_KEPT or (key == "format" and value in FORMATS_KEPT)
               or (key == "minItems" and value in (0, 1) and type(value) is int)):
             out[key] = value
@@ -3563,19 +3560,16 @@ def is_strict(schema: Any) -> bool:
         return all(map(is_strict, schema))
     if not isinstance(schema, dict):
         return True
+    properties = mapping(schema.get("properties"))
     if schema.get("type") == "object" or "properties" in schema:
-        properties = mapping(schema.get("properties"))
-        if schema.get("additionalProperties") is not False:
-            return False
-        if set(properties) != {r for r in listing(schema.get("required")) if isinstance(r, str)}:
-            return False
-        if not all(map(is_strict, properties.values())):
+        required = {r for r in listing(schema.get("required")) if isinstance(r, str)}
+        if schema.get("additionalProperties") is not False or set(properties) != required:
             return False
     if any(key in schema for key in ("oneOf", "allOf", "not", "patternProperties", "if")):
         return False
-    return (all(is_strict(schema.get(key)) for key in ("items", "anyOf"))
-            and all(is_strict(s) for key in ("$defs", "definitions")
-                    for s in mapping(schema.get(key)).values()))
+    named = (mapping(schema.get(key)).values() for key in ("$defs", "definitions"))
+    return is_strict([schema.get("items"), schema.get("anyOf"), *properties.values(),
+                      *itertools.chain(*named)])
 
 
 def filled_schema(schema: Any, root: bool = True) -> Any:
@@ -3782,24 +3776,26 @@ def image_size(data: str) -> tuple[int, int]:
         raw = base64.b64decode(data[:65536 - 65536 % 4] + "=" * (-len(data[:65536]) % 4))
     except ValueError:
         return 0, 0
+    big = raw.startswith((b"\x89PNG", b"\xff\xd8"))
+
+    def at(start: int, size: int = 2) -> int:
+        return int.from_bytes(raw[start:start + size], "big" if big else "little")
+
     if raw.startswith(b"\x89PNG"):
-        return int.from_bytes(raw[16:20], "big"), int.from_bytes(raw[20:24], "big")
+        return at(16, 4), at(20, 4)
     if raw.startswith(b"GIF8"):
-        return int.from_bytes(raw[6:8], "little"), int.from_bytes(raw[8:10], "little")
+        return at(6), at(8)
     if raw[12:16] == b"VP8X":
-        return (int.from_bytes(raw[24:27], "little") + 1, int.from_bytes(raw[27:30], "little") + 1)
+        return at(24, 3) + 1, at(27, 3) + 1
     if raw[12:16] == b"VP8 ":
-        return (int.from_bytes(raw[26:28], "little") & 0x3FFF,
-                int.from_bytes(raw[28:30], "little") & 0x3FFF)
+        return at(26) & 0x3FFF, at(28) & 0x3FFF
     if raw[12:16] == b"VP8L":
-        bits = int.from_bytes(raw[21:25], "little")
-        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    at = 2
-    while raw.startswith(b"\xff\xd8") and at + 9 <= len(raw):  # the segments of a JPEG
-        if 0xC0 <= raw[at + 1] <= 0xCF and raw[at + 1] not in (0xC4, 0xC8, 0xCC):
-            return (int.from_bytes(raw[at + 7:at + 9], "big"),
-                    int.from_bytes(raw[at + 5:at + 7], "big"))
-        at += 2 + int.from_bytes(raw[at + 2:at + 4], "big")
+        return (at(21, 4) & 0x3FFF) + 1, (at(21, 4) >> 14 & 0x3FFF) + 1
+    place = 2
+    while big and place + 9 <= len(raw):  # the segments of a JPEG
+        if 0xC0 <= raw[place + 1] <= 0xCF and raw[place + 1] not in (0xC4, 0xC8, 0xCC):
+            return at(place + 7), at(place + 5)
+        place += 2 + at(place + 2)
     return 0, 0
 
 
@@ -3943,23 +3939,29 @@ def read_format(fields: Fields | None) -> Format | None:
                   inner.flag("strict"), inner.text("description"))
 
 
-SHELL_SCHEMA: Json = {"type": "object", "properties": {
-    "command": {"type": "array", "items": {"type": "string"}}, "workdir": {"type": "string"},
-    "timeout_ms": {"type": "integer"},
-    "env": {"type": "object", "additionalProperties": {"type": "string"}}},
-    "required": ["command"]}
+STRING: Json = {"type": "string"}
+INTEGER: Json = {"type": "integer"}
+STRINGS: Json = {"type": "array", "items": STRING}
+INTEGERS: Json = {"type": "array", "items": INTEGER}
+
+
+def object_schema(properties: Json, *required: str) -> Json:
+    """The schema of a tool's arguments."""
+    named = {"required": list(required)} if required else {}
+    return {"type": "object", "properties": properties, **named}
+
+
 # Built-in tools that the client runs, as the function tools that stand for them (1.4).
 CLIENT_TOOLS: Mapping[str, tuple[str, Json]] = {
-    "local_shell": ("Runs a command on the user's machine.", SHELL_SCHEMA),
-    "shell": ("Runs shell commands on the user's machine.", {"type": "object", "properties": {
-        "commands": {"type": "array", "items": {"type": "string"}},
-        "timeout_ms": {"type": "integer"}, "max_output_length": {"type": "integer"}},
-        "required": ["commands"]}),
-    "apply_patch": ("Creates, changes or deletes a file.", {"type": "object", "properties": {
-        "type": {"type": "string", "enum": ["create_file", "update_file", "delete_file"]},
-        "path": {"type": "string"}, "diff": {"type": "string"}}, "required": ["type", "path"]}),
-    "tool_search": ("", {"type": "object", "properties": {
-        "query": {"type": "string"}, "limit": {"type": "integer"}}}),
+    "local_shell": ("Runs a command on the user's machine.", object_schema(
+        {"command": STRINGS, "workdir": STRING, "timeout_ms": INTEGER,
+         "env": {"type": "object", "additionalProperties": STRING}}, "command")),
+    "shell": ("Runs shell commands on the user's machine.", object_schema(
+        {"commands": STRINGS, "timeout_ms": INTEGER, "max_output_length": INTEGER}, "commands")),
+    "apply_patch": ("Creates, changes or deletes a file.", object_schema(
+        {"type": {**STRING, "enum": ["create_file", "update_file", "delete_file"]},
+         "path": STRING, "diff": STRING}, "type", "path")),
+    "tool_search": ("", object_schema({"query": STRING, "limit": INTEGER})),
 }
 def read_responses_tool(fields: Fields, space: str = "", about: str = "") -> list[Tool]:
     """One entry of `tools` (a namespace holds several)."""
@@ -4879,41 +4881,34 @@ def source_part(fields: Fields, kind: str, more: Json) -> Part:
                 else f"[file {id} omitted]", **more)
 
 
-EDIT_FIELDS: Json = {
-    "path": {"type": "string"}, "old_str": {"type": "string"}, "new_str": {"type": "string"},
-    "insert_line": {"type": "integer"}, "insert_text": {"type": "string"},
-    "file_text": {"type": "string"},
-    "view_range": {"type": "array", "items": {"type": "integer"}}}
+EDIT_FIELDS: Json = {"path": STRING, "old_str": STRING, "new_str": STRING, "insert_line": INTEGER,
+                     "insert_text": STRING, "file_text": STRING, "view_range": INTEGERS}
 
 
-def enum_schema(key: str, values: str, properties: Json, required: Sequence[str]) -> Json:
+def command_schema(key: str, values: str, properties: Json, *required: str) -> Json:
     """The schema of a tool with one field that says what to do."""
-    return {"type": "object", "required": list(required),
-            "properties": {key: {"type": "string", "enum": values.split()}, **properties}}
+    schema = object_schema({key: {**STRING, "enum": values.split()}, **properties})
+    return {"type": "object", "required": [key, *required], **schema}
 
 
-PAIR_OF_NUMBERS: Json = {"type": "array", "items": {"type": "integer"}}
 # Tools that Anthropic's models know by name and clients run: (pattern, description, schema).
 ANTHROPIC_TOOLS: tuple[tuple[str, str, Json], ...] = (
-    ("bash_", "Runs a command in a shell that keeps its state.", {
-        "type": "object", "properties": {"command": {"type": "string"},
-                                         "restart": {"type": "boolean"}}}),
-    ("text_editor_2024|text_editor_20250124", "Views and edits text files.", enum_schema(
-        "command", "view create str_replace insert undo_edit", EDIT_FIELDS, ("command", "path"))),
-    ("text_editor_", "Views and edits text files.", enum_schema(
-        "command", "view create str_replace insert", EDIT_FIELDS, ("command", "path"))),
-    ("memory_", "Keeps notes in files between conversations.", enum_schema(
+    ("bash_", "Runs a command in a shell that keeps its state.", object_schema(
+        {"command": STRING, "restart": {"type": "boolean"}})),
+    ("text_editor_2024|text_editor_20250124", "Views and edits text files.", command_schema(
+        "command", "view create str_replace insert undo_edit", EDIT_FIELDS, "path")),
+    ("text_editor_", "Views and edits text files.", command_schema(
+        "command", "view create str_replace insert", EDIT_FIELDS, "path")),
+    ("memory_", "Keeps notes in files between conversations.", command_schema(
         "command", "view create str_replace insert delete rename",
-        {**EDIT_FIELDS, "old_path": {"type": "string"}, "new_path": {"type": "string"}},
-        ("command",))),
-    ("computer_", "Uses a screen, mouse and keyboard.", enum_schema(
+        {**EDIT_FIELDS, "old_path": STRING, "new_path": STRING})),
+    ("computer_", "Uses a screen, mouse and keyboard.", command_schema(
         "action", "key type mouse_move left_click left_click_drag right_click middle_click"
         " double_click triple_click left_mouse_down left_mouse_up scroll hold_key wait screenshot"
         " cursor_position zoom",
-        {"coordinate": PAIR_OF_NUMBERS, "start_coordinate": PAIR_OF_NUMBERS,
-         "text": {"type": "string"}, "scroll_direction": {"type": "string"},
-         "scroll_amount": {"type": "integer"}, "duration": {"type": "number"},
-         "region": PAIR_OF_NUMBERS}, ("action",))),
+        {"coordinate": INTEGERS, "start_coordinate": INTEGERS, "text": STRING,
+         "scroll_direction": STRING, "scroll_amount": INTEGER, "duration": {"type": "number"},
+         "region": INTEGERS})),
 )
 SEARCH_TOOL = re.compile(r"tool_search_tool_(regex|bm25)")
 HOSTED_TOOL = re.compile(r"(web_search|web_fetch|code_execution|advisor|mcp_toolset|tool_search)"
@@ -5207,7 +5202,7 @@ def write_messages(ask: Ask, ctx: Context) -> Json:
         out["system"] = system
     messages_sampling(ask, ctx, out)
     messages_extras(ask, ctx, out)
-    finish_thinking(atoms, ctx, out)
+    finish_thinking(ctx, out)
     end_with_user(out, ctx.kind)
     set_marks(ask, ctx, out)
     shorten(out)
@@ -5508,38 +5503,34 @@ def messages_extras(ask: Ask, ctx: Context, out: Json) -> None:
     put_extras(ask, ctx, out, (), {"auto": "auto", "default": "standard_only"}.get(ask.tier or ""))
 
 
-def finish_thinking(atoms: list[Atom], ctx: Context, out: Json) -> None:
+def finish_thinking(ctx: Context, out: Json) -> None:
     """Thinking and the history's thinking blocks, so that they go together (-chat.md 1.5a)."""
     messages = out["messages"]
-    manual = mapping(out.get("thinking")).get("type") == "enabled" and ctx.kind.name == "K1"
-    if manual:
-        last = next((m for m in reversed(messages) if m["role"] == "assistant"), None)
-        calls = last and any(b["type"] == "tool_use" for b in last["content"])
-        if last and calls and messages[-1]["role"] == "user" and any(
-                b["type"] == "tool_result" for b in messages[-1]["content"]) and \
-                last["content"][0]["type"] not in THINKING:
+    turns = [m["content"] for m in messages if m["role"] == "assistant"]
+    if turns and ctx.kind.name == "K1" and messages[-1]["role"] == "user" and \
+            mapping(out.get("thinking")).get("type") == "enabled":
+        called = any(b["type"] == "tool_use" for b in turns[-1])
+        answered = any(b["type"] == "tool_result" for b in messages[-1]["content"])
+        if called and answered and turns[-1][0]["type"] not in THINKING:
             del out["thinking"]
             strip_thinking(messages)
             ctx.drop("reasoning", "the last tool call came without its thinking")
-    if ctx.caps.thinking_binding:
-        has = any(b["type"] in THINKING for m in messages if m["role"] == "assistant"
-                  for b in m["content"])
-        if ctx.kind.disabled and "thinking" not in out:
-            strip_thinking(messages)
-        elif has or "thinking" in out:
-            thinking = out.setdefault("thinking", {"type": "adaptive"})
-            thinking["block_binding"] = {"prefix_mismatch_behavior": "drop_block"}
-            ctx.headers.append(b"anthropic-beta: thinking-binding-controls-2026-08-01")
+    if not ctx.caps.thinking_binding:
+        return
+    if ctx.kind.disabled and "thinking" not in out:
+        strip_thinking(messages)
+    elif "thinking" in out or any(b["type"] in THINKING for blocks in turns for b in blocks):
+        thinking = out.setdefault("thinking", {"type": "adaptive"})
+        thinking["block_binding"] = {"prefix_mismatch_behavior": "drop_block"}
+        ctx.headers.append(b"anthropic-beta: thinking-binding-controls-2026-08-01")
 
 
 def strip_thinking(messages: list[Json]) -> None:
     """Leave all thinking blocks out, and messages that had nothing else."""
-    for message in messages:
-        message["content"] = [b for b in message["content"] if b["type"] not in THINKING]
     kept: list[Json] = []
     for message in messages:
-        if message["content"]:
-            add_turn(kept, message["role"], message["content"])
+        if content := [b for b in message["content"] if b["type"] not in THINKING]:
+            add_turn(kept, message["role"], content)
     messages[:] = kept
 
 
@@ -5593,18 +5584,11 @@ def keep_marks(fixed: list[Json], moving: list[Json], ttl: str | None) -> None:
 
 def shorten(out: Json) -> None:
     """Write a content of one unmarked text as a string."""
-    for message in out["messages"]:
-        if message["role"] != "system":
-            message["content"] = shortest(message["content"])
-    if "system" in out:
-        out["system"] = shortest(out["system"])
-
-
-def shortest(blocks: list[Json]) -> Any:
-    """A string for one unmarked text block, else the blocks."""
-    if len(blocks) == 1 and blocks[0].keys() == {"type", "text"}:
-        return blocks[0]["text"]
-    return blocks
+    places = [(m, "content") for m in out["messages"] if m["role"] != "system"]
+    for place, key in (*places, (out, "system")):
+        blocks = place.get(key, ())
+        if len(blocks) == 1 and blocks[0].keys() == {"type", "text"}:
+            place[key] = blocks[0]["text"]
 
 # -- writing Chat Completions (translation-responses.md 4.1) -----------------
 
