@@ -3749,6 +3749,8 @@ def content_tokens(value: Any) -> int:
             for key, inner in at.items():
                 if key in MEDIA_KEYS and type(inner) is str and at.get("type") != "text":
                     total += media_tokens(inner)
+                elif key == "input" and type(inner) is dict:  # of a call: names and numbers count
+                    total += text_tokens(compact(inner))
                 elif key not in SILENT_KEYS:
                     todo.append(inner)
     return total
