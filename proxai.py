@@ -981,102 +981,87 @@ def schema(cls: type[T]) -> type[T]:
     return dataclasses.dataclass(frozen=True, slots=True, kw_only=True)(cls)
 
 
+def capability(doc: str, example: Any, kind: Kind = BOOLEAN) -> Any:
+    """A field of a profile: where it is not set, the tables of section 9 know better."""
+    return setting(kind, doc, None, example=example)
+
+
 @schema
 class ProfileConfig:
     """What a provider takes, for translated requests. What is not set comes from a table of known
     hosts and models; pass-through never looks at it."""
 
-    vision: bool | None = setting(BOOLEAN, "Images can be sent.", None, example=True)
-    max_tokens_cap: int | None = setting(
-        whole(1), "Largest output limit that is sent.", None, example=32000)
-    default_max_tokens: int | None = setting(
-        whole(1), "messages: output limit when the client named none.", None, example=32000)
-    web_search: str | None = setting(
-        choice("off", "native", "options", "openrouter"), "How web search is asked for.", None,
-        example="off")
-    cache: str | None = setting(
-        choice("off", "auto", "on"), "Prompt cache marks. messages: on sets them where the client"
-        " has none; auto is on for api.anthropic.com. Others: on forwards the client's.", None,
-        example="auto")
-    vendor_fields: bool | None = setting(
-        BOOLEAN, "Fields that only the vendor itself takes (service_tier, prompt_cache_key, ...).",
-        None, example=False)
-    max_tokens_field: str | None = setting(
-        choice("max_tokens", "max_completion_tokens"), "chat: name of the output limit.", None,
-        example="max_tokens")
-    reasoning_control: str | None = setting(
+    vision: bool | None = capability("Images can be sent.", True)
+    max_tokens_cap: int | None = capability("Largest output limit that is sent.", 32000, whole(1))
+    default_max_tokens: int | None = capability(
+        "messages: output limit when the client named none.", 32000, whole(1))
+    web_search: str | None = capability(
+        "How web search is asked for.", "off", choice("off", "native", "options", "openrouter"))
+    cache: str | None = capability(
+        "Prompt cache marks. messages: on sets them where the client has none; auto is on for"
+        " api.anthropic.com. Others: on forwards the client's.", "auto",
+        choice("off", "auto", "on"))
+    vendor_fields: bool | None = capability(
+        "Fields that only the vendor itself takes (service_tier, prompt_cache_key, ...).", False)
+    max_tokens_field: str | None = capability(
+        "chat: name of the output limit.", "max_tokens",
+        choice("max_tokens", "max_completion_tokens"))
+    reasoning_control: str | None = capability(
+        "chat: dialect of reasoning control.", "effort",
         choice("effort", "effort-basic", "effort-lowhigh", "openrouter", "deepseek", "kimi", "glm",
-               "qwen", "groq", "mistral", "template"), "chat: dialect of reasoning control.", None,
-        example="effort")
-    reasoning_replay: str | None = setting(
-        choice("none", "reasoning_content", "reasoning", "reasoning_details", "auto"),
-        "chat: field that takes back earlier reasoning; auto: the one it came in.", None,
-        example="auto")
-    reasoning_required: str | None = setting(
-        choice("off", "calls", "all"), "chat: assistant messages that must have it.", None,
-        example="off")
-    late_system: str | None = setting(
-        choice("keep", "fold"), "chat: system messages within a conversation stay, or become"
-        " reminders in user messages.", None, example="fold")
-    tool_images: str | None = setting(
-        choice("user", "inline", "drop"), "chat: where images of tool results go.", None,
-        example="user")
-    files: str | None = setting(
-        choice("native", "drop"), "chat: file parts are taken.", None, example="drop")
-    json_schema: str | None = setting(
-        choice("schema", "object"), "chat: response_format that is taken.", None, example="schema")
-    stream_usage: bool | None = setting(
-        BOOLEAN, "chat: stream_options.include_usage is taken.", None, example=True)
-    top_k: bool | None = setting(BOOLEAN, "chat: top_k is taken.", None, example=True)
-    call_ids: str | None = setting(
-        choice("any", "40", "9"), "chat: ids of tool calls: any, at most 40 characters, or exactly"
-        " 9 letters and digits.", None, example="any")
-    parallel_tool_calls: bool | None = setting(
-        BOOLEAN, "chat: parallel_tool_calls is taken.", None, example=True)
-    strict_tools: bool | None = setting(
-        BOOLEAN, "strict is taken on tools and schemas.", None, example=False)
-    lenient_done: bool | None = setting(
-        BOOLEAN, "chat: [DONE] without a finish_reason ends a complete answer.", None, example=True)
-    tool_arguments: str | None = setting(
-        choice("stream", "buffer"), "Arguments pass as they come, or repaired and whole.", None,
-        example="stream")
-    think_tags: str | None = setting(
-        choice("auto", "off"), "chat: <think> at the start of a text is reasoning.", None,
-        example="auto")
-    deferred_tools: str | None = setting(
-        choice("referenced", "all"), "Which deferred tools are sent.", None, example="referenced")
-    count_native: bool | None = setting(
-        BOOLEAN, "chat, responses: the provider counts tokens itself.", None, example=False)
-    custom_tools: bool | None = setting(
-        BOOLEAN, "Custom (free text) tools are taken.", None, example=False)
-    allowed_tools: bool | None = setting(
-        BOOLEAN, "chat: tool_choice allowed_tools is taken.", None, example=False)
-    model_class: str | None = setting(
-        choice("K0", "K1", "K2", "K3", "K4", "K5", "X"), "messages: class of Claude models, from K0"
-        " (3.5 and older) to K5 (newest); X is another model.", None, example="K4")
-    lenient_thinking: bool | None = setting(
-        BOOLEAN, "messages: thinking without a signature is taken.", None, example=False)
-    native_system: bool | None = setting(
-        BOOLEAN, "messages: role system within messages is taken.", None, example=False)
-    thinking_binding: bool | None = setting(
-        BOOLEAN, "messages: thinking is bound to its prefix.", None, example=False)
-    reasoning: bool | None = setting(
-        BOOLEAN, "responses: the model reasons.", None, example=True)
-    efforts: tuple[str, ...] | None = setting(
-        several(choice("none", "minimal", "low", "medium", "high", "xhigh", "max")),
-        "responses: effort levels that are taken.", None, example=["low", "medium", "high"])
-    encrypted_reasoning: bool | None = setting(
-        BOOLEAN, "responses: encrypted reasoning can be asked for.", None, example=True)
-    reasoning_summary: bool | None = setting(
-        BOOLEAN, "responses: reasoning summaries can be asked for.", None, example=True)
-    sampling: bool | None = setting(
-        BOOLEAN, "responses: temperature and top_p are taken.", None, example=False)
-    max_output_tokens: bool | None = setting(
-        BOOLEAN, "responses: max_output_tokens is taken.", None, example=True)
-    output_lists: bool | None = setting(
-        BOOLEAN, "responses: tool outputs may have images.", None, example=True)
-    phase: bool | None = setting(
-        BOOLEAN, "responses: phase is taken on assistant messages.", None, example=False)
+               "qwen", "groq", "mistral", "template"))
+    reasoning_replay: str | None = capability(
+        "chat: field that takes back earlier reasoning; auto: the one it came in.", "auto",
+        choice("none", "reasoning_content", "reasoning", "reasoning_details", "auto"))
+    reasoning_required: str | None = capability(
+        "chat: assistant messages that must have it.", "off", choice("off", "calls", "all"))
+    late_system: str | None = capability(
+        "chat: system messages within a conversation stay, or become reminders in user messages.",
+        "fold", choice("keep", "fold"))
+    tool_images: str | None = capability(
+        "chat: where images of tool results go.", "user", choice("user", "inline", "drop"))
+    files: str | None = capability("chat: file parts are taken.", "drop", choice("native", "drop"))
+    json_schema: str | None = capability(
+        "chat: response_format that is taken.", "schema", choice("schema", "object"))
+    stream_usage: bool | None = capability("chat: stream_options.include_usage is taken.", True)
+    top_k: bool | None = capability("chat: top_k is taken.", True)
+    call_ids: str | None = capability(
+        "chat: ids of tool calls: any, at most 40 characters, or exactly 9 letters and digits.",
+        "any", choice("any", "40", "9"))
+    parallel_tool_calls: bool | None = capability("chat: parallel_tool_calls is taken.", True)
+    strict_tools: bool | None = capability("strict is taken on tools and schemas.", False)
+    lenient_done: bool | None = capability(
+        "chat: [DONE] without a finish_reason ends a complete answer.", True)
+    tool_arguments: str | None = capability(
+        "Arguments pass as they come, or repaired and whole.", "stream", choice("stream", "buffer"))
+    think_tags: str | None = capability(
+        "chat: <think> at the start of a text is reasoning.", "auto", choice("auto", "off"))
+    deferred_tools: str | None = capability(
+        "Which deferred tools are sent.", "referenced", choice("referenced", "all"))
+    count_native: bool | None = capability(
+        "chat, responses: the provider counts tokens itself.", False)
+    custom_tools: bool | None = capability("Custom (free text) tools are taken.", False)
+    allowed_tools: bool | None = capability("chat: tool_choice allowed_tools is taken.", False)
+    model_class: str | None = capability(
+        "messages: class of Claude models, from K0 (3.5 and older) to K5 (newest); X is another"
+        " model.", "K4", choice("K0", "K1", "K2", "K3", "K4", "K5", "X"))
+    lenient_thinking: bool | None = capability(
+        "messages: thinking without a signature is taken.", False)
+    native_system: bool | None = capability(
+        "messages: role system within messages is taken.", False)
+    thinking_binding: bool | None = capability("messages: thinking is bound to its prefix.", False)
+    reasoning: bool | None = capability("responses: the model reasons.", True)
+    efforts: tuple[str, ...] | None = capability(
+        "responses: effort levels that are taken.", ["low", "medium", "high"],
+        several(choice("none", "minimal", "low", "medium", "high", "xhigh", "max")))
+    encrypted_reasoning: bool | None = capability(
+        "responses: encrypted reasoning can be asked for.", True)
+    reasoning_summary: bool | None = capability(
+        "responses: reasoning summaries can be asked for.", True)
+    sampling: bool | None = capability("responses: temperature and top_p are taken.", False)
+    max_output_tokens: bool | None = capability("responses: max_output_tokens is taken.", True)
+    output_lists: bool | None = capability("responses: tool outputs may have images.", True)
+    phase: bool | None = capability("responses: phase is taken on assistant messages.", False)
 
 
 @schema
