@@ -4118,7 +4118,7 @@ def test_a_pair_that_is_not_there_is_an_explicit_error_that_names_it(monkeypatch
 
 
 def test_a_pair_is_looked_up_in_its_own_direction(monkeypatch):
-    pair = proxai.Pair(len, len, len)
+    pair = proxai.Pair(len, len, len, len)
     monkeypatch.setattr(proxai, "PAIRS", {("chat", "messages"): pair})
     assert proxai.pair_for(CHAT, MESSAGES) is pair
     with pytest.raises(proxai.SetupError):
