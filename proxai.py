@@ -6905,7 +6905,8 @@ class MessagesReader(Reader):
 
     def take(self, event: Json) -> None:
         """One event; unknown ones are no matter."""
-        kind, index = event.get("type"), key_of(event.get("index"))
+        kind, index = event.get("type"), event.get("index")
+        index = index if type(index) is int else key_of(index)
         if kind == "content_block_delta":
             self.delta(index, mapping(event.get("delta")))
         elif kind == "content_block_start":
@@ -7063,18 +7064,21 @@ class ChatReader(Reader):
             if isinstance(one, dict) and one.get("index") in (0, None):
                 choice = one
                 break
-        usage = mapping(event.get("usage") or (choice and choice.get("usage"))
-                        or mapping(event.get("x_groq")).get("usage"))
-        self.usage = usage or self.usage
-        self.tier = word(event.get("service_tier")) or self.tier
+        usage = event.get("usage") or (choice and choice.get("usage"))
+        if "x_groq" in event:
+            usage = usage or mapping(event["x_groq"]).get("usage")
+        self.usage = mapping(usage) or self.usage
+        if "service_tier" in event:
+            self.tier = word(event["service_tier"]) or self.tier
         if choice is not None:
-            self.out.begin(event.get("id"), event.get("model"), event.get("created"))
+            if not self.out.begun:
+                self.out.begin(event.get("id"), event.get("model"), event.get("created"))
             if self.reason is None:
                 self.delta(mapping(choice.get("delta") or choice.get("message")),
                            mapping(choice.get("logprobs")).get("content"))
             if choice.get("finish_reason"):
                 self.finished(choice)
-        if self.reason is not None and usage:
+        if self.reason is not None and mapping(usage):
             self.finish()
 
     def finished(self, choice: Json) -> None:
@@ -7095,6 +7099,8 @@ class ChatReader(Reader):
         content = delta.get("content")
         if type(content) is str:
             self.content(content, logprobs)
+            if plain:
+                return
         for part in map(mapping, listing(content)):
             if part.get("type") == "thinking":
                 self.think("".join(text_of(mapping(p).get("text")) for p in
@@ -7102,8 +7108,6 @@ class ChatReader(Reader):
             elif text := text_of(part.get("text")):
                 self.say(text)
                 self.close_open()
-        if plain:
-            return
         if refusal := text_of(delta.get("refusal")):
             self.out.add(self.segment("refusal"), refusal)
         for annotation in map(mapping, listing(delta.get("annotations"))):
@@ -7712,9 +7716,10 @@ class ResponsesWriter(Writer):
 
     def emit(self, type_: str, where: Json, **more: Any) -> None:
         """One event, numbered."""
-        self.events.append(
-            {"type": type_, **where, **more, "sequence_number": self.sequence})
+        more |= where
+        more["type"], more["sequence_number"] = type_, self.sequence
         self.sequence += 1
+        self.events.append(more)
 
     def start_answer(self, id: str, model: str, created: int) -> None:
         """created and in_progress, with what the request said."""
@@ -8217,7 +8222,8 @@ class MessagesWriter(Writer):
 
     def delta(self, index: int, kind: str, **more: Any) -> None:
         """A piece of a block."""
-        self.emit("content_block_delta", index=index, delta={"type": kind, **more})
+        more["type"] = kind
+        self.events.append({"type": "content_block_delta", "index": index, "delta": more})
 
     def start(self, segment: Segment) -> None:
         """Text and calls open at once, thinking with its first text."""
