@@ -49,6 +49,7 @@ Sections, each using only the ones above it (a test holds the file to that):
 
 from __future__ import annotations
 
+import argparse
 import ast
 import asyncio
 import base64
@@ -72,11 +73,12 @@ import signal
 import socket
 import ssl
 import sys
+import textwrap
 import threading
 import time
 import tomllib
 import zlib
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
@@ -669,9 +671,9 @@ def compile_pattern(kind: str, pattern: str) -> re.Pattern[str]:
 GLOB_TOKEN = re.compile(r"\[!?\]?[^\]]*\]|.", re.DOTALL)  # a class is one token, whatever is in it
 
 
-def expand_braces(pattern: str) -> list[str]:
-    """The globs without {a,b} that a glob stands for."""
-    done: list[str] = []
+def expand_braces(pattern: str) -> list[list[str]]:
+    """The tokens of the globs without {a,b} that a glob stands for."""
+    done: list[list[str]] = []
     todo = [GLOB_TOKEN.findall(pattern)]
     while todo:
         if len(done) + len(todo) > GLOB_ALTERNATIVES:
@@ -687,33 +689,30 @@ def expand_braces(pattern: str) -> list[str]:
         elif "{" in tokens:
             raise re.error("the { has no }", pattern)
         else:
-            done.append("".join(tokens))
+            done.append(tokens)
     return done
 
 
-def glob_source(pattern: str) -> str:
+def glob_source(tokens: list[str]) -> str:
     """A glob as a regular expression: * ? [a-z] [!a-z]; a backslash is only itself.
 
     What stands behind a * is looked for at its first place only (an atomic group), so that many
     stars do not multiply the time.
     """
-    parts, at = [""], 0  # between the stars
-    while at < len(pattern):
-        char = pattern[at]
-        at += 1
-        if char == "*":
+    parts = [""]  # between the stars
+    for i, token in enumerate(tokens):
+        if token == "*":
             parts.append("")
-        elif char == "?":
+        elif token == "?":
             parts[-1] += "."
-        elif char == "[":
-            end = pattern.find("]", at + (2 if pattern[at:at + 1] == "!" else 1))
-            if end < 0:
-                raise re.error("the [ has no ]", pattern, at - 1)
-            inside = re.sub(r"([\\\[\]&~|^])", r"\\\1", pattern[at:end].removeprefix("!"))
-            parts[-1] += f"[{'^' if pattern[at] == '!' else ''}{inside}]"
-            at = end + 1
+        elif token in ("[", "[]", "[!]"):
+            raise re.error("the [ has no ]", "".join(tokens), len("".join(tokens[:i])))
+        elif len(token) > 1:
+            inside = re.sub(r"([\\\[\]&~|^])", r"\\\1", token[1:-1].removeprefix("!"))
+            inside = inside.replace("--", "\\--")  # no set difference
+            parts[-1] += f"[{'^' if token[1] == '!' else ''}{inside}]"
         else:
-            parts[-1] += re.escape(char)
+            parts[-1] += re.escape(token)
     if len(parts) == 1:
         return parts[0]
     return parts[0] + "".join(f"(?>.*?{part})" for part in parts[1:-1] if part) + ".*" + parts[-1]
@@ -725,9 +724,10 @@ def expand_template(template: str, match: re.Match[str]) -> str:
         name = found[1] or found[2]
         if name is None:
             return "$"
-        key: int | str = int(name) if name.isdigit() else name
-        known = key in match.re.groupindex or (isinstance(key, int) and key <= match.re.groups)
-        return (match[key] or "") if known else ""
+        try:
+            return match[int(name) if name.isdigit() else name] or ""
+        except IndexError:
+            return ""
 
     return TEMPLATE_PART.sub(part, template)
 
@@ -743,10 +743,8 @@ def compile_routes(routes: Iterable[Any]) -> list[Route]:
 def rewrite_model(route: Route, match: re.Match[str], model: str) -> str:
     """The name to send for `model`: a template replaces the span that a regex matched
     (contract 5.3)."""
-    if route.upstream_model is None:
-        return model
-    if not route.regex:
-        return route.upstream_model
+    if route.upstream_model is None or not route.regex:
+        return route.upstream_model or model
     return (model[:match.start()] + expand_template(route.upstream_model, match)
             + model[match.end():])
 
@@ -799,129 +797,46 @@ class Kind(NamedTuple):
     read: Callable[[Any], Any]
 
 
-def expect(condition: bool, wants: str) -> None:
-    """Raise the ValueError that tells a person what a value must be."""
-    if not condition:
+def kind_of(wants: str, good: Callable[[Any], Any],
+            keep: Callable[[Any], Any] = lambda value: value) -> Kind:
+    """The kind of the values that `good` accepts; `keep` makes of one what is kept. A ValueError of
+    theirs is a no, too."""
+    def read(value: Any) -> Any:
+        with contextlib.suppress(ValueError):
+            if good(value):
+                return keep(value)
         raise ValueError(f"must be {wants}")
+
+    return Kind(wants, read)
+
+
+def text_of_kind(wants: str, good: Callable[[str], Any] = bool,
+                 keep: Callable[[str], str] = str) -> Kind:
+    """Like `kind_of`, for strings with something in them, without the blanks around it."""
+    return kind_of(wants, lambda value: isinstance(value, str) and value.strip()
+                   and good(value.strip()), lambda value: keep(value.strip()))
 
 
 def whole(low: int, high: int = 1 << 62) -> Kind:
     """A whole number in a range."""
-    wants = (f"a whole number from {low} to {high}" if high < 1 << 62
-             else f"a whole number, {low} or more")
-
-    def read(value: Any) -> int:
-        expect(type(value) is int and low <= value <= high, wants)
-        return int(value)
-
-    return Kind(wants, read)
-
-
-def read_seconds(value: Any) -> float:
-    """A time limit; zero would mean `never` to some and `at once` to others, so it is refused."""
-    expect(type(value) in (int, float) and 0 < value <= 86400 * 366, SECONDS.wants)
-    return float(value)
-
-
-def read_boolean(value: Any) -> bool:
-    """A TOML boolean."""
-    expect(type(value) is bool, "true or false")
-    return bool(value)
-
-
-def read_text(value: Any) -> str:
-    """A string with something in it, without the blanks around it."""
-    expect(isinstance(value, str) and bool(value.strip()), "a non-empty string")
-    return str(value).strip()
-
-
-def read_pattern(value: Any) -> str:
-    """A pattern as it is; an empty one takes no model."""
-    expect(isinstance(value, str), "a string")
-    return str(value)
-
-
-def read_secret(value: Any) -> str:
-    """A key that can stand in a header field: one that cannot would silently not be sent."""
-    key = read_text(value)
-    expect(key.isascii() and key.isprintable() and " " not in key, "printable ASCII without blanks")
-    return key
-
-
-def read_variable(value: Any) -> str:
-    """The name of an environment variable; a key that was put there by mistake mostly is none."""
-    name = read_text(value)
-    expect(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) is not None, VARIABLE.wants)
-    return name
-
-
-def read_name(value: Any) -> str:
-    """A provider's name: compared without case, so kept in lower case; blank means none."""
-    expect(isinstance(value, str), "a string")
-    return str(value).strip().lower()
-
-
-def read_address(value: Any) -> str:
-    """An IP address literal, as a listener needs it."""
-    expect(isinstance(value, str), ADDRESS.wants)
-    try:
-        return str(ipaddress.ip_address(value.strip()))
-    except ValueError:
-        raise ValueError(f"must be {ADDRESS.wants}") from None
-
-
-def read_url(value: Any) -> str:
-    """An absolute http or https URL without its query, ending in a slash."""
-    text = read_text(value)
-    try:
-        url = urlsplit(text)
-        port = url.port
-    except ValueError:
-        raise ValueError(f"must be {URL.wants}") from None
-    expect(url.scheme in ("http", "https") and bool(url.hostname) and port != 0, URL.wants)
-    expect("@" not in url.netloc, f"{URL.wants}, without a user name in it")
-    expect(text.isascii() and text.isprintable() and " " not in text, f"{URL.wants}, in ASCII")
-    return f"{url.scheme}://{url.netloc}{url.path.rstrip('/')}/"
-
-
-def read_proxy(value: Any) -> str:
-    """A forward proxy's URL, or the word direct."""
-    text = read_text(value)
-    if text.lower() == "direct":
-        return "direct"
-    try:
-        url = urlsplit(text)
-        port = url.port
-    except ValueError:
-        port = 0
-    expect(port != 0 and url.scheme in ("http", "https") and bool(url.hostname), PROXY.wants)
-    expect(url.path in ("", "/") and text.isascii() and text.isprintable(), PROXY.wants)
-    return text
-
-
-def read_origin(value: Any) -> str:
-    """A browser origin as the Origin header spells it."""
-    text = read_text(value).lower()
-    url = urlsplit(text)
-    expect(text == "null" or bool(url.scheme and url.netloc and not url.path), ORIGIN.wants)
-    return text
+    return kind_of(f"a whole number from {low} to {high}" if high < 1 << 62
+                   else f"a whole number, {low} or more",
+                   lambda value: type(value) is int and low <= value <= high)
 
 
 def choice(*allowed: str) -> Kind:
     """One of a few words."""
-    wants = "one of " + ", ".join(f'"{word}"' for word in allowed)
-
-    def read(value: Any) -> str:
-        expect(isinstance(value, str) and value in allowed, wants)
-        return str(value)
-
-    return Kind(wants, read)
+    return kind_of("one of " + ", ".join(f'"{word}"' for word in allowed),
+                   lambda value: isinstance(value, str) and value in allowed)
 
 
 def several(kind: Kind) -> Kind:
     """An array of values of one kind."""
+    wants = f"an array; each item {kind.wants}"
+
     def read(value: Any) -> tuple[Any, ...]:
-        expect(isinstance(value, list), f"an array; each item {kind.wants}")
+        if not isinstance(value, list):
+            raise ValueError(f"must be {wants}")
         items, faults = [], []
         for i, item in enumerate(value):
             try:
@@ -932,20 +847,61 @@ def several(kind: Kind) -> Kind:
             raise ValueError("; ".join(faults))
         return tuple(items)
 
-    return Kind(f"an array; each item {kind.wants}", read)
+    return Kind(wants, read)
 
 
-BOOLEAN = Kind("true or false", read_boolean)
-TEXT = Kind("a non-empty string", read_text)
-PATTERN = Kind("a string", read_pattern)
-SECRET = Kind("a non-empty string", read_secret)
-VARIABLE = Kind("the name of an environment variable", read_variable)
-NAME = Kind("the name of a provider", read_name)
-SECONDS = Kind("a number of seconds, more than 0 and at most a year", read_seconds)
-ADDRESS = Kind('an IP address such as "127.0.0.1"', read_address)
-URL = Kind('an absolute URL such as "https://api.example.com/v1"', read_url)
-PROXY = Kind('"http://[user:password@]host:port", the same with https, or "direct"', read_proxy)
-ORIGIN = Kind('an origin such as "https://app.example.com", without a path', read_origin)
+def plain(text: str) -> bool:
+    """Whether a text can stand in a header field: one that cannot would silently not be sent."""
+    return text.isascii() and text.isprintable() and " " not in text
+
+
+def is_http_url(text: str) -> bool:
+    """Whether a text is an absolute http or https URL; ValueError says no, too."""
+    url = urlsplit(text)
+    return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+
+
+def is_proxy(text: str) -> bool:
+    """Whether a text is a forward proxy's URL, or the word direct."""
+    return text.lower() == "direct" or (is_http_url(text) and urlsplit(text).path in ("", "/")
+                                        and text.isascii() and text.isprintable())
+
+
+def is_origin(text: str) -> bool:
+    """Whether a text is a browser origin as the Origin header spells it."""
+    url = urlsplit(text.lower())
+    return text.lower() == "null" or bool(url.scheme and url.netloc and not url.path)
+
+
+def base_of(text: str) -> str:
+    """A URL without its query, ending in a slash."""
+    url = urlsplit(text)
+    return f"{url.scheme}://{url.netloc}{url.path.rstrip('/')}/"
+
+
+BOOLEAN = kind_of("true or false", lambda value: type(value) is bool)
+TEXT = text_of_kind("a non-empty string")
+# as it is; an empty one takes no model
+PATTERN = kind_of("a string", lambda value: isinstance(value, str))
+SECRET = text_of_kind("a non-empty string of printable ASCII without blanks", plain)
+# a key that was put there by mistake mostly is none
+VARIABLE = text_of_kind("the name of an environment variable",
+                        re.compile(r"[A-Za-z_][A-Za-z0-9_]*").fullmatch)
+# compared without case, so kept in lower case; blank means none
+NAME = kind_of("the name of a provider", lambda value: isinstance(value, str),
+               lambda value: value.strip().lower())
+# zero would mean `never` to some and `at once` to others, so it is refused
+SECONDS = kind_of("a number of seconds, more than 0 and at most a year",
+                  lambda value: type(value) in (int, float) and 0 < value <= 86400 * 366, float)
+ADDRESS = text_of_kind('an IP address such as "127.0.0.1"', ipaddress.ip_address,
+                       lambda text: str(ipaddress.ip_address(text)))
+URL = text_of_kind(
+    'an absolute ASCII URL without a user name, such as "https://api.example.com/v1"',
+    lambda text: plain(text) and is_http_url(text) and "@" not in urlsplit(text).netloc, base_of)
+PROXY = text_of_kind('"http://[user:password@]host:port", the same with https, or "direct"',
+                     is_proxy, lambda text: "direct" if text.lower() == "direct" else text)
+ORIGIN = text_of_kind('an origin such as "https://app.example.com", without a path', is_origin,
+                      str.lower)
 PROTOCOL = choice(*PROTOCOLS)
 
 
@@ -961,13 +917,16 @@ def setting(kind: Kind | Section, doc: str, default: Any = REQUIRED, *, example:
             secret: bool = False) -> Any:
     """A field of the schema: kind, description, default,
     and a value for the example file if that differs."""
-    more: Json = {"default": default}
-    if isinstance(kind, Section) and kind.shape == "one":
-        more = {"default_factory": kind.of}
-    elif isinstance(kind, Section):
-        more = {"default_factory": dict if kind.shape == "dict" else tuple}
-    return dataclasses.field(**more, repr=not secret,
+    given: Json = {"default": default}
+    if isinstance(kind, Section):
+        given = {"default_factory": {"one": kind.of, "list": tuple, "dict": dict}[kind.shape]}
+    return dataclasses.field(**given, repr=not secret,
                              metadata={"kind": kind, "doc": doc, "example": example})
+
+
+def fact(doc: str, example: Any, kind: Kind = BOOLEAN) -> Any:
+    """A field of a profile, not set unless the file sets it."""
+    return setting(kind, doc, None, example=example)
 
 
 # -- the schema --------------------------------------------------------------
@@ -981,87 +940,82 @@ def schema(cls: type[T]) -> type[T]:
     return dataclasses.dataclass(frozen=True, slots=True, kw_only=True)(cls)
 
 
-def capability(doc: str, example: Any, kind: Kind = BOOLEAN) -> Any:
-    """A field of a profile: where it is not set, the tables of section 9 know better."""
-    return setting(kind, doc, None, example=example)
-
-
 @schema
 class ProfileConfig:
     """What a provider takes, for translated requests. What is not set comes from a table of known
     hosts and models; pass-through never looks at it."""
 
-    vision: bool | None = capability("Images can be sent.", True)
-    max_tokens_cap: int | None = capability("Largest output limit that is sent.", 32000, whole(1))
-    default_max_tokens: int | None = capability(
+    vision: bool | None = fact("Images can be sent.", True)
+    max_tokens_cap: int | None = fact("Largest output limit that is sent.", 32000, whole(1))
+    default_max_tokens: int | None = fact(
         "messages: output limit when the client named none.", 32000, whole(1))
-    web_search: str | None = capability(
+    web_search: str | None = fact(
         "How web search is asked for.", "off", choice("off", "native", "options", "openrouter"))
-    cache: str | None = capability(
+    cache: str | None = fact(
         "Prompt cache marks. messages: on sets them where the client has none; auto is on for"
         " api.anthropic.com. Others: on forwards the client's.", "auto",
         choice("off", "auto", "on"))
-    vendor_fields: bool | None = capability(
+    vendor_fields: bool | None = fact(
         "Fields that only the vendor itself takes (service_tier, prompt_cache_key, ...).", False)
-    max_tokens_field: str | None = capability(
+    max_tokens_field: str | None = fact(
         "chat: name of the output limit.", "max_tokens",
         choice("max_tokens", "max_completion_tokens"))
-    reasoning_control: str | None = capability(
+    reasoning_control: str | None = fact(
         "chat: dialect of reasoning control.", "effort",
         choice("effort", "effort-basic", "effort-lowhigh", "openrouter", "deepseek", "kimi", "glm",
                "qwen", "groq", "mistral", "template"))
-    reasoning_replay: str | None = capability(
+    reasoning_replay: str | None = fact(
         "chat: field that takes back earlier reasoning; auto: the one it came in.", "auto",
         choice("none", "reasoning_content", "reasoning", "reasoning_details", "auto"))
-    reasoning_required: str | None = capability(
+    reasoning_required: str | None = fact(
         "chat: assistant messages that must have it.", "off", choice("off", "calls", "all"))
-    late_system: str | None = capability(
+    late_system: str | None = fact(
         "chat: system messages within a conversation stay, or become reminders in user messages.",
         "fold", choice("keep", "fold"))
-    tool_images: str | None = capability(
+    tool_images: str | None = fact(
         "chat: where images of tool results go.", "user", choice("user", "inline", "drop"))
-    files: str | None = capability("chat: file parts are taken.", "drop", choice("native", "drop"))
-    json_schema: str | None = capability(
+    files: str | None = fact("chat: file parts are taken.", "drop", choice("native", "drop"))
+    json_schema: str | None = fact(
         "chat: response_format that is taken.", "schema", choice("schema", "object"))
-    stream_usage: bool | None = capability("chat: stream_options.include_usage is taken.", True)
-    top_k: bool | None = capability("chat: top_k is taken.", True)
-    call_ids: str | None = capability(
+    stream_usage: bool | None = fact("chat: stream_options.include_usage is taken.", True)
+    top_k: bool | None = fact("chat: top_k is taken.", True)
+    call_ids: str | None = fact(
         "chat: ids of tool calls: any, at most 40 characters, or exactly 9 letters and digits.",
         "any", choice("any", "40", "9"))
-    parallel_tool_calls: bool | None = capability("chat: parallel_tool_calls is taken.", True)
-    strict_tools: bool | None = capability("strict is taken on tools and schemas.", False)
-    lenient_done: bool | None = capability(
+    parallel_tool_calls: bool | None = fact("chat: parallel_tool_calls is taken.", True)
+    strict_tools: bool | None = fact("strict is taken on tools and schemas.", False)
+    lenient_done: bool | None = fact(
         "chat: [DONE] without a finish_reason ends a complete answer.", True)
-    tool_arguments: str | None = capability(
+    tool_arguments: str | None = fact(
         "Arguments pass as they come, or repaired and whole.", "stream", choice("stream", "buffer"))
-    think_tags: str | None = capability(
+    think_tags: str | None = fact(
         "chat: <think> at the start of a text is reasoning.", "auto", choice("auto", "off"))
-    deferred_tools: str | None = capability(
+    deferred_tools: str | None = fact(
         "Which deferred tools are sent.", "referenced", choice("referenced", "all"))
-    count_native: bool | None = capability(
+    count_native: bool | None = fact(
         "chat, responses: the provider counts tokens itself.", False)
-    custom_tools: bool | None = capability("Custom (free text) tools are taken.", False)
-    allowed_tools: bool | None = capability("chat: tool_choice allowed_tools is taken.", False)
-    model_class: str | None = capability(
+    custom_tools: bool | None = fact("Custom (free text) tools are taken.", False)
+    allowed_tools: bool | None = fact("chat: tool_choice allowed_tools is taken.", False)
+    model_class: str | None = fact(
         "messages: class of Claude models, from K0 (3.5 and older) to K5 (newest); X is another"
         " model.", "K4", choice("K0", "K1", "K2", "K3", "K4", "K5", "X"))
-    lenient_thinking: bool | None = capability(
+    lenient_thinking: bool | None = fact(
         "messages: thinking without a signature is taken.", False)
-    native_system: bool | None = capability(
+    native_system: bool | None = fact(
         "messages: role system within messages is taken.", False)
-    thinking_binding: bool | None = capability("messages: thinking is bound to its prefix.", False)
-    reasoning: bool | None = capability("responses: the model reasons.", True)
-    efforts: tuple[str, ...] | None = capability(
+    thinking_binding: bool | None = fact("messages: thinking is bound to its prefix.", False)
+    reasoning: bool | None = fact("responses: the model reasons.", True)
+    efforts: tuple[str, ...] | None = fact(
         "responses: effort levels that are taken.", ["low", "medium", "high"],
         several(choice("none", "minimal", "low", "medium", "high", "xhigh", "max")))
-    encrypted_reasoning: bool | None = capability(
+    encrypted_reasoning: bool | None = fact(
         "responses: encrypted reasoning can be asked for.", True)
-    reasoning_summary: bool | None = capability(
+    reasoning_summary: bool | None = fact(
         "responses: reasoning summaries can be asked for.", True)
-    sampling: bool | None = capability("responses: temperature and top_p are taken.", False)
-    max_output_tokens: bool | None = capability("responses: max_output_tokens is taken.", True)
-    output_lists: bool | None = capability("responses: tool outputs may have images.", True)
-    phase: bool | None = capability("responses: phase is taken on assistant messages.", False)
+    sampling: bool | None = fact("responses: temperature and top_p are taken.", False)
+    max_output_tokens: bool | None = fact("responses: max_output_tokens is taken.", True)
+    output_lists: bool | None = fact("responses: tool outputs may have images.", True)
+    phase: bool | None = fact("responses: phase is taken on assistant messages.", False)
 
 
 @schema
@@ -1230,12 +1184,14 @@ class CaptureConfig:
     """Which phases of an exchange are written to files.
     This version does not write captures yet."""
 
-    inbound_request_enabled: bool = setting(BOOLEAN, "What the client sent. Not in this version.", False)
-    provider_request_enabled: bool = setting(BOOLEAN, "What was sent to the provider. Not in this version.",
-                                              False)
-    upstream_response_enabled: bool = setting(BOOLEAN, "What the provider answered. Not in this version.",
-                                              False)
-    outbound_response_enabled: bool = setting(BOOLEAN, "What the client got. Not in this version.", False)
+    inbound_request_enabled: bool = setting(
+        BOOLEAN, "What the client sent. Not in this version.", False)
+    provider_request_enabled: bool = setting(
+        BOOLEAN, "What was sent to the provider. Not in this version.", False)
+    upstream_response_enabled: bool = setting(
+        BOOLEAN, "What the provider answered. Not in this version.", False)
+    outbound_response_enabled: bool = setting(
+        BOOLEAN, "What the client got. Not in this version.", False)
 
 
 @schema
@@ -1302,41 +1258,33 @@ def load_config(text: str, source: str, *, environ: Mapping[str, str] = os.envir
 
 
 def read_table(cls: Any, table: Any, path: str, faults: Faults) -> Any:
-    """An instance of the schema class `cls`; a faulty value is noted and its default
-    stands in for it."""
+    """An instance of the schema class `cls`; a faulty value is noted, a secret one without showing
+    it, and its default stands in for it."""
     if not isinstance(table, dict):
         faults.add(path, f"must be a table ([{path}])")
         table = {}
     known = {f.name: f for f in dataclasses.fields(cls)}
-    for key in table:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1, 0.5)
-            hint = f"did you mean {near[0]}?" if near else "the keys here are " + ", ".join(known)
-            faults.add(join_path(path, key), f"unknown key; {hint}")
+    for key in [key for key in table if key not in known]:
+        near = difflib.get_close_matches(key, known, 1, 0.5)
+        hint = f"did you mean {near[0]}?" if near else "the keys here are " + ", ".join(known)
+        faults.add(join_path(path, key), f"unknown key; {hint}")
     values = {}
     for name, field in known.items():
-        here = join_path(path, name)
-        kind = field.metadata["kind"]
-        default = field.default if field.default is not REQUIRED else None
+        here, kind = join_path(path, name), field.metadata["kind"]
         if isinstance(kind, Section):
             if name in table:
                 values[name] = read_section(kind, table[name], here, faults)
-        elif name in table:
-            values[name] = read_value(kind, table[name], here, faults, default, field.repr)
+            continue
+        values[name] = None if field.default is REQUIRED else field.default
+        if name in table:
+            try:
+                values[name] = kind.read(table[name])
+            except ValueError as error:
+                shown = field.repr and not isinstance(table[name], dict)
+                faults.add(here, f"{error}, is {short(table[name])}" if shown else f"{error}")
         elif field.default is REQUIRED:
             faults.add(here, f"is missing; must be {kind.wants}")
-            values[name] = None
     return cls(**values)
-
-
-def read_value(kind: Kind, value: Any, path: str, faults: Faults, default: Any, shown: bool) -> Any:
-    """One checked value, or `default` with the fault noted; secrets are never shown."""
-    try:
-        return kind.read(value)
-    except ValueError as error:
-        faults.add(path, f"{error}"
-                   + (f", is {short(value)}" if shown and not isinstance(value, dict) else ""))
-        return default
 
 
 def read_section(kind: Section, value: Any, path: str, faults: Faults) -> Any:
@@ -1375,41 +1323,29 @@ def short(value: Any) -> str:
 def cross_check(config: Config, faults: Faults, environ: Mapping[str, str]) -> Config:
     """Note what is wrong between settings, and return `config` with keys read from where
     they are kept."""
+    routes, defaults = config.routing.routes, config.routing.default_provider_names
     if not config.providers:
         faults.add("providers", "at least one provider is needed ([providers.<name>])")
-    known = ", ".join(config.providers) or "none"
-    for protocol in PROTOCOLS:
-        name = getattr(config.routing.default_provider_names, protocol)
-        if name and name not in config.providers:
-            faults.add(f"routing.default_provider_names.{protocol}",
-                       f"no provider is named {name} (there are: {known})")
-    seen: set[str] = set()
-    for i, route in enumerate(config.routing.routes):
-        check_route(route, f"routing.routes[{i}]", seen, config.providers, faults)
+    named = [(f"routing.default_provider_names.{protocol}", getattr(defaults, protocol) or None)
+             for protocol in PROTOCOLS]
+    named += [(f"routing.routes[{i}].provider", r.provider) for i, r in enumerate(routes)]
+    for path, name in named:
+        if name is not None and name not in config.providers:
+            known = ", ".join(config.providers) or "none"
+            faults.add(path, f"no provider is named {name or '(blank)'} (there are: {known})")
+    for i, route in enumerate(routes):
+        if route.name and route.name in [earlier.name for earlier in routes[:i]]:
+            faults.add(f"routing.routes[{i}].name",
+                       f"`{route.name}` names an earlier route too; names must be unique")
+        try:
+            compile_pattern(route.match_kind, route.model_pattern or "")
+        except (re.error, OverflowError, RecursionError) as error:
+            faults.add(f"routing.routes[{i}].model_pattern",
+                       f"invalid route: the pattern {route.model_pattern} does not work: {error}")
     check_listeners(config, faults)
     providers = {name: with_key(provider, f"providers.{name}", faults, environ)
                  for name, provider in config.providers.items()}
     return dataclasses.replace(config, providers=providers)
-
-
-def check_route(route: RouteConfig, path: str, seen: set[str], providers: Mapping[str, Any],
-                faults: Faults) -> None:
-    """Names are unique, the provider exists, the pattern compiles."""
-    if route.name in seen:
-        faults.add(f"{path}.name",
-                   f"`{route.name}` names an earlier route too; names must be unique")
-    if route.name:
-        seen.add(route.name)
-    if route.provider is not None and route.provider not in providers:
-        known = ", ".join(providers) or "none"
-        faults.add(f"{path}.provider",
-                   f"no provider is named {route.provider or '(blank)'} (there are: {known})")
-    if route.model_pattern:
-        try:
-            compile_pattern(route.match_kind, route.model_pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            faults.add(f"{path}.model_pattern",
-                       f"invalid route: the pattern {route.model_pattern} does not work: {error}")
 
 
 def check_listeners(config: Config, faults: Faults) -> None:
@@ -1432,30 +1368,35 @@ def with_key(provider: ProviderConfig, path: str, faults: Faults,
     and `ca_file` known to be readable."""
     sources = [s for s in ("api_key", "api_key_env", "api_key_file")
                if getattr(provider, s) is not None]
+    key = provider.api_key
+    if len(sources) == 1:
+        try:
+            key = read_key(provider, environ)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            faults.add(f"{path}.{sources[0]}", f"no key from there: {reason}")
     # paths spell names as the file does
-    bad = any(fault.lower().startswith(f"{path}.api_key") for fault in faults)
-    if len(sources) != 1 and not bad:
+    elif not any(fault.lower().startswith(f"{path}.api_key") for fault in faults):
         faults.add(f"{path}.api_key",
                    "is missing; give api_key, api_key_env or api_key_file" if not sources
                    else "give only one of " + ", ".join(sources))
-    key, where = provider.api_key, f"{path}.{sources[0]}" if sources else path
-    try:
-        if provider.api_key_env is not None and len(sources) == 1:
-            value = environ.get(provider.api_key_env)
-            if value is None:
-                raise ValueError(f"the environment variable {provider.api_key_env} is not set")
-            key = read_secret(value)
-        if provider.api_key_file is not None and len(sources) == 1:
-            key = read_secret(Path(provider.api_key_file).expanduser().read_text("utf-8-sig"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        faults.add(where, f"no key from there: {reason}")
     if provider.ca_file is not None:
         try:
             ssl.create_default_context(cafile=str(Path(provider.ca_file).expanduser()))
         except (OSError, ValueError) as error:
             faults.add(f"{path}.ca_file", f"cannot be used: {error}")
     return dataclasses.replace(provider, api_key=key)
+
+
+def read_key(provider: ProviderConfig, environ: Mapping[str, str]) -> str | None:
+    """A provider's key from where it is kept; OSError or ValueError says why there is none."""
+    if provider.api_key_file is not None:
+        return str(SECRET.read(Path(provider.api_key_file).expanduser().read_text("utf-8-sig")))
+    if provider.api_key_env is None:
+        return provider.api_key
+    if provider.api_key_env not in environ:
+        raise ValueError(f"the environment variable {provider.api_key_env} is not set")
+    return str(SECRET.read(environ[provider.api_key_env]))
 
 
 @functools.lru_cache(maxsize=256)
@@ -1521,18 +1462,15 @@ def route_override(spec: str, tables: Json) -> Override:
         raise fail("ROUTE and FIELD must both be non-empty")
     if field not in ROUTE_FIELDS:
         raise fail(f"the field {field} is not one of {', '.join(ROUTE_FIELDS)}")
-    routing = tables.get("routing")
-    routes = routing.get("routes") if isinstance(routing, dict) else None
-    found = [i for i, r in enumerate(routes if isinstance(routes, list) else [])
-             if isinstance(r, dict) and isinstance(r.get("name"), str)
-             and r["name"].strip() == route]
+    found = [i for i, r in enumerate(listing(mapping(tables.get("routing")).get("routes")))
+             if isinstance(name := mapping(r).get("name"), str) and name.strip() == route]
     if len(found) != 1:
         raise fail(f"no route is named {route}" if not found
                    else f"the route name {route} is not unique")
-    if field in ("request_protocol", "match_kind"):
+    allowed = {"request_protocol": (*PROTOCOLS, ""),
+               "match_kind": ("auto", "exact", "glob", "regex")}.get(field)
+    if allowed:
         value = value.lower()
-        allowed = ((*PROTOCOLS, "") if field == "request_protocol"
-                   else ("auto", "exact", "glob", "regex"))
         if value not in allowed:
             raise fail(f"{value or 'an empty value'} is not one of"
                        f" {', '.join(filter(None, allowed))}")
@@ -1577,36 +1515,32 @@ def toml_value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def wrapped(text: str, width: int = 98) -> list[str]:
+def wrapped(text: str) -> list[str]:
     """`text` as comment lines."""
-    lines, line = [], "#"
-    for word in text.split():
-        if len(line) + len(word) >= width:
-            lines.append(line)
-            line = "#"
-        line += f" {word}"
-    return [*lines, line]
+    return textwrap.wrap(" ".join(text.split()), 98, initial_indent="# ", subsequent_indent="# ",
+                         break_long_words=False, break_on_hyphens=False)
 
 
-def example_table(cls: Any, header: str, given: Json, *, brief: bool = False) -> list[str]:
-    """One table of the example file: every key under its description, unset ones commented out."""
-    lines = ["", *([] if brief else wrapped(cls.__doc__)), header]
+def example_table(cls: Any, path: str, given: Json, *, brief: bool = False,
+                  frame: str = "[{}]") -> list[str]:
+    """One table of the example file and those within it: every key under its description,
+    unset ones commented out; only the `given` ones where it is to be `brief`."""
+    lines = ["", *([] if brief else wrapped(cls.__doc__)), frame.format(path)]
+    inner: list[str] = []
     for field in dataclasses.fields(cls):
-        kind, example = field.metadata["kind"], field.metadata["example"]
-        if isinstance(kind, Section) or (brief and field.name not in given):
+        name, kind, example = field.name, field.metadata["kind"], field.metadata["example"]
+        if brief and name not in given:
+            continue
+        if isinstance(kind, Section):
+            inner += example_table(kind.of, f"{path}.{name}", {})
             continue
         if not brief:
             allowed = f" ({kind.wants})" if kind.wants.startswith("one of") else ""
             lines += wrapped(field.metadata["doc"] + allowed)
-        if field.name in given:
-            lines.append(f"{field.name} = {toml_value(given[field.name])}")
-        elif field.default is None or field.default is REQUIRED:
-            shown = field.name if example is None else example
-            lines.append(f"# {field.name} = {toml_value(shown)}")
-        else:
-            lines.append(f"{field.name} ="
-                         f" {toml_value(field.default if example is None else example)}")
-    return lines
+        unset = name not in given and field.default in (None, REQUIRED)
+        shown = (name if unset else field.default) if example is None else example
+        lines.append(f"{'# ' if unset else ''}{name} = {toml_value(given.get(name, shown))}")
+    return lines + inner
 
 
 def example_toml() -> str:
@@ -1615,24 +1549,16 @@ def example_toml() -> str:
                     " others, and run: python proxai.py --config config.toml. Lines that start with"
                     " # show settings that are not set.")
     for i, (name, given) in enumerate(EXAMPLE_PROVIDERS.items()):
-        lines += example_table(ProviderConfig, f"[providers.{name}]", given, brief=i > 0)
-        if i == 0:
-            lines += example_table(ProfileConfig, f"[providers.{name}.profile]", {})
-    lines += example_table(DefaultsConfig, "[routing.default_provider_names]", EXAMPLE_DEFAULTS)
+        lines += example_table(ProviderConfig, f"providers.{name}", given, brief=i > 0)
+    lines += example_table(DefaultsConfig, "routing.default_provider_names", EXAMPLE_DEFAULTS)
+    route = functools.partial(example_table, RouteConfig, "routing.routes", frame="[[{}]]")
     for i, given in enumerate(EXAMPLE_ROUTES):
-        lines += example_table(RouteConfig, "[[routing.routes]]", given, brief=i > 0)
+        lines += route(given, brief=i > 0)
     for given in EXAMPLE_COMMENTED_ROUTES:
-        sample = example_table(RouteConfig, "[[routing.routes]]", given, brief=True)
-        lines += ["", *(f"# {line}" for line in sample[1:])]
+        lines += ["", *(f"# {line}" for line in route(given, brief=True)[1:])]
     for field in dataclasses.fields(Config):
-        cls = field.metadata["kind"].of
-        if field.name in ("providers", "routing"):
-            continue
-        lines += example_table(cls, f"[{field.name}]", {})
-        for inner in dataclasses.fields(cls):
-            if isinstance(inner.metadata["kind"], Section):
-                lines += example_table(inner.metadata["kind"].of,
-                                       f"[{field.name}.{inner.name}]", {})
+        if field.name not in ("providers", "routing"):
+            lines += example_table(field.metadata["kind"].of, field.name, {})
     return "\n".join(lines) + "\n"
 
 
@@ -1652,12 +1578,6 @@ def settings_rows(cls: Any = Config, path: str = "") -> Iterator[tuple[str, str,
 
 # -- the app directory -------------------------------------------------------
 
-class AppDirectory(NamedTuple):
-    """The directory of a run without --config; `created` tells whether its config.toml is new."""
-
-    path: Path
-    created: bool
-
 
 def app_directory(environ: Mapping[str, str]) -> Path:
     """Where the app directory is: under HOME, else USERPROFILE, else what the system says."""
@@ -1668,24 +1588,23 @@ def app_directory(environ: Mapping[str, str]) -> Path:
     return Path(home) / APP_DIRECTORY
 
 
-def bootstrap(environ: Mapping[str, str]) -> AppDirectory:
-    """Create what is missing of the app directory; what exists is never touched."""
+def bootstrap(environ: Mapping[str, str]) -> tuple[Path, bool]:
+    """Create what is missing of the app directory, and nothing else; where it is, and whether its
+    config.toml is new."""
     base, created = app_directory(environ), False
     try:
         for folder in (base, base / "logs", base / "captures", base / "diagnostics"):
             folder.mkdir(mode=0o700, parents=folder == base, exist_ok=True)
         for name in ("config.example.toml", "config.toml"):
-            try:
+            with contextlib.suppress(FileExistsError):
                 # it will hold keys
                 handle = os.open(base / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            except FileExistsError:
-                continue
-            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-                file.write(example_toml())
-            created = name == "config.toml"
+                with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+                    file.write(example_toml())
+                created = name == "config.toml"
     except OSError as error:
         raise ConfigError([f"cannot create the app directory {base}: {error.strerror}"]) from None
-    return AppDirectory(base, created)
+    return base, created
 
 
 
@@ -1703,7 +1622,7 @@ REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0-
 STATUS_LINE = re.compile(rb"HTTP/1\.([0-9]) ([1-9][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?")
 FIELD_LINE = re.compile(rb"(" + TOKEN + rb"):[ \t]*+([\t\x20-\x7e\x80-\xff]*+)")
 HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~!$&'()*+,;=%-]*)(?::[0-9]{0,5})?")
-ABSOLUTE_FORM = re.compile(rb"(?i)https?://([^/?#]+)([/?].*)?")
+TARGET = re.compile(rb"(?:(?i:https?)://([^/?#]+)|(?=/))(/[^?#]*)?(\?[^#]*)?")
 BARE_LF = re.compile(rb"(?<!\r)\n")
 EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")
 
@@ -1751,6 +1670,15 @@ class HeadLimits(NamedTuple):
     fields: int = 128
 
 
+# What is wrong with a header line, the first that fits, in words that show none of it.
+FIELD_FAULTS = tuple((re.compile(pattern, re.DOTALL), fault) for pattern, fault in (
+    (rb"[ \t]", "it starts with a blank (a folded line)"),
+    (rb"[^:]*\Z", "it has no colon"),
+    (rb"(?!" + TOKEN + rb":)", "its name has a blank or another forbidden character"),
+    (rb".*[\r\n]", "it has a bare CR or LF"),
+    (rb"", "its value has a control character")))
+
+
 field_cache: dict[bytes, Field] = {}
 
 
@@ -1764,27 +1692,14 @@ def parse_field(line: bytes) -> Field:
         return found
     match = FIELD_LINE.fullmatch(line)
     if match is None:
-        raise FramingError("a header line is malformed: " + field_fault(line))
+        raise FramingError("a header line is malformed: "
+                           + next(fault for sign, fault in FIELD_FAULTS if sign.match(line)))
     field = Field(match[1].lower(), match[2].rstrip(b" \t"), line)
     if len(line) <= FIELD_CACHE_BYTES:
         if len(field_cache) >= FIELD_CACHE_LINES:
             field_cache.clear()
         field_cache[line] = field
     return field
-
-
-def field_fault(line: bytes) -> str:
-    """What is wrong with a header line, in words that show none of it."""
-    if line[:1] in (b" ", b"\t"):
-        return "it starts with a blank (a folded line)"
-    name, colon, value = line.partition(b":")
-    if not colon:
-        return "it has no colon"
-    if not re.fullmatch(TOKEN, name):
-        return "its name has a blank or another forbidden character"
-    if b"\n" in value or b"\r" in value:
-        return "it has a bare CR or LF"
-    return "its value has a control character"
 
 
 def parse_fields(block: bytes, limits: HeadLimits) -> list[Field]:
@@ -1834,9 +1749,11 @@ def parse_request_head(block: bytes, limits: HeadLimits) -> RequestHead:
     named = parse_host(host or b"")
     if authority is not None:
         named = parse_host(authority)  # 9112 3.2.2: an absolute target beats the Host header
-    length = request_length(values.get(b"content-length"), values.get(b"transfer-encoding"), http11)
-    return RequestHead(method, path, query, http11, named, fields, length, persists(values, http11),
-                       expects_continue(values.get(b"expect"), http11), values)
+    if not http11 and b"transfer-encoding" in values:
+        raise FramingError("HTTP/1.0 has no Transfer-Encoding")
+    return RequestHead(method, path, query, http11, named, fields, body_length(values, 0),
+                       persists(values, http11), expects_continue(values.get(b"expect"), http11),
+                       values)
 
 
 @functools.lru_cache(maxsize=256)
@@ -1874,22 +1791,14 @@ def field_values(fields: Sequence[Field]) -> dict[bytes, bytes]:
 
 def split_target(method: bytes, target: bytes) -> tuple[str, str, bytes | None]:
     """Path, query with "?", and the authority of an absolute-form target (9112 3.2)."""
-    authority = None
-    if not target.startswith(b"/"):
-        if ((method, target) == (b"OPTIONS", b"*")
-                or (method == b"CONNECT" and HOST.fullmatch(target))):
-            # asterisk-form and authority-form name no resource here
-            return target.decode("ascii"), "", None
-        match = ABSOLUTE_FORM.fullmatch(target)
-        if match is None:
-            raise FramingError("the request target is malformed")
-        authority, target = match[1], match[2] or b"/"
-        if target.startswith(b"?"):
-            target = b"/" + target
-    if b"#" in target:
-        raise FramingError("the request target has a fragment")
-    path, mark, query = target.decode("ascii").partition("?")
-    return path, mark + query, authority
+    if (method, target) == (b"OPTIONS", b"*") or (method == b"CONNECT" and HOST.fullmatch(target)):
+        return target.decode("ascii"), "", None  # these forms name no resource here
+    match = TARGET.fullmatch(target)
+    if match is None:
+        raise FramingError("the request target has a fragment" if b"#" in target
+                           else "the request target is malformed")
+    authority, path, query = match.groups()
+    return (path or b"/").decode("ascii"), (query or b"").decode("ascii"), authority
 
 
 @functools.lru_cache(maxsize=256)
@@ -1901,20 +1810,20 @@ def parse_host(value: bytes) -> str:
     return match[1].decode("ascii").lower()
 
 
-def request_length(length: bytes | None, encoding: bytes | None, http11: bool) -> int | None:
-    """How long a request body is; None for chunked (9112 6.3)."""
+# 9112 6.3: without chunked as the last coding the length is anybody's guess
+CHUNKED_LAST = re.compile(rb"(?i)(?:(?!chunked\b)" + TOKEN + rb"[ \t]*,[ \t]*)+chunked")
+
+
+def body_length(values: Mapping[bytes, bytes], unsaid: int) -> int | None:
+    """How long a body is: None for chunked, `unsaid` where the head does not tell (9112 6.3)."""
+    length, encoding = values.get(b"content-length"), values.get(b"transfer-encoding")
     if encoding is None:
-        return 0 if length is None else parse_length(length)
+        return unsaid if length is None else parse_length(length)
     if length is not None:
         raise FramingError("there are both Content-Length and Transfer-Encoding")
-    if not http11:
-        raise FramingError("HTTP/1.0 has no Transfer-Encoding")
     if encoding.lower() != b"chunked":
-        # 9112 6.3: without chunked as the last coding the length is anybody's guess
-        known = re.fullmatch(rb"(?i)(?:(?!chunked\b)" + TOKEN + rb"[ \t]*,[ \t]*)+chunked",
-                             encoding)
         raise FramingError("the only Transfer-Encoding understood here is a single chunked",
-                           501 if known else 400)
+                           501 if CHUNKED_LAST.fullmatch(encoding) else 400)
     return None
 
 
@@ -1973,22 +1882,12 @@ def parse_response_head(block: bytes) -> ResponseHead:
     http11, status = parse_status_line(line)
     fields = parse_fields(rest, ANSWER_LIMITS)
     values = field_values(fields)
-    length, encoding = values.get(b"content-length"), values.get(b"transfer-encoding")
-    if encoding is not None:
-        if length is not None:
-            raise FramingError("there are both Content-Length and Transfer-Encoding")
-        if encoding.lower() != b"chunked":
-            raise FramingError("the Transfer-Encoding is not chunked")
-    if status < 200 or status in (204, 304):
-        size: int | None = 0
-    elif encoding is not None:
-        size = None
-    else:
-        size = -1 if length is None else parse_length(length)
+    empty = status < 200 or status in (204, 304)
+    size = 0 if empty and b"transfer-encoding" not in values else body_length(values, -1)
     # 9112 6.1: Transfer-Encoding in HTTP/1.0 is a fault of the peer's; its connection is not used
     # again
-    keeps = size != -1 and persists(values, http11) and (http11 or encoding is None)
-    return ResponseHead(status, fields, size, keeps, values)
+    keeps = size != -1 and persists(values, http11) and (http11 or size is not None)
+    return ResponseHead(status, fields, 0 if empty else size, keeps, values)
 
 
 REASONS = {status.value: status.phrase.encode() for status in HTTPStatus} | {529: b"Overloaded"}
@@ -2184,43 +2083,38 @@ class Inflater:
     how little."""
 
     def __init__(self, coding: bytes) -> None:
-        self.coding, self.read, self.written = coding, 0, 0
+        self.coding, self.read, self.written = coding.decode(), 0, 0
         # 32 + 15 takes gzip and zlib; "deflate" without the zlib wrapper exists in the wild
         self.machine = zlib.decompressobj(32 + zlib.MAX_WBITS)
 
     def feed(self, data: bytes) -> bytes:
         """What `data` unpacks to; FramingError if it is damaged or a bomb."""
-        if not self.read and data and self.coding == b"deflate" and data[0] & 0x0F != 8:
+        if not self.read and data and self.coding == "deflate" and data[0] & 0x0F != 8:
             self.machine = zlib.decompressobj(-zlib.MAX_WBITS)
         self.read += len(data)
         out = []
         while data:
             if self.machine.eof:
-                if self.coding == b"deflate":
+                if self.coding == "deflate":
                     raise FramingError("the deflate body has bytes behind its end")
                 # the next member (RFC 1952 2.2)
                 self.machine = zlib.decompressobj(32 + zlib.MAX_WBITS)
-            out.append(self.unpack(data))
+            allowed = INFLATE_FREE_BYTES + INFLATE_RATIO * self.read - self.written
+            try:
+                out.append(self.machine.decompress(data, max(allowed, 1)))
+            except zlib.error:
+                raise FramingError(f"the {self.coding} body is damaged") from None
+            if self.machine.unconsumed_tail:
+                raise FramingError(f"the {self.coding} body unpacks to more than"
+                                   f" {INFLATE_RATIO} times its size")
+            self.written += len(out[-1])
             data = self.machine.unused_data
         return b"".join(out)
-
-    def unpack(self, data: bytes) -> bytes:
-        """What `data` unpacks to up to the end of a member."""
-        allowed = INFLATE_FREE_BYTES + INFLATE_RATIO * self.read - self.written
-        try:
-            out = self.machine.decompress(data, max(allowed, 1))
-        except zlib.error:
-            raise FramingError(f"the {self.coding.decode()} body is damaged") from None
-        if self.machine.unconsumed_tail:
-            raise FramingError(f"the {self.coding.decode()} body unpacks to more than"
-                               f" {INFLATE_RATIO} times its size")
-        self.written += len(out)
-        return out
 
     def close(self) -> None:
         """The body is over: an error unless the compressed data is."""
         if not self.machine.eof:
-            raise FramingError(f"the {self.coding.decode()} body is cut short")
+            raise FramingError(f"the {self.coding} body is cut short")
 
 
 INFLATABLE = (b"gzip", b"x-gzip", b"deflate")
@@ -2312,10 +2206,7 @@ def last_blank_line(data: bytes) -> int:
     """The index behind the last blank line in `data`, 0 if there is none."""
     if b"\r" not in data:
         return data.rfind(b"\n\n") + 2 if b"\n\n" in data else 0
-    end = 0
-    for match in BLANK_LINE.finditer(data):
-        end = match.end()
-    return end
+    return max((match.end() for match in BLANK_LINE.finditer(data)), default=0)
 
 
 def split_events(block: bytes) -> list[bytes]:
@@ -3023,7 +2914,7 @@ class Context:
         "now",
         "provider",
         "realm",
-        "schema",
+        "stops",
         "stream",
         "tools",
         "wants_thinking",
@@ -3053,7 +2944,7 @@ class Context:
         self.stream = self.legacy = self.web_search = False
         # what an answer has unless its request says otherwise
         self.include_usage = self.wants_thinking = True
-        self.schema: Json | None = None
+        self.stops: list[str] = []
         self.estimate = 0  # of the input, in tokens
 
     def drop(self, path: str, reason: str = "") -> None:
@@ -3281,6 +3172,7 @@ TYPE_NAMES = {str: "a string", int: A_NUMBER, float: A_NUMBER, bool: "true or fa
 # -- ids ---------------------------------------------------------------------
 
 SAFE_ID = re.compile(r"[a-zA-Z0-9_-]+")
+ENCODED_ID = re.compile(r"pxid_[0-9a-f]{8}")
 NINE = re.compile(r"[a-zA-Z0-9]{9}")
 BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
@@ -3315,7 +3207,7 @@ def encode_id(id: str, seed: str | None = None) -> str:
 
 def original_id(id: str) -> str:
     """The id a client got from the provider, in the provider's own form."""
-    if id.startswith("pxid_"):
+    if ENCODED_ID.match(id):
         data = from_base64url(id[13:])
         if data is not None:
             with contextlib.suppress(UnicodeDecodeError):
@@ -3792,6 +3684,9 @@ def texts_of(parts: Iterable[Part]) -> list[str]:
     return [p.text for p in parts if p.kind in ("text", "refusal") and p.text.strip()]
 
 
+REMINDER = re.compile(r"\s*<system-reminder>(?:(?!</system-reminder>).)*</system-reminder>\s*", re.S)
+
+
 def reminder(text: str) -> str:
     """A late system text as part of what the user says."""
     return f"<system-reminder>\n{text}\n</system-reminder>"
@@ -3865,7 +3760,7 @@ def estimate_tokens(payload: Json) -> int:
     """Input tokens of a request body of any protocol; deterministic, and linear in its size."""
     total = sum(content_tokens(payload.get(name)) for name in ("system", "instructions"))
     for name in ("messages", "input"):
-        value = payload.get(name)
+        value = payload.get(name) or []
         for item in value if isinstance(value, list) else [value]:
             total += content_tokens(item) + MESSAGE_TOKENS
     for i, tool in enumerate(map(mapping, listing(payload.get("tools")))):
@@ -3889,6 +3784,8 @@ def content_tokens(value: Any) -> int:
             for key, inner in at.items():
                 if key in MEDIA_KEYS and type(inner) is str and at.get("type") != "text":
                     total += media_tokens(inner)
+                elif key == "input" and type(inner) is dict:  # of a call: names and numbers count
+                    total += text_tokens(compact(inner))
                 elif key not in SILENT_KEYS:
                     todo.append(inner)
     return total
@@ -4848,6 +4745,8 @@ def read_messages(body: Json, ctx: Context) -> Ask:
     ask.temperature, ask.top_p = fields.number("temperature"), fields.number("top_p")
     ask.top_k = fields.count("top_k")
     ask.stop = [s for s in fields.list("stop_sequences") if isinstance(s, str) and s]
+    fields.left["chat_template_kwargs"] = fields.json("chat_template_kwargs")
+    keep(ask, fields, "chat_template_kwargs")
     ask.system = [part for part in read_content(fields, "system", messages_part_of)
                   if part.kind == "text"]
     ask.system = [p._replace(text=BILLING_HEADER.sub("", p.text, count=1))
@@ -4856,6 +4755,8 @@ def read_messages(body: Json, ctx: Context) -> Ask:
     search = MessagesTools(ask, ctx)
     search.read(fields.list("tools"))
     effort = read_message_list(ask, messages, ctx, search)
+    if ctx.provider == CHAT.word:
+        clear_thinking(ask, fields.json("context_management") or {})
     if effort and ask.effort and not ask.effort.switched:
         ask.effort = ask.effort._replace(level=effort)
     elif effort and not ask.effort:
@@ -4870,18 +4771,34 @@ def read_messages(body: Json, ctx: Context) -> Ask:
     return ask
 
 
+def clear_thinking(ask: Ask, management: Json) -> None:
+    """Do what clear_thinking asks for: only the last turns of the assistant keep their thinking."""
+    keeps = [mapping(edit.get("keep")).get("value") for edit in map(
+        mapping, listing(management.get("edits"))) if edit.get("type") == "clear_thinking_20251015"]
+    if not keeps or type(keeps[0]) is not int:
+        return
+    groups = [(own, group) for own, group in runs(ask.atoms)]
+    turns = sum(own for own, _ in groups)
+    ask.atoms = []
+    for own, group in groups:
+        cleared = own and turns > keeps[0]
+        turns -= own
+        ask.atoms += [a for a in group if not (cleared and isinstance(a, Thought))]
+
+
 def read_messages_wishes(ask: Ask, fields: Fields, ctx: Context) -> None:
     """Thinking, effort, format, user and tier."""
     output = fields.object("output_config")
     thinking = fields.object("thinking")
     kind = thinking.text("type") if thinking else None
     level = known_effort(output, "effort") if output else None
-    ctx.wants_thinking = kind in ("enabled", "adaptive")
+    # a Chat provider's reasoning must come back, whether or not it was asked for
+    ctx.wants_thinking = kind in ("enabled", "adaptive") or ctx.provider == CHAT.word
     if thinking:
         budget, display = thinking.count("budget_tokens"), thinking.text("display")
         off = kind in ("disabled", "between_tools")
         ask.effort = Effort("none" if off else level, budget if kind == "enabled" else None,
-                            display or ("summarized" if ctx.wants_thinking else None),
+                            display or (None if off else "summarized"),
                             "off" if off else "on")
     elif level:
         ask.effort = Effort(level)
@@ -4891,7 +4808,8 @@ def read_messages_wishes(ask: Ask, fields: Fields, ctx: Context) -> None:
     if form:
         if form.text("type") != "json_schema":
             raise RequestError(f"`{form.at('type')}` must be json_schema", param=form.at("type"))
-        ask.format = Format(form.json("schema") or {}, "anthropic_json_schema")
+        name = "output" if ctx.provider == CHAT.word else "anthropic_json_schema"
+        ask.format = Format(form.json("schema") or {}, name)
     if output:
         output.close()
     metadata = fields.object("metadata")
@@ -4899,7 +4817,9 @@ def read_messages_wishes(ask: Ask, fields: Fields, ctx: Context) -> None:
     tier = fields.text("service_tier")
     ask.tier = {"auto": "auto", "standard_only": "default"}.get(tier or "")
     if fields.text("speed") == "fast":
-        ask.tier = "priority"
+        ask.tier = "priority" if ctx.caps.vendor_fields else ask.tier
+        if not ctx.caps.vendor_fields:
+            ctx.drop("speed", "not taken by this provider")
 
 
 def read_messages_choice(fields: Fields | None, ask: Ask) -> Choice | None:
@@ -5014,7 +4934,10 @@ def brief_kind(kind: str) -> str:
 def read_thinking(fields: Fields, kind: str, ctx: Context) -> list[Atom]:
     """A thinking block whose signature is our carrier."""
     key, text = ("signature", fields.text("thinking") or "") if kind == "thinking" else ("data", "")
-    thought = unseal(fields.text(key), text, ctx)
+    sealed = fields.text(key) or ""
+    thought = unseal(sealed, text, ctx)
+    if thought is None and text and ctx.provider == CHAT.word and not sealed.startswith(CARRIER):
+        return [Thought("foreign", text, sealed)]  # plain text that a Chat provider can read
     if thought is None:
         ctx.drop(fields.path, "reasoning_foreign: not of this provider, cut or edited")
     return [thought] if thought else []
@@ -5117,7 +5040,9 @@ def source_part(fields: Fields, kind: str, more: Json) -> Part:
     if what == "content":
         inner = read_content(source, "content", messages_part_of)
         return Part("several", raw=inner, **more)
-    return Part("text", f"[file {source.text('file_id') or ''} omitted]", **more)
+    id = source.text("file_id") or ""
+    return Part("text", f"[{kind} omitted: file {id}]" if fields.ctx.provider == CHAT.word
+                else f"[file {id} omitted]", **more)
 
 
 EDIT_FIELDS: Json = {
@@ -5801,21 +5726,29 @@ def write_chat(ask: Ask, ctx: Context) -> Json:
     out: Json = {"model": ctx.model}
     messages = chat_system(ask, ctx) + chat_turns(atoms, names, level, ctx)
     if not any(message["role"] not in ("system", "developer") for message in messages):
-        messages.append({"role": "user", "content": "."})
+        messages.append({"role": "user", "content": " " if ctx.inbound == MESSAGES.word else "."})
     out["messages"] = messages
     if ask.stream is not None:
         out["stream"] = ask.stream
         if ask.stream and caps.stream_usage:
             out["stream_options"] = {"include_usage": True}
+    if ask.max_tokens is None and ctx.inbound == MESSAGES.word:
+        ask.max_tokens = MESSAGES_LIMIT
     if ask.max_tokens is not None:
         limit = max(ask.max_tokens, 1)
         out[caps.max_tokens_field or "max_tokens"] = min(limit, caps.max_tokens_cap or limit)
     chat_tools(ask, names, mode, tool, ctx, out)
     chat_sampling(ask, level, ctx, out)
     out |= reasoning_fields(ask, level, bool(out.get("tools")), ctx)
+    if "chat_template_kwargs" in ask.more:
+        out["chat_template_kwargs"] = {**mapping(out.get("chat_template_kwargs")),
+                                       **ask.more.pop("chat_template_kwargs")[1]}
     chat_format(ask, ctx, out)
     chat_extras(ask, ctx, out)
     return out
+
+
+MESSAGES_LIMIT = 4096  # of a Messages request without the limit it should have
 
 
 def asked_level(ask: Ask) -> str | None:
@@ -5834,6 +5767,8 @@ def chat_system(ask: Ask, ctx: Context) -> list[Json]:
     if ctx.caps.late_system == "keep" and ctx.inbound == RESPONSES.word:
         return [{"role": chat_role(part, ctx), "content": part.text} for part in ask.system
                 if part.text.strip()]
+    if ctx.caps.cache == "on" and any(part.mark for part in ask.system):
+        return [{"role": "system", "content": [chat_part(part, ctx) for part in ask.system]}]
     return [{"role": "system", "content": join_lines(texts)}]
 
 
@@ -5855,14 +5790,21 @@ def chat_turns(atoms: list[Atom], names: ToolNames, level: str | None,
         images: list[Json] = []
         for atom in group:
             if isinstance(atom, Out):
-                message, media = chat_result(atom, ctx)
+                shown = sum(part["type"] != "text" for part in images)
+                message, media = chat_result(atom, shown, ctx)
                 out.append(message)
                 images += media
         if images:
             out.append({"role": "user", "content": images})
         for atom in group:
             if isinstance(atom, User):
-                content = chat_content(atom.parts, ctx)
+                parts = atom.parts
+                if ctx.inbound == MESSAGES.word and out and out[-1]["role"] == "tool":
+                    # a word of the client beside a result is no turn of the user
+                    out[-1]["content"] = join_lines([out[-1]["content"], *(
+                        p.text for p in parts if REMINDER.fullmatch(p.text))])
+                    parts = [p for p in parts if not REMINDER.fullmatch(p.text)]
+                content = chat_content(parts, ctx)
                 if content and fold and out and out[-1]["role"] == "user":
                     out[-1]["content"] = merged(out[-1]["content"], content)
                 elif content:
@@ -5905,7 +5847,8 @@ def chat_content(parts: list[Part], ctx: Context) -> Any:
     found = [chat_part(part, ctx) for part in parts]
     texts = [part["text"] for part in found if part["type"] == "text"]
     lists = ctx.caps.files == "native" and ctx.inbound == RESPONSES.word
-    if len(texts) == len(found) and (len(found) < 2 or not lists):
+    marks = ctx.caps.cache == "on" and any(part.mark for part in parts)
+    if len(texts) == len(found) and (len(found) < 2 or not lists) and not marks:
         return join_lines(texts)
     return found
 
@@ -5949,6 +5892,8 @@ def chat_file(part: Part, ctx: Context) -> Json | None:
 def omitted_part(part: Part, ctx: Context) -> str:
     """The words that stand for what a Chat provider does not take."""
     if ctx.inbound == MESSAGES.word:
+        if part.kind == "image":
+            return "[image omitted]"
         if part.url:
             return f"[document: {part.url}]"
         return f'[document "{part.name or ""}" omitted: provider takes no files]'
@@ -5957,8 +5902,9 @@ def omitted_part(part: Part, ctx: Context) -> str:
             f" {TRANSLATED_TO[ctx.provider]} translation]{where}")
 
 
-def chat_result(out: Out, ctx: Context) -> tuple[Json, list[Json]]:
-    """A tool message, and the images that must go into a user message behind all of them."""
+def chat_result(out: Out, shown: int, ctx: Context) -> tuple[Json, list[Json]]:
+    """A tool message, and the images that must go into a user message behind all of them, where
+    `shown` stand already."""
     texts: list[str] = []
     media: list[Json] = []
     for part in out.parts:
@@ -5970,7 +5916,7 @@ def chat_result(out: Out, ctx: Context) -> tuple[Json, list[Json]]:
         else:
             media.append(found)
             if ctx.caps.tool_images == "user":
-                texts.append(f"[see image {len(media)} below]")
+                texts.append(f"[see image {shown + len(media)} below]")
     text = "\n".join(texts)
     if out.error and ctx.inbound == MESSAGES.word and not out.stub:
         text = with_error(text)
@@ -6041,9 +5987,15 @@ def replayed_reasoning(thoughts: list[Thought], content: str | None, calls: list
         elif thought.kind == "cd" and isinstance(thought.body, dict):
             found.append((thought.text, "reasoning_details", listing(thought.body.get("d"))))
             signatures |= mapping(thought.body.get("t"))
+        elif thought.kind == "foreign" and ctx.caps.reasoning_replay != "auto":
+            signed = {"signature": thought.body, "format": "anthropic-claude-v1"}
+            claude = ctx.model.startswith("anthropic/")
+            found.append((thought.text, "foreign", [{
+                "type": "reasoning.text", "text": thought.text, "index": len(found),
+                **(signed if claude else {})}]))
     text = "\n\n".join(text for text, _, _ in found if text)
     field = ctx.caps.reasoning_replay or "none"
-    details = next((d for _, _, d in found if d), None)
+    details = [detail for _, _, d in found for detail in d]
     if field == "auto" and found:
         field = "reasoning_details" if details else str(found[0][1])
     if found and field == "reasoning_details":
@@ -6652,13 +6604,14 @@ class Usage(NamedTuple):
     output: int = 0
     reasoning: int | None = None
     tier: str | None = None
+    total: int = 0  # as the provider tells it
 
 
 class Stop(NamedTuple):
-    """Why an answer ended: end, tool, length, context, pause, refusal or filter."""
+    """Why an answer ended: end, tool, sequence, length, context, pause, refusal or filter."""
 
     reason: str
-    text: str | None = None  # a refusal's explanation
+    text: str | None = None  # a refusal's explanation, or the stop sequence
     category: str | None = None
 
 
@@ -7023,12 +6976,13 @@ CHAT_FAULTS = ("error", "network_error", "abort", "cancelled", "insufficient_sys
 
 
 class ChatCall:
-    """A tool call as fragments of it come in; its segment is opened when its name is known."""
+    """A tool call as fragments of it come in; its segment is opened when it has `begun`."""
 
-    __slots__ = ("begun", "braces", "id", "index", "name", "segment")
+    __slots__ = ("begun", "braces", "custom", "id", "index", "name", "segment")
 
     def __init__(self, index: int | None) -> None:
-        self.index, self.id, self.name, self.begun = index, "", "", False
+        self.index, self.id, self.name = index, "", ""
+        self.begun = self.custom = False
         self.segment = Segment("call")
         self.braces = 0  # open ones, those in strings too: a quick no
 
@@ -7047,6 +7001,8 @@ class ChatReader(Reader):
         self.usage: Json = {}
         self.tier: str | None = None
         self.reason: str | None = None
+        self.matched = ""  # the stop sequence, where the provider tells it
+        self.refusal: list[str] = []
         self.blank = ""  # whitespace that came before anything else
         self.spoke = False
         self.tags = "start" if ctx.caps.think_tags == "auto" else "off"
@@ -7084,12 +7040,15 @@ class ChatReader(Reader):
     def finished(self, choice: Json) -> None:
         """A finish_reason, the first of which counts."""
         reason = choice["finish_reason"]
-        if reason in CHAT_FAULTS:
+        if not isinstance(reason, str):
+            return
+        if reason in CHAT_FAULTS or isinstance(choice.get("error"), dict):
             raise fault_of(choice.get("error") or {
                 "message": f"the provider ended the answer with {reason}", "type": reason})
-        if isinstance(reason, str) and (self.reason is None
-                                        or (reason == "tool_calls" and self.reason == "stop")):
+        if self.reason is None or (reason == "tool_calls" and self.reason == "stop"):
             self.reason = reason
+        self.matched = (self.matched or text_of(choice.get("stop_reason"))
+                        or text_of(choice.get("matched_stop")))
 
     def delta(self, delta: Json, logprobs: Any) -> None:
         """What a chunk adds: reasoning, text, refusal, calls, in this order."""
@@ -7101,14 +7060,18 @@ class ChatReader(Reader):
             self.content(content, logprobs)
             if plain:
                 return
+        parts = 0
         for part in map(mapping, listing(content)):
             if part.get("type") == "thinking":
                 self.think("".join(text_of(mapping(p).get("text")) for p in
                                    listing(part.get("thinking"))), "thinking")
             elif text := text_of(part.get("text")):
+                if parts and self.ctx.inbound == RESPONSES.word:  # which knows parts
+                    self.close_open()
+                parts += 1
                 self.say(text)
-                self.close_open()
         if refusal := text_of(delta.get("refusal")):
+            self.refusal.append(refusal)
             self.out.add(self.segment("refusal"), refusal)
         for annotation in map(mapping, listing(delta.get("annotations"))):
             if self.open:
@@ -7229,8 +7192,11 @@ class ChatReader(Reader):
             self.open = self.out.open(Segment("thinking"))
             self.close_open()
 
-    def make_way(self) -> None:
-        """End the calls whose arguments are complete, since something else begins."""
+    def make_way(self, beginning: ChatCall | None = None) -> None:
+        """Something begins: so do calls that waited for arguments, and complete ones end."""
+        for call in itertools.takewhile(lambda c: c is not beginning, self.calls):
+            if call.name and not call.begun:
+                self.begin_call(call)
         for call in self.calls:
             if call.begun and not call.segment.closed and call.complete():
                 self.out.close(call.segment)
@@ -7239,7 +7205,10 @@ class ChatReader(Reader):
         """A fragment of a tool call."""
         function = mapping(part.get("function")) or mapping(part.get("custom"))
         name, id = text_of(function.get("name")), text_of(part.get("id"))
-        call = self.slot(part.get("index"), id, name, used)
+        arguments = function.get("arguments", function.get("input"))
+        text = arguments if isinstance(arguments, str) else "" if arguments is None \
+            else compact(arguments)
+        call = self.slot(part.get("index"), id, name, text, used)
         used.append(call)
         call.id = call.id or id
         if not call.begun and name != call.name:
@@ -7247,40 +7216,46 @@ class ChatReader(Reader):
         google = mapping(mapping(part.get("extra_content")).get("google"))
         if call.id and (signature := text_of(google.get("thought_signature"))):
             self.signatures[call.id] = signature
-        arguments = function.get("arguments", function.get("input"))
-        text = arguments if isinstance(arguments, str) else "" if arguments is None \
-            else compact(arguments)
-        if "custom" not in part:
+        if "custom" in part:
+            call.custom = True
+        else:
             text = self.news(call, text)
             call.braces += text.count("{") - text.count("}")
         self.out.add(call.segment, text)
-        if not call.begun and call.name:
-            self.begin_call(call, "custom" if "custom" in part else "call")
+        if not call.begun and call.name and call.segment.text:
+            self.begin_call(call)
         elif call.begun and text and len(self.out.queue) > 1 and call.complete():
             self.out.close(call.segment)
 
-    def begin_call(self, call: ChatCall, kind: str) -> None:
-        """A call whose name is known begins."""
+    def begin_call(self, call: ChatCall) -> None:
+        """A call begins: its name is known, and arguments came or nothing more will."""
         self.leave_details()
-        self.make_way()
+        self.make_way(call)
         self.blank, self.held, self.spoke, call.begun = "", "", True, True
-        call.segment.kind, call.segment.id, call.segment.name = kind, call.id, call.name
+        call.segment.kind = "custom" if call.custom else "call"
+        call.segment.id, call.segment.name = call.id, call.name
         self.out.open(call.segment)
 
     def news(self, call: ChatCall, text: str) -> str:
         """What of a fragment is new: some providers send all the arguments again each time."""
-        before = call.segment.whole() if len(text) >= 8 else ""
-        again = len(before) >= 8 and before.startswith("{") and text.startswith(before)
+        if not text.startswith("{"):
+            return text  # the rule; looking at all arguments each time would take long
+        before = call.segment.whole()
+        again = text.startswith(before) and (
+            len(before) >= 8 or (text == before and is_object(text)))
         return text[len(before):] if again else text
 
-    def slot(self, index: Any, id: str, name: str, used: list[ChatCall]) -> ChatCall:
+    def slot(self, index: Any, id: str, name: str, text: str, used: list[ChatCall]) -> ChatCall:
         """The call that a fragment belongs to, whatever the provider says or leaves out."""
         last = self.calls[-1] if self.calls else None
         found: ChatCall | None = None
         if type(index) is int:
             found = next((c for c in reversed(self.calls) if c.index == index), None)
-            if found and id and found.id and id != found.id and name and (
-                    found.complete() or (not found.segment.text and found.name)):
+            if found and name and (
+                    (id and found.id and id != found.id
+                     and (found.complete() or (found.name and not found.segment.text)))
+                    or (not id and text.strip() and found.complete()
+                        and text != found.segment.whole())):
                 found = None
         elif id:
             found = next((c for c in self.calls if c.id == id), None)
@@ -7300,6 +7275,7 @@ class ChatReader(Reader):
             self.tags = "off"
             self.say(text)
         self.leave_details()
+        self.make_way()
         for call in self.calls:
             if call.begun:
                 if call.segment.kind == "call" and not call.segment.text:
@@ -7307,7 +7283,12 @@ class ChatReader(Reader):
                 self.out.close(call.segment)
         self.out.begin(None, None)
         self.out.usage = chat_usage(self.usage, self.tier)
-        self.out.finish(Stop(CHAT_STOPS.get((self.reason or "stop").lower(), "end")))
+        stop = Stop(CHAT_STOPS.get((self.reason or "stop").lower(), "end"))
+        if self.refusal and self.ctx.inbound == MESSAGES.word:
+            stop = Stop("refusal", "".join(self.refusal))
+        elif stop.reason == "end" and self.matched in self.ctx.stops:
+            stop = Stop("sequence", self.matched)
+        self.out.finish(stop)
 
     def end(self, done: bool = False) -> None:
         """[DONE] or the end of the bytes: lenient where a whole answer has no finish_reason."""
@@ -7333,7 +7314,7 @@ def chat_usage(usage: Json, tier: str | None) -> Usage | None:
                         for what in ("prompt", "completion", "total"))
     if reasoning and total == sent + got + reasoning:
         got += reasoning  # xAI counts them beside the completion
-    return Usage(sent, cached or 0, written or 0, got, reasoning, tier)
+    return Usage(sent, cached or 0, written or 0, got, reasoning, tier, total)
 
 
 # -- reading Responses (translation-responses.md 3.3, 5.3) -------------------
@@ -7960,8 +7941,9 @@ class ResponsesWriter(Writer):
             self.end_message(status)
         elif self.message:
             self.message[0]["status"] = "incomplete"
-        if cut and self.output:
-            self.output[-1]["status"] = "incomplete"
+        if cut and not self.ctx.stream and self.output and "call_id" in self.output[-1]:
+            # in one piece, a call that the limit cut off cannot be told from a whole one
+            self.output[-1] = {**self.output[-1], "status": "incomplete"}
         answer = {**self.base, "status": status, "output": self.output,
                   "usage": responses_counts(self.usage)}
         if status == "completed":
@@ -8007,7 +7989,7 @@ def responses_counts(usage: Usage | None) -> Json | None:
     """Usage as a Responses client counts it."""
     return None if usage is None else {
         "input_tokens": usage.input, "output_tokens": usage.output,
-        "total_tokens": usage.input + usage.output,
+        "total_tokens": usage.total or usage.input + usage.output,
         "input_tokens_details": {"cached_tokens": usage.cached,
                                  "cache_write_tokens": usage.written},
         "output_tokens_details": {"reasoning_tokens": usage.reasoning or 0}}
@@ -8181,9 +8163,9 @@ def chat_counts(usage: Usage) -> Json:
 
 # -- writing Anthropic Messages (translation-responses.md 3.2, 3.3) ----------
 
-MESSAGES_ENDS = {"end": "end_turn", "tool": "tool_use", "length": "max_tokens",
-                 "context": "model_context_window_exceeded", "pause": "pause_turn",
-                 "refusal": "refusal", "filter": "refusal"}
+MESSAGES_ENDS = {"end": "end_turn", "tool": "tool_use", "sequence": "stop_sequence",
+                 "length": "max_tokens", "context": "model_context_window_exceeded",
+                 "pause": "pause_turn", "refusal": "refusal", "filter": "refusal"}
 
 
 class MessagesWriter(Writer):
@@ -8315,7 +8297,8 @@ class MessagesWriter(Writer):
         reason = "end" if reason == "tool" and not self.calls else reason
         details = {"type": "refusal", "category": stop.category, "explanation": stop.text}
         self.emit("message_delta", usage=self.counts(), delta={
-            "stop_reason": MESSAGES_ENDS[reason], "stop_sequence": None,
+            "stop_reason": MESSAGES_ENDS[reason],
+            "stop_sequence": stop.text if reason == "sequence" else None,
             "stop_details": details if reason in ("refusal", "filter") else None})
         self.emit("message_stop")
         self.done = True
@@ -8517,7 +8500,7 @@ class Pair(NamedTuple):
         """The provider's request; RequestError for what the provider cannot do."""
         try:
             ask = self.read(body, ctx)
-            ctx.alias, ctx.stream = ask.model, bool(ask.stream)
+            ctx.alias, ctx.stream, ctx.stops = ask.model, bool(ask.stream), ask.stop
             payload = self.write(ask, ctx)
         except RecursionError:
             raise RequestError("the request body is nested too deeply") from None
@@ -9847,17 +9830,22 @@ class Origin(NamedTuple):
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
+def place(url: str, ca_file: str | None = None) -> Origin:
+    """Where a URL leads."""
+    parts = urlsplit(url)
+    return Origin(parts.scheme, parts.hostname or "", parts.port or DEFAULT_PORTS[parts.scheme],
+                  ca_file=ca_file)
+
+
 def origin_of(base_url: str, proxy_url: str | None, ca_file: str | None,
               environ: Mapping[str, str]) -> Origin:
     """The origin of a provider, with the forward proxy that its setting or the
     environment names."""
-    url = urlsplit(base_url)
-    host, port = url.hostname or "", url.port or DEFAULT_PORTS[url.scheme]
+    origin = place(base_url, ca_file)
     if proxy_url == "direct":
-        proxy = None
-    else:
-        proxy = proxy_url or proxy_from_environment(url.scheme, host, port, environ)
-    return Origin(url.scheme, host, port, proxy, ca_file)
+        return origin
+    return origin._replace(proxy=proxy_url or proxy_from_environment(
+        origin.scheme, origin.host, origin.port, environ))
 
 
 def proxy_from_environment(scheme: str, host: str, port: int,
@@ -9874,7 +9862,7 @@ def proxy_from_environment(scheme: str, host: str, port: int,
         return None
     url = url if "://" in url else f"http://{url}"
     try:
-        return read_proxy(url)
+        return str(PROXY.read(url))
     except ValueError as error:
         raise ConfigError([f"{scheme.upper()}_PROXY or ALL_PROXY in the environment cannot be used:"
                            f" it {error}"]) from None
@@ -9902,14 +9890,6 @@ def bypasses(host: str, port: int, no_proxy: str) -> bool:
 
 # -- one connection ----------------------------------------------------------
 
-class LinkReader(asyncio.StreamReader):
-    """The stream reader of a connection to a provider."""
-
-    @property
-    def unread(self) -> bool:
-        """Whether bytes wait that nobody has read: the next answer would begin with them."""
-        return bool(self._buffer)  # type: ignore[attr-defined]
-
 
 class LinkProtocol(asyncio.StreamReaderProtocol):
     """The stream protocol of a connection, watchful while it lies in the pool: whatever comes then,
@@ -9926,8 +9906,7 @@ class LinkProtocol(asyncio.StreamReaderProtocol):
 
     def eof_received(self) -> bool | None:
         """The provider sends no more."""
-        kept = super().eof_received()
-        return False if self.idle else kept
+        return super().eof_received() and not self.idle
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The connection stands."""
@@ -9940,7 +9919,7 @@ class Link:
 
     __slots__ = ("idle_since", "origin", "protocol", "reader", "unsent", "used", "writer")
 
-    def __init__(self, origin: Origin, reader: LinkReader, writer: asyncio.StreamWriter,
+    def __init__(self, origin: Origin, reader: asyncio.StreamReader, writer: asyncio.StreamWriter,
                  protocol: LinkProtocol) -> None:
         self.origin, self.reader, self.writer, self.protocol = origin, reader, writer, protocol
         self.used, self.idle_since, self.unsent = False, 0.0, 0
@@ -10040,44 +10019,43 @@ def own_resolver(loop: asyncio.AbstractEventLoop) -> Callable[..., Any]:
 async def open_link(origin: Origin, contexts: dict[str | None, ssl.SSLContext]) -> Link:
     """A fresh connection to `origin`, through its forward proxy and with TLS as it needs."""
     loop = asyncio.get_running_loop()
-    reader = LinkReader(limit=STREAM_LIMIT, loop=loop)
+    reader = asyncio.StreamReader(limit=STREAM_LIMIT, loop=loop)
     protocol = LinkProtocol(reader, loop=loop)
-    proxy = urlsplit(origin.proxy) if origin.proxy else None
-    secure = tls_context(origin.ca_file, contexts) if origin.scheme == "https" else None
-    if proxy and secure:
+    proxy = place(origin.proxy, origin.ca_file) if origin.proxy else None
+    if proxy and origin.scheme == "https":
         tunnel = await open_tunnel(proxy, origin, contexts)
-        transport: Any = await loop.start_tls(tunnel, protocol, secure, server_hostname=origin.host)
+        transport = await loop.start_tls(tunnel, protocol, tls_context(origin.ca_file, contexts),
+                                         server_hostname=origin.host)
         if transport is None:
             raise ConnectionResetError
         protocol.connection_made(transport)
     else:
-        host, port = origin.host, origin.port
-        if proxy:
-            host, port = proxy.hostname or "", proxy.port or DEFAULT_PORTS[proxy.scheme]
-            secure = tls_context(origin.ca_file, contexts) if proxy.scheme == "https" else None
-        transport, _ = await loop.create_connection(lambda: protocol, host, port, ssl=secure,
-                                                    server_hostname=host if secure else None,
-                                                    happy_eyeballs_delay=0.25)
+        transport = await dial(protocol, proxy or origin, contexts)
     return Link(origin, reader, asyncio.StreamWriter(transport, protocol, reader, loop), protocol)
 
 
-async def open_tunnel(proxy: Any, origin: Origin,
+async def dial(protocol: LinkProtocol, origin: Origin,
+               contexts: dict[str | None, ssl.SSLContext]) -> Any:
+    """The transport of a connection straight to `origin`."""
+    secure = tls_context(origin.ca_file, contexts) if origin.scheme == "https" else None
+    transport, _ = await asyncio.get_running_loop().create_connection(
+        lambda: protocol, origin.host, origin.port, ssl=secure,
+        server_hostname=origin.host if secure else None, happy_eyeballs_delay=0.25)
+    return transport
+
+
+async def open_tunnel(proxy: Origin, origin: Origin,
                       contexts: dict[str | None, ssl.SSLContext]) -> Any:
     """The transport of a tunnel that a forward proxy opens to `origin` (9110 9.3.6)."""
-    secure = tls_context(origin.ca_file, contexts) if proxy.scheme == "https" else None
     loop = asyncio.get_running_loop()
-    reader = LinkReader(limit=STREAM_LIMIT, loop=loop)
-    transport, _ = await loop.create_connection(
-        lambda: LinkProtocol(reader, loop=loop), proxy.hostname,
-        proxy.port or DEFAULT_PORTS[proxy.scheme], ssl=secure, happy_eyeballs_delay=0.25)
+    reader = asyncio.StreamReader(limit=STREAM_LIMIT, loop=loop)
+    transport = await dial(LinkProtocol(reader, loop=loop), proxy, contexts)
     try:
-        name = (f"[{origin.host}]:{origin.port}" if ":" in origin.host
-                else f"{origin.host}:{origin.port}")
-        target = name.encode("ascii")
+        host = f"[{origin.host}]" if ":" in origin.host else origin.host
+        target = f"{host}:{origin.port}".encode("ascii")
         transport.write(format_lines(b"CONNECT %b HTTP/1.1" % target, b"host: " + target,
-                                     *proxy_authorization(proxy)))
-        block = await reader.readuntil(b"\r\n\r\n")
-        head = parse_response_head(block[:-4])
+                                     *proxy_authorization(urlsplit(origin.proxy))))
+        head = parse_response_head((await reader.readuntil(b"\r\n\r\n"))[:-4])
         if not 200 <= head.status < 300:
             raise UpstreamError("upstream request failed: the forward proxy refused the connection"
                                 f" with status {head.status}",
@@ -10118,7 +10096,7 @@ class Pool:
     """Connections that wait for the next request to their origin, the most recently used first."""
 
     def __init__(self) -> None:
-        self.idle: dict[Origin, deque[Link]] = {}
+        self.idle: defaultdict[Origin, deque[Link]] = defaultdict(deque)
         self.contexts: dict[str | None, ssl.SSLContext] = {}
         self.sweeper: asyncio.TimerHandle | None = None
 
@@ -10135,13 +10113,13 @@ class Pool:
 
     def give(self, link: Link) -> None:
         """Keep a connection whose answer was read to its end and not a byte further."""
-        # An answer that came before the request was sent whole leaves the rest of it unsent.
-        if link.dead or link.reader.unread or link.writer.transport.get_write_buffer_size():
+        # The next answer would begin with bytes that nobody has read, and one that came before
+        # the request was sent whole leaves the rest of it unsent.
+        unread = link.reader._buffer  # type: ignore[attr-defined]
+        if link.dead or unread or link.writer.transport.get_write_buffer_size():
             link.abort()
             return
-        links = self.idle.get(link.origin)
-        if links is None:
-            links = self.idle[link.origin] = deque()
+        links = self.idle[link.origin]
         link.protocol.idle, link.used = True, True
         link.idle_since = time.monotonic()
         links.append(link)
@@ -10166,9 +10144,8 @@ class Pool:
         """Close all that wait."""
         if self.sweeper:
             self.sweeper.cancel()
-        for links in self.idle.values():
-            for link in links:
-                link.abort()
+        for link in itertools.chain(*self.idle.values()):
+            link.abort()
         self.idle.clear()
 
     async def exchange(self, origin: Origin, head: bytes, body: bytes, watch: Watch,
@@ -10195,16 +10172,13 @@ class Pool:
                 return link, *await read_response_head(
                     link.reader,
                     functools.partial(watch.arm, idle_secs, "upstream", link.sent_some))
-            except LinkDied as error:
+            except BaseException as error:
                 link.abort()
-                if not (link.used and error.untouched):
+                if isinstance(error, LinkDied) and error.untouched and link.used:
+                    link = None
+                    continue
+                if isinstance(error, (LinkDied, FramingError)):
                     raise UpstreamError(f"upstream request failed: {error}") from None
-                link = None
-            except FramingError as error:
-                link.abort()
-                raise UpstreamError(f"upstream request failed: {error}") from None
-            except BaseException:
-                link.abort()
                 raise
 
 
@@ -11702,21 +11676,19 @@ def demo_turn(protocol: Protocol, body: Json, number_: int) -> DemoTurn:
     wanted = body.get(protocol.wants)
     items = [{"role": "user", "content": wanted}] if isinstance(wanted, str) else listing(wanted)
     last = mapping(items[-1]) if items else {}
-    tools = [mapping(t) for t in listing(body.get("tools"))]
-    usable = [t for t in tools if demo_tool_name(t)]
-    result = tool_result_text(last)
-    said = demo_last_text(last.get("content"))
     tokens = sum(len(demo_text(mapping(i).get("content")).split()) for i in items)
-    model, id = str(body.get("model")), f"demo{number_:06d}"
+    usable = [t for t in map(mapping, listing(body.get("tools"))) if demo_tool_name(t)]
+    choice = body.get("tool_choice")
+    tool, arguments, result = None, {}, tool_result_text(last)
     if result is not None:
-        return DemoTurn(model, f"The tool answered: {result}", None, {}, tokens, id)
-    if (usable and body.get("tool_choice") != "none"
-            and mapping(body.get("tool_choice")).get("type") != "none"):
-        tool = usable[0]
-        inner = mapping(tool.get("function")) or tool
+        text = f"The tool answered: {result}"
+    elif usable and "none" not in (choice, mapping(choice).get("type")):
+        inner = mapping(usable[0].get("function")) or usable[0]
         schema_ = mapping(inner.get("parameters") or inner.get("input_schema"))
-        return DemoTurn(model, "", demo_tool_name(tool), demo_arguments(schema_), tokens, id)
-    return DemoTurn(model, f"You said: {said.strip() or 'nothing'}", None, {}, tokens, id)
+        text, tool, arguments = "", demo_tool_name(usable[0]), demo_arguments(schema_)
+    else:
+        text = f"You said: {demo_last_text(last.get('content')).strip() or 'nothing'}"
+    return DemoTurn(str(body.get("model")), text, tool, arguments, tokens, f"demo{number_:06d}")
 
 
 def demo_tool_name(tool: Json) -> str | None:
@@ -11762,153 +11734,49 @@ def words(text: str) -> list[str]:
     return re.findall(r"\S+\s*|\s+", text)
 
 
-# -- replies, whole and streamed ---------------------------------------------
-
-def demo_chat(turn: DemoTurn, now: int) -> Json:
-    """The turn as a Chat Completion."""
-    message: Json = {"role": "assistant", "content": turn.text or None, "refusal": None}
-    if turn.tool:
-        message["tool_calls"] = [{"id": f"call_{turn.id}", "type": "function",
-                                  "function": {"name": turn.tool,
-                                               "arguments": json.dumps(turn.arguments)}}]
-    return {"id": f"chatcmpl-{turn.id}", "object": "chat.completion", "created": now,
-            "model": turn.model,
-            "choices": [{"index": 0, "message": message, "logprobs": None,
-                         "finish_reason": "tool_calls" if turn.tool else "stop"}],
-            "usage": demo_chat_usage(turn)}
-
-
-def demo_chat_usage(turn: DemoTurn) -> Json:
-    """Usage as Chat counts it."""
-    out = len(words(turn.text)) or 1
-    return {"prompt_tokens": turn.tokens, "completion_tokens": out,
-            "total_tokens": turn.tokens + out}
-
-
-def demo_chat_stream(turn: DemoTurn, now: int, body: Json) -> Iterator[bytes]:
-    """The turn as Chat chunks."""
-    def chunk(delta: Json, finish: str | None = None, **more: Any) -> bytes:
-        choices = ([] if more.get("usage")
-                   else [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}])
-        return format_event(None, dump({
-            "id": f"chatcmpl-{turn.id}", "object": "chat.completion.chunk", "created": now,
-            "model": turn.model, "choices": choices, **more}))
+def demo_chunks(turn: DemoTurn, now: int, prefix: str) -> Iterator[Json]:
+    """The turn as Chat chunks, a word in each; the last has the usage."""
+    def chunk(delta: Json | None, finish: str | None = None, **more: Any) -> Json:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+        return {"id": f"chatcmpl-{turn.id}", "object": "chat.completion.chunk", "created": now,
+                "model": turn.model, "choices": [choice] if delta is not None else [], **more}
 
     yield chunk({"role": "assistant", "content": None if turn.tool else ""})
     if turn.tool:
-        yield chunk({"tool_calls": [{"index": 0, "id": f"call_{turn.id}", "type": "function",
+        yield chunk({"tool_calls": [{"index": 0, "id": f"{prefix}_{turn.id}", "type": "function",
                                      "function": {"name": turn.tool, "arguments": ""}}]})
         for part in words(json.dumps(turn.arguments)):
             yield chunk({"tool_calls": [{"index": 0, "function": {"arguments": part}}]})
     for word in words(turn.text):
         yield chunk({"content": word})
     yield chunk({}, "tool_calls" if turn.tool else "stop")
-    if mapping(body.get("stream_options")).get("include_usage"):
-        yield chunk({}, usage=demo_chat_usage(turn))
-    yield format_event(None, b"[DONE]")
-
-
-def demo_message(turn: DemoTurn) -> Json:
-    """The turn as an Anthropic message."""
-    block: Json = {"type": "text", "text": turn.text, "citations": None}
-    if turn.tool:
-        block = {"type": "tool_use", "id": f"toolu_{turn.id}", "name": turn.tool,
-                 "input": turn.arguments, "caller": {"type": "direct"}}
-    usage: Json = {**USAGE_GAPS, "input_tokens": turn.tokens,
-                   "output_tokens": len(words(turn.text)) or 1}
-    return {"id": f"msg_{turn.id}", "type": "message", "role": "assistant", "model": turn.model,
-            "content": [block], **MESSAGE_GAPS,
-            "stop_reason": "tool_use" if turn.tool else "end_turn", "usage": usage}
-
-
-def demo_message_stream(turn: DemoTurn, now: int, body: Json) -> Iterator[bytes]:
-    """The turn as Anthropic events."""
-    def event(kind: str, **more: Any) -> bytes:
-        return format_event(kind, dump({"type": kind, **more}))
-
-    whole = demo_message(turn)
-    block, usage = whole["content"][0], whole["usage"]
-    yield event("message_start", message={**whole, "content": [], "stop_reason": None,
-                                          "usage": {**usage, "output_tokens": 1}})
-    start = {**block, "input": {}} if turn.tool else {**block, "text": ""}
-    yield event("content_block_start", index=0, content_block=start)
-    yield event("ping")
-    kind, member = ("input_json_delta", "partial_json") if turn.tool else ("text_delta", "text")
-    for word in words(json.dumps(turn.arguments) if turn.tool else turn.text):
-        yield event("content_block_delta", index=0, delta={"type": kind, member: word})
-    yield event("content_block_stop", index=0)
-    yield event("message_delta", delta={**MESSAGE_GAPS, "stop_reason": whole["stop_reason"]},
-                usage={**DELTA_USAGE_GAPS, "output_tokens": usage["output_tokens"]})
-    yield event("message_stop")
-
-
-def demo_response(turn: DemoTurn, now: int, body: Json) -> Json:
-    """The turn as a Response object."""
     out = len(words(turn.text)) or 1
-    item: Json = {"id": f"msg_{turn.id}", "type": "message", "role": "assistant",
-                  "status": "completed",
-                  "content": [{"type": "output_text", "text": turn.text, "annotations": [],
-                               "logprobs": []}]}
-    if turn.tool:
-        item = {"id": f"fc_{turn.id}", "type": "function_call", "call_id": f"call_{turn.id}",
-                "name": turn.tool, "arguments": json.dumps(turn.arguments), "status": "completed"}
-    echo: Json = {
-        "instructions": None, "max_output_tokens": None, "metadata": {},
-        "parallel_tool_calls": True, "previous_response_id": None,
-        "reasoning": {"effort": None, "summary": None}, "store": False, "temperature": 1.0,
-        "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_p": 1.0,
-        "truncation": "disabled", "user": None}
-    echo = {key: body[key] if body.get(key) is not None else value for key, value in echo.items()}
-    return {"id": f"resp_{turn.id}", "object": "response", "created_at": now, "status": "completed",
-            "error": None, "incomplete_details": None, "model": turn.model, "output": [item],
-            **echo,
-            "usage": {"input_tokens": turn.tokens, "input_tokens_details": {"cached_tokens": 0},
-                      "output_tokens": out, "output_tokens_details": {"reasoning_tokens": 0},
-                      "total_tokens": turn.tokens + out}}
+    yield chunk(None, usage={"prompt_tokens": turn.tokens, "completion_tokens": out,
+                             "total_tokens": turn.tokens + out})
 
 
-def demo_response_stream(turn: DemoTurn, now: int, body: Json) -> Iterator[bytes]:
-    """The turn as Responses events."""
-    sequence = iter(range(1 << 30))
-
-    def event(kind: str, **more: Any) -> bytes:
-        return format_event(kind, dump({"type": kind, "sequence_number": next(sequence), **more}))
-
-    whole = demo_response(turn, now, body)
-    item = whole["output"][0]
-    place = {"item_id": item["id"], "output_index": 0}
-    opened = {**whole, "status": "in_progress", "output": [], "usage": None}
-    yield event("response.created", response=opened)
-    yield event("response.in_progress", response=opened)
-    started = {**item, "status": "in_progress",
-               **({"arguments": ""} if turn.tool else {"content": []})}
-    yield event("response.output_item.added", output_index=0, item=started)
-    if turn.tool:
-        for part in words(item["arguments"]):
-            yield event("response.function_call_arguments.delta", **place, delta=part)
-        yield event("response.function_call_arguments.done", **place, name=turn.tool,
-                    arguments=item["arguments"])
-    else:
-        part_ = item["content"][0]
-        yield event("response.content_part.added", **place, content_index=0,
-                    part={**part_, "text": ""})
-        for word in words(turn.text):
-            yield event("response.output_text.delta", **place, content_index=0, delta=word,
-                        logprobs=[])
-        yield event("response.output_text.done", **place, content_index=0, text=turn.text,
-                    logprobs=[])
-        yield event("response.content_part.done", **place, content_index=0, part=part_)
-    yield event("response.output_item.done", output_index=0, item=item)
-    yield event("response.completed", response=whole)
+def demo_events(protocol: Protocol, turn: DemoTurn, now: int, body: Json) -> Iterator[Any]:
+    """The turn as the events of a client of `protocol`: Chat chunks, or what their pair makes
+    of them."""
+    chunks = [*demo_chunks(turn, now, "toolu" if protocol is MESSAGES else "call"), DONE]
+    if protocol is CHAT:
+        if body.get("stream") and not mapping(body.get("stream_options")).get("include_usage"):
+            del chunks[-2]
+        return iter(chunks)
+    ctx = Context(protocol.word, CHAT.word, turn.model, now=now)
+    ctx.estimate = turn.tokens
+    ctx.echo = ECHOED | {k: v for k, v in body.items() if k in ECHOED and v is not None}
+    return pair_events(PAIRS[protocol.word, CHAT.word].stream(ctx), chunks)
 
 
-DEMO_WHOLE: dict[str, Callable[[DemoTurn, int, Json], Json]] = {
-    "chat": lambda turn, now, body: demo_chat(turn, now),
-    "messages": lambda turn, now, body: demo_message(turn),
-    "responses": demo_response,
-}
-DEMO_STREAM = {"chat": demo_chat_stream, "messages": demo_message_stream,
-               "responses": demo_response_stream}
+def pair_events(stream: Stream, items: Iterable[Any]) -> Iterator[Any]:
+    """The client's events that the stream of a pair makes of a provider's."""
+    next(stream)
+    try:
+        for item in items:
+            yield from stream.send(item)
+    except StopIteration as stop:
+        yield from stop.value
 
 
 class Demo:
@@ -11941,14 +11809,15 @@ class Demo:
         """Say the next turn, whole or word by word."""
         self.turns += 1
         turn, now = demo_turn(protocol, body, self.turns), int(time.time())
+        events = demo_events(protocol, turn, now, body)
         if not body.get("stream"):
-            data = dump(DEMO_WHOLE[protocol.word](turn, now, body))
+            data = dump(collect(protocol.word, list(events)))
             connection.write_head(200, [b"content-type: application/json"], len(data), data)
             return
         connection.exchanging = True
         connection.write_head(200, [b"content-type: text/event-stream"], None)
-        for frame in DEMO_STREAM[protocol.word](turn, now, body):
-            connection.write_part(frame)
+        for event in events:
+            connection.write_part(event_bytes(protocol, event))
             await connection.flush()
             await asyncio.sleep(self.word_secs)
         connection.exchanging = False
@@ -11981,17 +11850,13 @@ GOOD_BYE_SECS = 0.2
 
 def port_number(text: str) -> int:
     """A port as a flag gives it."""
-    import argparse
-
     if not (text.isascii() and text.isdigit() and int(text) < 65536):
         raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to 65535")
     return int(text)
 
 
-def command_line() -> Any:
+def command_line() -> argparse.ArgumentParser:
     """The parser of the command line."""
-    import argparse
-
     parser = argparse.ArgumentParser(
         prog="proxai.py", allow_abbrev=False,
         description="A local LLM proxy: any client protocol, any provider.",
@@ -12007,46 +11872,39 @@ def command_line() -> Any:
     add("--upstream", metavar="URL", help="base_url of the default openai_responses provider")
     add("--api-key", metavar="KEY", help="api_key of the default openai_responses provider")
     add("--port", type=port_number, metavar="N", help="server.port; 0 takes a free one")
-    add("--log-level", metavar="L", help="logging.level: trace, debug, info, warn or error")
+    add("--log-level", metavar="L",
+        help="logging.level: trace, debug, info, warn or error")
     add("--log-format", metavar="F", help="logging.output_format: human or json")
     add("--route-override", metavar="ROUTE.FIELD=VALUE", action="append", default=[],
         help="change a field of the named route for this run; may be repeated")
     for phase in PHASES:
-        add(f"--capture-{phase.replace('_', '-')}", action="store_true",
+        add(f"--capture-{phase.replace('_', '-')}", action="store_const", const=True,
             help=f"capture.{phase}_enabled for this run")
     add("-V", "--version", action="version", version=f"proxai {__version__}")
     return parser
 
 
-def protocol_name(text: str) -> Protocol:
-    """A protocol as a flag gives it: its long name, or its word."""
-    import argparse
-
-    for protocol in PROTOCOLS.values():
-        if text.lower() in (protocol.name, protocol.word):
-            return protocol
-    raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(PROTOCOLS)}")
+PROTOCOL_WORDS = {name: p for p in PROTOCOLS.values() for name in (p.name, p.word)}
 
 
-def translate_line() -> Any:
+def translate_line() -> argparse.ArgumentParser:
     """The parser of `proxai.py translate`."""
-    import argparse
-
     parser = argparse.ArgumentParser(
         prog="proxai.py translate", allow_abbrev=False,
         description="Translate a request, an answer or a stream, and tell what is left out.",
         epilog="A request goes from the client's protocol to the provider's, answers and streams"
                " come from the provider's to the client's.")
     add = parser.add_argument
-    add("--from", dest="source", type=protocol_name, required=True, metavar="P",
-        help="protocol of FILE: " + ", ".join(PROTOCOLS))
-    add("--to", dest="target", type=protocol_name, required=True, metavar="P",
-        help="protocol to translate to")
+    for flag, text in (("--from", "protocol of FILE: " + ", ".join(PROTOCOLS)),
+                       ("--to", "protocol to translate to")):
+        add(flag, dest=flag[2:] + "_", type=str.lower, choices=PROTOCOL_WORDS, required=True,
+            metavar="P", help=text)
     kind = parser.add_mutually_exclusive_group()
     for name, text in (("request", "FILE is a request (the default)"),
                        ("response", "FILE is a provider's answer"),
                        ("stream", "FILE is a provider's event stream")):
-        kind.add_argument(f"--{name}", dest="kind", action="store_const", const=name, help=text)
+        kind.add_argument(f"--{name}", dest="kind", action="store_const", const=name,
+                          default="request", help=text)
     add("--model", metavar="NAME", help="model name at the provider, which decides what it takes")
     add("--host", metavar="HOST", default="", help="the provider's host, which does so too")
     add("--asked", metavar="FILE", help="the client's request that FILE answers")
@@ -12056,18 +11914,17 @@ def translate_line() -> Any:
 
 def translate(args: Any) -> int:
     """Print a translation, and on standard error what it left out; 1 where there is none."""
-    inbound, provider = ((args.source, args.target) if args.kind in (None, "request")
-                         else (args.target, args.source))
+    inbound, provider = PROTOCOL_WORDS[args.from_], PROTOCOL_WORDS[args.to_]
+    if args.kind != "request":
+        inbound, provider = provider, inbound
     pair = pair_for(inbound, provider, extended=True)
     if pair is None:
         raise ConfigError(["--from and --to are the same protocol, which passes through untouched"])
     raw = (sys.stdin.buffer.read() if args.file == "-"
            else read_file(Path(args.file)).encode("utf-8"))
-    asked = load_file(read_file(Path(args.asked)).encode("utf-8"), args.asked) if args.asked else {}
-    first = load_file(raw, args.file) if args.kind != "stream" else {}
-    for value, name in ((first, args.file), (asked, args.asked)):
-        if not isinstance(value, dict):
-            raise ConfigError([f"{name} is not a JSON object"])
+    asked = (load_object(read_file(Path(args.asked)).encode("utf-8"), args.asked) if args.asked
+             else {})
+    first = load_object(raw, args.file) if args.kind != "stream" else {}
     model = args.model or (asked or first).get("model")
     ctx = Context(inbound.word, provider.word, model if isinstance(model, str) else "",
                   host=args.host, now=int(time.time()))
@@ -12075,10 +11932,9 @@ def translate(args: Any) -> int:
         if asked:
             pair.request(asked, ctx)
         if args.kind == "stream":
-            for text in translated_events(pair, ctx, provider, inbound, raw):
-                sys.stdout.write(text)
+            sys.stdout.writelines(translated_events(pair, ctx, provider, inbound, raw))
         else:
-            step = pair.request if args.kind in (None, "request") else pair.response
+            step = pair.request if args.kind == "request" else pair.response
             print(json.dumps(step(first, ctx), ensure_ascii=False, indent=2))
     except ProxyError as error:
         where = f" ({error.param})" if isinstance(error.param, str) else ""
@@ -12093,14 +11949,9 @@ def translate(args: Any) -> int:
 def translated_events(pair: Pair, ctx: Context, provider: Protocol, inbound: Protocol,
                       raw: bytes) -> Iterator[str]:
     """A stream translated, as text; its failure is the last event, and raised."""
-    stream, observer = pair.stream(ctx), StreamObserver(provider, len(raw) + 1)
-    next(stream)
+    payloads = StreamObserver(provider, len(raw) + 1).payloads(raw + b"\n\n", 0.0)
     try:
-        for item in (*observer.payloads(raw + b"\n\n", 0.0), None):
-            for event in stream.send(item):
-                yield event_bytes(inbound, event).decode()
-    except StopIteration as stop:
-        for event in stop.value:
+        for event in pair_events(pair.stream(ctx), [*payloads, None]):
             yield event_bytes(inbound, event).decode()
     except ProxyError as error:
         for event in error.events:
@@ -12109,44 +11960,41 @@ def translated_events(pair: Pair, ctx: Context, provider: Protocol, inbound: Pro
         raise
 
 
-def load_file(raw: bytes, name: str) -> Any:
-    """The JSON of a file; ConfigError where it is none."""
+def load_object(raw: bytes, name: str) -> Json:
+    """The JSON object in a file; ConfigError where there is none."""
     try:
-        return load(raw)
+        value = load(raw)
     except ValueError as error:
         raise ConfigError([f"{name} is not JSON: {error}"]) from None
+    if not isinstance(value, dict):
+        raise ConfigError([f"{name} is not a JSON object"])
+    return value
 
 
 def flag_overrides(args: Any, tables: Json) -> list[Override]:
     """What the flags put in place of the file's values."""
-    out = []
-    if args.port is not None:
-        out.append(Override("--port", ("server", "port"), args.port))
-    for flag, key, value in (("--log-level", "level", args.log_level),
-                             ("--log-format", "output_format", args.log_format)):
-        if value is not None:
-            out.append(Override(flag, ("logging", key), value.strip().lower()))
-    for phase in PHASES:
-        if getattr(args, f"capture_{phase}"):
-            out.append(Override(f"--capture-{phase.replace('_', '-')}",
-                                ("capture", f"{phase}_enabled"), True))
-    for flag, key, value in (("--upstream", "base_url", args.upstream),
-                             ("--api-key", "api_key", args.api_key)):
-        if value and value.strip():
+    rows = [("--port", ("server", "port"), args.port),
+            ("--log-level", ("logging", "level"), args.log_level),
+            ("--log-format", ("logging", "output_format"), args.log_format),
+            *((f"--capture-{phase.replace('_', '-')}", ("capture", f"{phase}_enabled"),
+               getattr(args, f"capture_{phase}")) for phase in PHASES)]
+    out = [Override(flag, at, value.strip().lower() if isinstance(value, str) else value)
+           for flag, at, value in rows if value is not None]
+    for flag, key, others, text in (
+            ("--upstream", "base_url", (), args.upstream),
+            ("--api-key", "api_key", ("api_key_env", "api_key_file"), args.api_key)):
+        if text and text.strip():
             at = ("providers", default_responses_provider(flag, tables))
-            if key == "api_key":
-                out += [Override(flag, (*at, other), None)
-                        for other in ("api_key_env", "api_key_file")]
-            out.append(Override(flag, (*at, key), value.strip()))
+            out += [Override(flag, (*at, other), None) for other in others]
+            out.append(Override(flag, (*at, key), text.strip()))
     return out + [route_override(spec, tables) for spec in args.route_override]
 
 
 def default_responses_provider(flag: str, tables: Json) -> str:
     """The key of the provider that --upstream and --api-key are about, as the file spells it."""
-    name = first_of(tables, f"/routing/default_provider_names/{RESPONSES.name}")
-    wanted = name.strip().lower() if isinstance(name, str) else ""
+    wanted = first_of(tables, f"/routing/default_provider_names/{RESPONSES.name}")
     for label in mapping(tables.get("providers")):
-        if wanted and label.strip().lower() == wanted:
+        if isinstance(wanted, str) and label.strip().lower() == wanted.strip().lower() != "":
             return str(label)
     raise ConfigError([f"{flag} is about the default provider of {RESPONSES.name},"
                        " and there is none"],
@@ -12188,8 +12036,7 @@ def banner(config: Config, port: int, source: str, notes: Sequence[str],
     host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
     names, logs = config.routing.default_provider_names, config.logging
     default = config.providers.get(names.openai_responses)
-    base = app_directory(environ)
-    captures = {f.name: getattr(config.capture, f.name) for f in dataclasses.fields(config.capture)}
+    base, captures = app_directory(environ), dataclasses.asdict(config.capture)
     rows = [
         ("listen", f"http://{host}:{port}"),
         ("paths", ", ".join(f"{p.path} ({name})" for name, p in PROTOCOLS.items())),
@@ -12218,12 +12065,6 @@ def banner(config: Config, port: int, source: str, notes: Sequence[str],
     return "\n".join([f"ProxAI {__version__}", *(f"  {label}: {value}" for label, value in rows)])
 
 
-def demo_banner(port: int) -> str:
-    """What is told when the demo starts."""
-    return (f"ProxAI {__version__}, demo\n  listen: http://127.0.0.1:{port}\n"
-            "  provider: embedded, it says back what it is told")
-
-
 def tell(text: str) -> None:
     """Print, where anybody reads; a reader that is gone does not end the proxy."""
     with contextlib.suppress(OSError, ValueError):
@@ -12235,7 +12076,7 @@ def start_notes(config: Config) -> list[str]:
     """What an operator should know before the first request."""
     notes = [f"providers.{name}.api_key is still the template's; requests to it are refused"
              for name, p in config.providers.items() if TEMPLATE_KEY.search(p.api_key or "")]
-    if any(getattr(config.capture, f.name) for f in dataclasses.fields(config.capture)):
+    if any(dataclasses.astuple(config.capture)):
         notes.append("capture is switched on, but this version writes no captures yet")
     return notes
 
@@ -12247,59 +12088,55 @@ def check_report(config: Config, source: str, environ: Mapping[str, str]) -> str
              "providers:"]
     for name, settings in config.providers.items():
         provider = Provider(name, settings, environ)
-        keys = [s for s in ("api_key_env", "api_key_file") if getattr(settings, s)]
-        origin = provider.origin
-        proxy = urlsplit(origin.proxy) if origin.proxy else None
-        via = (", through the forward proxy"
-               f" {proxy.hostname}:{proxy.port or DEFAULT_PORTS[proxy.scheme]}" if proxy else "")
-        lines.append(f"  {name}: {settings.protocol} at"
-                     f" {origin.scheme}://{origin.authority}{provider.target},"
-                     f" key from {keys[0] if keys else 'api_key'}{via}")
+        key = next((s for s in ("api_key_env", "api_key_file") if getattr(settings, s)), "api_key")
+        origin, via = provider.origin, ""
+        if origin.proxy:
+            proxy = place(origin.proxy)
+            via = f", through the forward proxy {proxy.host}:{proxy.port}"
+        lines.append(f"  {name}: {settings.protocol} at {origin.scheme}://{origin.authority}"
+                     f"{provider.target}, key from {key}{via}")
     lines.append("routes, first match wins:" if config.routing.routes else "routes: none")
     for i, route in enumerate(config.routing.routes):
         kind = pattern_kind(route.match_kind, route.model_pattern)
         guard = f" for {route.request_protocol}" if route.request_protocol else ""
         sent = f" as {route.upstream_model}" if route.upstream_model else ""
+        missing = [name for name in PROTOCOLS if route.request_protocol in (None, name)
+                   and translation_fault(config, name, route.provider)]
         lines.append(f"  {i + 1}. {route.name or '(no name)'}: {kind} {route.model_pattern}{guard}"
-                     f" -> {route.provider}{sent}{pairs_report(config, route)}")
-    lines.append("defaults:")
-    for name, protocol in PROTOCOLS.items():
-        lines.append(f"  {name} -> {default_report(config, protocol)}")
-    return "\n".join([*lines, *(f"note: {note}" for note in start_notes(config))])
+                     f" -> {route.provider}{sent}"
+                     + (f" (not for {' and '.join(missing)}: needs translation.extended_pairs)"
+                        if missing else ""))
+    defaults = [f"  {name} -> {default_report(config, name)}" for name in PROTOCOLS]
+    return "\n".join([*lines, "defaults:", *defaults,
+                      *(f"note: {note}" for note in start_notes(config))])
 
 
-def pairs_report(config: Config, route: RouteConfig) -> str:
-    """Which protocols a route cannot serve, because nothing translates them to its provider's."""
-    missing = []
-    for name, protocol in PROTOCOLS.items():
-        try:
-            if route.request_protocol in (None, name):
-                pair_for(protocol, PROTOCOLS[config.providers[route.provider].protocol],
-                         config.translation.extended_pairs)
-        except SetupError:
-            missing.append(name)
-    return (f" (not for {' and '.join(missing)}: needs translation.extended_pairs)"
-            if missing else "")
+def translation_fault(config: Config, inbound: str, provider: str) -> str:
+    """Why requests of a protocol cannot go to a provider; "" where they can."""
+    try:
+        pair_for(PROTOCOLS[inbound], PROTOCOLS[config.providers[provider].protocol],
+                 config.translation.extended_pairs)
+    except SetupError as error:
+        return error.message
+    return ""
 
 
-def default_report(config: Config, protocol: Protocol) -> str:
+def default_report(config: Config, inbound: str) -> str:
     """Where requests of a protocol go by default, and whether that pair works."""
-    name = getattr(config.routing.default_provider_names, protocol.name)
+    name = getattr(config.routing.default_provider_names, inbound)
     if not name:
         return "none: requests that no route takes are refused"
-    try:
-        pair = pair_for(protocol, PROTOCOLS[config.providers[name].protocol],
-                        config.translation.extended_pairs)
-    except SetupError as error:
-        return f"{name}: {error.message}"
-    return f"{name} ({'translated' if pair else 'passed through'})"
+    if fault := translation_fault(config, inbound, name):
+        return f"{name}: {fault}"
+    passes = config.providers[name].protocol == inbound
+    return f"{name} ({'passed through' if passes else 'translated'})"
 
 
 # -- running -----------------------------------------------------------------
 
 def tune_process() -> None:
     """Settings of the process that make a long run cheaper, and room for many connections."""
-    bytes(1 << 20)
+    bytes(1 << 20)  # freed at once, it makes glibc keep memory of that size and not map it anew
     gc.collect()
     gc.freeze()  # what is there now stays; no need to look at it again and again
     gc.set_threshold(20_000, 50, 50)
@@ -12316,10 +12153,8 @@ def tune_process() -> None:
 
 def on_signals(loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) -> None:
     """Call `stop` in the loop for each SIGINT, SIGTERM and SIGBREAK."""
-    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
-        number_ = getattr(signal, name, None)
-        if number_ is None:
-            continue
+    names = ("SIGINT", "SIGTERM", "SIGBREAK")
+    for number_ in filter(None, (getattr(signal, name, None) for name in names)):
         try:
             loop.add_signal_handler(number_, stop)
         except (NotImplementedError, RuntimeError):  # Windows
@@ -12356,13 +12191,15 @@ async def run_demo(args: Any, log: Log, environ: Mapping[str, str]) -> None:
     demo = Demo(word_secs=0.02)
     provider = Server(ServerConfig(), demo.serve, demo.refuse)
     config = load_demo(args, await provider.listen("127.0.0.1", 0), environ)
-    port = args.port if args.port is not None else config.server.port
-    if args.port is None and port_taken(port):
-        port = 0
-    config = dataclasses.replace(config, server=dataclasses.replace(config.server, port=port))
+    with socket.socket() as probe:
+        probe.settimeout(0.5)
+        if args.port is None and probe.connect_ex(("127.0.0.1", config.server.port)) == 0:
+            # the usual port is taken
+            config = dataclasses.replace(config, server=dataclasses.replace(config.server, port=0))
 
     async def started(port: int) -> None:
-        tell(demo_banner(port))
+        tell(f"ProxAI {__version__}, demo\n  listen: http://127.0.0.1:{port}\n"
+             "  provider: embedded, it says back what it is told")
         question = "Hello, is anybody there?"
         answer = await ask(port, question)
         tell(f"\nOne request went through the proxy.\n  asked:    {question}\n"
@@ -12375,43 +12212,27 @@ async def run_demo(args: Any, log: Log, environ: Mapping[str, str]) -> None:
     await provider.drain(GOOD_BYE_SECS, asyncio.Event())
 
 
-def port_taken(port: int) -> bool:
-    """Whether something listens on a loopback port."""
-    with socket.socket() as probe:
-        probe.settimeout(0.5)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
 async def ask(port: int, question: str) -> str:
     """One Chat request through the proxy on `port`, and the answer's text."""
     body = dump({"model": "demo", "messages": [{"role": "user", "content": question}]})
-    head = format_lines(b"POST /v1/chat/completions HTTP/1.1", b"host: 127.0.0.1",
-                        b"content-length: %d" % len(body))
-    pool = Pool()
-    watch = Watch(asyncio.get_running_loop(), lambda reason: None)
-    try:
-        link, answer, rest = await pool.exchange(Origin("http", "127.0.0.1", port), head, body,
-                                                 watch, 10, 10, lambda: None)
-        stream = ResponseBody(link, answer, rest)
-        raw = b""
-        while data := await stream.read():
-            raw += data
-        link.abort()
-        return str(json.loads(raw)["choices"][0]["message"]["content"])
-    finally:
-        watch.stop()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(format_lines(b"POST /v1/chat/completions HTTP/1.0",
+                              b"content-length: %d" % len(body)) + body)
+    raw = await reader.read()
+    writer.close()
+    return str(json.loads(raw.partition(b"\r\n\r\n")[2])["choices"][0]["message"]["content"])
 
 
 def curl_line(protocol: Protocol, port: int) -> str:
     """A command that sends a streaming request of `protocol` to the proxy."""
-    said: Any = ("Tell me a story" if protocol is RESPONSES
-                 else [{"role": "user", "content": "Tell me a story"}])
+    said = "Tell me a story"
     body: Json = {"model": "demo", "stream": True, protocol.wants: said}
+    if protocol is not RESPONSES:
+        body[protocol.wants] = [{"role": "user", "content": said}]
     if protocol is MESSAGES:
         body["max_tokens"] = 100
-    quoted = json.dumps(body)
     return (f"curl -N http://127.0.0.1:{port}{protocol.path} -H 'content-type: application/json'"
-            f" \\\n  -d '{quoted}'")
+            f" \\\n  -d '{json.dumps(body)}'")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -12422,10 +12243,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv[1:] if translates else argv)
     if not translates and args.demo and (args.config or args.command):
         parser.error("--demo has its own configuration and goes with neither --config nor check")
-    environ = os.environ
     open_outputs()
     try:
-        return translate(args) if translates else run(args, environ)
+        return translate(args) if translates else run(args, os.environ)
     except ConfigError as error:
         for fault in error.faults:
             print(f"Error: {fault}", file=sys.stderr)
@@ -12447,16 +12267,6 @@ def open_outputs() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def close_outputs() -> None:
-    """Flush, or give up what nobody reads, so that the interpreter's own flush at exit has nothing
-    to fail at."""
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def run(args: Any, environ: Mapping[str, str]) -> int:
     """Do what the flags say."""
     if args.demo:
@@ -12468,9 +12278,9 @@ def run(args: Any, environ: Mapping[str, str]) -> int:
     elif args.command == "check":
         path = app_directory(environ) / "config.toml"
     else:
-        directory = bootstrap(environ)
-        path = directory.path / "config.toml"
-        if directory.created:
+        directory, created = bootstrap(environ)
+        path = directory / "config.toml"
+        if created:
             notes.append(f"{path} was just created; put your keys there")
     config = load_config(read_file(path), str(path), environ=environ,
                          overrides=lambda tables: flag_overrides(args, tables))
@@ -12492,7 +12302,11 @@ def run_logged(work: Any, writer: LineWriter) -> int:
         return 0
     finally:
         writer.close()
-        close_outputs()
+        try:
+            sys.stdout.flush()
+        except (OSError, ValueError):  # nobody reads it; the interpreter's own flush must not fail
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         # nobody reads our output; waiting for that would hang the exit
         if writer.thread.is_alive():
             os._exit(0)
