@@ -924,7 +924,7 @@ def setting(kind: Kind | Section, doc: str, default: Any = REQUIRED, *, example:
                              metadata={"kind": kind, "doc": doc, "example": example})
 
 
-def fact(kind: Kind, doc: str, example: Any) -> Any:
+def fact(doc: str, example: Any, kind: Kind = BOOLEAN) -> Any:
     """A field of a profile, not set unless the file sets it."""
     return setting(kind, doc, None, example=example)
 
@@ -945,79 +945,77 @@ class ProfileConfig:
     """What a provider takes, for translated requests. What is not set comes from a table of known
     hosts and models; pass-through never looks at it."""
 
-    vision: bool | None = fact(BOOLEAN, "Images can be sent.", True)
-    max_tokens_cap: int | None = fact(whole(1), "Largest output limit that is sent.", 32000)
+    vision: bool | None = fact("Images can be sent.", True)
+    max_tokens_cap: int | None = fact("Largest output limit that is sent.", 32000, whole(1))
     default_max_tokens: int | None = fact(
-        whole(1), "messages: output limit when the client named none.", 32000)
-    web_search: str | None = fact(choice("off", "native", "options", "openrouter"),
-                                  "How web search is asked for.", "off")
+        "messages: output limit when the client named none.", 32000, whole(1))
+    web_search: str | None = fact(
+        "How web search is asked for.", "off", choice("off", "native", "options", "openrouter"))
     cache: str | None = fact(
-        choice("off", "auto", "on"), "Prompt cache marks. messages: on sets them where the client"
-        " has none; auto is on for api.anthropic.com. Others: on forwards the client's.", "auto")
-    vendor_fields: bool | None = fact(BOOLEAN, "Fields that only the vendor itself takes"
-                                      " (service_tier, prompt_cache_key, ...).", False)
-    max_tokens_field: str | None = fact(choice("max_tokens", "max_completion_tokens"),
-                                        "chat: name of the output limit.", "max_tokens")
+        "Prompt cache marks. messages: on sets them where the client has none; auto is on for"
+        " api.anthropic.com. Others: on forwards the client's.", "auto",
+        choice("off", "auto", "on"))
+    vendor_fields: bool | None = fact(
+        "Fields that only the vendor itself takes (service_tier, prompt_cache_key, ...).", False)
+    max_tokens_field: str | None = fact(
+        "chat: name of the output limit.", "max_tokens",
+        choice("max_tokens", "max_completion_tokens"))
     reasoning_control: str | None = fact(
+        "chat: dialect of reasoning control.", "effort",
         choice("effort", "effort-basic", "effort-lowhigh", "openrouter", "deepseek", "kimi", "glm",
-               "qwen", "groq", "mistral", "template"),
-        "chat: dialect of reasoning control.", "effort")
+               "qwen", "groq", "mistral", "template"))
     reasoning_replay: str | None = fact(
-        choice("none", "reasoning_content", "reasoning", "reasoning_details", "auto"),
-        "chat: field that takes back earlier reasoning; auto: the one it came in.", "auto")
+        "chat: field that takes back earlier reasoning; auto: the one it came in.", "auto",
+        choice("none", "reasoning_content", "reasoning", "reasoning_details", "auto"))
     reasoning_required: str | None = fact(
-        choice("off", "calls", "all"), "chat: assistant messages that must have it.", "off")
+        "chat: assistant messages that must have it.", "off", choice("off", "calls", "all"))
     late_system: str | None = fact(
-        choice("keep", "fold"), "chat: system messages within a conversation stay, or become"
-        " reminders in user messages.", "fold")
-    tool_images: str | None = fact(choice("user", "inline", "drop"),
-                                   "chat: where images of tool results go.", "user")
-    files: str | None = fact(choice("native", "drop"), "chat: file parts are taken.", "drop")
-    json_schema: str | None = fact(choice("schema", "object"),
-                                   "chat: response_format that is taken.", "schema")
-    stream_usage: bool | None = fact(
-        BOOLEAN, "chat: stream_options.include_usage is taken.", True)
-    top_k: bool | None = fact(BOOLEAN, "chat: top_k is taken.", True)
+        "chat: system messages within a conversation stay, or become reminders in user messages.",
+        "fold", choice("keep", "fold"))
+    tool_images: str | None = fact(
+        "chat: where images of tool results go.", "user", choice("user", "inline", "drop"))
+    files: str | None = fact("chat: file parts are taken.", "drop", choice("native", "drop"))
+    json_schema: str | None = fact(
+        "chat: response_format that is taken.", "schema", choice("schema", "object"))
+    stream_usage: bool | None = fact("chat: stream_options.include_usage is taken.", True)
+    top_k: bool | None = fact("chat: top_k is taken.", True)
     call_ids: str | None = fact(
-        choice("any", "40", "9"), "chat: ids of tool calls: any, at most 40 characters, or exactly"
-        " 9 letters and digits.", "any")
-    parallel_tool_calls: bool | None = fact(BOOLEAN, "chat: parallel_tool_calls is taken.", True)
-    strict_tools: bool | None = fact(BOOLEAN, "strict is taken on tools and schemas.", False)
+        "chat: ids of tool calls: any, at most 40 characters, or exactly 9 letters and digits.",
+        "any", choice("any", "40", "9"))
+    parallel_tool_calls: bool | None = fact("chat: parallel_tool_calls is taken.", True)
+    strict_tools: bool | None = fact("strict is taken on tools and schemas.", False)
     lenient_done: bool | None = fact(
-        BOOLEAN, "chat: [DONE] without a finish_reason ends a complete answer.", True)
+        "chat: [DONE] without a finish_reason ends a complete answer.", True)
     tool_arguments: str | None = fact(
-        choice("stream", "buffer"), "Arguments pass as they come, or repaired and whole.", "stream")
+        "Arguments pass as they come, or repaired and whole.", "stream", choice("stream", "buffer"))
     think_tags: str | None = fact(
-        choice("auto", "off"), "chat: <think> at the start of a text is reasoning.", "auto")
+        "chat: <think> at the start of a text is reasoning.", "auto", choice("auto", "off"))
     deferred_tools: str | None = fact(
-        choice("referenced", "all"), "Which deferred tools are sent.", "referenced")
+        "Which deferred tools are sent.", "referenced", choice("referenced", "all"))
     count_native: bool | None = fact(
-        BOOLEAN, "chat, responses: the provider counts tokens itself.", False)
-    custom_tools: bool | None = fact(BOOLEAN, "Custom (free text) tools are taken.", False)
-    allowed_tools: bool | None = fact(
-        BOOLEAN, "chat: tool_choice allowed_tools is taken.", False)
+        "chat, responses: the provider counts tokens itself.", False)
+    custom_tools: bool | None = fact("Custom (free text) tools are taken.", False)
+    allowed_tools: bool | None = fact("chat: tool_choice allowed_tools is taken.", False)
     model_class: str | None = fact(
-        choice("K0", "K1", "K2", "K3", "K4", "K5", "X"), "messages: class of Claude models, from K0"
-        " (3.5 and older) to K5 (newest); X is another model.", "K4")
+        "messages: class of Claude models, from K0 (3.5 and older) to K5 (newest); X is another"
+        " model.", "K4", choice("K0", "K1", "K2", "K3", "K4", "K5", "X"))
     lenient_thinking: bool | None = fact(
-        BOOLEAN, "messages: thinking without a signature is taken.", False)
+        "messages: thinking without a signature is taken.", False)
     native_system: bool | None = fact(
-        BOOLEAN, "messages: role system within messages is taken.", False)
-    thinking_binding: bool | None = fact(
-        BOOLEAN, "messages: thinking is bound to its prefix.", False)
-    reasoning: bool | None = fact(BOOLEAN, "responses: the model reasons.", True)
+        "messages: role system within messages is taken.", False)
+    thinking_binding: bool | None = fact("messages: thinking is bound to its prefix.", False)
+    reasoning: bool | None = fact("responses: the model reasons.", True)
     efforts: tuple[str, ...] | None = fact(
-        several(choice("none", "minimal", "low", "medium", "high", "xhigh", "max")),
-        "responses: effort levels that are taken.", ["low", "medium", "high"])
+        "responses: effort levels that are taken.", ["low", "medium", "high"],
+        several(choice("none", "minimal", "low", "medium", "high", "xhigh", "max")))
     encrypted_reasoning: bool | None = fact(
-        BOOLEAN, "responses: encrypted reasoning can be asked for.", True)
+        "responses: encrypted reasoning can be asked for.", True)
     reasoning_summary: bool | None = fact(
-        BOOLEAN, "responses: reasoning summaries can be asked for.", True)
-    sampling: bool | None = fact(BOOLEAN, "responses: temperature and top_p are taken.", False)
-    max_output_tokens: bool | None = fact(
-        BOOLEAN, "responses: max_output_tokens is taken.", True)
-    output_lists: bool | None = fact(BOOLEAN, "responses: tool outputs may have images.", True)
-    phase: bool | None = fact(BOOLEAN, "responses: phase is taken on assistant messages.", False)
+        "responses: reasoning summaries can be asked for.", True)
+    sampling: bool | None = fact("responses: temperature and top_p are taken.", False)
+    max_output_tokens: bool | None = fact("responses: max_output_tokens is taken.", True)
+    output_lists: bool | None = fact("responses: tool outputs may have images.", True)
+    phase: bool | None = fact("responses: phase is taken on assistant messages.", False)
 
 
 @schema
@@ -6284,19 +6282,21 @@ class Citation(NamedTuple):
 
 class Segment:
     """A stretch of an answer that has a beginning and an end: text, refusal, thinking, call,
-    opaque (a block nobody else knows) or search. A writer keeps its own marks here."""
+    custom (a call with free text), opaque (a block nobody else knows) or search."""
 
-    __slots__ = ("at", "citations", "closed", "decoder", "id", "index", "item", "kind", "live",
-                 "name", "raw", "shown", "text", "thought")
+    __slots__ = ("at", "citations", "closed", "decoder", "form", "id", "index", "item", "kind",
+                 "live", "name", "raw", "shown", "text", "thought", "where")
 
     def __init__(self, kind: str, id: str = "", name: str = "", raw: Any = None) -> None:
         self.kind, self.id, self.name, self.raw = kind, id, name, raw
         self.text: list[str] = []
-        self.thought: tuple[str, Any] | None = None  # kind and body of its carrier
+        self.thought = "", ""  # kind and body of its carrier
         self.citations: list[Citation] = []
-        self.live = self.closed = self.shown = False
-        self.index, self.item, self.at = -1, cast(Json, {}), (0, 0)
-        self.decoder: InputDecoder | None = None
+        self.live = self.closed = False
+        # the writer's own marks
+        self.shown, self.index, self.at = False, -1, (0, 0)
+        self.item, self.where = cast(Json, {}), cast(Json, {})
+        self.form, self.decoder = CALL_FORMS["function"], cast("InputDecoder | None", None)
 
     def whole(self) -> str:
         """All text so far."""
@@ -6324,57 +6324,52 @@ class Writer:
         """The answer begins; only the first word counts."""
         if not self.begun:
             self.begun = True
-            self.start_answer(id if isinstance(id, str) else "",
-                              model if isinstance(model, str) and model else self.ctx.alias,
+            self.start_answer(text_of(id), text_of(model) or self.ctx.alias,
                               created if type(created) is int and created > 0 else self.ctx.now)
 
     def open(self, segment: Segment) -> Segment:
-        """A segment begins."""
-        if not self.begun:
-            self.begin(None, None)
+        """A segment begins, with the text it has already."""
+        self.begin(None, None)
         if self.serial:
             self.queue.append(segment)
-            if len(self.queue) > 1:
-                return segment
-        segment.live = True
-        self.start(segment)
+        if len(self.queue) <= 1:
+            self.show(segment)
         return segment
 
-    def add(self, segment: Segment, text: str) -> None:
-        """A segment goes on."""
-        segment.text.append(text)
-        if segment.live and not segment.closed:
-            self.write(segment, text)
+    def show(self, segment: Segment) -> None:
+        """A segment has its turn, with all that it gathered while it waited."""
+        segment.live = True
+        self.start(segment)
+        if segment.text:
+            self.write(segment, segment.whole())
+        if segment.closed:
+            self.stop(segment)
+
+    def add(self, segment: Segment, text: Any) -> None:
+        """A segment goes on; what is no text, or empty, is no matter."""
+        if text and type(text) is str:
+            segment.text.append(text)
+            if segment.live and not segment.closed:
+                self.write(segment, text)
 
     def close(self, segment: Segment) -> None:
         """A segment ends; those that waited have their turn."""
         if segment.closed:
             return
         segment.closed = True
-        if not segment.live:
-            return
-        self.stop(segment)
-        if self.serial and self.held is None:
-            self.advance()
+        if segment.live:
+            self.stop(segment)
+            if self.serial and self.held is None:
+                self.advance()
 
     def advance(self) -> None:
-        """The first segment is over: open those that waited, up to one that is not."""
+        """The first segment is over: show those that waited, up to one that is not."""
         self.queue.popleft()
         while self.queue:
-            head = self.queue[0]
-            head.live = True
-            self.start(head)
-            if head.text:
-                self.write(head, head.whole())
-            if head.closed:
-                self.stop(head)
-            if not head.closed or self.held:
+            self.show(self.queue[0])
+            if not self.queue[0].closed or self.held:
                 break
             self.queue.popleft()
-
-    def waiting(self) -> bool:
-        """Whether a segment waits for another to end."""
-        return len(self.queue) > 1
 
     def ping(self) -> None:
         """A sign of life, where the protocol has one of its own."""
@@ -6390,6 +6385,10 @@ class Writer:
 
     def stop(self, segment: Segment) -> None:
         """The events that close a segment."""
+
+    def sealed(self, segment: Segment) -> str:
+        """The carrier of a segment of reasoning."""
+        return seal(*segment.thought, segment.whole(), self.ctx)
 
     def finish(self, stop: Stop) -> None:
         """The last events of a whole answer."""
@@ -6407,7 +6406,7 @@ class Reader:
         self.out, self.ctx = out, ctx
 
     def take(self, event: Json) -> None:
-        """One event."""
+        """One event; unknown ones are no matter."""
 
     def end(self, done: bool = False) -> None:
         """The stream ended; `done` by [DONE]."""
@@ -6432,10 +6431,9 @@ def translated(reader: Reader, out: Writer) -> Stream:
                 reader.end(item == DONE)
             elif item is PING:
                 out.ping()
-            elif isinstance(item, ProxyError):
-                raise item
             else:
-                raise broken("an event is no JSON object")
+                raise item if isinstance(item, ProxyError) else broken(
+                    "an event is no JSON object")
         except ProxyError as error:
             raise out.fail(error) from None
         except (RecursionError, ValueError):  # of values that cannot be written
@@ -6467,26 +6465,40 @@ FAULT_STATUS = {
 }
 
 
-def fault_of(error: Any, status: int = 502) -> UpstreamError:
+def fault_of(error: Any) -> UpstreamError:
     """The error that a provider's own error object in an event or answer stands for."""
-    if isinstance(error, str):
-        error = {"message": error}
-    error = mapping(error)
-    code, kind, message = error.get("code"), error.get("type"), error.get("message")
-    found = next((FAULT_STATUS[w] for w in (code, kind)
-                  if isinstance(w, str) and w in FAULT_STATUS), 0)
-    if type(code) is int and 400 <= code < 600:
-        found = found or code
-    text = message if isinstance(message, str) and message else "the provider sent an error"
-    return UpstreamError(text[:ERROR_TEXT_CHARS], status=found or status, type=UPSTREAM,
-                         code=word(code), kind=word(kind) or "")
+    error = {"message": error} if isinstance(error, str) else mapping(error)
+    code, kind = error.get("code"), word(error.get("type")) or ""
+    status = FAULT_STATUS.get(text_of(code)) or FAULT_STATUS.get(kind) or (
+        code if type(code) is int and 400 <= code < 600 else 502)
+    text = text_of(error.get("message")) or "the provider sent an error"
+    return UpstreamError(text[:ERROR_TEXT_CHARS], status=status, type=UPSTREAM, code=word(code),
+                         kind=kind)
+
+
+def url_citation(found: Json) -> list[Citation]:
+    """A source as OpenAI tells it; none without an address."""
+    url = found.get("url")
+    return [Citation(url, text_of(found.get("title")) or url, number(found.get("start_index")),
+                     number(found.get("end_index")))] if isinstance(url, str) else []
+
+
+def counter(*values: Any) -> int | None:
+    """The first of some usage counters that is there."""
+    return next((number(value) for value in values if value is not None), None)
 
 
 # -- reading Anthropic Messages (translation-responses.md 2.3, -chat.md 2.10)
 
-MESSAGES_STOPS = {"end_turn": "end", "stop_sequence": "sequence", "tool_use": "tool",
-                  "max_tokens": "length", "model_context_window_exceeded": "context",
-                  "compaction": "context", "pause_turn": "pause", "refusal": "refusal"}
+MESSAGES_STOPS = {"tool_use": "tool", "max_tokens": "length", "compaction": "context",
+                  "model_context_window_exceeded": "context", "pause_turn": "pause",
+                  "refusal": "refusal"}
+# What content blocks are, those with a text by the name of its member.
+BLOCK_KINDS = {"text": "text", "thinking": "thinking", "redacted_thinking": "thinking",
+               "tool_use": "call"}
+BLOCK_CARRIERS = {"thinking": ("at", "signature"), "redacted_thinking": ("ar", "data")}
+DELTA_TEXTS = {"text_delta": "text", "thinking_delta": "thinking",
+               "input_json_delta": "partial_json"}
 
 
 class MessagesReader(Reader):
@@ -6501,13 +6513,14 @@ class MessagesReader(Reader):
 
     def take(self, event: Json) -> None:
         """One event; unknown ones are no matter."""
-        kind = event.get("type")
+        kind, index = event.get("type"), event.get("index")
+        index = index if type(index) is int else key_of(index)
         if kind == "content_block_delta":
-            self.delta(event.get("index"), mapping(event.get("delta")))
+            self.delta(index, mapping(event.get("delta")))
         elif kind == "content_block_start":
-            self.start(event.get("index"), mapping(event.get("content_block")))
+            self.start(index, mapping(event.get("content_block")))
         elif kind == "content_block_stop":
-            self.stop(event.get("index"))
+            self.stop(index)
         elif kind == "message_start":
             message = mapping(event.get("message")) or event
             self.count(message.get("usage"))
@@ -6517,7 +6530,6 @@ class MessagesReader(Reader):
             self.count(event.get("usage"))
             self.reason = delta.get("stop_reason") or self.reason
             self.details = mapping(delta.get("stop_details")) or self.details
-            self.sequence = text_of(delta.get("stop_sequence"))
         elif kind == "message_stop":
             self.finish()
         elif kind == "error":
@@ -6525,76 +6537,53 @@ class MessagesReader(Reader):
 
     def count(self, usage: Any) -> None:
         """Take counters over; they are totals, and null says nothing."""
-        for name, value in mapping(usage).items():
-            if value is not None:
-                self.counts[name] = value
+        self.counts |= {name: n for name, n in mapping(usage).items() if n is not None}
 
-    def start(self, index: Any, block: Json) -> None:
+    def start(self, index: Any, block: Json) -> Segment:
         """A block begins."""
-        kind = block.get("type")
-        key = index if isinstance(index, (int, str)) else None
-        if key in self.blocks:
-            self.stop(key)
-        if kind == "text":
-            segment = self.out.open(Segment("text"))
-            self.say(segment, block.get("text"))
+        self.stop(index)
+        type_ = text_of(block.get("type"))
+        kind = BLOCK_KINDS.get(type_, "opaque")
+        segment = self.blocks[index] = self.out.open(Segment(
+            kind, text_of(block.get("id")), text_of(block.get("name")),
+            block if kind in ("call", "opaque") else None))
+        if type_ in BLOCK_CARRIERS:
+            carrier, member = BLOCK_CARRIERS[type_]
+            segment.thought = carrier, text_of(block.get(member))
+        if kind in ("text", "thinking"):
+            self.out.add(segment, block.get(kind))
             for citation in listing(block.get("citations")):
                 self.cite(segment, mapping(citation))
-        elif kind == "thinking":
-            segment = self.out.open(Segment("thinking"))
-            self.say(segment, block.get("thinking"))
-            segment.thought = ("at", text_of(block.get("signature")))
-        elif kind == "redacted_thinking":
-            segment = self.out.open(Segment("thinking"))
-            segment.thought = ("ar", text_of(block.get("data")))
-        elif kind == "tool_use":
-            segment = self.out.open(Segment("call", text_of(block.get("id")),
-                                            text_of(block.get("name")), block.get("input")))
-        else:
-            segment = self.out.open(Segment("opaque", raw=block))
-        self.blocks[key] = segment
-
-    def say(self, segment: Segment, text: Any) -> None:
-        """Text of a block, where there is some."""
-        if isinstance(text, str) and text:
-            self.out.add(segment, text)
+        return segment
 
     def delta(self, index: Any, delta: Json) -> None:
         """A piece of a block; a block that never began begins with it."""
-        kind = delta.get("type")
-        segment = self.blocks.get(index if isinstance(index, (int, str)) else None)
+        kind, segment = text_of(delta.get("type")), self.blocks.get(index)
         if segment is None:
             if kind not in ("text_delta", "thinking_delta"):
                 return
-            self.start(index, {"type": text_of(kind).removesuffix("_delta")})
-            segment = self.blocks[index if isinstance(index, (int, str)) else None]
-        if kind == "text_delta":
-            self.say(segment, delta.get("text"))
-        elif kind == "input_json_delta":
-            self.say(segment, delta.get("partial_json"))
-        elif kind == "thinking_delta":
-            self.say(segment, delta.get("thinking"))
+            segment = self.start(index, {"type": kind.removesuffix("_delta")})
+        if kind in DELTA_TEXTS:
+            self.out.add(segment, delta.get(DELTA_TEXTS[kind]))
         elif kind == "signature_delta":
-            segment.thought = ("at", text_of(delta.get("signature")))
+            segment.thought = "at", text_of(delta.get("signature"))
         elif kind == "citations_delta":
             self.cite(segment, mapping(delta.get("citation")))
 
     def cite(self, segment: Segment, citation: Json) -> None:
         """A source; only addresses can be told to clients of other protocols."""
-        url = citation.get("url") if citation.get("type") == "web_search_result_location" \
-            else citation.get("source")
-        if isinstance(url, str) and url.startswith(("http://", "https://")):
+        member = "url" if citation.get("type") == "web_search_result_location" else "source"
+        url = text_of(citation.get(member))
+        if url.startswith(("http://", "https://")):
             segment.citations.append(Citation(url, text_of(citation.get("title")) or url,
                                               quote=text_of(citation.get("cited_text"))))
 
     def stop(self, index: Any) -> None:
         """A block ends."""
-        segment = self.blocks.pop(index if isinstance(index, (int, str)) else None, None)
-        if segment is None:
+        if (segment := self.blocks.pop(index, None)) is None:
             return
         if segment.kind == "call" and not segment.text:
-            input = mapping(segment.raw)
-            self.out.add(segment, dump_arguments(input))
+            self.out.add(segment, dump_arguments(mapping(segment.raw.get("input"))))
         elif segment.kind == "opaque" and segment.text:
             segment.raw = {**segment.raw, "input": parse_arguments(segment.whole())}
         self.out.close(segment)
@@ -6608,9 +6597,8 @@ class MessagesReader(Reader):
         self.out.begin(None, None)
         self.out.usage = messages_usage(self.counts)
         reason = MESSAGES_STOPS.get(text_of(self.reason), "end")
-        said = self.details.get("explanation") if reason == "refusal" else None
-        self.out.finish(Stop(reason, text_of(said) or None,
-                             word(self.details.get("category"))))
+        said = text_of(self.details.get("explanation")) if reason == "refusal" else ""
+        self.out.finish(Stop(reason, said or None, word(self.details.get("category"))))
 
     def end(self, done: bool = False) -> None:
         """The stream ended: whole if the reason is known and no block is open."""
@@ -6623,18 +6611,16 @@ def messages_usage(counts: Json) -> Usage | None:
     """Usage as Anthropic counts it: cached tokens beside the input."""
     if not counts:
         return None
-    cached, written = (number(counts.get(f"cache_{what}_input_tokens"))
-                       for what in ("read", "creation"))
+    fresh, cached, written, output = (number(counts.get(f"{name}_tokens")) for name in (
+        "input", "cache_read_input", "cache_creation_input", "output"))
     thinking = mapping(counts.get("output_tokens_details")).get("thinking_tokens")
-    return Usage(number(counts.get("input_tokens")) + cached + written, cached, written,
-                 number(counts.get("output_tokens")),
-                 None if thinking is None else number(thinking), word(counts.get("service_tier")))
+    return Usage(fresh + cached + written, cached, written, output, counter(thinking),
+                 word(counts.get("service_tier")))
 
 
 # -- reading Chat Completions (translation-responses.md 4.3, -chat.md 3.9) ---
 
 CHAT_STOPS = {
-    "stop": "end", "eos": "end", "end_turn": "end", "complete": "end", "stop_sequence": "end",
     "tool_calls": "tool", "function_call": "tool", "tool_use": "tool", "length": "length",
     "max_tokens": "length", "max_output_tokens": "length", "model_length": "context",
     "model_context_window_exceeded": "context", "content_filter": "filter", "sensitive": "filter",
@@ -6643,36 +6629,31 @@ CHAT_STOPS = {
 PLAIN_DELTA = {"role", "content"}  # the members of nearly all chunks
 CHAT_FAULTS = ("error", "network_error", "abort", "cancelled", "insufficient_system_resource")
 
+
 class ChatCall:
-    """A tool call as fragments of it come in."""
+    """A tool call as fragments of it come in; its segment is opened when it has `begun`."""
 
-    __slots__ = ("braces", "custom", "id", "index", "name", "segment", "text")
+    __slots__ = ("begun", "braces", "custom", "id", "index", "name", "segment")
 
-    def __init__(self, index: Any) -> None:
-        self.index, self.id, self.name, self.custom = index, "", "", False
-        self.text: list[str] = []
+    def __init__(self, index: int | None) -> None:
+        self.index, self.id, self.name = index, "", ""
+        self.begun = self.custom = False
+        self.segment = Segment("call")
         self.braces = 0  # open ones, those in strings too: a quick no
-        self.segment: Segment | None = None
-
-    def whole(self) -> str:
-        """The arguments so far."""
-        if len(self.text) > 1:
-            self.text = ["".join(self.text)]
-        return self.text[0] if self.text else ""
 
     def complete(self) -> bool:
         """Whether the arguments are a whole JSON object."""
-        return self.braces <= 0 and bool(self.text) and is_object(self.whole())
+        return self.braces <= 0 and is_object(self.segment.whole())
 
 
 class ChatReader(Reader):
-    """Reads the stream of a Chat Completions provider."""
+    """Reads the stream of a Chat Completions provider. Its writers are serial."""
 
     def __init__(self, out: Writer, ctx: Context) -> None:
         super().__init__(out, ctx)
         self.open: Segment | None = None  # of text, refusal or thinking
         self.calls: list[ChatCall] = []
-        self.usage: Json | None = None
+        self.usage: Json = {}
         self.tier: str | None = None
         self.reason: str | None = None
         self.matched = ""  # the stop sequence, where the provider tells it
@@ -6681,7 +6662,7 @@ class ChatReader(Reader):
         self.spoke = False
         self.tags = "start" if ctx.caps.think_tags == "auto" else "off"
         self.held = ""  # of a text that may begin a tag
-        self.source: str | None = None  # the field that reasoning comes in
+        self.source = ""  # the field that reasoning comes in
         self.details: dict[Any, Json] = {}
         self.signatures: Json = {}
 
@@ -6694,28 +6675,21 @@ class ChatReader(Reader):
             if isinstance(one, dict) and one.get("index") in (0, None):
                 choice = one
                 break
-        usage = event.get("usage")
-        if choice is None or "usage" in choice or "x_groq" in event:
-            usage = (usage or mapping(choice).get("usage")
-                     or mapping(event.get("x_groq")).get("usage"))
-        if isinstance(usage, dict):
-            self.usage = usage
+        usage = event.get("usage") or (choice and choice.get("usage"))
+        if "x_groq" in event:
+            usage = usage or mapping(event["x_groq"]).get("usage")
+        self.usage = mapping(usage) or self.usage
         if "service_tier" in event:
             self.tier = word(event["service_tier"]) or self.tier
         if choice is not None:
             if not self.out.begun:
                 self.out.begin(event.get("id"), event.get("model"), event.get("created"))
             if self.reason is None:
-                delta = mapping(choice.get("delta") or choice.get("message"))
-                if delta.keys() <= PLAIN_DELTA and type(delta.get("content")) is str:
-                    if delta["content"]:
-                        self.content(delta["content"],
-                                     mapping(choice.get("logprobs")).get("content"))
-                else:
-                    self.delta(delta, choice)
+                self.delta(mapping(choice.get("delta") or choice.get("message")),
+                           mapping(choice.get("logprobs")).get("content"))
             if choice.get("finish_reason"):
                 self.finished(choice)
-        if self.reason is not None and self.usage is usage and usage:
+        if self.reason is not None and mapping(usage):
             self.finish()
 
     def finished(self, choice: Json) -> None:
@@ -6731,12 +6705,16 @@ class ChatReader(Reader):
         self.matched = (self.matched or text_of(choice.get("stop_reason"))
                         or text_of(choice.get("matched_stop")))
 
-    def delta(self, delta: Json, choice: Json) -> None:
+    def delta(self, delta: Json, logprobs: Any) -> None:
         """What a chunk adds: reasoning, text, refusal, calls, in this order."""
-        self.reasoning(delta)
+        plain = delta.keys() <= PLAIN_DELTA
+        if not plain:
+            self.reasoning(delta)
         content = delta.get("content")
-        if isinstance(content, str) and content:
-            self.content(content, mapping(choice.get("logprobs")).get("content"))
+        if type(content) is str:
+            self.content(content, logprobs)
+            if plain:
+                return
         parts = 0
         for part in map(mapping, listing(content)):
             if part.get("type") == "thinking":
@@ -6749,13 +6727,10 @@ class ChatReader(Reader):
                 self.say(text)
         if refusal := text_of(delta.get("refusal")):
             self.refusal.append(refusal)
-            self.segment("refusal", refusal)
+            self.out.add(self.segment("refusal"), refusal)
         for annotation in map(mapping, listing(delta.get("annotations"))):
-            inner = mapping(annotation.get("url_citation"))
-            if self.open and isinstance(inner.get("url"), str):
-                self.open.citations.append(Citation(
-                    inner["url"], text_of(inner.get("title")) or inner["url"],
-                    number(inner.get("start_index")), number(inner.get("end_index"))))
+            if self.open:
+                self.open.citations += url_citation(mapping(annotation.get("url_citation")))
         used: list[ChatCall] = []
         for call in map(mapping, listing(delta.get("tool_calls"))):
             self.call(call, used)
@@ -6766,16 +6741,14 @@ class ChatReader(Reader):
         """Reasoning text, in the first field that had some; its opaque part is collected."""
         texts = {name: text for name in ("reasoning_content", "reasoning", "thinking")
                  if (text := text_of(delta.get(name)))}
-        details = listing(delta.get("reasoning_details"))
-        for detail in map(mapping, details):
+        details = [mapping(detail) for detail in listing(delta.get("reasoning_details"))]
+        for detail in details:
             self.merge(detail)
-        if not texts and details:
-            found = "".join(text_of(mapping(d).get("text")) or text_of(mapping(d).get("summary"))
-                            for d in details)
-            texts = {"reasoning_details": found} if found else {}
-        if texts:
-            self.source = self.source if self.source in texts else self.source or next(iter(texts))
-            self.think(texts.get(self.source or "", ""), self.source or "")
+        if not texts:
+            texts["reasoning_details"] = "".join(
+                text_of(d.get("text")) or text_of(d.get("summary")) for d in details)
+        source = self.source or next(iter(texts))
+        self.think(texts.get(source, ""), source)
 
     def merge(self, detail: Json) -> None:
         """A piece of a reasoning detail: strings of growing members are joined."""
@@ -6792,11 +6765,10 @@ class ChatReader(Reader):
 
     def think(self, text: str, source: str) -> None:
         """Reasoning goes on."""
-        if not text:
-            return
-        self.source = self.source or source
-        self.tags = "off" if self.tags == "start" else self.tags
-        self.segment("thinking", text)
+        if text:
+            self.source = self.source or source
+            self.tags = "off" if self.tags == "start" else self.tags
+            self.out.add(self.segment("thinking"), text)
 
     def content(self, text: str, logprobs: Any) -> None:
         """Text, or reasoning between think tags at its start."""
@@ -6810,21 +6782,19 @@ class ChatReader(Reader):
             if bare.startswith(THINK):
                 self.tags, text = "inside", bare[len(THINK):].lstrip("\n")
         if self.tags == "inside":
-            text = self.held + text
-            before, tag, after = text.partition(END_THINK)
-            if tag:
-                self.held = ""
-                self.think(before.rstrip("\n"), "think")
-                self.close_open()
-                self.tags, text = "after", after
-            else:
+            before, tag, after = (self.held + text).partition(END_THINK)
+            if not tag:
+                # what may begin the tag, and line ends before it: not the reasoning's
                 keep_ = next((n for n in range(len(END_THINK) - 1, 0, -1)
-                              if text.endswith(END_THINK[:n])), 0)
-                while keep_ < len(text) and text[len(text) - keep_ - 1] == "\n":
-                    keep_ += 1  # line ends before the tag are not the reasoning's
-                self.held = text[len(text) - keep_:] if keep_ else ""
-                self.think(text[:len(text) - keep_], "think")
+                              if before.endswith(END_THINK[:n])), 0)
+                said = before[:len(before) - keep_].rstrip("\n")
+                self.held = before[len(said):]
+                self.think(said, "think")
                 return
+            self.held = ""
+            self.think(before.rstrip("\n"), "think")
+            self.close_open()
+            self.tags, text = "after", after
         if self.tags == "after":
             text = text.lstrip()
             self.tags = "off" if text else "after"
@@ -6834,59 +6804,57 @@ class ChatReader(Reader):
         """Text goes on; whitespace before anything else waits for what follows."""
         if not self.spoke and not text.strip():
             self.blank += text
-            return
-        if text:
-            segment = self.segment("text", "")
+        elif text:
+            segment = self.segment("text")
             if isinstance(logprobs, list) and logprobs:
                 segment.raw = logprobs
             self.out.add(segment, self.blank + text)
             self.blank = ""
 
-    def segment(self, kind: str, text: str) -> Segment:
-        """Text of a kind, in the open segment or a new one."""
+    def segment(self, kind: str) -> Segment:
+        """The open segment, if it is of this kind, or a new one."""
         if self.open is None or self.open.kind != kind:
             self.close_open()
             self.make_way()
             self.open = self.out.open(Segment(kind))
         self.spoke = self.spoke or kind != "thinking"
-        if text:
-            self.out.add(self.open, text)
         return self.open
 
     def close_open(self) -> None:
         """End the segment of text or reasoning that is open."""
-        if self.open is None:
-            return
-        if self.open.kind == "thinking":
-            self.open.thought = self.carrier(self.open)
-        self.out.close(self.open)
-        self.open = None
+        if self.open is not None:
+            if self.open.kind == "thinking":
+                self.open.thought = self.carrier(self.open.whole())
+            self.out.close(self.open)
+            self.open = None
 
-    def carrier(self, segment: Segment | None) -> tuple[str, Any]:
+    def carrier(self, text: str) -> tuple[str, str]:
         """Kind and body of the carrier of a stretch of reasoning."""
         if not self.details and not self.signatures:
             return "cr", self.source or "reasoning_content"
-        text = segment.whole() if segment else ""
-        details = [{name: value for name, value in detail.items()
-                    if not (name in ("text", "summary") and value == text)}
-                   for detail in self.details.values()]
-        body: Json = {"d": details}
+        body: Json = {"d": [{name: value for name, value in detail.items()
+                             if not (name in ("text", "summary") and value == text)}
+                            for detail in self.details.values()]}
         if self.signatures:
             body["t"] = self.signatures
         self.details, self.signatures = {}, {}
-        return "cd", body
+        return "cd", pack(body)
+
+    def leave_details(self) -> None:
+        """End what is open; opaque reasoning that is left has a segment of its own."""
+        self.close_open()
+        if self.details or self.signatures:
+            self.open = self.out.open(Segment("thinking"))
+            self.close_open()
 
     def make_way(self, beginning: ChatCall | None = None) -> None:
         """Something begins: so do calls that waited for arguments, and complete ones end."""
-        for call in self.calls:
-            if call is beginning:
-                break
-            if call.segment is None and call.name:
+        for call in itertools.takewhile(lambda c: c is not beginning, self.calls):
+            if call.name and not call.begun:
                 self.begin_call(call)
-        if self.out.serial:
-            for call in self.calls:
-                if call.segment and not call.segment.closed and call.complete():
-                    self.out.close(call.segment)
+        for call in self.calls:
+            if call.begun and not call.segment.closed and call.complete():
+                self.out.close(call.segment)
 
     def call(self, part: Json, used: list[ChatCall]) -> None:
         """A fragment of a tool call."""
@@ -6898,47 +6866,39 @@ class ChatReader(Reader):
         call = self.slot(part.get("index"), id, name, text, used)
         used.append(call)
         call.id = call.id or id
-        if name and call.segment is None and name != call.name:
+        if not call.begun and name != call.name:
             call.name = name if name.startswith(call.name) else call.name + name
         google = mapping(mapping(part.get("extra_content")).get("google"))
         if call.id and (signature := text_of(google.get("thought_signature"))):
             self.signatures[call.id] = signature
-        custom = "custom" in part
-        if custom and text:
-            call.text.append(text)
-        elif text := self.news(call, text):
-            call.text.append(text)
+        if "custom" in part:
+            call.custom = True
+        else:
+            text = self.news(call, text)
             call.braces += text.count("{") - text.count("}")
-        call.custom = call.custom or custom
-        if call.segment is None and call.name and call.text:
+        self.out.add(call.segment, text)
+        if not call.begun and call.name and call.segment.text:
             self.begin_call(call)
-        elif call.segment is not None and text:
-            self.out.add(call.segment, text)
-            if self.out.waiting() and call.complete():
-                self.out.close(call.segment)
+        elif call.begun and text and len(self.out.queue) > 1 and call.complete():
+            self.out.close(call.segment)
 
     def begin_call(self, call: ChatCall) -> None:
         """A call begins: its name is known, and arguments came or nothing more will."""
-        self.close_open()
+        self.leave_details()
         self.make_way(call)
-        self.blank, self.held = "", ""
-        self.spoke = True
-        if (self.details or self.signatures) and self.out.serial:
-            segment = self.out.open(Segment("thinking"))
-            segment.thought = self.carrier(None)
-            self.out.close(segment)
-        call.segment = self.out.open(Segment("custom" if call.custom else "call", call.id, call.name))
-        if call.text:
-            self.out.add(call.segment, call.whole())
+        self.blank, self.held, self.spoke, call.begun = "", "", True, True
+        call.segment.kind = "custom" if call.custom else "call"
+        call.segment.id, call.segment.name = call.id, call.name
+        self.out.open(call.segment)
 
     def news(self, call: ChatCall, text: str) -> str:
         """What of a fragment is new: some providers send all the arguments again each time."""
-        if call.text and text[-1:] == "}" and text == call.whole() and is_object(text):
-            return ""
-        before = call.whole() if len(text) >= 8 else ""
-        if len(before) >= 8 and before.startswith("{") and text.startswith(before):
-            return text[len(before):]
-        return text
+        if not text.startswith("{"):
+            return text  # the rule; looking at all arguments each time would take long
+        before = call.segment.whole()
+        again = text.startswith(before) and (
+            len(before) >= 8 or (text == before and is_object(text)))
+        return text[len(before):] if again else text
 
     def slot(self, index: Any, id: str, name: str, text: str, used: list[ChatCall]) -> ChatCall:
         """The call that a fragment belongs to, whatever the provider says or leaves out."""
@@ -6946,11 +6906,11 @@ class ChatReader(Reader):
         found: ChatCall | None = None
         if type(index) is int:
             found = next((c for c in reversed(self.calls) if c.index == index), None)
-            if found and id and found.id and id != found.id and name and (
-                    found.complete() or (not found.text and found.name)):
-                found = None
-            elif found and name and not id and text.strip() and found.complete() \
-                    and text != found.whole():
+            if found and name and (
+                    (id and found.id and id != found.id
+                     and (found.complete() or (found.name and not found.segment.text)))
+                    or (not id and text.strip() and found.complete()
+                        and text != found.segment.whole())):
                 found = None
         elif id:
             found = next((c for c in self.calls if c.id == id), None)
@@ -6961,32 +6921,21 @@ class ChatReader(Reader):
             self.calls.append(found)
         return found
 
-    def flush(self) -> None:
-        """All that was held comes out, and all segments end."""
-        if self.held or self.blank:
-            text, self.held = self.held, ""
-            if self.tags == "inside":
-                self.think(text.rstrip("\n"), "think")
-            elif text.strip() and self.tags == "start":
-                self.tags = "off"
-                self.say(text)
-        if (not self.details and not self.signatures) or self.open:
-            self.close_open()
-        if self.details or self.signatures:
-            self.close_open()
-            segment = self.out.open(Segment("thinking"))
-            segment.thought = self.carrier(None)
-            self.out.close(segment)
+    def finish(self) -> None:
+        """The answer is whole: all that was held comes out, and all segments end."""
+        text, self.held = self.held, ""
+        if self.tags == "inside":
+            self.think(text.rstrip("\n"), "think")
+        elif text.strip() and self.tags == "start":
+            self.tags = "off"
+            self.say(text)
+        self.leave_details()
         self.make_way()
         for call in self.calls:
-            if call.segment:
-                if not call.text:
-                    self.out.add(call.segment, "{}" if call.segment.kind == "call" else "")
+            if call.begun:
+                if call.segment.kind == "call" and not call.segment.text:
+                    self.out.add(call.segment, "{}")
                 self.out.close(call.segment)
-
-    def finish(self) -> None:
-        """The answer is whole."""
-        self.flush()
         self.out.begin(None, None)
         self.out.usage = chat_usage(self.usage, self.tier)
         stop = Stop(CHAT_STOPS.get((self.reason or "stop").lower(), "end"))
@@ -6997,40 +6946,44 @@ class ChatReader(Reader):
         self.out.finish(stop)
 
     def end(self, done: bool = False) -> None:
-        """[DONE] or the end of the bytes."""
-        if self.reason is None:
-            whole = all(call.complete() or not call.text for call in self.calls)
-            if not (done and whole and (self.spoke or self.open) and self.ctx.caps.lenient_done):
-                if done:
-                    raise broken("it emitted [DONE] before a terminal finish_reason")
-                raise cut_short("finish_reason")
+        """[DONE] or the end of the bytes: lenient where a whole answer has no finish_reason."""
+        whole = all(call.complete() or not call.segment.text for call in self.calls)
+        if self.reason is None and not (
+                done and whole and (self.spoke or self.open) and self.ctx.caps.lenient_done):
+            raise broken("it emitted [DONE] before a terminal finish_reason") if done \
+                else cut_short("finish_reason")
         self.finish()
 
 
-def chat_usage(usage: Json | None, tier: str | None) -> Usage | None:
+def chat_usage(usage: Json, tier: str | None) -> Usage | None:
     """Usage in the dialects of Chat providers (translation-chat.md 3.8)."""
     if not usage:
         return None
-    prompt, output = (mapping(usage.get(f"{what}_tokens_details"))
-                      for what in ("prompt", "completion"))
-    cached = next((number(v) for v in (
-        prompt.get("cached_tokens"), usage.get("prompt_cache_hit_tokens"),
-        usage.get("cached_tokens"), usage.get("cache_read_input_tokens")) if v is not None), 0)
-    written = next((number(v) for v in (
-        prompt.get("cache_write_tokens"), usage.get("cache_creation_tokens"),
-        usage.get("cache_creation_input_tokens")) if v is not None), 0)
-    reasoning = output.get("reasoning_tokens")
-    reasoning = None if reasoning is None else number(reasoning)
+    prompt = mapping(usage.get("prompt_tokens_details"))
+    cached = counter(prompt.get("cached_tokens"), usage.get("prompt_cache_hit_tokens"),
+                     usage.get("cached_tokens"), usage.get("cache_read_input_tokens"))
+    written = counter(prompt.get("cache_write_tokens"), usage.get("cache_creation_tokens"),
+                      usage.get("cache_creation_input_tokens"))
+    reasoning = counter(mapping(usage.get("completion_tokens_details")).get("reasoning_tokens"))
     sent, got, total = (number(usage.get(f"{what}_tokens"))
                         for what in ("prompt", "completion", "total"))
     if reasoning and total == sent + got + reasoning:
         got += reasoning  # xAI counts them beside the completion
-    return Usage(sent, cached, written, got, reasoning, tier, total)
+    return Usage(sent, cached or 0, written or 0, got, reasoning, tier, total)
 
 
 # -- reading Responses (translation-responses.md 3.3, 5.3) -------------------
 
 REFUSAL_CODES = ("invalid_prompt", "cyber_policy")
+PART_KINDS = {"output_text": "text", "refusal": "refusal"}
+CALL_ITEMS = {"function_call": "call", "custom_tool_call": "custom"}
+ENDS = ("response.completed", "response.incomplete", "response.failed", "response.cancelled")
+
+
+def place_of(event: Json, kind: str) -> tuple[Any, Any]:
+    """What tells the segment of an event from others: its item, and its content part or kind."""
+    part = kind if kind in ("thinking", "call") else key_of(event.get("content_index"))
+    return key_of(event.get("output_index")), part
 
 
 class ResponsesReader(Reader):
@@ -7038,225 +6991,164 @@ class ResponsesReader(Reader):
 
     def __init__(self, out: Writer, ctx: Context) -> None:
         super().__init__(out, ctx)
-        self.items: dict[Any, str] = {}  # kinds of items by output_index; "" once they are done
-        self.segments: dict[Any, Segment] = {}  # by (output_index, content_index or kind)
-        self.refused: list[str] = []
+        self.segments: dict[tuple[Any, Any], Segment] = {}  # by place_of()
+        self.over: set[Any] = set()  # output_index of whole items
         self.summaries: set[Any] = set()  # items whose summary came, so their raw text is not shown
-        self.has_call = self.lost = False  # an item that the client cannot be told was lost
+        self.lost = False  # an item that the client cannot be told
 
     def take(self, event: Json) -> None:
         """One event, by the table of its type; progress and unknown ones are no matter."""
-        kind = text_of(event.get("type"))
-        step = RESPONSES_STEPS.get(kind)
-        if kind in ("response.created", "response.queued", "response.in_progress"):
-            self.begin(event.get("response"))
-        elif step is not None:
+        type_ = text_of(event.get("type"))
+        if step := RESPONSES_STEPS.get(type_):
             self.out.begin(None, None)
-            step(self, event, event.get("output_index"))
-        elif kind in ("response.completed", "response.incomplete", "response.failed",
-                      "response.cancelled"):
-            self.terminal(mapping(event.get("response")), kind.removeprefix("response."))
-        elif kind == "error":
+            step[0](self, event, step[1])
+        elif type_ in ("response.created", "response.queued", "response.in_progress"):
+            self.begin(mapping(event.get("response")))
+        elif type_ in ENDS:
+            self.terminal(mapping(event.get("response")), type_.removeprefix("response."))
+        elif type_ == "error":
             raise fault_of(event.get("error") or event)
 
-    def begin(self, response: Any) -> None:
+    def begin(self, response: Json) -> None:
         """The first word about the answer."""
-        response = mapping(response)
         self.out.begin(response.get("id"), response.get("model"), response.get("created_at"))
 
-    # -- text
+    def segment(self, event: Json, kind: str) -> Segment:
+        """The segment that an event is about, a new one if it is the first."""
+        place = place_of(event, kind)
+        if place not in self.segments:
+            self.segments[place] = self.out.open(Segment(kind, name=f"item {place[0]}"))
+        return self.segments[place]
 
-    def part_added(self, event: Json, index: Any) -> None:
-        """A content part begins."""
-        if mapping(event.get("part")).get("type") in ("output_text", "refusal"):
-            self.text_segment(event, index, text_of(event["part"]["type"]))
-
-    def text_segment(self, event: Json, index: Any, kind: str) -> Segment:
-        """The segment of a content part."""
-        key = (key_of(index), key_of(event.get("content_index")))
-        if key not in self.segments:
-            self.items.setdefault(key[0], "message")
-            refusal = kind == "refusal"
-            self.segments[key] = self.out.open(
-                Segment("refusal" if refusal else "text", name=f"item {key[0]}"))
-        return self.segments[key]
-
-    def text_delta(self, event: Json, index: Any) -> None:
-        """Text goes on."""
+    def delta(self, event: Json, kind: str) -> None:
+        """A text, a refusal or a summary goes on."""
         if text := text_of(event.get("delta")):
-            segment = self.text_segment(event, index, "output_text")
-            if listing(event.get("logprobs")):
-                segment.raw = event["logprobs"]
+            segment = self.segment(event, kind)
+            segment.raw = listing(event.get("logprobs")) or segment.raw
             self.out.add(segment, text)
 
-    def text_done(self, event: Json, index: Any) -> None:
-        """A text is whole: what of it was not streamed comes now."""
-        if text := text_of(event.get("text")):
-            self.rest(self.text_segment(event, index, "output_text"), text)
+    def done(self, event: Json, kind: str) -> None:
+        """A text or a refusal is whole: what of it was not streamed comes now."""
+        if text := text_of(event.get(kind)):
+            self.rest(self.segment(event, kind), text)
 
-    def refusal_delta(self, event: Json, index: Any) -> None:
-        """A refusal goes on."""
-        if text := text_of(event.get("delta")):
-            self.refused.append(text)
-            self.out.add(self.text_segment(event, index, "refusal"), text)
+    def rest(self, segment: Segment, text: str) -> None:
+        """Add what `text` has beyond what was streamed."""
+        before = segment.whole()
+        if not segment.closed and text.startswith(before):
+            self.out.add(segment, text[len(before):])
 
-    def refusal_done(self, event: Json, index: Any) -> None:
-        """A refusal is whole."""
-        if text := text_of(event.get("refusal")):
-            segment = self.text_segment(event, index, "refusal")
-            self.refused.append(self.rest(segment, text))
-
-    def annotation(self, event: Json, index: Any) -> None:
+    def annotation(self, event: Json, kind: str) -> None:
         """A source of a text."""
         found = mapping(event.get("annotation"))
-        if found.get("type") == "url_citation" and isinstance(found.get("url"), str):
-            segment = self.text_segment(event, index, "output_text")
-            segment.citations.append(Citation(
-                found["url"], text_of(found.get("title")) or found["url"],
-                number(found.get("start_index")), number(found.get("end_index"))))
+        if found.get("type") == "url_citation" and (citations := url_citation(found)):
+            self.segment(event, kind).citations += citations
 
-    def part_done(self, event: Json, index: Any) -> None:
-        """A content part is whole."""
+    def part_added(self, event: Json, _: str) -> None:
+        """A content part begins."""
+        if kind := PART_KINDS.get(text_of(mapping(event.get("part")).get("type"))):
+            self.segment(event, kind)
+
+    def part_done(self, event: Json, _: str) -> None:
+        """A content part is whole, with all that is in it; an empty one need not begin for that."""
         part = mapping(event.get("part"))
-        if part.get("type") not in ("output_text", "refusal"):
+        kind = PART_KINDS.get(text_of(part.get("type")), "")
+        text = text_of(part.get(kind))
+        if not kind or not (text or place_of(event, kind) in self.segments):
             return
-        self.whole_part(part, {"content_index": event.get("content_index")}, index)
-
-    def whole_part(self, part: Json, event: Json, index: Any) -> None:
-        """A content part with all that is in it."""
-        kind = text_of(part.get("type"))
-        text = text_of(part.get("refusal" if kind == "refusal" else "text"))
-        key = (key_of(index), key_of(event.get("content_index")))
-        if not text and key not in self.segments:
-            return
-        segment = self.text_segment(event, index, kind)
-        if segment.closed:
-            return
-        if not segment.citations:
+        segment = self.segment(event, kind)
+        if not segment.closed and not segment.citations:
             for annotation in listing(part.get("annotations")):
-                self.annotation({**event, "annotation": annotation}, index)
-        if listing(part.get("logprobs")) and not segment.raw:
-            segment.raw = part["logprobs"]
-        new = self.rest(segment, text)
-        if kind == "refusal":
-            self.refused.append(new)
+                self.annotation({**event, "annotation": annotation}, kind)
+        segment.raw = segment.raw or listing(part.get("logprobs"))
+        self.rest(segment, text)
         self.out.close(segment)
-
-    def rest(self, segment: Segment, text: str) -> str:
-        """Add what `text` has beyond what was streamed; return that."""
-        before = segment.whole()
-        if segment.closed or not text.startswith(before) or len(text) == len(before):
-            return ""
-        self.out.add(segment, text[len(before):])
-        return text[len(before):]
 
     # -- reasoning
 
-    def thinking_segment(self, index: Any) -> Segment:
-        """The segment of a reasoning item."""
-        key = (key_of(index), "thinking")
-        if key not in self.segments:
-            self.items.setdefault(key[0], "reasoning")
-            self.segments[key] = self.out.open(Segment("thinking"))
-        return self.segments[key]
-
-    def summary_added(self, event: Json, index: Any) -> None:
+    def summary_added(self, event: Json, kind: str) -> None:
         """A further part of a summary begins."""
-        segment = self.segments.get((key_of(index), "thinking"))
+        segment = self.segments.get(place_of(event, kind))
         if segment and segment.text and number(event.get("summary_index")):
             self.out.add(segment, "\n\n")
 
-    def summary_delta(self, event: Json, index: Any) -> None:
+    def summary_delta(self, event: Json, kind: str) -> None:
         """A summary goes on."""
-        if text := text_of(event.get("delta")):
-            self.summaries.add(key_of(index))
-            self.out.add(self.thinking_segment(index), text)
+        if event.get("delta"):
+            self.summaries.add(key_of(event.get("output_index")))
+        self.delta(event, kind)
 
-    def raw_delta(self, event: Json, index: Any) -> None:
+    def raw_delta(self, event: Json, kind: str) -> None:
         """Raw reasoning goes on, shown while there is no summary."""
-        if key_of(index) not in self.summaries and (text := text_of(event.get("delta"))):
-            self.out.add(self.thinking_segment(index), text)
+        if key_of(event.get("output_index")) not in self.summaries:
+            self.delta(event, kind)
 
-    def end_reasoning(self, item: Json, index: Any) -> None:
+    def end_reasoning(self, event: Json, item: Json) -> None:
         """A reasoning item is whole: its carrier closes it."""
-        texts = [text_of(mapping(p).get("text")) for p in listing(item.get("summary"))] or [
-            text_of(mapping(p).get("text")) for p in listing(item.get("content"))]
+        texts = [text_of(mapping(part).get("text"))
+                 for part in listing(item.get("summary")) or listing(item.get("content"))]
         text, sealed = "\n\n".join(filter(None, texts)), text_of(item.get("encrypted_content"))
-        if not text and not sealed and (key_of(index), "thinking") not in self.segments:
-            return
-        segment = self.thinking_segment(index)
-        self.rest(segment, text)
-        segment.thought = ("or", f"{text_of(item.get('id'))}:{sealed}")
-        self.out.close(segment)
+        if text or sealed or place_of(event, "thinking") in self.segments:
+            segment = self.segment(event, "thinking")
+            self.rest(segment, text)
+            segment.thought = "or", f"{text_of(item.get('id'))}:{sealed}"
+            self.out.close(segment)
 
-    # -- calls
+    # -- calls and other items
 
-    def item_added(self, event: Json, index: Any) -> None:
-        """An item begins; calls once their name is known."""
-        item, key = mapping(event.get("item")), key_of(index)
-        if key in self.items:
-            return
-        self.items[key] = text_of(item.get("type"))
-        if item.get("type") == "reasoning":
-            return
-        if item.get("name") and item.get("call_id"):
-            self.call_segment(item, index)
+    def call_segment(self, event: Json, item: Json) -> Segment | None:
+        """The segment of a call; None for an item that is no call, or has no name."""
+        place, kind = place_of(event, "call"), CALL_ITEMS.get(text_of(item.get("type")))
+        if place not in self.segments and kind and item.get("name"):
+            name = full_name(text_of(item.get("namespace")), text_of(item["name"]))
+            self.segments[place] = self.out.open(Segment(kind, text_of(item.get("call_id")), name))
+        return self.segments.get(place)
 
-    def call_segment(self, item: Json, index: Any) -> Segment | None:
-        """The segment of a call item; None for an item that is no call, or has no name."""
-        key, kind = (key_of(index), "call"), item.get("type")
-        if key in self.segments:
-            return self.segments[key]
-        if kind not in ("function_call", "custom_tool_call") or not item.get("name"):
-            return None
-        name = full_name(text_of(item.get("namespace")), text_of(item["name"]))
-        self.has_call = True
-        self.segments[key] = self.out.open(Segment(
-            "custom" if kind == "custom_tool_call" else "call", text_of(item.get("call_id")), name))
-        return self.segments[key]
-
-    def call_delta(self, event: Json, index: Any) -> None:
+    def call_delta(self, event: Json, kind: str) -> None:
         """Arguments go on."""
-        segment = self.segments.get((key_of(index), "call"))
-        if segment and (text := text_of(event.get("delta"))):
-            self.out.add(segment, text)
+        if segment := self.segments.get(place_of(event, kind)):
+            self.out.add(segment, event.get("delta"))
 
-    def call_done(self, event: Json, index: Any) -> None:
-        """Arguments are whole."""
-        segment = self.segments.get((key_of(index), "call"))
-        text = text_of(event.get("arguments")) or text_of(event.get("input"))
-        if segment and text not in ("", "{}"):
+    def call_done(self, event: Json, kind: str) -> None:
+        """Arguments are whole, as an event or an item tells them; {} may mean that it does not."""
+        segment = self.segments.get(place_of(event, kind))
+        told = mapping(event.get("item")) or event
+        text = text_of(told.get("arguments")) or text_of(told.get("input"))
+        if segment and text != "{}":
             self.rest(segment, text)
 
-    def item_done(self, event: Json, index: Any) -> None:
+    def item_added(self, event: Json, _: str) -> None:
+        """An item begins; calls once their name is known."""
+        item = mapping(event.get("item"))
+        if item.get("call_id") and key_of(event.get("output_index")) not in self.over:
+            self.call_segment(event, item)
+
+    def item_done(self, event: Json, _: str) -> None:
         """An item is whole, whether or not it was seen to begin."""
-        item, key = mapping(event.get("item")), key_of(index)
-        kind = text_of(item.get("type"))
-        if self.items.get(key) == "":
+        item, index = mapping(event.get("item")), key_of(event.get("output_index"))
+        kind = item.get("type")
+        if index in self.over:
             return
-        self.items[key] = ""
+        self.over.add(index)
         if kind == "reasoning":
-            self.end_reasoning(item, index)
+            self.end_reasoning(event, item)
         elif kind == "message":
-            for k, part in enumerate(map(mapping, listing(item.get("content")))):
-                if part.get("type") in ("output_text", "refusal"):
-                    self.whole_part(part, {"content_index": k}, index)
-            self.close_all(key)
-        elif (segment := self.call_segment(item, index)) is not None:
-            text = text_of(item.get("arguments")) or text_of(item.get("input"))
-            if text not in ("", "{}"):
-                self.rest(segment, text)
+            for k, part in enumerate(listing(item.get("content"))):
+                self.part_done({"output_index": index, "content_index": k, "part": part}, "")
+            self.close_all(index)
+        elif segment := self.call_segment(event, item):
+            self.call_done(event, "call")
             self.out.close(segment)
         elif kind == "web_search_call" and self.ctx.web_search:
-            self.segments[key, "search"] = self.out.open(Segment("search", raw=item))
-            self.out.close(self.segments[key, "search"])
+            self.segments[index, "search"] = self.out.open(Segment("search", raw=item))
+            self.out.close(self.segments[index, "search"])
         else:
             self.lost = True
 
-    def close_all(self, key: Any = ABSENT) -> None:
+    def close_all(self, item: Any = ABSENT) -> None:
         """End the open segments of an item, or of all."""
         for (index, _), segment in self.segments.items():
-            if key is ABSENT or index == key:
+            if item is ABSENT or index == item:
                 self.out.close(segment)
 
     # -- the end
@@ -7268,10 +7160,9 @@ class ResponsesReader(Reader):
         refused = kind == "failed" and error.get("code") in REFUSAL_CODES
         if refused or kind in ("completed", "incomplete"):
             for i, item in enumerate(map(mapping, listing(response.get("output")))):
-                if self.items.get(i) != "":
-                    cut = item.get("status") == "incomplete" and "call" in text_of(item.get("type"))
-                    if not (cut and not is_object(text_of(item.get("arguments")))):
-                        self.item_done({"item": item}, i)
+                cut = item.get("status") == "incomplete" and "call" in text_of(item.get("type"))
+                if not cut or is_object(text_of(item.get("arguments"))):
+                    self.item_done({"item": item, "output_index": i}, "")
         self.out.usage = responses_usage(response.get("usage"), word(response.get("service_tier")))
         if self.lost and not self.segments:
             raise broken("it holds nothing that this client can be told")
@@ -7288,9 +7179,10 @@ class ResponsesReader(Reader):
         reason = mapping(response.get("incomplete_details")).get("reason")
         if kind == "incomplete" and reason != "steered":
             return Stop("filter" if reason == "content_filter" else "length")
-        if self.has_call:
+        segments = self.segments.values()
+        if any(segment.kind in ("call", "custom") for segment in segments):
             return Stop("tool")
-        if refused := "".join(self.refused):
+        if refused := "".join(s.whole() for s in segments if s.kind == "refusal"):
             return Stop("refusal", refused)
         return Stop("pause" if response.get("end_turn") is False else "end")
 
@@ -7299,24 +7191,25 @@ class ResponsesReader(Reader):
         raise cut_short("response.completed")
 
 
-RESPONSES_STEPS: dict[str, Callable[[ResponsesReader, Json, Any], None]] = {
-    "response.content_part.added": ResponsesReader.part_added,
-    "response.content_part.done": ResponsesReader.part_done,
-    "response.output_text.delta": ResponsesReader.text_delta,
-    "response.output_text.done": ResponsesReader.text_done,
-    "response.output_text.annotation.added": ResponsesReader.annotation,
-    "response.refusal.delta": ResponsesReader.refusal_delta,
-    "response.refusal.done": ResponsesReader.refusal_done,
-    "response.reasoning_summary_part.added": ResponsesReader.summary_added,
-    "response.reasoning_summary_text.delta": ResponsesReader.summary_delta,
-    "response.reasoning_text.delta": ResponsesReader.raw_delta,
-    "response.reasoning.delta": ResponsesReader.raw_delta,
-    "response.function_call_arguments.delta": ResponsesReader.call_delta,
-    "response.function_call_arguments.done": ResponsesReader.call_done,
-    "response.custom_tool_call_input.delta": ResponsesReader.call_delta,
-    "response.custom_tool_call_input.done": ResponsesReader.call_done,
-    "response.output_item.added": ResponsesReader.item_added,
-    "response.output_item.done": ResponsesReader.item_done,
+# What an event does, and to which kind of segment.
+RESPONSES_STEPS: dict[str, tuple[Callable[[ResponsesReader, Json, str], None], str]] = {
+    "response.content_part.added": (ResponsesReader.part_added, ""),
+    "response.content_part.done": (ResponsesReader.part_done, ""),
+    "response.output_text.delta": (ResponsesReader.delta, "text"),
+    "response.output_text.done": (ResponsesReader.done, "text"),
+    "response.output_text.annotation.added": (ResponsesReader.annotation, "text"),
+    "response.refusal.delta": (ResponsesReader.delta, "refusal"),
+    "response.refusal.done": (ResponsesReader.done, "refusal"),
+    "response.reasoning_summary_part.added": (ResponsesReader.summary_added, "thinking"),
+    "response.reasoning_summary_text.delta": (ResponsesReader.summary_delta, "thinking"),
+    "response.reasoning_text.delta": (ResponsesReader.raw_delta, "thinking"),
+    "response.reasoning.delta": (ResponsesReader.raw_delta, "thinking"),
+    "response.function_call_arguments.delta": (ResponsesReader.call_delta, "call"),
+    "response.function_call_arguments.done": (ResponsesReader.call_done, "call"),
+    "response.custom_tool_call_input.delta": (ResponsesReader.call_delta, "call"),
+    "response.custom_tool_call_input.done": (ResponsesReader.call_done, "call"),
+    "response.output_item.added": (ResponsesReader.item_added, ""),
+    "response.output_item.done": (ResponsesReader.item_done, ""),
 }
 
 
@@ -7324,12 +7217,11 @@ def responses_usage(usage: Any, tier: str | None) -> Usage | None:
     """Usage as the Responses API counts it."""
     if not isinstance(usage, dict):
         return None
-    sent, got = mapping(usage.get("input_tokens_details")), mapping(
-        usage.get("output_tokens_details"))
-    reasoning = got.get("reasoning_tokens")
+    sent, got = (mapping(usage.get(f"{way}_tokens_details")) for way in ("input", "output"))
     return Usage(number(usage.get("input_tokens")), number(sent.get("cached_tokens")),
                  number(sent.get("cache_write_tokens")), number(usage.get("output_tokens")),
-                 None if reasoning is None else number(reasoning), tier)
+                 counter(got.get("reasoning_tokens")), tier)
+
 
 # -- writing Responses (translation-responses.md 2.2, 2.3, 4.2, 4.3) ---------
 
@@ -7342,71 +7234,70 @@ INPUT_BEGINS = re.compile(r'\s*\{\s*"input"\s*:\s*"')
 class InputDecoder:
     """Takes the text out of {"input": "..."} while it comes in (translation-responses.md 2.3.3)."""
 
-    __slots__ = ("began", "ended", "off", "rest", "sent")
+    __slots__ = ("began", "off", "rest", "sent")
 
     def __init__(self) -> None:
         self.rest, self.sent = "", cast("list[str]", [])
-        self.began = self.ended = self.off = False
+        self.began = self.off = False  # off: ended, or not of this form
 
     def feed(self, text: str) -> str:
         """What can be said of the text with one more fragment."""
-        if self.off or self.ended:
+        if self.off:
             return ""
         self.rest += text
         if not self.began:
             match = INPUT_BEGINS.match(self.rest)
             if not match:
-                self.off = len(self.rest) > 64 or (bool(self.rest.strip()) and not \
-                    '{"input":"'.startswith(re.sub(r"\s", "", self.rest)))
+                bare = re.sub(r"\s", "", self.rest)
+                self.off = len(self.rest) > 64 or not '{"input":"'.startswith(bare)
                 return ""
             self.began, self.rest = True, self.rest[match.end():]
         piece = STRING_PIECE.match(self.rest)
         assert piece
         self.rest = self.rest[piece.end():]
-        self.ended = self.rest.startswith('"')
-        found: str = LOOSE_DECODER.decode(f'"{piece[0]}"') if piece[0] else ""
-        if found:
-            self.sent.append(found)
+        self.off = self.rest.startswith('"')
+        found: str = LOOSE_DECODER.decode(f'"{piece[0]}"')
+        self.sent.append(found)
         return found
 
     def close(self, whole: str) -> tuple[str, str]:
         """The input by all the arguments, and what of it was not said yet."""
         sent, value = "".join(self.sent), loose_json(whole)
+        found: Any = sent if self.began else whole
         if isinstance(value, dict):
             found = value.get("input")
             if not isinstance(found, str):
-                texts = [v for v in value.values() if isinstance(v, str)]
-                found = texts[0] if len(value) == 1 and texts else compact(value)
-        else:
-            found = whole if not self.began else sent
+                only = next(iter(value.values()), None)
+                found = only if len(value) == 1 and isinstance(only, str) else compact(value)
         return (found, found[len(sent):]) if found.startswith(sent) else (sent, "")
 
 
-# What restores the calls of built-in tools from their arguments: item type and member.
+# What restores the calls of built-in tools from their arguments; None where those do not fit.
+
+def are_texts(value: Any) -> bool:
+    """Whether a value is an array of strings."""
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
 def shell_action(input: Json) -> Json | None:
     """The action of a local_shell_call."""
-    command = input.get("command")
-    if not isinstance(command, list) or not all(isinstance(c, str) for c in command):
-        return None
-    return {"action": {"type": "exec", "command": command, "env": mapping(input.get("env")),
-                       "timeout_ms": input.get("timeout_ms"),
-                       "working_directory": input.get("workdir"), "user": None}}
+    return {"action": {
+        "type": "exec", "command": input["command"], "env": mapping(input.get("env")),
+        "timeout_ms": input.get("timeout_ms"), "working_directory": input.get("workdir"),
+        "user": None}} if are_texts(input.get("command")) else None
 
 
 def commands_action(input: Json) -> Json | None:
     """The action of a shell_call."""
-    commands = input.get("commands")
-    if not isinstance(commands, list) or not all(isinstance(c, str) for c in commands):
-        return None
-    return {"action": {"commands": commands, "timeout_ms": input.get("timeout_ms"),
-                       "max_output_length": input.get("max_output_length")}}
+    names = ("commands", "timeout_ms", "max_output_length")
+    return ({"action": {name: input.get(name) for name in names}}
+            if are_texts(input.get("commands")) else None)
 
 
 def patch_operation(input: Json) -> Json | None:
     """The operation of an apply_patch_call."""
-    if not all(isinstance(input.get(key), str) for key in ("type", "path")):
-        return None
-    return {"operation": {key: input[key] for key in ("type", "path", "diff") if key in input}}
+    return ({"operation": {key: input[key] for key in ("type", "path", "diff") if key in input}}
+            if are_texts([input.get("type"), input.get("path")]) else None)
 
 
 def search_arguments(input: Json) -> Json | None:
@@ -7419,36 +7310,50 @@ class CallForm(NamedTuple):
 
     type: str
     prefix: str  # of item ids
-    restore: Callable[[Json], Json | None] | None = None
+    member: str = ""  # that grows; else the call is restored when it is whole
+    restore: Callable[[Json], Json | None] = search_arguments
 
 
 CALL_FORMS = {
-    "function": CallForm("function_call", "fc"),
-    "custom": CallForm("custom_tool_call", "ctc"),
-    "local_shell": CallForm("local_shell_call", "lsh", shell_action),
-    "shell": CallForm("shell_call", "sh", commands_action),
-    "apply_patch": CallForm("apply_patch_call", "apc", patch_operation),
-    "tool_search": CallForm("tool_search_call", "ts", search_arguments),
+    "function": CallForm("function_call", "fc", "arguments"),
+    "custom": CallForm("custom_tool_call", "ctc", "input"),
+    "local_shell": CallForm("local_shell_call", "lsh", restore=shell_action),
+    "shell": CallForm("shell_call", "sh", restore=commands_action),
+    "apply_patch": CallForm("apply_patch_call", "apc", restore=patch_operation),
+    "tool_search": CallForm("tool_search_call", "ts", restore=search_arguments),
 }
+# Why an answer was cut off, by the reason of its end.
+INCOMPLETE = {"length": "max_output_tokens", "context": "max_output_tokens",
+              "filter": "content_filter"}
+
+
+def new_part(kind: str) -> Json:
+    """An empty content part of a text or a refusal."""
+    return ({"type": "refusal", "refusal": ""} if kind == "refusal" else
+            {"type": "output_text", "text": "", "annotations": [], "logprobs": []})
 
 
 class ResponsesWriter(Writer):
-    """Writes the stream of a Responses client, and with its last event the whole answer."""
+    """Writes the stream of a Responses client, and with its last event the whole answer.
+
+    A segment's `item` is its output item, of text and refusals the content part; `where` is what
+    all its events name it by.
+    """
 
     def __init__(self, ctx: Context) -> None:
         super().__init__(ctx)
         self.sequence = 0
         self.output: list[Json] = []
-        self.message: Json | None = None  # the open message item
-        self.message_index = 0
-        self.blocks: list[Json] = []  # opaque ones that await their carrier
+        # open items, with their place in the output
+        self.message: tuple[Json, int] | None = None
         self.search: tuple[Json, int] | None = None
+        self.blocks: list[Json] = []  # opaque ones that await their carrier
         self.base: Json = {}
 
-    def emit(self, type_: str, **more: Any) -> None:
+    def emit(self, type_: str, where: Json, **more: Any) -> None:
         """One event, numbered."""
-        more["type"] = type_
-        more["sequence_number"] = self.sequence
+        more |= where
+        more["type"], more["sequence_number"] = type_, self.sequence
         self.sequence += 1
         self.events.append(more)
 
@@ -7456,260 +7361,203 @@ class ResponsesWriter(Writer):
         """created and in_progress, with what the request said."""
         ctx = self.ctx
         self.bare = bare_id(id) or sha(f"{compact(ctx.echo)}{ctx.now}")[:24]
-        self.base = {"id": f"resp_{(id or self.bare).removeprefix('resp_')}", "object": "response",
-                     "created_at": created, "completed_at": None, "status": "in_progress", "error": None,
-                     "incomplete_details": None, **(ctx.echo or ECHOED), "model": model,
-                     "output": [], "usage": None, "store": False, "background": False,
-                     "previous_response_id": None}
-        self.emit("response.created", response=self.base)
-        self.emit("response.in_progress", response=self.base)
+        self.base = {
+            "id": f"resp_{(id or self.bare).removeprefix('resp_')}", "object": "response",
+            "created_at": created, "completed_at": None, "status": "in_progress", "error": None,
+            "incomplete_details": None, **(ctx.echo or ECHOED), "model": model, "output": [],
+            "usage": None, "store": False, "background": False, "previous_response_id": None}
+        for step in ("created", "in_progress"):
+            self.emit(f"response.{step}", {"response": self.base})
 
-    def item_id(self, prefix: str, index: int) -> str:
-        """The id of an item, within 64 characters."""
-        id = f"{prefix}_{self.bare}_{index}"
-        return id if len(id) <= 64 else f"{id[:43]}_{sha(id)[:20]}"
+    # -- items
 
-    def add_item(self, item: Json) -> int:
-        """A new item's place in the output."""
+    def open_item(self, prefix: str, type_: str, hidden: bool = False,
+                  **more: Any) -> tuple[Json, int]:
+        """A new item of the output, announced if it is not `hidden`; and its place."""
+        index = len(self.output)
+        item = {"id": short_call_id(f"{prefix}_{self.bare}_{index}"), "type": type_,
+                "status": "in_progress", **more}
         self.output.append(item)
-        return len(self.output) - 1
+        if not hidden:
+            self.emit("response.output_item.added", {"output_index": index}, item=dict(item))
+        return item, index
+
+    def close_item(self, item: Json, index: int, status: str = "completed") -> None:
+        """An item is whole."""
+        item["status"] = status
+        self.emit("response.output_item.done", {"output_index": index}, item=item)
+
+    def end_message(self, status: str = "completed") -> None:
+        """The open message is whole."""
+        if self.message:
+            self.close_item(*self.message, status)
+            self.message = None
 
     # -- segments
 
     def start(self, segment: Segment) -> None:
-        """Open what a segment is in, and close what it is not in."""
+        """Open what a segment is in, and close what it is not in; texts wait for some text."""
         kind = segment.kind
         if kind not in ("text", "refusal"):
-            self.end_message("completed")
+            self.end_message()
         if kind != "opaque":
             self.end_opaque()
         if kind == "thinking":
-            segment.index = self.add_item(item := {
-                "id": "", "type": "reasoning", "summary": [], "status": "in_progress"})
-            item["id"] = self.item_id("rs", segment.index)
-            self.emit("response.output_item.added", output_index=segment.index, item=dict(item))
-            segment.item = item
+            segment.item, index = self.open_item("rs", "reasoning", summary=[])
+            segment.where = {"item_id": segment.item["id"], "output_index": index,
+                             "summary_index": 0}
         elif kind in ("call", "custom"):
             self.start_call(segment)
 
     def start_part(self, segment: Segment) -> None:
         """A content part, in a message that is opened for it if none is."""
         if self.message is None:
-            self.message_index = self.add_item({})
-            self.message = {"id": self.item_id("msg", self.message_index), "type": "message",
-                            "role": "assistant", "status": "in_progress", "content": []}
-            self.output[self.message_index] = self.message
-            self.emit("response.output_item.added", output_index=self.message_index,
-                      item={**self.message, "content": []})
-        segment.index, segment.item = len(self.message["content"]), self.message
-        def empty() -> Json:
-            return ({"type": "refusal", "refusal": ""} if segment.kind == "refusal" else
-                    {"type": "output_text", "text": "", "annotations": [], "logprobs": []})
-
-        self.message["content"].append(empty())
-        self.emit("response.content_part.added", item_id=self.message["id"],
-                  output_index=self.message_index, content_index=segment.index, part=empty())
+            self.message = self.open_item("msg", "message", role="assistant", content=[])
+            self.message[0]["content"] = []  # not the list that was announced
+        (item, index), segment.item = self.message, new_part(segment.kind)
+        segment.where = {"item_id": item["id"], "output_index": index,
+                         "content_index": len(item["content"])}
+        item["content"].append(segment.item)
+        self.emit("response.content_part.added", segment.where, part=new_part(segment.kind))
 
     def start_call(self, segment: Segment) -> None:
         """A call item; those of built-in tools are held until they are whole."""
-        self.calls += 1
         tool = self.tool_of(segment.name)
-        kind = tool.kind if tool else "custom" if segment.kind == "custom" else "function"
-        form = CALL_FORMS.get(kind, CALL_FORMS["function"])
-        segment.index = self.add_item({})
-        item: Json = {"id": self.item_id(form.prefix, segment.index), "type": form.type,
-                      "status": "in_progress", "call_id": self.call_id(segment)}
-        if form.restore is None:
-            item["name"] = tool.name if tool else segment.name
+        form = segment.form = CALL_FORMS.get(tool.kind if tool else segment.kind,
+                                             CALL_FORMS["function"])
+        more = {"call_id": self.call_id(segment.id)}
+        if form.member:
+            more |= {"name": tool.name if tool else segment.name, form.member: ""}
             if tool and tool.space:
-                item["namespace"] = tool.space
-            item["input" if form.type == "custom_tool_call" else "arguments"] = ""
-            self.emit("response.output_item.added", output_index=segment.index, item=dict(item))
-        if form.type == "custom_tool_call" and segment.kind == "call":
+                more["namespace"] = tool.space
+        if form.member == "input" and segment.kind == "call":
             segment.decoder = InputDecoder()
-        segment.item = self.output[segment.index] = item
+        segment.item, index = self.open_item(form.prefix, form.type, not form.member, **more)
+        segment.where = {"item_id": segment.item["id"], "output_index": index}
 
     def tool_of(self, name: str) -> Tool | None:
         """The declared tool of a name that the model used, whatever the case of its letters."""
-        if name in self.ctx.tools:
-            return self.ctx.tools[name]
-        alike = [tool for wire, tool in self.ctx.tools.items() if wire.lower() == name.lower()]
+        tools = self.ctx.tools
+        alike = [tools[name]] if name in tools else [
+            tool for wire, tool in tools.items() if wire.lower() == name.lower()]
         return alike[0] if len(alike) == 1 else None
 
-    def call_id(self, segment: Segment) -> str:
+    def call_id(self, id: str) -> str:
         """The provider's id of a call; a new one where it has none, or used it before."""
-        ids = self.ctx.ids
-        id = segment.id
-        if self.ctx.provider == CHAT.word and (not id or id in ids):
-            id = "call_" + sha(f"{self.base['id']}{segment.index}")[:24]
-        ids.add(id)
+        if self.ctx.provider == CHAT.word and (not id or id in self.ctx.ids):
+            id = "call_" + sha(f"{self.base['id']}{len(self.output)}")[:24]
+        self.ctx.ids.add(id)
         return id
 
     def write(self, segment: Segment, text: str) -> None:
         """A delta of whatever is open."""
         kind = segment.kind
-        if kind in ("text", "refusal") and segment.index < 0:
+        if kind in ("text", "refusal") and not segment.where:
             self.start_part(segment)
         if kind == "text":
             logprobs, segment.raw = segment.raw or [], None
-            if logprobs:
-                segment.item["content"][segment.index]["logprobs"] += logprobs
-            self.emit("response.output_text.delta", item_id=segment.item["id"],
-                      output_index=self.message_index, content_index=segment.index,
-                      delta=text, logprobs=logprobs)
+            segment.item["logprobs"] += logprobs
+            self.emit("response.output_text.delta", segment.where, delta=text, logprobs=logprobs)
+        elif kind == "refusal":
+            self.emit("response.refusal.delta", segment.where, delta=text)
         elif kind == "thinking":
             if not segment.shown:
                 segment.shown = True
-                self.emit("response.reasoning_summary_part.added", item_id=segment.item["id"],
-                          output_index=segment.index, summary_index=0,
+                self.emit("response.reasoning_summary_part.added", segment.where,
                           part={"type": "summary_text", "text": ""})
-            self.emit("response.reasoning_summary_text.delta", item_id=segment.item["id"],
-                      output_index=segment.index, summary_index=0, delta=text)
-        elif kind == "refusal":
-            self.emit("response.refusal.delta", item_id=segment.item["id"],
-                      output_index=self.message_index, content_index=segment.index, delta=text)
-        elif kind in ("call", "custom"):
-            self.write_call(segment, text)
-
-    def write_call(self, segment: Segment, text: str) -> None:
-        """A delta of arguments or input."""
-        name = {"function_call": "function_call_arguments",
-                "custom_tool_call": "custom_tool_call_input"}.get(segment.item["type"])
-        if segment.decoder:
-            text = segment.decoder.feed(text)
-        if name and text:
-            self.emit(f"response.{name}.delta", item_id=segment.item["id"],
-                      output_index=segment.index, delta=text)
+            self.emit("response.reasoning_summary_text.delta", segment.where, delta=text)
+        elif kind in ("call", "custom") and segment.form.member:
+            if segment.decoder:
+                text = segment.decoder.feed(text)
+            if text:
+                self.emit(f"response.{segment.form.type}_{segment.form.member}.delta",
+                          segment.where, delta=text)
 
     def stop(self, segment: Segment) -> None:
-        """The events that make a segment whole."""
-        kind = segment.kind
-        if kind in ("text", "refusal"):
-            self.stop_part(segment)
+        """The events that make a segment whole; a text that never came was never there."""
+        kind, text = segment.kind, segment.whole()
+        if kind == "opaque":
+            self.stop_opaque(segment.raw)
         elif kind == "thinking":
-            self.stop_thinking(segment)
+            self.stop_thinking(segment, text)
+        elif kind == "call" and not isinstance(loose_json(text), dict):
+            self.held = segment  # done if the answer ends well, cut off if not
         elif kind in ("call", "custom"):
-            whole = segment.whole()
-            if kind == "call" and not isinstance(loose_json(whole), dict):
-                self.held = segment  # done if the answer ends well, cut off if not
-            else:
-                self.stop_call(segment)
-        elif kind == "opaque":
-            self.stop_opaque(mapping(segment.raw))
+            self.stop_call(segment)
+        elif segment.where:
+            self.stop_part(segment, text)
 
-    def stop_part(self, segment: Segment) -> None:
-        """A content part is whole; one without a text was never there."""
-        if segment.index < 0:
-            return
-        text, item = segment.whole(), segment.item
-        where: Json = {"item_id": item["id"], "output_index": self.message_index,
-                       "content_index": segment.index}
-        part = item["content"][segment.index]
-        if segment.kind == "refusal":
-            part["refusal"] = text
-            self.emit("response.refusal.done", **where, refusal=text)
+    def stop_part(self, segment: Segment, text: str) -> None:
+        """A content part is whole."""
+        part, where = segment.item, segment.where
+        part[segment.kind] = text
+        for k, found in enumerate(segment.citations):
+            annotation = {"type": "url_citation", "url": found.url, "title": found.title,
+                          "start_index": found.start or 0,
+                          "end_index": len(text) if found.end is None else found.end}
+            part["annotations"].append(annotation)
+            self.emit("response.output_text.annotation.added", where, annotation_index=k,
+                      annotation=annotation)
+        if segment.kind == "text":
+            self.emit("response.output_text.done", where, text=text, logprobs=part["logprobs"])
         else:
-            part["text"] = text
-            for k, found in enumerate(segment.citations):
-                annotation = {"type": "url_citation", "url": found.url, "title": found.title,
-                              "start_index": found.start or 0,
-                              "end_index": len(text) if found.end is None else found.end}
-                part["annotations"].append(annotation)
-                self.emit("response.output_text.annotation.added", **where, annotation_index=k,
-                          annotation=annotation)
-            self.emit("response.output_text.done", **where, text=text, logprobs=part["logprobs"])
-        self.emit("response.content_part.done", **where, part=part)
+            self.emit("response.refusal.done", where, refusal=text)
+        self.emit("response.content_part.done", where, part=part)
 
-    def stop_thinking(self, segment: Segment) -> None:
-        """A reasoning item is whole, with its carrier."""
-        text, item = segment.whole(), segment.item
-        where = {"item_id": item["id"], "output_index": segment.index, "summary_index": 0}
+    def stop_thinking(self, segment: Segment, text: str) -> None:
+        """A reasoning item is whole, with its carrier where something could be sent back."""
+        item, where = segment.item, segment.where
         part = {"type": "summary_text", "text": text}
         if segment.shown:
-            self.emit("response.reasoning_summary_text.done", **where, text=text)
-            self.emit("response.reasoning_summary_part.done", **where, part=part)
-        item["summary"] = [part] if text else []
-        item["encrypted_content"] = self.sealed(segment, text)
-        item["status"] = "completed"
-        self.emit("response.output_item.done", output_index=segment.index, item=item)
-
-    def sealed(self, segment: Segment, text: str) -> str | None:
-        """The carrier of a reasoning segment; None where nothing could be sent back."""
-        kind, body = segment.thought or ("at", "")
-        if kind == "at" and not body and not self.ctx.caps.lenient_thinking:
-            return None
-        return seal(kind, pack(body) if kind == "cd" else body, text, self.ctx)
+            self.emit("response.reasoning_summary_text.done", where, text=text)
+            self.emit("response.reasoning_summary_part.done", where, part=part)
+            item["summary"] = [part]
+        useless = segment.thought == ("at", "") and not self.ctx.caps.lenient_thinking
+        item["encrypted_content"] = None if useless else self.sealed(segment)
+        self.close_item(item, where["output_index"])
 
     def stop_call(self, segment: Segment, status: str = "completed") -> None:
         """A call is whole; one that was cut off gets no done events, for clients run those."""
-        item, whole = segment.item, segment.whole()
-        form = next(f for f in CALL_FORMS.values() if f.type == item["type"])
+        item, form, where, whole = segment.item, segment.form, segment.where, segment.whole()
         item["status"] = status
-        if form.restore:
-            self.restore(segment, form)
+        if not form.member:
+            self.restore(segment, whole)
             return
-        where = {"item_id": item["id"], "output_index": segment.index}
-        if item["type"] == "custom_tool_call":
-            more = ""
-            item["input"] = whole
-            if segment.decoder:
-                item["input"], more = segment.decoder.close(whole)
-            if status != "completed":
-                return
+        item[form.member], more = (segment.decoder.close(whole) if segment.decoder
+                                   else (whole, ""))
+        if status == "completed":
+            event = f"response.{form.type}_{form.member}"
             if more:
-                self.emit("response.custom_tool_call_input.delta", **where, delta=more)
-            self.emit("response.custom_tool_call_input.done", **where, input=item["input"])
-        else:
-            item["arguments"] = whole
-            if status != "completed":
-                return
-            self.emit("response.function_call_arguments.done", **where, arguments=whole,
-                      name=item["name"])
-        self.emit("response.output_item.done", output_index=segment.index, item=item)
+                self.emit(f"{event}.delta", where, delta=more)
+            name = {"name": item["name"]} if form.member == "arguments" else {}
+            self.emit(f"{event}.done", where, **{form.member: item[form.member]}, **name)
+            self.close_item(item, where["output_index"])
 
-    def restore(self, segment: Segment, form: CallForm) -> None:
+    def restore(self, segment: Segment, whole: str) -> None:
         """The call of a built-in tool; a plain function call where its arguments do not fit."""
-        item, whole = segment.item, segment.whole()
-        value = loose_json(whole)
-        found = form.restore(value) if form.restore and isinstance(value, dict) else None
-        if found is None:
-            item.update(type="function_call", name=segment.name, arguments=whole,
-                        id=self.item_id("fc", segment.index))
-            found = {}
-        item.update(found)
+        item, index, value = segment.item, segment.where["output_index"], loose_json(whole)
+        item |= (segment.form.restore(value) if isinstance(value, dict) else None) or {
+            "type": "function_call", "name": segment.name, "arguments": whole,
+            "id": short_call_id(f"fc_{self.bare}_{index}")}
         if item["status"] == "completed":
-            self.emit("response.output_item.added", output_index=segment.index,
+            self.emit("response.output_item.added", {"output_index": index},
                       item={**item, "status": "in_progress"})
-            self.emit("response.output_item.done", output_index=segment.index, item=item)
-
-    def end_message(self, status: str) -> None:
-        """The open message is whole."""
-        if self.message is not None:
-            self.message["status"] = status
-            self.emit("response.output_item.done", output_index=self.message_index,
-                      item=self.message)
-            self.message = None
+            self.close_item(item, index)
 
     # -- blocks that nobody else knows
 
     def stop_opaque(self, block: Json) -> None:
         """Keep a block for its carrier; a web search is shown."""
         self.blocks.append(block)
-        kind = block.get("type")
+        kind, content = block.get("type"), block.get("content")
         if kind == "server_tool_use" and block.get("name") == "web_search":
-            index = self.add_item({})
-            item: Json = {"id": self.item_id("ws", index), "type": "web_search_call",
-                          "status": "in_progress"}
-            self.output[index] = item
-            self.emit("response.output_item.added", output_index=index, item=dict(item))
+            self.search = item, index = self.open_item("ws", "web_search_call")
             for step in ("in_progress", "searching"):
-                self.emit(f"response.web_search_call.{step}", item_id=item["id"],
-                          output_index=index)
+                self.emit(f"response.web_search_call.{step}",
+                          {"item_id": item["id"], "output_index": index})
             query = text_of(mapping(block.get("input")).get("query"))
             item["action"] = {"type": "search", "query": query, "queries": [query], "sources": []}
-            self.search = item, index
         elif kind == "web_search_tool_result" and self.search:
-            content = block.get("content")
             self.search[0]["action"]["sources"] = [
                 {"type": "url", "url": entry["url"]} for entry in map(mapping, listing(content))
                 if isinstance(entry.get("url"), str)]
@@ -7718,65 +7566,55 @@ class ResponsesWriter(Writer):
     def end_search(self, status: str) -> None:
         """A web search is over."""
         if self.search:
-            item, index = self.search
-            self.search, item["status"] = None, status
+            (item, index), self.search = self.search, None
             if status == "completed":
-                self.emit("response.web_search_call.completed", item_id=item["id"],
-                          output_index=index)
-            self.emit("response.output_item.done", output_index=index, item=item)
+                self.emit("response.web_search_call.completed",
+                          {"item_id": item["id"], "output_index": index})
+            self.close_item(item, index, status)
 
     def end_opaque(self) -> None:
         """The carrier of the blocks that were kept."""
         if self.blocks:
             self.end_search("failed")
             blocks, self.blocks = self.blocks, []
-            index = self.add_item({})
-            item = {"id": self.item_id("rs", index), "type": "reasoning", "summary": [],
-                    "encrypted_content": seal("ab", pack(blocks), "", self.ctx),
-                    "status": "completed"}
-            self.output[index] = item
-            self.emit("response.output_item.added", output_index=index,
-                      item={**item, "encrypted_content": None, "status": "in_progress"})
-            self.emit("response.output_item.done", output_index=index, item=item)
+            item, index = self.open_item("rs", "reasoning", summary=[], encrypted_content=None)
+            item["encrypted_content"] = seal("ab", pack(blocks), "", self.ctx)
+            self.close_item(item, index)
 
     # -- the end
 
     def finish(self, stop: Stop) -> None:
-        """The terminal event, with the whole answer."""
-        reason = stop.reason
-        cut = reason in ("length", "context", "filter")
+        """The terminal event, with the whole answer; what a refusal left open is discarded."""
+        refused, cut = stop.reason == "refusal", INCOMPLETE.get(stop.reason)
+        status = "failed" if refused else "incomplete" if cut else "completed"
         while self.held:
             segment, self.held = self.held, None
             self.stop_call(segment, "incomplete" if cut else "completed")
             self.advance()
-        if reason != "refusal":
+        if not refused:
             self.end_opaque()
-        if reason != "refusal":
-            self.end_message("incomplete" if cut else "completed")
+            self.end_message(status)
         elif self.message:
-            self.message["status"] = "incomplete"  # what was said is to be discarded
+            self.message[0]["status"] = "incomplete"
         if cut and not self.ctx.stream and self.output and "call_id" in self.output[-1]:
             # in one piece, a call that the limit cut off cannot be told from a whole one
             self.output[-1] = {**self.output[-1], "status": "incomplete"}
-        status = "failed" if reason == "refusal" else "incomplete" if cut else "completed"
-        more: Json = {"status": status}
+        answer = {**self.base, "status": status, "output": self.output,
+                  "usage": responses_counts(self.usage)}
         if status == "completed":
-            more["completed_at"] = self.ctx.now
+            answer["completed_at"] = self.ctx.now
         if cut:
-            more["incomplete_details"] = {
-                "reason": "content_filter" if reason == "filter" else "max_output_tokens"}
-        if reason == "refusal":
+            answer["incomplete_details"] = {"reason": cut}
+        if refused:
             about = f" (category {stop.category})" if stop.category else ""
-            more["error"] = {"code": "invalid_prompt", "message":
-                             stop.text or f"The model refused to answer{about}."}
-        if reason == "pause":
-            more["end_turn"] = False
+            answer["error"] = {"code": "invalid_prompt", "message":
+                               stop.text or f"The model refused to answer{about}."}
+        if stop.reason == "pause":
+            answer["end_turn"] = False
         if self.usage and self.usage.tier:
             tiers = {"standard": "default", "batch": self.base["service_tier"]}
-            more["service_tier"] = tiers.get(self.usage.tier, self.usage.tier)
-        self.base = {**self.base, **more, "output": self.output,
-                     "usage": responses_counts(self.usage)}
-        self.emit(f"response.{status}", response=self.base)
+            answer["service_tier"] = tiers.get(self.usage.tier, self.usage.tier)
+        self.emit(f"response.{status}", {"response": answer})
         self.done = True
 
     def fail(self, error: ProxyError) -> ProxyError:
@@ -7784,39 +7622,40 @@ class ResponsesWriter(Writer):
         error = super().fail(error)
         if not self.begun:
             return error
-        for segment in (s for s in self.queue if s.live):
-            if segment.kind in ("call", "custom") and segment.item:
+        for segment in (s for s in self.queue if s.where):
+            if segment.kind in ("call", "custom"):
                 self.stop_call(segment, "incomplete")
-            elif segment.kind == "thinking":
-                text = segment.whole()
-                segment.item["summary"] = [{"type": "summary_text", "text": text}] if text else []
-            elif segment.kind in ("text", "refusal") and segment.item:
-                part = segment.item["content"][segment.index]
-                part["refusal" if segment.kind == "refusal" else "text"] = segment.whole()
+            elif segment.kind != "thinking":
+                segment.item[segment.kind] = segment.whole()
+            elif segment.shown:
+                segment.item["summary"] = [{"type": "summary_text", "text": segment.whole()}]
         for item in self.output:
-            if item.get("status") == "in_progress":
+            if item["status"] == "in_progress":
                 item["status"] = "incomplete"
         told = native_error(error, RESPONSES)["error"]
-        self.base = {**self.base, "status": "failed", "output": [i for i in self.output if i],
-                     "error": {"code": told["code"] or "server_error", "message": told["message"]}}
-        self.emit("response.failed", response=self.base)
+        self.emit("response.failed", {"response": {
+            **self.base, "status": "failed", "output": self.output,
+            "error": {"code": told["code"] or "server_error", "message": told["message"]}}})
         error.events = self.events
         return error
 
 
 def responses_counts(usage: Usage | None) -> Json | None:
     """Usage as a Responses client counts it."""
-    if usage is None:
-        return None
-    return {"input_tokens": usage.input,
-            "input_tokens_details": {"cached_tokens": usage.cached,
-                                     "cache_write_tokens": usage.written},
-            "output_tokens": usage.output,
-            "output_tokens_details": {"reasoning_tokens": usage.reasoning or 0},
-            "total_tokens": usage.total or usage.input + usage.output}
+    return None if usage is None else {
+        "input_tokens": usage.input, "output_tokens": usage.output,
+        "total_tokens": usage.total or usage.input + usage.output,
+        "input_tokens_details": {"cached_tokens": usage.cached,
+                                 "cache_write_tokens": usage.written},
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning or 0}}
 
 
 # -- writing Chat Completions (translation-chat.md 2.9, 2.10) ----------------
+
+CHAT_ENDS = {"length": "length", "context": "length", "pause": "length", "refusal": "stop",
+             "filter": "content_filter"}
+CALL_MEMBERS = {"call": ("function", "arguments"), "custom": ("custom", "input")}
+
 
 class ChatWriter(Writer):
     """Writes the stream of a Chat Completions client."""
@@ -7825,6 +7664,7 @@ class ChatWriter(Writer):
 
     def __init__(self, ctx: Context) -> None:
         super().__init__(ctx)
+        self.own = ctx.provider == MESSAGES.word  # the provider's text may be the refusal
         self.base: Json = {}
         self.annotations: list[Json] = []
         self.entries = self.indexes = 0  # of reasoning_details, of tool_calls
@@ -7832,7 +7672,6 @@ class ChatWriter(Writer):
         self.seen_ids: set[str] = set()  # of calls
         self.thought = self.opaque = False  # whether reasoning, or blocks of a server, came
         self.refusal: list[str] = []
-        self.searched = 0  # characters in which citations were looked for
 
     def emit(self, delta: Json, finish: str | None = None, logprobs: Any = None) -> None:
         """One chunk."""
@@ -7842,10 +7681,8 @@ class ChatWriter(Writer):
     def start_answer(self, id: str, model: str, created: int) -> None:
         """The only chunk with a role: SDKs join the strings of all."""
         bare = bare_id(id) or sha(f"{self.ctx.model}{created}")[:24]
-        keep_ = id if self.ctx.provider == MESSAGES.word and id else bare
-        prefix = "chatcmpl_" if self.ctx.provider == MESSAGES.word else "chatcmpl-"
-        self.base = {"id": prefix + keep_, "object": "chat.completion.chunk", "created": created,
-                     "model": model}
+        self.base = {"id": f"chatcmpl_{id or bare}" if self.own else f"chatcmpl-{bare}",
+                     "object": "chat.completion.chunk", "created": created, "model": model}
         if self.ctx.include_usage and self.ctx.stream:
             self.base["usage"] = None
         self.emit({"role": "assistant", "content": ""})
@@ -7855,95 +7692,82 @@ class ChatWriter(Writer):
         kind = segment.kind
         segment.at = (self.characters, self.calls)
         if kind == "opaque":
-            block = mapping(segment.raw)
-            self.opaque = self.opaque or block.get("type") in ("server_tool_use", "mcp_tool_use")
-        elif kind in ("call", "custom"):
+            self.opaque |= segment.raw.get("type") in ("server_tool_use", "mcp_tool_use")
+        elif kind in CALL_MEMBERS:
+            self.calls += 1
             tool = self.ctx.tools.get(segment.name)
             segment.name = tool.name if tool else segment.name
-            self.calls += 1
-            if tool and tool.kind == "custom" and kind == "call":
-                return  # comes whole, when it is known to be a text
-            if not segment.id or segment.id in self.seen_ids:
-                segment.id = "call_" + sha(f"{self.base['id']}{self.calls}")[:24]
-            self.seen_ids.add(segment.id)
-            segment.index = self.next_index()
-            if self.ctx.legacy:
-                if segment.index == 0:
-                    self.emit({"function_call": {"name": segment.name, "arguments": ""}})
-            else:
-                key, text = ("custom", "input") if kind == "custom" else ("function", "arguments")
-                self.emit({"tool_calls": [{"index": segment.index, "id": segment.id, "type": key,
-                                           key: {"name": segment.name, text: ""}}]})
+            if kind == "custom" or not tool or tool.kind != "custom":
+                self.announce(segment, kind)  # others come whole, known to be a text
 
-    def next_index(self) -> int:
-        """The index of the next call; SDKs want them without gaps."""
-        self.indexes += 1
-        return self.indexes - 1
+    def announce(self, segment: Segment, kind: str, text: str = "") -> None:
+        """The first fragment of a call; SDKs want indexes without gaps."""
+        if not segment.id or segment.id in self.seen_ids:
+            segment.id = "call_" + sha(f"{self.base['id']}{self.calls}")[:24]
+        self.seen_ids.add(segment.id)
+        segment.index, self.indexes = self.indexes, self.indexes + 1
+        key, member = CALL_MEMBERS[kind]
+        function = {"name": segment.name, member: text}
+        if not self.ctx.legacy:
+            self.emit({"tool_calls": [{"index": segment.index, "id": segment.id, "type": key,
+                                       key: function}]})
+        elif segment.index == 0:
+            self.emit({"function_call": function})
 
     def write(self, segment: Segment, text: str) -> None:
         """A piece of a segment."""
         kind = segment.kind
         if kind == "text":
-            if not segment.shown:
-                segment.shown = True
-                if self.message not in (None, segment.name):
-                    text = "\n\n" + text  # messages of a Responses provider stand apart
-                self.message = segment.name
-                segment.at = (self.characters + len(text) - len(segment.text[0]), self.calls)
-            self.characters += len(text)
-            logprobs, segment.raw = segment.raw, None
-            found = [{"bytes": None, "top_logprobs": [], **e} for e in map(mapping, logprobs or ())]
-            self.emit({"content": text}, None,
-                      {"content": found, "refusal": None} if found else None)
+            self.write_text(segment, text)
         elif kind == "thinking":
-            if self.thought and not segment.shown:
-                self.emit({"reasoning_content": "\n\n" + text})
-            else:
-                self.emit({"reasoning_content": text})
+            apart = "\n\n" if self.thought and not segment.shown else ""
+            self.emit({"reasoning_content": apart + text})
             self.thought = segment.shown = True
         elif kind == "refusal":
             self.refusal.append(text)
-        elif kind == "call" and segment.index < 0:
-            return
-        elif kind == "call" and self.ctx.legacy:
-            if segment.index == 0:
-                self.emit({"function_call": {"arguments": text}})
-        elif kind in ("call", "custom"):
-            key, name = ("custom", "input") if kind == "custom" else ("function", "arguments")
-            self.emit({"tool_calls": [{"index": segment.index, key: {name: text}}]})
+        elif kind in CALL_MEMBERS and segment.index >= 0:
+            key, member = CALL_MEMBERS[kind]
+            if not self.ctx.legacy:
+                self.emit({"tool_calls": [{"index": segment.index, key: {member: text}}]})
+            elif segment.index == 0:
+                self.emit({"function_call": {member: text}})
+
+    def write_text(self, segment: Segment, text: str) -> None:
+        """A piece of content; messages of a Responses provider stand apart."""
+        if not segment.shown:
+            apart = "" if self.message in (None, segment.name) else "\n\n"
+            segment.shown, self.message = True, segment.name
+            segment.at = (self.characters + len(apart), self.calls)
+            text = apart + text
+        self.characters += len(text)
+        found, segment.raw = segment.raw, None
+        self.emit({"content": text}, None, {"refusal": None, "content": [
+            {"bytes": None, "top_logprobs": [], **mapping(e)} for e in found]} if found else None)
 
     def stop(self, segment: Segment) -> None:
         """A reasoning block leaves its opaque part, a text its sources."""
-        if segment.kind == "thinking" and segment.thought and not self.opaque:
+        if segment.kind == "thinking" and not self.opaque:
             self.leave_detail(segment)
         elif segment.kind == "text":
             self.cite(segment)
-        elif segment.kind == "call" and segment.index >= 0 and not segment.text:
-            self.write(segment, "{}")
         elif segment.kind == "call" and segment.index < 0:
-            whole = segment.whole()
-            text, _ = InputDecoder().close(whole)
-            segment.index = self.next_index()
-            self.emit({"tool_calls": [{"index": segment.index, "id": segment.id, "type": "custom",
-                                       "custom": {"name": segment.name, "input": text}}]})
+            self.announce(segment, "custom", InputDecoder().close(segment.whole())[0])
+        elif segment.kind == "call" and not segment.text:
+            self.write(segment, "{}")
 
     def leave_detail(self, segment: Segment) -> None:
         """One entry of reasoning_details, whole: SDKs join strings of the same index."""
-        kind, body = segment.thought or ("", "")
+        kind, body = segment.thought
+        if not body or (kind == "or" and body.endswith(":")):
+            return  # nothing was sealed
         entry: Json = {"type": "reasoning.text", "text": segment.whole(), "signature": body,
                        "format": "anthropic-claude-v1"}
         if kind == "ar":
             entry = {"type": "reasoning.encrypted", "data": body, "format": "anthropic-claude-v1"}
         elif kind == "or":
-            id, _, sealed = str(body).partition(":")
-            entry = {"type": "reasoning.encrypted", "id": id, "format": "openai-responses-v1",
-                     "data": seal(kind, str(body), "", self.ctx)}
-            if not sealed:
-                return
-        if not body:
-            return
-        entry["index"] = self.entries
-        entry["x_at"] = f"{segment.at[0]}:{segment.at[1]}"
+            entry = {"type": "reasoning.encrypted", "id": body.partition(":")[0],
+                     "format": "openai-responses-v1", "data": seal(kind, body, "", self.ctx)}
+        entry |= {"index": self.entries, "x_at": f"{segment.at[0]}:{segment.at[1]}"}
         self.entries += 1
         self.emit({"reasoning_details": [entry]})
 
@@ -7962,22 +7786,19 @@ class ChatWriter(Writer):
 
     def finish(self, stop: Stop) -> None:
         """Refusal, sources, the reason, usage, [DONE]."""
-        reason, refusal = stop.reason, "".join(self.refusal)
-        own = self.ctx.provider == MESSAGES.word  # whose text so far is the refusal
-        if reason == "refusal" and not refusal and not (own and self.characters):
-            refusal = stop.text or "The model declined to answer."
-        if reason == "refusal" and own and self.characters and not self.ctx.stream:
+        refused, said = stop.reason == "refusal", self.own and self.characters > 0
+        if refused and said and not self.ctx.stream:
             self.emit({"content": None})  # in one piece, the text is the refusal
-        elif refusal:
-            self.emit({"refusal": refusal})
+        elif refused and not said and not self.refusal:
+            self.emit({"refusal": stop.text or "The model declined to answer."})
+        elif self.refusal:
+            self.emit({"refusal": "".join(self.refusal)})
         if self.annotations:
             self.emit({"annotations": self.annotations})
-        if self.usage and self.usage.tier and not own:
+        if self.usage and self.usage.tier and not self.own:
             self.base["service_tier"] = self.usage.tier
         called = "function_call" if self.ctx.legacy else "tool_calls"
-        ends = {"length": "length", "context": "length", "pause": "length", "filter":
-                "content_filter", "refusal": "stop"}
-        self.emit({}, ends.get(reason) or (called if self.calls else "stop"))
+        self.emit({}, CHAT_ENDS.get(stop.reason) or (called if self.calls else "stop"))
         if self.ctx.include_usage and self.usage is not None:
             self.events.append({**self.base, "choices": [], "usage": chat_counts(self.usage)})
         self.events.append(DONE)
@@ -8038,7 +7859,8 @@ class MessagesWriter(Writer):
 
     def delta(self, index: int, kind: str, **more: Any) -> None:
         """A piece of a block."""
-        self.emit("content_block_delta", index=index, delta={"type": kind, **more})
+        more["type"] = kind
+        self.events.append({"type": "content_block_delta", "index": index, "delta": more})
 
     def start(self, segment: Segment) -> None:
         """Text and calls open at once, thinking with its first text."""
@@ -8054,10 +7876,9 @@ class MessagesWriter(Writer):
 
     def call_id(self, id: str) -> str:
         """A provider's call id in Anthropic's alphabet, unused in the conversation."""
-        ids = self.ctx.ids
-        if not SAFE_ID.fullmatch(id) or id in ids:
+        if not SAFE_ID.fullmatch(id) or id in self.ctx.ids:
             id = encode_id(id, f"{self.id}{self.calls}")
-        ids.add(id)
+        self.ctx.ids.add(id)
         return id
 
     def write(self, segment: Segment, text: str) -> None:
@@ -8066,9 +7887,7 @@ class MessagesWriter(Writer):
         self.characters += len(text)
         if kind in ("text", "refusal"):
             self.delta(segment.index, "text_delta", text=text)
-        elif kind == "thinking":
-            if not self.ctx.wants_thinking:
-                return
+        elif kind == "thinking" and self.ctx.wants_thinking:
             if segment.index < 0:
                 segment.index = self.block({"type": "thinking", "thinking": "", "signature": ""})
             self.delta(segment.index, "thinking_delta", thinking=text)
@@ -8080,10 +7899,10 @@ class MessagesWriter(Writer):
     def stop(self, segment: Segment) -> None:
         """The end of a block: a signature, sources, or all that was held."""
         kind = segment.kind
-        if kind == "thinking":
+        if kind == "thinking" and self.ctx.wants_thinking:
             self.stop_thinking(segment)
         elif kind == "search":
-            self.show_search(mapping(segment.raw))
+            self.show_search(segment.raw)
         elif kind == "text" and self.ctx.web_search:
             for found in segment.citations:
                 self.delta(segment.index, "citations_delta", citation={
@@ -8099,14 +7918,11 @@ class MessagesWriter(Writer):
 
     def stop_thinking(self, segment: Segment) -> None:
         """The carrier: as the signature, or as a redacted block where there is no text."""
-        if not self.ctx.wants_thinking:
-            return
-        kind, body = segment.thought or ("", "")
-        sealed = seal(kind, pack(body) if kind == "cd" else str(body), segment.whole(), self.ctx)
+        body = segment.thought[1]
         if segment.index >= 0:
-            self.delta(segment.index, "signature_delta", signature=sealed)
-        elif body and not str(body).endswith(":"):
-            segment.index = self.block({"type": "redacted_thinking", "data": sealed})
+            self.delta(segment.index, "signature_delta", signature=self.sealed(segment))
+        elif body and not body.endswith(":"):
+            segment.index = self.block({"type": "redacted_thinking", "data": self.sealed(segment)})
 
     def show_search(self, item: Json) -> None:
         """A web search as Anthropic shows its own."""
@@ -8134,28 +7950,27 @@ class MessagesWriter(Writer):
         """message_delta with the real numbers, and message_stop."""
         reason = "tool" if self.calls and stop.reason in ("end", "refusal") else stop.reason
         reason = "end" if reason == "tool" and not self.calls else reason
-        delta: Json = {"stop_reason": MESSAGES_ENDS[reason],
-                       "stop_sequence": stop.text if reason == "sequence" else None,
-                       "stop_details": None}
-        if reason in ("refusal", "filter"):
-            delta["stop_details"] = {"type": "refusal", "category": stop.category,
-                                     "explanation": stop.text}
-        self.emit("message_delta", delta=delta, usage=self.counts())
+        details = {"type": "refusal", "category": stop.category, "explanation": stop.text}
+        self.emit("message_delta", usage=self.counts(), delta={
+            "stop_reason": MESSAGES_ENDS[reason],
+            "stop_sequence": stop.text if reason == "sequence" else None,
+            "stop_details": details if reason in ("refusal", "filter") else None})
         self.emit("message_stop")
         self.done = True
 
     def counts(self) -> Json:
         """Usage as Anthropic counts it: never 0, which Claude Code takes for unknown."""
         usage = self.usage or Usage(self.ctx.estimate, output=-(-self.characters // 4))
-        out: Json = {"input_tokens": max(1, usage.input - usage.cached - usage.written),
-                     "cache_creation_input_tokens": usage.written,
-                     "cache_read_input_tokens": usage.cached, "output_tokens": usage.output}
+        out: Json = {
+            "input_tokens": max(1, usage.input - usage.cached - usage.written),
+            "cache_creation_input_tokens": usage.written, "cache_read_input_tokens": usage.cached,
+            "output_tokens": usage.output, "server_tool_use": None,
+            "service_tier": {"default": "standard", "priority": "priority"}.get(usage.tier or "")}
         if usage.reasoning is not None:
             out["output_tokens_details"] = {"thinking_tokens": usage.reasoning}
-        out["server_tool_use"] = ({"web_search_requests": self.searches, "web_fetch_requests": 0}
-                                  if self.searches else None)
-        out["service_tier"] = {"default": "standard", "priority": "priority"}.get(
-            usage.tier or "")
+        if self.searches:
+            out["server_tool_use"] = {"web_search_requests": self.searches,
+                                      "web_fetch_requests": 0}
         return out
 
 
@@ -8177,42 +7992,39 @@ def messages_events(body: Json) -> list[Any]:
     if not isinstance(blocks, list):
         raise unusable("content")
     out: list[Any] = [{"type": "message_start", "message": {**body, "content": []}}]
-    for index, block in enumerate(map(mapping, blocks)):
+    for index, block in enumerate(blocks):
         out.append({"type": "content_block_start", "index": index, "content_block": block})
         out.append({"type": "content_block_stop", "index": index})
-    delta = {key: body.get(key) for key in ("stop_reason", "stop_sequence", "stop_details")}
-    return [*out, {"type": "message_delta", "delta": delta, "usage": {}}, {"type": "message_stop"}]
+    return [*out, {"type": "message_delta", "delta": body}, {"type": "message_stop"}]
 
 
 def chat_events(body: Json) -> list[Any]:
     """A Chat completion as one chunk."""
     if body.get("error") or body.get("object") == "error":
         return [body]
-    choices = [c for c in map(mapping, listing(body.get("choices")))
-               if c.get("index") in (0, None)]
-    message = mapping(choices[0].get("message")) if choices else {}
-    reason = text_of(choices[0].get("finish_reason")) if choices else ""
-    said = any(message.get(key) for key in ("content", "tool_calls", "function_call", "refusal",
-                                            "reasoning_content", "reasoning"))
-    if not choices or not (reason or said):
+    choice = next((c for c in map(mapping, listing(body.get("choices")))
+                   if c.get("index") in (0, None)), {})
+    message, reason = mapping(choice.get("message")), text_of(choice.get("finish_reason"))
+    if not reason and not any(message.get(key) for key in (
+            "content", "tool_calls", "function_call", "refusal", "reasoning_content", "reasoning")):
         raise unusable("choices with a message")
     calls = [{**mapping(call), "index": k} for k, call in enumerate(
         listing(message.get("tool_calls")))]
-    choice = {**choices[0], "index": 0, "delta": {**message, "tool_calls": calls},
+    choice = {**choice, "index": 0, "delta": {**message, "tool_calls": calls},
               "finish_reason": reason or ("tool_calls" if calls else "stop")}
     return [{**body, "choices": [choice]}, DONE]
 
 
 def responses_events(body: Json) -> list[Any]:
     """A Response as its first and last event: the last has all items."""
-    if body.get("error") and not isinstance(body.get("output"), list):
+    whole, status = isinstance(body.get("output"), list), body.get("status")
+    status = "completed" if status is None else status
+    if body.get("error") and not whole:
         return [{"type": "error", "error": body["error"]}]
-    status = body.get("status")
-    if not isinstance(body.get("output"), list) or status not in (
-            None, "completed", "incomplete", "failed", "cancelled"):
+    if not whole or f"response.{status}" not in ENDS:
         raise unusable("output and a final status")
-    return [{"type": "response.created", "response": {**body, "output": []}},
-            {"type": f"response.{status or 'completed'}", "response": body}]
+    return [{"type": "response.created", "response": body},
+            {"type": f"response.{status}", "response": body}]
 
 
 def unusable(wants: str) -> UpstreamError:
@@ -8230,48 +8042,46 @@ def collect_responses(events: list[Any]) -> Json:
 
 def collect_chat(events: list[Any]) -> Json:
     """A Chat completion of its chunks."""
+    chunks = [chunk for chunk in events if chunk != DONE]
     message: Json = {"role": "assistant", "content": None, "refusal": None}
+    texts: dict[str, list[str]] = {}
     calls: list[Json] = []
-    reason = usage = None
     logprobs: list[Any] = []
-    for chunk in events:
-        if chunk == DONE:
-            continue
-        usage = chunk.get("usage") or usage
-        for choice in chunk["choices"]:
-            reason = choice["finish_reason"] or reason
-            logprobs += mapping(choice["logprobs"]).get("content") or []
-            delta = choice["delta"]
-            if "content" in delta and delta["content"] is None:
-                message["refusal"], message["content"] = message["content"], None
-            for name in ("content", "refusal", "reasoning_content"):
-                if delta.get(name):
-                    message[name] = (message.get(name) or "") + delta[name]
-            for name in ("annotations", "reasoning_details"):
-                if name in delta:
-                    message[name] = message.get(name, []) + delta[name]
-            for call in delta.get("tool_calls", ()):
-                collect_call(calls, call)
-            if "function_call" in delta:
-                known = message.setdefault("function_call", {"name": "", "arguments": ""})
-                for key, text in delta["function_call"].items():
+    reason = None
+    for choice in (choice for chunk in chunks for choice in chunk["choices"]):
+        reason = choice["finish_reason"] or reason
+        logprobs += mapping(choice["logprobs"]).get("content") or []
+        for name, value in choice["delta"].items():
+            if name == "content" and value is None:  # what was said is the refusal
+                texts["refusal"] = texts.pop(name)
+            elif name == "tool_calls":
+                for call in value:
+                    collect_call(calls, call)
+            elif name == "function_call":
+                known = message.setdefault(name, {"name": "", "arguments": ""})
+                for key, text in value.items():
                     known[key] += text
+            elif isinstance(value, list):
+                message[name] = message.get(name, []) + value
+            elif value and name != "role":
+                texts.setdefault(name, []).append(value)
+    message |= {name: "".join(parts) for name, parts in texts.items()}
     if calls:
         message["tool_calls"] = calls
-    first, *_, last = [chunk for chunk in events if chunk != DONE]
+    first, last = chunks[0], chunks[-1]
     tier = {"service_tier": last["service_tier"]} if "service_tier" in last else {}
     found = {"content": logprobs, "refusal": None} if logprobs else None
     return {"id": first["id"], "object": "chat.completion", "created": first["created"],
             "model": first["model"], "choices": [{
                 "index": 0, "message": message, "logprobs": found, "finish_reason": reason}],
-            "usage": usage, "system_fingerprint": None, **tier}
+            "usage": last.get("usage"), "system_fingerprint": None, **tier}
 
 
 def collect_call(calls: list[Json], part: Json) -> None:
     """A fragment of a tool call joins its call."""
-    index, kind = part["index"], part.get("type", "")
+    index = part["index"]
     if index == len(calls):
-        calls.append({"id": part["id"], "type": kind, kind: dict(part[kind])})
+        calls.append({key: part[key] for key in ("id", "type", part["type"])})
         return
     kind = calls[index]["type"]
     for key, text in part[kind].items():
@@ -8281,34 +8091,36 @@ def collect_call(calls: list[Json], part: Json) -> None:
 def collect_messages(events: list[Any]) -> Json:
     """An Anthropic message of its events."""
     message: Json = {}
-    arguments: dict[int, list[str]] = {}
     content: list[Json] = []
+    texts: dict[tuple[int, str], list[str]] = {}  # by block and member
     for event in events:
         kind = event["type"]
         if kind == "message_start":
-            message = {**event["message"], "content": content}
+            message = dict(event["message"])
         elif kind == "content_block_start":
             content.append(dict(event["content_block"]))
         elif kind == "content_block_delta":
-            block, delta = content[event["index"]], event["delta"]
-            if delta["type"] == "input_json_delta":
-                arguments.setdefault(event["index"], []).append(delta["partial_json"])
-            elif delta["type"] == "citations_delta":
-                block["citations"] = [*(block.get("citations") or ()), delta["citation"]]
+            index, delta = event["index"], event["delta"]
+            if delta["type"] == "citations_delta":
+                content[index].setdefault("citations", []).append(delta["citation"])
             else:
-                name = delta["type"].removesuffix("_delta")
-                block[name] = block[name] + delta[name]
+                member = DELTA_TEXTS.get(delta["type"], "signature")
+                texts.setdefault((index, member), []).append(delta[member])
         elif kind == "message_delta":
             message |= {**event["delta"], "usage": {**message["usage"], **event["usage"]}}
     cut = message["stop_reason"] == "max_tokens"
-    for index, parts in arguments.items():
-        text = "".join(parts)
-        content[index]["input"] = parse_arguments(text)
-        if cut and content[index]["type"] == "tool_use" and not is_object(text):
-            content[index] = {}  # a call that was cut off must not run
-    message["content"] = [block | ({"citations": None} if block["type"] == "text" and
-                                   "citations" not in block else {}) for block in content if block]
-    return {**message, "container": None}
+    for (index, member), parts in texts.items():
+        block, text = content[index], "".join(parts)
+        if member != "partial_json":
+            block[member] += text
+        elif cut and block["type"] == "tool_use" and not is_object(text):
+            block.clear()  # a call that was cut off must not run
+        else:
+            block["input"] = parse_arguments(text)
+    for block in content:
+        if block.get("type") == "text":
+            block.setdefault("citations", None)
+    return {**message, "content": list(filter(None, content)), "container": None}
 
 
 EXPLODE: dict[str, Callable[[Json], list[Any]]] = {
@@ -8332,85 +8144,52 @@ def collect(inbound: str, events: list[Any]) -> Json:
 # -- the pairs ---------------------------------------------------------------
 
 class Pair(NamedTuple):
-    """The three functions of a pair, named by the way the data travels."""
+    """Two protocols: how a request is read and written, how its answer is heard and told."""
 
-    request: Callable[[Json, Context], Json]
-    response: Callable[[Any, Context], Json]
-    stream: Callable[[Context], Stream]
+    read: Callable[[Json, Context], Ask]
+    write: Callable[[Ask, Context], Json]
+    hear: Callable[[Writer, Context], Reader]
+    tell: Callable[[Context], Writer]
 
+    def request(self, body: Json, ctx: Context) -> Json:
+        """The provider's request; RequestError for what the provider cannot do."""
+        try:
+            ask = self.read(body, ctx)
+            ctx.alias, ctx.stream, ctx.stops = ask.model, bool(ask.stream), ask.stop
+            payload = self.write(ask, ctx)
+        except RecursionError:
+            raise RequestError("the request body is nested too deeply") from None
+        if ctx.inbound == MESSAGES.word:
+            ctx.estimate = estimate_tokens(payload)
+        return payload
 
-def rewritten(read: Callable[[Json, Context], Ask], write: Callable[[Ask, Context], Json],
-              body: Json, ctx: Context) -> Json:
-    """A request through a reader and a writer; RequestError for what the provider cannot do."""
-    try:
-        ask = read(body, ctx)
-        ctx.alias, ctx.stream, ctx.stops = ask.model, bool(ask.stream), ask.stop
-        payload = write(ask, ctx)
-    except RecursionError:
-        raise RequestError("the request body is nested too deeply") from None
-    if ctx.inbound == MESSAGES.word:
-        ctx.estimate = estimate_tokens(payload)
-    return payload
+    def stream(self, ctx: Context) -> Stream:
+        """The answer's stream, see translated()."""
+        out = self.tell(ctx)
+        return translated(self.hear(out, ctx), out)
 
-
-def streamed(read: Callable[[Writer, Context], Reader], write: Callable[[Context], Writer],
-             ctx: Context) -> Stream:
-    """A stream through a reader and a writer, see translated()."""
-    out = write(ctx)
-    return translated(read(out, ctx), out)
-
-
-def answered(streams: Callable[[Context], Stream], body: Any, ctx: Context) -> Json:
-    """An answer in one piece through the stream of its pair."""
-    stream = streams(ctx)
-    next(stream)
-    out: list[Any] = []
-    try:
-        for event in [*explode(ctx.provider, body), None]:
-            out += stream.send(event)
-    except StopIteration as stop:
-        return collect(ctx.inbound, out + stop.value)
-    raise cut_short("its end")
+    def response(self, body: Any, ctx: Context) -> Json:
+        """An answer in one piece, through the stream."""
+        stream = self.stream(ctx)
+        next(stream)
+        out: list[Any] = []
+        try:
+            for event in [*explode(ctx.provider, body), None]:
+                out += stream.send(event)
+        except StopIteration as stop:
+            return collect(ctx.inbound, out + stop.value)
+        raise cut_short("its end")
 
 
-through = functools.partial
-responses_to_messages_request = through(rewritten, read_responses, write_messages)
-messages_to_responses_stream = through(streamed, MessagesReader, ResponsesWriter)
-messages_to_responses_response = through(answered, messages_to_responses_stream)
-
-responses_to_chat_request = through(rewritten, read_responses, write_chat)
-chat_to_responses_stream = through(streamed, ChatReader, ResponsesWriter)
-chat_to_responses_response = through(answered, chat_to_responses_stream)
-
-chat_to_messages_request = through(rewritten, read_chat, write_messages)
-messages_to_chat_stream = through(streamed, MessagesReader, ChatWriter)
-messages_to_chat_response = through(answered, messages_to_chat_stream)
-
-messages_to_responses_request = through(rewritten, read_messages, write_responses)
-responses_to_messages_stream = through(streamed, ResponsesReader, MessagesWriter)
-responses_to_messages_response = through(answered, responses_to_messages_stream)
-
-messages_to_chat_request = through(rewritten, read_messages, write_chat)
-chat_to_messages_stream = through(streamed, ChatReader, MessagesWriter)
-chat_to_messages_response = through(answered, chat_to_messages_stream)
-
-chat_to_responses_request = through(rewritten, read_chat, write_responses)
-responses_to_chat_stream = through(streamed, ResponsesReader, ChatWriter)
-responses_to_chat_response = through(answered, responses_to_chat_stream)
-
-PAIRS: dict[tuple[str, str], Pair] = {
-    ("responses", "messages"): Pair(responses_to_messages_request, messages_to_responses_response,
-                                    messages_to_responses_stream),
-    ("responses", "chat"): Pair(responses_to_chat_request, chat_to_responses_response,
-                                chat_to_responses_stream),
-    ("chat", "messages"): Pair(chat_to_messages_request, messages_to_chat_response,
-                               messages_to_chat_stream),
-    ("messages", "responses"): Pair(messages_to_responses_request, responses_to_messages_response,
-                                    responses_to_messages_stream),
-    ("messages", "chat"): Pair(messages_to_chat_request, chat_to_messages_response,
-                               chat_to_messages_stream),
-    ("chat", "responses"): Pair(chat_to_responses_request, responses_to_chat_response,
-                                responses_to_chat_stream),
+PAIRS = {  # by (inbound, provider)
+    ("responses", "messages"): Pair(read_responses, write_messages,
+                                    MessagesReader, ResponsesWriter),
+    ("responses", "chat"): Pair(read_responses, write_chat, ChatReader, ResponsesWriter),
+    ("chat", "messages"): Pair(read_chat, write_messages, MessagesReader, ChatWriter),
+    ("messages", "responses"): Pair(read_messages, write_responses,
+                                    ResponsesReader, MessagesWriter),
+    ("messages", "chat"): Pair(read_messages, write_chat, ChatReader, MessagesWriter),
+    ("chat", "responses"): Pair(read_chat, write_responses, ResponsesReader, ChatWriter),
 }
 # Need translation.extended_pairs.
 EXTENDED_PAIRS = (("messages", "chat"), ("chat", "responses"))
