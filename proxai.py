@@ -10445,11 +10445,10 @@ def check_unfinished_answer(data: bytes, scanned: int) -> None:
 class ResponseBody:
     """The payload of an answer as it comes: chunks taken apart, compression undone."""
 
-    __slots__ = ("decoder", "inflater", "link", "released", "rest")
+    __slots__ = ("decoder", "inflater", "link", "rest")
 
     def __init__(self, link: Link, head: ResponseHead, rest: bytes) -> None:
         self.link, self.rest = link, rest
-        self.released = False  # whether the connection may be another request's already
         self.decoder = body_decoder(head.length)
         self.inflater: Inflater | None = None
         coding = head.values.get(b"content-encoding", b"identity").lower()
@@ -11137,149 +11136,179 @@ class Proxy:
         if self.ticker:
             self.ticker.cancel()
 
-    # -- one request
-
     async def serve(self, connection: Connection, head: RequestHead) -> None:
         """Answer one request, whatever happens."""
-        exchange = Exchange(self.ids.next(), head.method.decode("ascii"), head.path,
-                            time.perf_counter())
-        connection.extra = [b"x-proxai-request-id: %d" % exchange.id]
+        await Turn(self, connection, head.method.decode("ascii"), head.path).serve(head)
+
+    def refuse(self, connection: Connection, error: ProxyError) -> None:
+        """Answer bytes that are no request, or that stopped coming."""
+        Turn(self, connection, "-", "-").fail(error)
+
+    # -- streams that are silent
+
+    def watch(self, exchange: Exchange) -> None:
+        """Have `wait` lines written while a stream is silent, where such lines are wanted."""
+        if self.log.info_on:
+            loop = asyncio.get_running_loop()
+            exchange.last_byte_at = loop.time()
+            self.streams.add(exchange)
+            self.ticker = self.ticker or loop.call_later(SWEEP_SECS, self.tick)
+
+    def tick(self) -> None:
+        """Write a `wait` line for each stream that has been silent for a while."""
+        loop = asyncio.get_running_loop()
+        now, clock = loop.time(), time.perf_counter()
+        for exchange in self.streams:
+            idle = now - exchange.last_byte_at
+            if idle >= SWEEP_SECS:
+                self.log.event(logging.INFO, "wait", {
+                    **base_fields(exchange), "idle_ms": milliseconds(idle),
+                    "duration_ms": milliseconds(clock - exchange.started),
+                    "chunks": exchange.chunks, "down": exchange.down})
+        self.ticker = loop.call_later(SWEEP_SECS, self.tick) if self.streams else None
+
+
+class Turn:
+    """One request on its way through a proxy; what is known of it grows on the way."""
+
+    __slots__ = ("answer", "body", "connection", "exchange", "head", "idle_secs", "inbound", "job",
+                 "lines", "link", "log", "provider", "proxy", "stall_secs")
+
+    def __init__(self, proxy: Proxy, connection: Connection, method: str, path: str) -> None:
+        self.proxy, self.log, self.connection = proxy, proxy.log, connection
+        self.exchange = Exchange(proxy.ids.next(), method, path, time.perf_counter())
+        connection.extra = [b"x-proxai-request-id: %d" % self.exchange.id]
+        self.head: RequestHead
+        self.inbound: Protocol
+        self.provider: Provider
+        self.idle_secs: float  # how long the provider may be silent
+        self.stall_secs = proxy.config.tool_calls.timeout_secs
+        self.job: Job | None = None  # None where nothing is translated
+        self.link: Link | None = None  # until another request may have it
+        self.answer: ResponseHead
+        self.body: ResponseBody
+        self.lines: list[bytes]  # of the answer's head
+
+    async def serve(self, head: RequestHead) -> None:
+        """Answer the request, whatever happens."""
+        connection, self.head = self.connection, head
         try:
-            await self.answer(connection, head, exchange)
+            await self.run()
         except ProxyError as error:
-            self.fail(connection, exchange, error)
+            self.fail(error)
         except asyncio.CancelledError:
-            self.interrupted(connection, exchange, connection.take_reason())
+            self.interrupted(connection.take_reason())
         except FramingError as error:  # in the client's body
             connection.keep = False
-            self.fail(connection, exchange, malformed(error))
+            self.fail(malformed(error))
         except OSError:
-            self.log_end(exchange, logging.INFO, "closed", ENDED_BY["client_gone"])
+            self.log_end(logging.INFO, "closed", ENDED_BY["client_gone"])
             raise
         except Exception:
-            self.log.logger.exception("a bug in the proxy", extra={"fields": base_fields(exchange)})
-            self.fail(connection, exchange,
-                      ProxyError("the proxy failed; this is a bug, its log has the details"))
+            self.log.logger.exception("a bug in the proxy",
+                                      extra={"fields": base_fields(self.exchange)})
+            self.fail(ProxyError("the proxy failed; this is a bug, its log has the details"))
         finally:
-            connection.exchanging = False
+            self.end_exchange()
             connection.watch.disarm()
+            if self.link:
+                self.link.abort()
 
-    async def answer(self, connection: Connection, head: RequestHead, exchange: Exchange) -> None:
+    async def run(self) -> None:
         """The way of a request that is let in."""
+        head, exchange, connection = self.head, self.exchange, self.connection
+        settings = self.proxy.config.server
         if self.log.debug_on:
             self.log.event(logging.DEBUG, "recv",
                            {**base_fields(exchange), "content_length": head.length})
         # so that a refusal has the shape the client expects
         exchange.inbound = protocol_of(head.path)
-        connection.extra += check_origin(head, self.config.server)
-        protocol = admit(head, self.config.server)
+        connection.extra += check_origin(head, settings)
+        protocol = admit(head, settings)
         if isinstance(protocol, int):
-            self.answer_here(connection, head, protocol)
-            exchange.status = protocol
-            self.log_end(exchange, logging.DEBUG, "end")
+            self.answer_here(protocol)
             return
-        raw = await connection.read_body(self.config.server.max_request_body_bytes)
+        self.inbound = protocol
+        raw = await connection.read_body(settings.max_request_body_bytes)
         exchange.inbound_bytes = len(raw)
         request = read_model_request(protocol, raw)
-        exchange.model = request.model
-        decision = choose(self.routes, self.defaults, protocol.name, request.model)
-        provider = self.provider_for(decision, exchange)
-        pair = pair_for(protocol, provider.protocol, self.config.translation.extended_pairs)
+        pair = self.route(request.model)
         if head.path in COUNT_PATHS:
-            await self.count(connection, head, exchange, provider, request, pair)
+            await self.count(request.body, pair)
             return
         if pair:
-            job, body = self.translate_request(connection, exchange, provider, pair, request.body)
+            body = self.translate_request(pair, request.body)
         else:
-            job, body = None, pass_through_body(protocol, request, decision.model)
-        exchange.body, exchange.provider_bytes, exchange.phase = request.body, len(body), PHASES[1]
-        link, answer, rest = await self.send(connection, head, exchange, provider, body,
-                                             job and job.lines)
-        exchange.choices = number(request.body.get("n")) or 1
+            body = pass_through_body(protocol, request, exchange.upstream_model)
+            exchange.choices = number(request.body.get("n")) or 1
+        await self.send(request.body, body, self.job and self.job.lines)
         del raw, request, body  # a stream may take hours, and bodies megabytes
         exchange.body = None
-        payload: ResponseBody | None = None
-        try:
-            payload = response_body(provider, link, answer, rest)
-            await self.respond(connection, exchange, provider, answer, payload, job)
-        except BaseException:
-            if payload is None or not payload.released:
-                link.abort()
-            raise
+        await self.respond()
 
-    async def count(self, connection: Connection, head: RequestHead, exchange: Exchange,
-                    provider: Provider, request: ModelRequest, pair: Pair | None) -> None:
-        """Answer count_tokens: by the provider where it can count, else with an estimate, which a
-        header tells. Claude Code asks often, so this never fails for want of a counter."""
-        ask: Json = {**request.body, "model": exchange.upstream_model}
-        payload = ask
-        if pair:
-            raw = self.translate_request(connection, exchange, provider, pair, request.body)[1]
-            payload = load(raw)
-        lines = [b"content-type: application/json", date_line()]
-        native = provider.protocol is MESSAGES or provider.settings.profile.count_native
-        if native:
-            if provider.protocol is RESPONSES:
-                ask = {name: payload[name] for name in COUNTED_MEMBERS if name in payload}
-            for name in ("max_tokens", "stream"):
-                ask.pop(name, None)
-            body = dump(ask)
-            exchange.body, exchange.provider_bytes, exchange.phase = ask, len(body), PHASES[1]
-            link, answer, rest = await self.send(
-                connection, head, exchange, provider, body,
-                translated_lines(False, ()) if pair else None, COUNT_TARGETS[provider.protocol.word])
-            content = response_body(provider, link, answer, rest)
-            try:
-                exchange.status = answer.status
-                if not pair and answer.status not in CANNOT_COUNT:
-                    await self.respond(connection, exchange, provider, answer, content, None)
-                    return
-                found, complete = await self.read_up_to(connection, provider, content,
-                                                        ERROR_BODY_BYTES)
-                self.release(content, answer, complete)
-            except BaseException:
-                if not content.released:
-                    link.abort()
-                raise
-            counted = counted_tokens(answer.status, found)
-        else:
-            counted = None
-        if counted is None:
-            counted = estimate_tokens(payload)
-            lines.append(b"x-proxai-token-count: estimate")
-        raw = dump({"input_tokens": counted})
-        exchange.status, exchange.phase, exchange.down = 200, PHASES[3], len(raw)
-        connection.write_head(200, lines, len(raw), raw)
-        self.log_end(exchange, logging.INFO, "end")
-
-    def answer_here(self, connection: Connection, head: RequestHead, status: int) -> None:
+    def answer_here(self, status: int) -> None:
         """Health, and the preflight of a browser that may call (Fetch, CORS protocol)."""
         if status == 200:
             body = b'{"status":"ok"}'
-            connection.write_head(200, [b"content-type: application/json", date_line()],
-                                  len(body), body)
-            return
-        wanted = head.values.get(b"access-control-request-headers", b"*")
-        connection.write_head(204, [b"access-control-allow-methods: POST",
-                                    b"access-control-allow-headers: " + wanted,
-                                    b"access-control-max-age: 600"], 0)
+            lines = [b"content-type: application/json", date_line()]
+        else:
+            body = b""
+            wanted = self.head.values.get(b"access-control-request-headers", b"*")
+            lines = [b"access-control-allow-methods: POST",
+                     b"access-control-allow-headers: " + wanted, b"access-control-max-age: 600"]
+        self.connection.write_head(status, lines, len(body), body)
+        self.exchange.status = status
+        self.log_end(logging.DEBUG, "end")
 
-    def provider_for(self, decision: Decision, exchange: Exchange) -> Provider:
-        """The provider of a decision, noted in the exchange;
+    def route(self, model: str) -> Pair | None:
+        """Choose the provider, and the pair where it speaks another protocol;
         SetupError while its key is a template."""
-        provider = self.providers[decision.provider]
+        proxy, exchange = self.proxy, self.exchange
+        exchange.model = model
+        decision = choose(proxy.routes, proxy.defaults, self.inbound.name, model)
+        self.provider = provider = proxy.providers[decision.provider]
+        self.idle_secs = provider.settings.read_idle_timeout_secs
         exchange.provider, exchange.provider_protocol = provider.name, provider.protocol
         exchange.route, exchange.upstream_model = decision.route, decision.model
         if provider.template_key:
             raise SetupError(f"providers.{provider.name}.api_key is still the template's",
                              fix="put your key there, or name api_key_env or api_key_file")
-        return provider
+        return pair_for(self.inbound, provider.protocol, proxy.config.translation.extended_pairs)
 
-    def translate_request(self, connection: Connection, exchange: Exchange, provider: Provider,
-                          pair: Pair, body: Json) -> tuple[Job, bytes]:
+    async def count(self, body: Json, pair: Pair | None) -> None:
+        """Answer count_tokens: by the provider where it can count, else with an estimate, which a
+        header tells. Claude Code asks often, so this never fails for want of a counter."""
+        exchange, provider = self.exchange, self.provider
+        ask: Json = {**body, "model": exchange.upstream_model}
+        payload = load(self.translate_request(pair, body)) if pair else ask
+        counted: int | None = None
+        if provider.protocol is MESSAGES or provider.settings.profile.count_native:
+            if provider.protocol is RESPONSES:
+                ask = {name: payload[name] for name in COUNTED_MEMBERS if name in payload}
+            for name in ("max_tokens", "stream"):
+                ask.pop(name, None)
+            await self.send(ask, dump(ask), translated_lines(False, ()) if pair else None,
+                            COUNT_TARGETS[provider.protocol.word])
+            exchange.status = self.answer.status
+            if not pair and exchange.status not in CANNOT_COUNT:
+                await self.respond()
+                return
+            found, complete = await self.read_up_to(ERROR_BODY_BYTES)
+            self.release(complete)
+            counted = counted_tokens(exchange.status, found)
+        lines = [b"content-type: application/json", date_line()]
+        if counted is None:
+            counted = estimate_tokens(payload)
+            lines.append(b"x-proxai-token-count: estimate")
+        raw = dump({"input_tokens": counted})
+        exchange.status, exchange.phase, exchange.down = 200, PHASES[3], len(raw)
+        self.connection.write_head(200, lines, len(raw), raw)
+        self.log_end(logging.INFO, "end")
+
+    def translate_request(self, pair: Pair, body: Json) -> bytes:
         """The body for a provider of another protocol; RequestError for what it cannot express."""
-        assert exchange.inbound
-        ctx = Context(exchange.inbound.word, provider.protocol.word, exchange.upstream_model,
+        provider = self.provider
+        ctx = Context(self.inbound.word, provider.protocol.word, self.exchange.upstream_model,
                       host=provider.origin.authority, now=int(time.time()),
                       profile=provider.settings.profile)
         payload = pair.request(body, ctx)
@@ -11287,14 +11316,15 @@ class Proxy:
             raw = dump(payload)
         except ValueError as error:
             raise RequestError(f"the request body is {error}") from None
-        exchange.estimate = ctx.estimate
-        self.tell_dropped(connection, exchange, ctx.dropped)
-        return Job(pair, ctx, translated_lines(payload.get("stream") is True, ctx.headers)), raw
+        self.exchange.estimate = ctx.estimate
+        self.tell_dropped(ctx.dropped)
+        self.job = Job(pair, ctx, translated_lines(payload.get("stream") is True, ctx.headers))
+        return raw
 
-    def tell_dropped(self, connection: Connection, exchange: Exchange,
-                     dropped: Mapping[str, str]) -> None:
+    def tell_dropped(self, dropped: Mapping[str, str]) -> None:
         """Name what the translation has left out so far to the client, and to the log with the
         reasons."""
+        connection, exchange = self.connection, self.exchange
         if len(dropped) == exchange.dropped:
             return
         connection.extra = [line for line in connection.extra if not line.startswith(DROPPED_FIELD)]
@@ -11306,215 +11336,211 @@ class Proxy:
                            {"request_id": str(exchange.id), "dropped": bounded(told)})
         exchange.dropped = len(dropped)
 
-    async def send(self, connection: Connection, head: RequestHead, exchange: Exchange,
-                   provider: Provider, body: bytes, translated: Sequence[bytes] | None = None,
-                   path: str = "") -> tuple[Link, ResponseHead, bytes]:
-        """Send the provider request when its turn has come;
-        holds a slot until the answer's head is there."""
+    async def send(self, asked: Json, body: bytes, translated: Sequence[bytes] | None,
+                   path: str = "") -> None:
+        """Send the provider request when its turn has come, and read the answer's head; that is
+        how long a slot is held. `asked` is what its line in the log tells of."""
+        connection, exchange, provider = self.connection, self.exchange, self.provider
+        exchange.body, exchange.provider_bytes, exchange.phase = asked, len(body), PHASES[1]
         if connection.gone:
             raise ConnectionResetError
         connection.exchanging = True
         connection.watch.disarm()
-        settings = provider.settings
-
-        async with self.slots:
+        async with self.proxy.slots:
             try:
-                found = await self.pool.exchange(
-                    provider.origin, provider.request_head(head, len(body), translated, path), body,
-                    connection.watch, settings.connect_timeout_secs,
-                    settings.read_idle_timeout_secs, functools.partial(self.log_sent, exchange))
+                self.link, self.answer, rest = await self.proxy.pool.exchange(
+                    provider.origin,
+                    provider.request_head(self.head, len(body), translated, path), body,
+                    connection.watch, provider.settings.connect_timeout_secs, self.idle_secs,
+                    self.log_sent)
             except UpstreamError as error:
                 error.message = f"{error.message} (provider `{provider.name}`)"
                 raise
         exchange.head_at = time.perf_counter()
-        return found
+        try:
+            self.body = ResponseBody(self.link, self.answer, rest)
+        except FramingError as error:  # a coding that we cannot undo
+            raise self.unreadable(error) from None
 
-    def log_sent(self, exchange: Exchange) -> None:
+    def log_sent(self) -> None:
         """The line for a request that is on its way, once, also when it had to be sent again."""
+        exchange = self.exchange
         if exchange.phase == PHASES[2]:
             return
         exchange.phase = PHASES[2]
         if self.log.info_on:
             self.log.event(logging.INFO, "fwd", fwd_fields(exchange))
         thinking = mapping(mapping(exchange.body).get("thinking"))
-        if thinking.get("type") == "enabled" and exchange.inbound is MESSAGES:
-            budget = number(thinking.get("budget_tokens"))
+        if thinking.get("type") == "enabled" and self.inbound is MESSAGES:
             self.log.event(logging.WARNING, "anthropic_legacy_thinking_budget",
                            {**base_fields(exchange), "model": exchange.model,
-                            "budget_tokens": budget})
+                            "budget_tokens": number(thinking.get("budget_tokens"))})
 
     # -- answers
 
-    async def respond(self, connection: Connection, exchange: Exchange, provider: Provider,
-                      answer: ResponseHead, body: ResponseBody, job: Job | None) -> None:
+    async def respond(self) -> None:
         """Give the client what the provider answered."""
+        exchange, answer, job = self.exchange, self.answer, self.job
         content_type = answer.values.get(b"content-type")
         exchange.status, exchange.sse = answer.status, is_event_stream(content_type)
         exchange.content_type, exchange.encoding = (
             content_type, None if answer.length is not None else "chunked")
         exchange.rates = answer.fields
         if not 200 <= answer.status < 300:
-            await self.respond_error(connection, exchange, provider, answer, body, job)
+            await self.respond_error()
             return
         if self.log.info_on:
             self.log.event(logging.INFO, "hdr", end_fields(exchange))
-        lines = (self.mapped(exchange, answer, job) if job
-                 else client_lines(answer, decoded=body.inflater is not None))
+        self.lines = (self.mapped(job) if job
+                      else client_lines(answer, decoded=self.body.inflater is not None))
         if b"date" not in answer.values:
-            lines.append(date_line())
+            self.lines.append(date_line())
         if job:
-            translate = self.translate_stream if exchange.sse else self.translate_whole
-            await translate(connection, exchange, provider, answer, body, lines, job)
+            await (self.translate_stream if exchange.sse else self.translate_whole)(job)
         elif exchange.sse:
-            lines.append(b"content-type: text/event-stream")
-            await self.stream(connection, exchange, provider, answer, body, lines)
+            self.lines.append(b"content-type: text/event-stream")
+            await self.stream()
         else:
-            lines.append(b"content-type: application/json")
-            await self.whole(connection, exchange, provider, answer, body, lines)
+            self.lines.append(b"content-type: application/json")
+            await self.whole()
 
-    async def read_up_to(self, connection: Connection, provider: Provider, body: ResponseBody,
-                         limit: int) -> tuple[bytes, bool]:
-        """An answer's payload, and whether that is all of it:
+    async def read_up_to(self, limit: int) -> tuple[bytes, bool]:
+        """The answer's payload, and whether that is all of it:
         reading stops behind `limit` bytes."""
-        secs, watch = provider.settings.read_idle_timeout_secs, connection.watch
-        whole = body.take_whole()
+        whole = self.body.take_whole()
         if whole is not None:
             return whole, True
         parts: list[bytes] = []
         size = 0
         try:
             while size <= limit:
-                watch.arm(secs, "upstream_body")
-                data = await body.read()
+                self.connection.watch.arm(self.idle_secs, "upstream_body")
+                data = await self.body.read()
                 if not data:
-                    return (parts[0] if len(parts) == 1 else b"".join(parts)), True
+                    return b"".join(parts), True
                 parts.append(data)
                 size += len(data)
         except (FramingError, OSError) as error:
-            raise body_fault(provider, error) from None
+            raise self.unreadable(error) from None
         return b"".join(parts), False
 
-    def mapped(self, exchange: Exchange, answer: ResponseHead, job: Job) -> list[bytes]:
-        """The header lines of an answer for a client of another protocol."""
-        assert exchange.inbound and exchange.provider_protocol
-        return mapped_lines(answer.fields, exchange.inbound, exchange.provider_protocol,
-                            job.ctx.now)
+    def unreadable(self, error: Exception) -> UpstreamError:
+        """The answer cannot be read to its end."""
+        said = str(error) if isinstance(error, FramingError) else "the connection broke"
+        return UpstreamError(f"the provider's answer could not be read: {said}"
+                             f" (provider `{self.provider.name}`)", type=UPSTREAM_BODY_READ)
 
-    async def respond_error(self, connection: Connection, exchange: Exchange, provider: Provider,
-                            answer: ResponseHead, body: ResponseBody, job: Job | None) -> None:
+    def mapped(self, job: Job) -> list[bytes]:
+        """The header lines of the answer for a client of another protocol."""
+        return mapped_lines(self.answer.fields, self.inbound, self.provider.protocol, job.ctx.now)
+
+    async def respond_error(self) -> None:
         """A provider's own error: its body as it is where the client knows its shape, else ours."""
-        raw, complete = await self.read_up_to(connection, provider, body, ERROR_BODY_BYTES)
-        lines = self.mapped(exchange, answer, job) if job else error_lines(answer.fields)
-        error = upstream_error(answer.status, raw, lines)
-        self.release(body, answer, complete)
-        exchange.down = len(raw)
-        if (self.style == "native" and exchange.inbound is provider.protocol
+        raw, complete = await self.read_up_to(ERROR_BODY_BYTES)
+        lines = self.mapped(self.job) if self.job else error_lines(self.answer.fields)
+        error = upstream_error(self.answer.status, raw, lines)
+        self.release(complete)
+        self.exchange.down = len(raw)
+        if (self.proxy.style == "native" and self.inbound is self.provider.protocol
                 and error.type == UPSTREAM and complete):
             error.native = raw
-        self.fail(connection, exchange, error, "hdr-error")
+        self.fail(error, "hdr-error")
 
-    async def whole(self, connection: Connection, exchange: Exchange, provider: Provider,
-                    answer: ResponseHead, body: ResponseBody, lines: list[bytes]) -> None:
+    async def whole(self) -> None:
         """An answer in one piece: held until it is known to be JSON,
         relayed when it is too large for that."""
-        raw, complete = await self.read_up_to(connection, provider, body, CHECKED_RESPONSE_BYTES)
+        exchange, provider = self.exchange, self.provider
+        raw, complete = await self.read_up_to(CHECKED_RESPONSE_BYTES)
         exchange.down, exchange.phase = len(raw), PHASES[3]
         if not complete:
-            await self.relay_rest(connection, exchange, provider, answer, body, lines, raw)
+            await self.relay_rest(raw)
             return
-        value, strict = load_answer(raw, answer.status)
+        value, strict = load_answer(raw, self.answer.status)
         if provider.fills_gaps and strict and fill_gaps_in_body(value):
             with contextlib.suppress(ValueError):
                 raw = dump(value)
-        connection.write_head(answer.status, lines, len(raw), raw)
-        self.release(body, answer, True)
-        await connection.flush()
+        self.connection.write_head(self.answer.status, self.lines, len(raw), raw)
+        self.release(True)
+        await self.connection.flush()
         if self.log.info_on:
             exchange.observed = observe_body(provider.protocol, value)
-            self.log_end(exchange, logging.INFO, "end")
+            self.log_end(logging.INFO, "end")
 
-    async def relay_rest(self, connection: Connection, exchange: Exchange, provider: Provider,
-                         answer: ResponseHead, body: ResponseBody, lines: list[bytes],
-                         data: bytes) -> None:
+    async def relay_rest(self, data: bytes) -> None:
         """An answer beyond what is held for checking: its bytes pass as they come."""
-        length = (answer.length if answer.length and answer.length > 0
-                  and not body.inflater else None)
-        connection.write_head(answer.status, lines, length)
-        secs = provider.settings.read_idle_timeout_secs
+        connection, length = self.connection, self.answer.length
+        connection.write_head(self.answer.status, self.lines,
+                              length if length and length > 0 and not self.body.inflater else None)
         try:
             while data:
                 connection.write_part(data)
                 await connection.flush()
-                connection.watch.arm(secs, "upstream_body")
-                data = await body.read()
-                exchange.down += len(data)
+                connection.watch.arm(self.idle_secs, "upstream_body")
+                data = await self.body.read()
+                self.exchange.down += len(data)
         except (FramingError, OSError) as error:
             connection.cut()
-            self.log_end(exchange, logging.WARNING, "stream-error", str(error))
-            body.link.abort()
+            self.log_end(logging.WARNING, "stream-error", str(error))
             return
         connection.write_end()
-        self.release(body, answer, True)
-        self.log_end(exchange, logging.INFO, "end")
+        self.release(True)
+        self.log_end(logging.INFO, "end")
 
-    def release(self, body: ResponseBody, answer: ResponseHead, complete: bool) -> None:
+    def release(self, complete: bool) -> None:
         """Give the connection back if another request can use it."""
-        body.released = True
-        if complete and body.clean(answer):
-            self.pool.give(body.link)
+        link, self.link = self.body.link, None
+        if complete and self.body.clean(self.answer):
+            self.proxy.pool.give(link)
         else:
-            body.link.abort()
+            link.abort()
 
     # -- streams
 
-    async def stream(self, connection: Connection, exchange: Exchange, provider: Provider,
-                     answer: ResponseHead, body: ResponseBody, lines: list[bytes]) -> None:
+    def observe(self) -> StreamObserver:
+        """Begin to watch the stream that the answer is."""
+        self.exchange.phase = PHASES[3]
+        observer = StreamObserver(self.provider.protocol,
+                                  self.proxy.config.server.max_sse_event_bytes,
+                                  self.exchange.choices)
+        self.exchange.observed = observer.seen
+        self.proxy.watch(self.exchange)
+        return observer
+
+    async def stream(self) -> None:
         """A stream of the client's own protocol: bytes as they come, watched beside their way."""
-        exchange.phase = PHASES[3]
-        observer = StreamObserver(provider.protocol, self.config.server.max_sse_event_bytes,
-                                  exchange.choices)
-        exchange.observed = observer.seen
-        self.watch_streams(exchange)
-        connection.write_head(answer.status, lines, None)
+        connection, observer = self.connection, self.observe()
+        connection.write_head(self.answer.status, self.lines, None)
         fault: str | None = None
         try:
-            await self.pass_stream(connection, exchange, provider, body, observer)
+            await self.pass_stream(observer)
         except (FramingError, OSError) as error:
             fault = (str(error) if isinstance(error, FramingError)
                      else "the connection to the provider broke")
         except asyncio.CancelledError:
             fault = connection.take_reason()
-        finally:
-            self.streams.discard(exchange)
-            connection.exchanging = False
-        level, outcome, said = stream_outcome(
-            observer, fault, provider.settings.read_idle_timeout_secs,
-            self.config.tool_calls.timeout_secs)
+        level, outcome, said = self.stream_outcome(observer, fault)
         whole = observer.seen.terminal or (fault is None and observer.complete)
-        if fault == "tool_stall" and (provider.fills_gaps or not observer.splitter.size):
-            assert exchange.inbound
+        if fault == "tool_stall" and (self.provider.fills_gaps or not observer.splitter.size):
             stalled = UpstreamError(said or "", status=504, type=UPSTREAM_BODY_READ)
-            connection.write_part(render_error_event(stalled, self.style, exchange.inbound,
+            connection.write_part(render_error_event(stalled, self.proxy.style, self.inbound,
                                                      observer.seen.sequence))
             whole = True
         if whole:
             connection.write_end()
         else:
             connection.cut()
-        self.release(body, answer, fault is None)
-        self.log_end(exchange, level, outcome, said)
+        self.release(fault is None)
+        self.log_end(level, outcome, said)
 
-    async def pass_stream(self, connection: Connection, exchange: Exchange, provider: Provider,
-                          body: ResponseBody, observer: StreamObserver) -> None:
+    async def pass_stream(self, observer: StreamObserver) -> None:
         """Relay a stream to its end. Not reading while the client does not is all the
         backpressure there is."""
+        connection, body, exchange = self.connection, self.body, self.exchange
         watch, clock, seen = connection.watch, connection.server.loop.time, observer.seen
-        idle_secs, stall_secs = (provider.settings.read_idle_timeout_secs,
-                                 self.config.tool_calls.timeout_secs)
-        fills_gaps, transport = provider.fills_gaps, connection.transport
+        idle_secs, fills_gaps = self.idle_secs, self.provider.fills_gaps
         while True:
             if seen.pending:
-                left = observer.stall_at(stall_secs) - clock()
+                left = observer.stall_at(self.stall_secs) - clock()
                 watch.arm(min(left, idle_secs),
                           "tool_stall" if left < idle_secs else "upstream_idle")
             elif seen.terminal:
@@ -11534,106 +11560,96 @@ class Proxy:
                 if not data:
                     continue
             connection.write_part(data)
-            if transport.get_write_buffer_size():
+            if connection.transport.get_write_buffer_size():
                 await connection.flush()
         if fills_gaps and (tail := observer.splitter.close()):
             connection.write_part(tail)
 
     # -- translated answers
 
-    async def translate_whole(self, connection: Connection, exchange: Exchange, provider: Provider,
-                              answer: ResponseHead, body: ResponseBody, lines: list[bytes],
-                              job: Job) -> None:
+    async def translate_whole(self, job: Job) -> None:
         """An answer in one piece for a client of another protocol, which may have asked for a
         stream."""
-        raw, complete = await self.read_up_to(connection, provider, body,
-                                              self.config.server.max_sse_event_bytes)
+        exchange, provider = self.exchange, self.provider
+        raw, complete = await self.read_up_to(self.proxy.config.server.max_sse_event_bytes)
         exchange.down, exchange.phase = len(raw), PHASES[3]
-        self.release(body, answer, complete)
+        self.release(complete)
         if not complete:
             raise UpstreamError("the provider's answer is larger than server.max_sse_event_bytes",
                                 type=UPSTREAM_BODY_READ)
-        value, _ = load_answer(raw, answer.status, [STREAM_DECODER])
+        value, _ = load_answer(raw, self.answer.status, [STREAM_DECODER])
         if not isinstance(value, dict):
             raise UpstreamError("the provider's answer is not a JSON object", type=INTERNAL)
         exchange.observed = observe_body(provider.protocol, value)
-        assert exchange.inbound
         if job.ctx.stream:
-            outlet = Outlet(connection, exchange.inbound, job, lines, live=False)
+            outlet = Outlet(self.connection, self.inbound, job, self.lines, live=False)
             outlet.feed(explode(provider.protocol.word, value))
             if not outlet.done:
                 outlet.end_input()
             outlet.end()
         else:
             translated = job.pair.response(value, job.ctx)
-            self.tell_dropped(connection, exchange, job.ctx.dropped)
-            write_json(connection, lines, translated)
-        await connection.flush()
-        self.log_end(exchange, logging.INFO, "end")
+            self.tell_dropped(job.ctx.dropped)
+            write_json(self.connection, self.lines, translated)
+        await self.connection.flush()
+        self.log_end(logging.INFO, "end")
 
-    async def translate_stream(self, connection: Connection, exchange: Exchange,
-                               provider: Provider, answer: ResponseHead, body: ResponseBody,
-                               lines: list[bytes], job: Job) -> None:
+    async def translate_stream(self, job: Job) -> None:
         """A stream for a client of another protocol, which may have asked for one piece."""
-        assert exchange.inbound
-        exchange.phase = PHASES[3]
-        observer = StreamObserver(provider.protocol, self.config.server.max_sse_event_bytes)
-        exchange.observed = observer.seen
-        self.watch_streams(exchange)
-        outlet = Outlet(connection, exchange.inbound, job, lines, live=job.ctx.stream)
+        connection, observer = self.connection, self.observe()
+        outlet = Outlet(connection, self.inbound, job, self.lines, live=job.ctx.stream)
         fault: str | None = None
         error: ProxyError | None = None
         try:
-            fault = await self.pull_stream(connection, exchange, provider, body, observer, outlet)
+            fault = await self.pull_stream(observer, outlet)
             if fault is None:
                 outlet.end()
         except ProxyError as raised:
             error = raised
         except (FramingError, OSError) as broken:
-            error = body_fault(provider, broken)
+            error = self.unreadable(broken)
         except asyncio.CancelledError:
             fault = connection.take_reason()
-        finally:
-            self.streams.discard(exchange)
-            connection.exchanging = False
-        self.tell_dropped(connection, exchange, job.ctx.dropped)
+        self.tell_dropped(job.ctx.dropped)
         if fault in ENDED_BY:
-            self.release(body, answer, False)
-            self.interrupted(connection, exchange, fault)
+            self.interrupted(fault)
             return
-        said = fault or (error.message if error and not outlet.ended else None)
-        outcome = stream_outcome(observer, said, provider.settings.read_idle_timeout_secs,
-                                 self.config.tool_calls.timeout_secs)
+        level, event, said = self.stream_outcome(
+            observer, fault or (error.message if error and not outlet.ended else None))
         if fault:
-            error = UpstreamError(outcome[2] or fault, status=504, type=UPSTREAM_BODY_READ)
+            error = UpstreamError(said or fault, status=504, type=UPSTREAM_BODY_READ)
         if error:
-            self.release(body, answer, False)
-            self.fail_stream(connection, exchange, outlet, error, outcome)
-        else:
-            # a pair may take an end for whole that nobody announced
-            self.log_end(exchange, *(outcome if observer.seen.failed else (logging.INFO, "end")))
-            await self.drain(connection, answer, body)
+            error = outlet.failed(error)
+            if event == "end":  # the provider thinks so
+                level, event, said = logging.WARNING, "stream-error", error.message
+            if connection.answered:
+                outlet.fail(self.as_told(error), self.proxy.style)
+                self.log_end(level, event, said)
+            else:
+                self.fail(error, event)
+            return
+        if not observer.seen.failed:  # a pair may take an end for whole that nobody announced
+            level, event, said = logging.INFO, "end", None
+        self.log_end(level, event, said)
+        await self.drain()
 
-    async def pull_stream(self, connection: Connection, exchange: Exchange, provider: Provider,
-                          body: ResponseBody, observer: StreamObserver,
-                          outlet: Outlet) -> str | None:
+    async def pull_stream(self, observer: StreamObserver, outlet: Outlet) -> str | None:
         """Translate a stream until the client's is whole;
         returns the reason if it was ended from outside."""
-        watch, clock, transport = connection.watch, outlet.clock, connection.transport
-        seen, chat = observer.seen, provider.protocol is CHAT
-        idle_secs, stall_secs = (provider.settings.read_idle_timeout_secs,
-                                 self.config.tool_calls.timeout_secs)
+        connection, body, exchange = self.connection, self.body, self.exchange
+        clock, transport = outlet.clock, connection.transport
+        seen, chat = observer.seen, self.provider.protocol is CHAT
         heard = clock()
         while not outlet.done:
             if transport.get_write_buffer_size():
                 await connection.flush()
-            limits = [(heard + idle_secs, "upstream_idle"), (outlet.due, "silence")]
+            limits = [(heard + self.idle_secs, "upstream_idle"), (outlet.due, "silence")]
             if seen.pending:
-                limits.append((observer.stall_at(stall_secs), "tool_stall"))
+                limits.append((observer.stall_at(self.stall_secs), "tool_stall"))
             if chat and seen.finish:  # all is said, and [DONE] may not come
                 limits.append((heard + AFTER_TERMINAL_SECS, "finished"))
             when, reason = min(limits)
-            watch.arm(when - clock(), reason)
+            connection.watch.arm(when - clock(), reason)
             try:
                 data = await body.read()
             except asyncio.CancelledError:
@@ -11655,146 +11671,107 @@ class Proxy:
             outlet.feed(observer.payloads(data, heard))
         return None
 
-    async def drain(self, connection: Connection, answer: ResponseHead,
-                    body: ResponseBody) -> None:
+    async def drain(self) -> None:
         """Let the provider end a stream that is complete, so that its connection can carry
         another request."""
-        complete = False
-        connection.watch.arm(AFTER_TERMINAL_SECS, "after_terminal")
+        self.end_exchange()
+        self.connection.watch.arm(AFTER_TERMINAL_SECS, "after_terminal")
         try:
-            while await body.read():
+            while await self.body.read():
                 pass
-            complete = True
+            self.release(True)
         except (FramingError, OSError):
             pass
         except asyncio.CancelledError:
-            connection.take_reason()
-        self.release(body, answer, complete)
-
-    def fail_stream(self, connection: Connection, exchange: Exchange, outlet: Outlet,
-                    error: ProxyError, outcome: tuple[int, str, str | None]) -> None:
-        """Tell a client that its stream has failed, with a status if it has none yet."""
-        error = outlet.failed(error)
-        level, event, said = outcome
-        if event == "end":  # the provider thinks so
-            level, event, said = logging.WARNING, "stream-error", error.message
-        if connection.answered:
-            outlet.fail(error_for(exchange, error), self.style)
-            self.log_end(exchange, level, event, said)
-        else:
-            self.fail(connection, exchange, error, event)
+            self.connection.take_reason()
 
     # -- ends
 
-    def fail(self, connection: Connection, exchange: Exchange, error: ProxyError,
-             event: str = "request-failed") -> None:
+    def end_exchange(self) -> None:
+        """The client has all it gets: it may go away, and nobody waits for the stream."""
+        self.connection.exchanging = False
+        self.proxy.streams.discard(self.exchange)
+
+    def as_told(self, error: ProxyError) -> ProxyError:
+        """An error as the client understands it."""
+        exchange = self.exchange
+        if isinstance(error, UpstreamError) and exchange.inbound and translation_name(exchange):
+            return translated_error(error, exchange.inbound, exchange.estimate)
+        return error
+
+    def fail(self, error: ProxyError, event: str = "request-failed") -> None:
         """Answer with an error; a stream that has begun can only be cut."""
-        error = error_for(exchange, error)
+        connection, error = self.connection, self.as_told(error)
         if connection.answered:
             connection.cut()
-            self.log_end(exchange, logging.WARNING, "stream-error", error.message)
+            self.log_end(logging.WARNING, "stream-error", error.message)
             return
-        exchange.status = error.status
-        write_error(connection, error, self.style, exchange.inbound)
-        self.log_end(exchange, logging.WARNING, event, error.message, {
+        self.exchange.status = error.status
+        write_error(connection, error, self.proxy.style, self.exchange.inbound)
+        self.log_end(logging.WARNING, event, error.message, {
             "error_type": error.type, "error_code": error.code,
             "error_param": None if error.param in (ABSENT, None) else brief_param(error.param)})
 
-    def interrupted(self, connection: Connection, exchange: Exchange, reason: str) -> None:
+    def interrupted(self, reason: str) -> None:
         """A wait that was ended from outside before a stream began."""
-        name = exchange.provider
-        limits = {
-            "connect": (UPSTREAM_REQUEST,
-                        "upstream request failed: no connection within connect_timeout_secs"),
-            "upstream": (UPSTREAM_REQUEST,
-                         "upstream request failed: no answer within read_idle_timeout_secs"),
-            "upstream_body": (UPSTREAM_BODY_READ,
-                              "the provider's answer stopped for read_idle_timeout_secs"),
-        }
-        if reason in limits:
-            kind, said = limits[reason]
-            self.fail(connection, exchange, UpstreamError(f"{said} (provider `{name}`)", type=kind),
+        connection = self.connection
+        if reason in TIMEOUTS:
+            kind, said = TIMEOUTS[reason]
+            self.fail(UpstreamError(f"{said} (provider `{self.exchange.provider}`)", type=kind),
                       "timeout")
-        elif reason == "body":
+        elif reason == "body" or (reason == "shutdown" and not connection.answered):
             connection.keep = False
-            self.fail(connection, exchange,
-                      RequestError("the request body did not arrive in time", status=408))
-        elif reason == "shutdown" and not connection.answered:
-            connection.keep = False
-            self.fail(connection, exchange, ProxyError("the proxy is shutting down", status=503))
+            self.fail(RequestError("the request body did not arrive in time", status=408)
+                      if reason == "body" else ProxyError("the proxy is shutting down", status=503))
         else:
             connection.cut()
-            self.log_end(exchange, logging.INFO, "closed", ENDED_BY.get(reason, reason))
+            self.log_end(logging.INFO, "closed", ENDED_BY.get(reason, reason))
 
-    def log_end(self, exchange: Exchange, level: int, event: str, said: str | None = None,
+    def log_end(self, level: int, event: str, said: str | None = None,
                 more: Json | None = None) -> None:
         """The line that closes an exchange."""
-        if not self.log.logger.isEnabledFor(level):
-            return
-        exchange.error = said[:LOG_TEXT_CHARS] if said else None
-        self.log.event(level, event, {**end_fields(exchange), **(more or {})})
+        if self.log.logger.isEnabledFor(level):
+            self.exchange.error = said[:LOG_TEXT_CHARS] if said else None
+            self.log.event(level, event, {**end_fields(self.exchange), **(more or {})})
 
-    def refuse(self, connection: Connection, error: ProxyError) -> None:
-        """Answer bytes that are no request, or that stopped coming."""
-        exchange = Exchange(self.ids.next(), "-", "-", time.perf_counter())
-        connection.extra = [b"x-proxai-request-id: %d" % exchange.id]
-        self.fail(connection, exchange, error)
-
-    # -- streams that are silent
-
-    def watch_streams(self, exchange: Exchange) -> None:
-        """Have `wait` lines written while the stream is silent, where such lines are wanted."""
-        if self.log.info_on:
-            exchange.last_byte_at = asyncio.get_running_loop().time()
-            self.streams.add(exchange)
-            if self.ticker is None:
-                self.ticker = asyncio.get_running_loop().call_later(SWEEP_SECS, self.tick)
-
-    def tick(self) -> None:
-        """Write a `wait` line for each stream that has been silent for a while."""
-        self.ticker = None
-        loop = asyncio.get_running_loop()
-        now, clock = loop.time(), time.perf_counter()
-        for exchange in self.streams:
-            idle = now - exchange.last_byte_at
-            if idle >= SWEEP_SECS:
-                self.log.event(logging.INFO, "wait", {
-                    **base_fields(exchange), "idle_ms": milliseconds(idle),
-                    "duration_ms": milliseconds(clock - exchange.started),
-                    "chunks": exchange.chunks, "down": exchange.down})
-        if self.streams:
-            self.ticker = loop.call_later(SWEEP_SECS, self.tick)
+    def stream_outcome(self, observer: StreamObserver,
+                       fault: str | None) -> tuple[int, str, str | None]:
+        """Level, event and words for the end of a stream;
+        `fault` is None for a clean end of the bytes."""
+        seen = observer.seen
+        if fault == "tool_stall":
+            return (logging.WARNING, "stream-error",
+                    "upstream SSE stalled while streaming tool arguments:"
+                    f" none for tool_calls.timeout_secs = {self.stall_secs:g}")
+        if seen.failed:
+            return (logging.WARNING, "stream-error",
+                    seen.error_message or "the provider sent an error")
+        if seen.terminal or (fault is None and observer.complete):
+            return logging.INFO, "end", None
+        if fault == "upstream_idle":
+            return (logging.WARNING, "timeout",
+                    f"the provider was silent for read_idle_timeout_secs = {self.idle_secs:g}")
+        if fault in ENDED_BY:
+            return logging.INFO, "closed", ENDED_BY[fault]
+        if fault:
+            return logging.WARNING, "stream-error", fault
+        if seen.pending:
+            return (logging.WARNING, "unfinished-tool",
+                    "the stream ended within the arguments of a tool call")
+        return logging.INFO, "closed", "the stream ended before its terminal event"
 
 
 ENDED_BY = {"client_gone": "the client went away",
             "client_write": "the client took no bytes for write_timeout_secs",
             "shutdown": "the proxy shut down"}
-
-
-def stream_outcome(observer: StreamObserver, fault: str | None, idle_secs: float,
-                   stall_secs: float) -> tuple[int, str, str | None]:
-    """Level, event and words for the end of a stream;
-    `fault` is None for a clean end of the bytes."""
-    seen = observer.seen
-    if fault == "tool_stall":
-        return (logging.WARNING, "stream-error",
-                "upstream SSE stalled while streaming tool arguments:"
-                f" none for tool_calls.timeout_secs = {stall_secs:g}")
-    if seen.failed:
-        return logging.WARNING, "stream-error", seen.error_message or "the provider sent an error"
-    if seen.terminal or (fault is None and observer.complete):
-        return logging.INFO, "end", None
-    if fault == "upstream_idle":
-        return (logging.WARNING, "timeout",
-                f"the provider was silent for read_idle_timeout_secs = {idle_secs:g}")
-    if fault in ENDED_BY:
-        return logging.INFO, "closed", ENDED_BY[fault]
-    if fault:
-        return logging.WARNING, "stream-error", fault
-    if seen.pending:
-        return (logging.WARNING, "unfinished-tool",
-                "the stream ended within the arguments of a tool call")
-    return logging.INFO, "closed", "the stream ended before its terminal event"
+TIMEOUTS = {
+    "connect": (UPSTREAM_REQUEST,
+                "upstream request failed: no connection within connect_timeout_secs"),
+    "upstream": (UPSTREAM_REQUEST,
+                 "upstream request failed: no answer within read_idle_timeout_secs"),
+    "upstream_body": (UPSTREAM_BODY_READ,
+                      "the provider's answer stopped for read_idle_timeout_secs"),
+}
 
 
 def load_answer(raw: bytes, status: int, decoders: Iterable[json.JSONDecoder] = (
@@ -11802,35 +11779,10 @@ def load_answer(raw: bytes, status: int, decoders: Iterable[json.JSONDecoder] = 
     """The JSON of an answer, and whether it is JSON to the letter:
     local servers write NaN into log probabilities."""
     for decoder in decoders:
-        try:
+        with contextlib.suppress(ValueError):
             return load(raw, decoder), decoder is DECODER
-        except ValueError:
-            pass
     raise UpstreamError(f"the provider answered {status} with a body that is not JSON", status=502,
                         type=INTERNAL, fix="check that base_url is the address of an API")
-
-
-def response_body(provider: Provider, link: Link, answer: ResponseHead,
-                  rest: bytes) -> ResponseBody:
-    """The answer's body, refused where its coding is one that we cannot undo."""
-    try:
-        return ResponseBody(link, answer, rest)
-    except FramingError as error:
-        raise body_fault(provider, error) from None
-
-
-def error_for(exchange: Exchange, error: ProxyError) -> ProxyError:
-    """An error as the client of an exchange understands it."""
-    if isinstance(error, UpstreamError) and exchange.inbound and translation_name(exchange):
-        return translated_error(error, exchange.inbound, exchange.estimate)
-    return error
-
-
-def body_fault(provider: Provider, error: Exception) -> UpstreamError:
-    """A provider's answer that cannot be read to its end."""
-    said = str(error) if isinstance(error, FramingError) else "the connection broke"
-    return UpstreamError(f"the provider's answer could not be read: {said}"
-                         f" (provider `{provider.name}`)", type=UPSTREAM_BODY_READ)
 
 
 def date_line() -> bytes:
@@ -11838,17 +11790,14 @@ def date_line() -> bytes:
     return b"date: " + http_date(int(time.time()))
 
 
-def has_retry_line(lines: Iterable[bytes]) -> bool:
-    """Whether the provider itself said if trying again helps."""
-    return any(line.lower().startswith(b"x-should-retry:") for line in lines)
-
-
 def write_error(connection: Connection, error: ProxyError, style: str,
                 protocol: Protocol | None) -> None:
     """Answer with an error in the configured style."""
     content_type, body = render_error(error, style, protocol)
     lines = [*error.fields, b"content-type: " + content_type, date_line()]
-    if not error.retry and not has_retry_line(error.fields):
+    # the provider itself may have said if trying again helps
+    if not (error.retry
+            or any(line.lower().startswith(b"x-should-retry:") for line in error.fields)):
         lines.append(b"x-should-retry: false")
     connection.write_head(error.status, lines, len(body), body)
 
