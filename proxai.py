@@ -2288,14 +2288,13 @@ class ModelRequest(NamedTuple):
 
 def read_model_request(protocol: Protocol, raw: bytes) -> ModelRequest:
     """Check what routing and translation need and nothing more (ruling 13), else a RequestError."""
+    fault = f"the body of {protocol.title} requests must be a JSON object with a non-empty `model`"
     try:
         body = load(raw)
     except ValueError as error:
-        raise RequestError(f"the body of {protocol.title} requests must be a JSON object with a"
-                           f" non-empty `model`: {error}") from None
+        raise RequestError(f"{fault}: {error}") from None
     if not isinstance(body, dict):
-        raise RequestError(f"the body of {protocol.title} requests must be a JSON object with a"
-                           f" non-empty `model`")
+        raise RequestError(fault)
     model = body.get("model")
     if not isinstance(model, str) or not model.strip():
         raise RequestError(f"{protocol.title} requests need a non-empty `model`", param="model")
@@ -2314,48 +2313,40 @@ def read_model_request(protocol: Protocol, raw: bytes) -> ModelRequest:
     return ModelRequest(raw, body, model.strip())
 
 
-def lift_system_items(body: Json) -> Json | None:
-    """A Responses body with its system items moved into `instructions`; None where there are none.
+def lift_system_items(body: Json) -> Json:
+    """The members of a Responses body that change when its system items become `instructions`.
 
     Responses providers know no system role in `input` (contract 4.1, rulings 14 and 15).
     """
-    items = body.get("input")
-    if not isinstance(items, list):
-        return None
-    kept = [item for item in items if not (isinstance(item, dict) and item.get("role") == "system")]
+    items = listing(body.get("input"))
+    kept = [item for item in items if mapping(item).get("role") != "system"]
     if len(kept) == len(items):
-        return None
+        return {}
     texts = [system_text(item.get("content")) for item in items
-             if isinstance(item, dict) and item.get("role") == "system"]
+             if mapping(item).get("role") == "system"]
     texts = [text for text in texts if text]
-    out = {**body, "input": kept}
-    if texts:
-        before = body.get("instructions")
-        if isinstance(before, str) and before.strip():
-            texts.append(before)
-        out["instructions"] = "\n\n".join(texts)
-    return out
+    if not texts:
+        return {"input": kept}
+    before = text_of(body.get("instructions"))
+    texts += [before] if before.strip() else []
+    return {"input": kept, "instructions": "\n\n".join(texts)}
 
 
 def system_text(content: Any) -> str:
     """The text of a system item's content: a string, or its text parts on lines of their own."""
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else []
-    return "\n".join(part["text"] for part in parts
-                     if isinstance(part, dict) and part.get("type") in ("input_text", "text")
-                     and isinstance(part.get("text"), str))
+    return content if isinstance(content, str) else "\n".join(
+        part["text"] for part in map(mapping, listing(content))
+        if part.get("type") in ("input_text", "text") and isinstance(part.get("text"), str))
 
 
 def pass_through_body(protocol: Protocol, request: ModelRequest, model: str) -> bytes:
     """The body for a provider of the client's own protocol: the client's bytes, but for the two
     reasons of ruling 14, system items of Responses and a model that a route rewrites."""
     raw = request.raw
-    lifted = lift_system_items(request.body) if protocol is RESPONSES else None
+    lifted = lift_system_items(request.body) if protocol is RESPONSES else {}
     try:
-        for name in ("input", "instructions") if lifted else ():
-            if lifted and name in lifted and lifted[name] is not request.body.get(name):
-                raw = put_member(raw, name, lifted[name])
+        for name, value in lifted.items():
+            raw = put_member(raw, name, value)
     except ValueError as error:
         raise RequestError(f"the request body is {error}") from None
     return raw if model == request.body["model"] else replace_member(raw, "model", model)
@@ -2574,16 +2565,9 @@ def fill(target: Any, gaps: Mapping[str, Any]) -> bool:
     return bool(missing)
 
 
-def fill_all(targets: Any, gaps: Mapping[str, Any]) -> bool:
-    """`fill` each object of a list."""
-    return any([fill(target, gaps) for target in targets]) if isinstance(targets, list) else False
-
-
 def fill_usage(usage: Any, gaps: Mapping[str, Any]) -> bool:
     """The gaps of a usage object and of the server tool counters in it."""
-    changed = fill(usage, gaps)
-    return (fill(usage.get("server_tool_use"), SERVER_TOOL_GAPS) | changed
-            if isinstance(usage, dict) else changed)
+    return fill(usage, gaps) | fill(mapping(usage).get("server_tool_use"), SERVER_TOOL_GAPS)
 
 
 def fill_message(message: Json) -> bool:
@@ -2591,34 +2575,32 @@ def fill_message(message: Json) -> bool:
     changed = fill(message, {"type": "message"}) | fill(message, MESSAGE_GAPS)
     changed |= fill(message.get("stop_details"), STOP_DETAILS_GAPS)
     changed |= fill_usage(message.get("usage"), USAGE_GAPS)
-    content = message.get("content")
-    for block in content if isinstance(content, list) else ():
+    for block in listing(message.get("content")):
         changed |= fill_block(block)
     return changed
 
 
 def fill_block(block: Any) -> bool:
     """The gaps of a content block, by its type."""
-    if not isinstance(block, dict):
+    kind, content = mapping(block).get("type"), mapping(block).get("content")
+    if not isinstance(kind, str):
         return False
-    kind, content = block.get("type"), block.get("content")
-    changed = fill(block, BLOCK_GAPS.get(kind, {})) if isinstance(kind, str) else False
-    if kind == "text" and isinstance(block.get("citations"), list):
-        for citation in block["citations"]:
-            if isinstance(citation, dict):
-                changed |= fill(citation, CITATION_GAPS.get(str(citation.get("type")), {}))
+    changed = fill(block, BLOCK_GAPS.get(kind, {}))
+    if kind == "text":
+        for citation in listing(block.get("citations")):
+            changed |= fill(citation, CITATION_GAPS.get(str(mapping(citation).get("type")), {}))
     elif kind == "web_search_tool_result":
-        changed |= fill_all(content, {"page_age": None})
+        for item in listing(content):
+            changed |= fill(item, {"page_age": None})
     elif kind == "web_fetch_tool_result":
         for item in content if isinstance(content, list) else [content]:
-            if isinstance(item, dict) and "error_code" not in item:
+            if "error_code" not in mapping(item):
                 changed |= fill(item, {"retrieved_at": None})
-                changed |= fill(item.get("content"), NULLS(("citations", "title")))
-    elif (kind == "tool_search_tool_result" and isinstance(content, dict)
-          and "error_code" in content):
+                changed |= fill(mapping(item).get("content"), NULLS(("citations", "title")))
+    elif kind == "tool_search_tool_result" and "error_code" in mapping(content):
         changed |= fill(content, {"error_message": None})
-    elif kind == "text_editor_code_execution_tool_result" and isinstance(content, dict):
-        changed |= fill(content, EDITOR_RESULT_GAPS.get(str(content.get("type")), {}))
+    elif kind == "text_editor_code_execution_tool_result":
+        changed |= fill(content, EDITOR_RESULT_GAPS.get(str(mapping(content).get("type")), {}))
     return changed
 
 
@@ -2627,27 +2609,21 @@ WHOLE_MESSAGE = ("id", "role", "model", "content", "usage")
 
 def fill_gaps_in_body(body: Any) -> bool:
     """Fill an answer in place if it is a message; whether anything was added."""
-    if not (isinstance(body, dict) and body.get("role") == "assistant"
-            and all(key in body for key in WHOLE_MESSAGE)):
-        return False
-    return fill_message(body)
+    return (isinstance(body, dict) and body.get("role") == "assistant"
+            and all(key in body for key in WHOLE_MESSAGE) and fill_message(body))
 
 
 def fill_gaps_in_event(event: Any) -> bool:
     """Fill the payload of a stream event in place; whether anything was added."""
-    if not isinstance(event, dict):
-        return False
-    kind = event.get("type")
+    event = mapping(event)
+    kind, delta = event.get("type"), event.get("delta")
     if kind == "message_start" and isinstance(event.get("message"), dict):
         return fill_message(event["message"])
     if kind == "content_block_start":
         return fill_block(event.get("content_block"))
-    if kind == "message_delta":
-        changed = fill(event.get("delta"), MESSAGE_GAPS)
-        if isinstance(event.get("delta"), dict):
-            changed |= fill(event["delta"].get("stop_details"), STOP_DETAILS_GAPS)
-        return fill_usage(event.get("usage"), DELTA_USAGE_GAPS) | changed
-    return False
+    return kind == "message_delta" and (
+        fill(delta, MESSAGE_GAPS) | fill(mapping(delta).get("stop_details"), STOP_DETAILS_GAPS)
+        | fill_usage(event.get("usage"), DELTA_USAGE_GAPS))
 
 
 # Events that can have gaps; a frame with none of these words is not even parsed.
@@ -2669,18 +2645,13 @@ def fill_gaps_in_frame(frame: bytes) -> bytes | None:
     event = parse_event(frame)
     if event is None:
         return None
-    try:
+    with contextlib.suppress(ValueError):
         payload = load(event.data.encode("utf-8"))
-    except ValueError:
-        return None
-    if isinstance(payload, dict) and "type" not in payload:
-        payload = {"type": event.name, **payload}
-    if not fill_gaps_in_event(payload):
-        return None
-    try:
-        return format_event(payload["type"], dump(payload))
-    except ValueError:
-        return None
+        if isinstance(payload, dict) and "type" not in payload:
+            payload = {"type": event.name, **payload}
+        if fill_gaps_in_event(payload):
+            return format_event(payload["type"], dump(payload))
+    return None
 
 
 
@@ -8814,9 +8785,9 @@ class Observed:
 
     def count(self, table: dict[str, int], name: Any, key: Any) -> None:
         """Count `name` once for each `key`; names come from the provider, so they are bounded."""
-        if key not in self.seen and len(self.seen) < OBSERVED_THINGS:
+        name = word(name)
+        if name and key not in self.seen and len(self.seen) < OBSERVED_THINGS:
             self.seen.add(key)
-            name = str(name)[:OBSERVED_CHARS]
             table[name] = table.get(name, 0) + 1
 
     def call(self, name: Any, source: str, key: Any) -> None:
@@ -8829,6 +8800,11 @@ class Observed:
         """Arguments of the tool call `key` are coming."""
         if key is not None and (key in self.pending or len(self.pending) < OBSERVED_THINGS):
             self.pending[key] = now
+
+    def finished(self) -> None:
+        """The terminal event of a stream has come."""
+        self.terminal = True
+        self.pending.clear()
 
     def restart_items(self) -> None:
         """A last word on the output follows: what was counted on the way does not
@@ -8981,8 +8957,7 @@ def observe_responses_event(seen: Observed, kind: str, event: Json, now: float) 
     elif isinstance(event.get("response"), dict):
         observe_responses_object(seen, event["response"])
     if kind in RESPONSES_TERMINAL:
-        seen.terminal = True
-        seen.pending.clear()
+        seen.finished()
         if kind in ("error", "response.error"):
             seen.fail(event.get("error") if isinstance(event.get("error"), dict) else event)
 
@@ -8990,9 +8965,8 @@ def observe_responses_event(seen: Observed, kind: str, event: Json, now: float) 
 def end_responses_call(seen: Observed, id: Any, place: Any) -> None:
     """The arguments of an item are complete: that of `id`,
     or that at `place` where either side has no id."""
-    for key in [k for k in seen.pending
-                if (k[0] == id if id is not None and k[0] is not None else k[1] == place)]:
-        del seen.pending[key]
+    seen.pending = {k: at for k, at in seen.pending.items()
+                    if (k[0] != id if id is not None and k[0] is not None else k[1] != place)}
 
 
 def observe_chat_object(seen: Observed, body: Json) -> None:
@@ -9001,18 +8975,12 @@ def observe_chat_object(seen: Observed, body: Json) -> None:
     observe_openai_usage(seen, body.get("usage"))
     for place, choice_ in enumerate(listing(body.get("choices"))):
         choice_ = mapping(choice_)
-        observe_finish(seen, choice_.get("finish_reason"), place)
+        seen.count(seen.finish, choice_.get("finish_reason"), ("finish", place))
         message = mapping(choice_.get("message"))
         if message:
             seen.count(seen.items, "message", ("item", place))
         for index, call in enumerate(listing(message.get("tool_calls"))):
             observe_chat_call(seen, mapping(call), (place, index))
-
-
-def observe_finish(seen: Observed, reason: Any, key: Any) -> None:
-    """A finish or stop reason, once for each choice."""
-    if word(reason):
-        seen.count(seen.finish, reason, ("finish", key))
 
 
 def observe_chat_call(seen: Observed, call: Json, key: Any) -> None:
@@ -9034,19 +9002,16 @@ def observe_chat_event(seen: Observed, kind: str, event: Json, now: float) -> No
             key = (place, key_of(call.get("index"), position))
             observe_chat_call(seen, call, key)
             # Chat has no end of a call; the next one's first part is the end of this one.
-            for other in [k for k in seen.pending if k[0] == place and k != key]:
-                del seen.pending[other]
+            seen.pending = {k: at for k, at in seen.pending.items() if k[0] != place or k == key}
             if any(mapping(call.get(k)).get(v)
                    for k, v in (("function", "arguments"), ("custom", "input"))):
                 seen.argument(key, now)
         if choice_.get("finish_reason"):
-            observe_finish(seen, choice_["finish_reason"], place)
-            for other in [k for k in seen.pending if k[0] == place]:
-                del seen.pending[other]
+            seen.count(seen.finish, choice_["finish_reason"], ("finish", place))
+            seen.pending = {k: at for k, at in seen.pending.items() if k[0] != place}
     if event.get("error"):
         seen.fail(event["error"])
-        seen.terminal = True
-        seen.pending.clear()
+        seen.finished()
 
 
 def observe_messages_object(seen: Observed, body: Json) -> None:
@@ -9054,7 +9019,7 @@ def observe_messages_object(seen: Observed, body: Json) -> None:
     observe_common(seen, body)
     observe_messages_usage(seen, body.get("usage"))
     seen.tier = word(mapping(body.get("usage")).get("service_tier")) or seen.tier
-    observe_finish(seen, body.get("stop_reason"), 0)
+    seen.count(seen.finish, body.get("stop_reason"), ("finish", 0))
     for index, block in enumerate(listing(body.get("content"))):
         observe_messages_block(seen, mapping(block), index)
     if body.get("type") == "error":
@@ -9064,12 +9029,11 @@ def observe_messages_object(seen: Observed, body: Json) -> None:
 def observe_messages_block(seen: Observed, block: Json, index: Any) -> None:
     """One content block."""
     kind = block.get("type")
-    if isinstance(kind, str):
-        seen.count(seen.items, kind, ("item", index))
-        if kind == "tool_use":
-            seen.call(block.get("name"), "tool", index)
-        elif kind in ("server_tool_use", "mcp_tool_use"):
-            seen.call(block.get("name"), "server_tool", index)
+    seen.count(seen.items, kind, ("item", index))
+    if kind == "tool_use":
+        seen.call(block.get("name"), "tool", index)
+    elif kind in ("server_tool_use", "mcp_tool_use"):
+        seen.call(block.get("name"), "server_tool", index)
 
 
 def observe_messages_event(seen: Observed, kind: str, event: Json, now: float) -> None:
@@ -9086,10 +9050,9 @@ def observe_messages_event(seen: Observed, kind: str, event: Json, now: float) -
         seen.pending.pop(index, None)
     elif kind == "message_delta":
         observe_messages_usage(seen, event.get("usage"))
-        observe_finish(seen, mapping(event.get("delta")).get("stop_reason"), 0)
+        seen.count(seen.finish, mapping(event.get("delta")).get("stop_reason"), ("finish", 0))
     elif kind in ("message_stop", "error"):
-        seen.terminal = True
-        seen.pending.clear()
+        seen.finished()
         if kind == "error":
             seen.fail(event.get("error"))
 
@@ -9181,7 +9144,7 @@ class StreamObserver:
             return
         self.opened = True
         if event.data == "[DONE]" and self.watcher.event is observe_chat_event:
-            self.finish()
+            self.seen.finished()
             return
         try:
             payload = json.loads(event.data)
@@ -9189,11 +9152,6 @@ class StreamObserver:
             return
         if isinstance(payload, dict):
             self.note(event, payload, now)
-
-    def finish(self) -> None:
-        """The end of a Chat stream."""
-        self.seen.terminal = True
-        self.seen.pending.clear()
 
     def note(self, event: Event, payload: Json, now: float) -> None:
         """Take note of an event that is parsed already."""
@@ -9221,7 +9179,7 @@ class StreamObserver:
             name, text = event
             if text == DONE:
                 if chat:
-                    self.finish()
+                    self.seen.finished()
                     yield DONE
                 continue
             try:
@@ -9440,10 +9398,8 @@ def request_effort(protocol: Protocol, body: Json) -> str | None:
 
 def request_max_tokens(body: Json) -> int | None:
     """The output limit that a provider request sets."""
-    for key in ("max_output_tokens", "max_completion_tokens", "max_tokens"):
-        if type(body.get(key)) is int:
-            return int(body[key])
-    return None
+    return next((body[key] for key in ("max_output_tokens", "max_completion_tokens", "max_tokens")
+                 if type(body.get(key)) is int), None)
 
 
 
@@ -9582,16 +9538,8 @@ def rate_fields(fields: Sequence[Field]) -> Json:
         if re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,15})?", text):
             key = (name.replace("-seconds", "-secs").replace("-limit-percent", "-percent")
                    .replace("-", "_"))
-            out[f"codex_{key}"] = decimal(text)
+            out[f"codex_{key}"] = float(text)
     return out
-
-
-def decimal(text: str) -> float:
-    """A number in a header; 0 where it is none."""
-    try:
-        return float(text)
-    except ValueError:
-        return 0.0
 
 
 def milliseconds(secs: float) -> int:
