@@ -500,15 +500,10 @@ def upstream_error(status: int, body: bytes, fields: Sequence[bytes] = ()) -> Pr
     if message is None:
         return failed(UPSTREAM_UNKNOWN_SHAPE,
                       f"the provider answered {status} with an error of unknown shape: {shown}")
-    code, more = first_of(value, "/error/code", "/code"), {}
-    if isinstance(code, str):
-        more["code"] = code
-    kind = first_of(value, "/error/type")
-    more["kind"] = kind if isinstance(kind, str) else ""
-    param = first_of(value, "/error/param", "/param")
-    if param is not ABSENT and fits(param):
-        more["param"] = param
-    return failed(UPSTREAM, message, **more)
+    code, param = first_of(value, "/error/code", "/code"), first_of(value, "/error/param", "/param")
+    return failed(UPSTREAM, message, kind=text_of(first_of(value, "/error/type")),
+                  code=code if isinstance(code, str) else None,
+                  param=param if param is not ABSENT and fits(param) else ABSENT)
 
 
 def fits(value: Any) -> bool:
@@ -605,11 +600,8 @@ def overflow_message(said: str, protocol: Protocol, estimate: int) -> str:
 
 def joined_detail(value: Any) -> str | None:
     """The texts of a FastAPI-style `detail` list, joined; None where there are none."""
-    items = first_of(value, "/detail")
-    if not isinstance(items, list):
-        return None
     texts = [next((item[key] for key in ("msg", "message") if isinstance(item.get(key), str)), "")
-             for item in items if isinstance(item, dict)]
+             for item in map(mapping, listing(first_of(value, "/detail")))]
     return "; ".join(filter(None, texts)) or None
 
 
@@ -9063,26 +9055,24 @@ class Watcher(NamedTuple):
     `loose` markers are for a stream whose JSON is not written as vendors write it.
     """
 
-    markers: tuple[bytes, ...]
-    loose: tuple[bytes, ...]
     event: Callable[[Observed, str, Json, float], None]
     whole: Callable[[Observed, Json], None]
+    markers: tuple[bytes, ...]
+    loose: tuple[bytes, ...] = ()
 
 
-RESPONSES_MARKERS = (b"response.created", b"response.completed", b"response.incomplete",
-                     b"response.failed", b"response.cancelled", b"error", b"_arguments.",
-                     b"_input.", b"output_item.")
 CHAT_MARKERS = (b"[DONE]", b"tool_calls", b"prompt_tokens", b'"error"')
-MESSAGES_MARKERS = (b"message_start", b"message_delta", b"message_stop", b"content_block_start",
-                    b"content_block_stop", b"partial_json", b"error")
 WATCHERS = {
-    "responses": Watcher(RESPONSES_MARKERS, RESPONSES_MARKERS, observe_responses_event,
-                         observe_responses_object),
+    "responses": Watcher(observe_responses_event, observe_responses_object, (
+        b"response.created", b"response.completed", b"response.incomplete", b"response.failed",
+        b"response.cancelled", b"error", b"_arguments.", b"_input.", b"output_item.")),
     # Each Chat chunk has "finish_reason":null; only another value is worth a look.
-    "chat": Watcher((*CHAT_MARKERS, b'"finish_reason":"', b'"finish_reason": "'),
-                    (*CHAT_MARKERS, b"finish_reason"), observe_chat_event, observe_chat_object),
-    "messages": Watcher(MESSAGES_MARKERS, MESSAGES_MARKERS, observe_messages_event,
-                        observe_messages_object),
+    "chat": Watcher(observe_chat_event, observe_chat_object,
+                    (*CHAT_MARKERS, b'"finish_reason":"', b'"finish_reason": "'),
+                    (*CHAT_MARKERS, b"finish_reason")),
+    "messages": Watcher(observe_messages_event, observe_messages_object, (
+        b"message_start", b"message_delta", b"message_stop", b"content_block_start",
+        b"content_block_stop", b"partial_json", b"error")),
 }
 # How the first chunk of a Chat stream shows that its JSON is written as vendors write it.
 COMMON_SPELLINGS = (b'"finish_reason":null', b'"finish_reason": null')
@@ -9108,7 +9098,7 @@ class StreamObserver:
 
     def __init__(self, protocol: Protocol, limit: int, choices: int = 1) -> None:
         self.watcher, self.choices = WATCHERS[protocol.word], choices
-        self.markers = self.watcher.loose
+        self.markers = self.watcher.loose or self.watcher.markers
         self.splitter = EventSplitter(limit)
         self.seen = Observed()
         self.opened = False  # whether an event was parsed: the first tells the id and the model
@@ -9336,8 +9326,7 @@ def tool_name(tool: Json, category: str) -> str | None:
     """A tool's name as hints show it."""
     if category == "mcp":
         label, allowed = brief_name(tool.get("server_label") or "mcp"), tool.get("allowed_tools")
-        names = listing(mapping(allowed).get("tool_names") if isinstance(allowed, dict)
-                        else allowed)
+        names = listing(mapping(allowed).get("tool_names", allowed))
         if isinstance(mapping(allowed).get("read_only"), bool) and not names:
             return f"{label}[{'ro' if mapping(allowed)['read_only'] else 'rw'}]"
         return ",".join(sorted({f"{label}/{brief_name(name)}" for name in names})) or label
@@ -9822,8 +9811,10 @@ class LineWriter(logging.Handler):
         limits = settings.duration_thresholds
         self.lines = HumanLines(color, limits.warn_ms, limits.error_ms,
                                 LEVELS[settings.level] <= logging.DEBUG)
-        self.json = settings.output_format == "json"
-        self.in_place = color and not self.json  # `wait` lines overwrite one another on a terminal
+        as_json = settings.output_format == "json"
+        self.render: Callable[[float, str, str, Json], str | None] = (
+            json_line if as_json else self.lines.render)
+        self.in_place = color and not as_json  # `wait` lines overwrite one another on a terminal
         self.stream, self.dropped = stream, 0
         self.queue: queue.SimpleQueue[tuple[str, str] | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self.write_lines, name="proxai-log", daemon=True)
@@ -9839,8 +9830,7 @@ class LineWriter(logging.Handler):
             fields = {**fields, "traceback": logging.Formatter().formatException(record.exc_info)}
         level = LEVEL_NAMES.get(record.levelno, "error")
         try:
-            render = json_line if self.json else self.lines.render
-            line = render(record.created, level, event, fields)
+            line = self.render(record.created, level, event, fields)
         except Exception:  # a line that cannot be rendered must not take a request with it
             line = self.own_line("error", "log-fault", {"lost": event})
         if line is None:
@@ -9852,8 +9842,7 @@ class LineWriter(logging.Handler):
 
     def own_line(self, level: str, event: str, fields: Json) -> str:
         """A line about the log itself."""
-        return str((json_line if self.json else self.lines.render)(
-            time.time(), level, event, fields))
+        return str(self.render(time.time(), level, event, fields))
 
     def write_lines(self) -> None:
         """The thread: print what is queued until told to end."""
