@@ -3749,6 +3749,8 @@ def content_tokens(value: Any) -> int:
             for key, inner in at.items():
                 if key in MEDIA_KEYS and type(inner) is str and at.get("type") != "text":
                     total += media_tokens(inner)
+                elif key == "input" and type(inner) is dict:  # of a call: names and numbers count
+                    total += text_tokens(compact(inner))
                 elif key not in SILENT_KEYS:
                     todo.append(inner)
     return total
@@ -5764,8 +5766,8 @@ def chat_turns(atoms: list[Atom], names: ToolNames, level: str | None,
                 parts = atom.parts
                 if ctx.inbound == MESSAGES.word and out and out[-1]["role"] == "tool":
                     # a word of the client beside a result is no turn of the user
-                    out[-1]["content"] = join_lines([out[-1]["content"], *(
-                        p.text for p in parts if REMINDER.fullmatch(p.text))])
+                    if told := [p.text for p in parts if REMINDER.fullmatch(p.text)]:
+                        out[-1]["content"] = merged(out[-1]["content"], join_lines(told))
                     parts = [p for p in parts if not REMINDER.fullmatch(p.text)]
                 content = chat_content(parts, ctx)
                 if content and fold and out and out[-1]["role"] == "user":

@@ -13,17 +13,21 @@ import asyncio
 import base64
 import collections
 import contextlib
+import copy
+import dataclasses
 import datetime
 import dis
 import email.utils
 import functools
 import gzip
+import hashlib
 import http.client
 import importlib.util
 import io
 import itertools
 import json
 import logging
+import marshal
 import math
 import os
 import random
@@ -40,9 +44,10 @@ import threading
 import time
 import types
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+from unittest.mock import ANY
 
 HERE = Path(__file__).resolve().parent
 PROGRAM = HERE / "proxai.py"
@@ -65,6 +70,7 @@ import proxai
 SOURCE = PROGRAM.read_text("utf-8")
 CHAT, MESSAGES, RESPONSES = proxai.CHAT, proxai.MESSAGES, proxai.RESPONSES
 PATIENCE = 10.0  # seconds that a test waits for what must happen
+NOW = 1_700_000_000  # 2023-11-14T22:13:20Z
 
 
 # ============================================================================
@@ -985,6 +991,196 @@ def test_a_provider_error_keeps_its_status_and_its_diagnostic_headers_in_each_fo
         assert "slow down" in reply.json["error"]["message"]
         if style == "json":
             assert (reply.json["error"]["type"], reply.json["error"]["status"]) == (kind, status)
+
+
+# -- errors that cross protocols ------------------------------------------------
+
+OPENAI_WORDS = ("This model's maximum context length is {} tokens. However, your messages resulted in {} tokens."
+                " Please reduce the length of the messages.")
+
+
+def crossed_error(status: int, error: Any, protocol: Any, estimate: int = 0) -> Any:
+    """A provider's error body as a client of another protocol gets it."""
+    error = proxai.upstream_error(status, json.dumps(error).encode())
+    return proxai.translated_error(error, protocol, estimate)
+
+
+@pytest.mark.parametrize("text, tokens, limit", [
+    ("This model's maximum context length is 8192 tokens. However, your messages resulted in 9000 tokens. Please"
+     " reduce the length of the messages.", 9000, 8192),
+    ("This model's maximum context length is 4097 tokens, however you requested 5000 tokens (4000 in your prompt;"
+     " 1000 for the completion).", 5000, 4097),
+    ("This model's maximum context length is 4096 tokens. However, your request has 5000 input tokens.", 5000, 4096),
+    ("This endpoint's maximum context length is 131072 tokens. However, you requested about 150000 tokens"
+     " (140000 of text input, 10000 in the output).", 150000, 131072),
+    ("Requested token count exceeds the model's maximum context length of 4096 tokens. You requested a total of"
+     " 5000 tokens: 4000 tokens from the input messages and 1000 for the completion.", 5000, 4096),
+    ("Input tokens exceed the configured limit of 272000 tokens. Your messages resulted in 300000 tokens.",
+     300000, 272000),
+    ("request (5000 tokens) exceeds the available context size (4096 tokens), try increasing it", 5000, 4096),
+    ("prompt token count of 150000 exceeds the limit of 128000", 150000, 128000),
+    ("This model's maximum prompt length is 131072 but the request contains 200000 tokens.", 200000, 131072),
+    ("The input (5000 tokens) is longer than the model's context length (4096 tokens).", 5000, 4096),
+    ("Prompt contains 40000 tokens and 0 draft tokens, too large for model with 32768 maximum context length",
+     40000, 32768),
+    ("The decoder prompt (length 5000) is longer than the maximum model length of 4096.", 5000, 4096),
+    ("The input token count (1200000) exceeds the maximum number of tokens allowed (1048576).", 1200000, 1048576),
+    ("Invalid request: Your request exceeded model token limit: 262144 (requested: 300000)", 300000, 262144),
+    ("prompt is too long: 210000 tokens > 200000 maximum", 210000, 200000),
+    ("input length and `max_tokens` exceed context limit: 198432 + 32000 > 200000, decrease input length or"
+     " `max_tokens` and try again", 230432, 200000),
+    ("prompt is too long: 1,210,000 tokens > 1,000,000 maximum", 1210000, 1000000),
+], ids=["openai", "openai old", "vllm", "openrouter", "sglang count", "responses", "llama.cpp", "copilot", "xai",
+        "sglang", "mistral", "vllm old", "gemini", "kimi", "anthropic", "anthropic max_tokens", "commas"])
+def test_an_overflow_is_told_in_the_words_that_agents_react_to(text, tokens, limit):
+    error = crossed_error(400, {"error": {"message": text}}, MESSAGES)
+    assert error.message == f"prompt is too long: {tokens} tokens > {limit} maximum"
+    assert (error.status, error.retry) == (400, True)
+    assert proxai.native_error(error, MESSAGES)["error"]["type"] == "invalid_request_error"
+    for protocol in (CHAT, RESPONSES):
+        error = crossed_error(400, {"error": {"message": text}}, protocol)
+        assert error.message == OPENAI_WORDS.format(limit, tokens)
+        assert proxai.native_error(error, protocol)["error"] == {
+            "message": error.message, "type": "invalid_request_error", "param": None,
+            "code": "context_length_exceeded", "status": 400}
+
+
+@pytest.mark.parametrize("text, estimate, tokens, limit", [
+    ("This model's maximum context length is 8192 tokens.", 9000, 9000, 8192),
+    ("This model's maximum context length is 8192 tokens.", 5000, 8193, 8192),  # N > M, always
+    ("Your input exceeds the context window of this model.", 9000, 9000, 8999),
+    ("Your input exceeds the context window of this model.", 0, 2, 1),
+    ("This model's maximum context length is 8192 tokens, and your messages resulted in 8192 tokens", 0, 8193, 8192),
+], ids=["no N", "small estimate", "no numbers", "nothing known", "N = M"])
+def test_numbers_of_an_overflow_that_nobody_told_are_filled_in_for_a_messages_client(text, estimate, tokens, limit):
+    error = crossed_error(400, {"error": {"message": text, "code": "context_length_exceeded"}}, MESSAGES, estimate)
+    assert error.message == f"prompt is too long: {tokens} tokens > {limit} maximum"
+
+
+@pytest.mark.parametrize("code", ["context_length_exceeded", "model_max_prompt_tokens_exceeded"])
+def test_an_overflow_without_numbers_is_known_by_its_code_and_keeps_its_words_for_openai_clients(code):
+    error = crossed_error(413, {"error": {"message": "Please reduce it.", "code": code}}, CHAT, 9000)
+    assert (error.status, error.code) == (413, "context_length_exceeded")
+    assert error.message == "the maximum context length of the model is exceeded: Please reduce it."
+
+
+@pytest.mark.parametrize("status, error", [
+    (429, {"message": "Request too large: maximum context length is 5 tokens, requested 7", "code": "x"}),
+    (400, {"message": "'max_tokens' or 'max_completion_tokens' is too large: 32000. This model's maximum context"
+                      " length is 8192 tokens and your request has 500 input tokens"}),
+    (400, {"message": "max_tokens: 99 > 32, which is the maximum"}),
+    (404, {"message": "no model"}),
+], ids=["rate limit", "max_tokens of vllm", "max_tokens of anthropic", "other"])
+def test_what_only_looks_like_an_overflow_keeps_its_words(status, error):
+    for protocol in (MESSAGES, CHAT):
+        found = crossed_error(status, {"error": error}, protocol, 100)
+        assert (found.message, found.code) == (error["message"], error.get("code"))
+
+
+# status, error, what a Messages client and what OpenAI clients are told, Chat's code and Responses' code, retry
+@pytest.mark.parametrize("status, error, messages, openai, chat_code, responses_code, retry", [
+    (402, {"message": "m"}, "billing_error", "insufficient_quota", "insufficient_quota", "insufficient_quota", False),
+    (402, {"message": "m", "type": "billing_error"}, "billing_error", "insufficient_quota", "insufficient_quota",
+     "insufficient_quota", False),
+    (429, {"message": "m", "code": "insufficient_quota"}, "billing_error", "insufficient_quota",
+     "insufficient_quota", "insufficient_quota", False),
+    (429, {"message": "m", "code": "billing_hard_limit_reached"}, "billing_error", "insufficient_quota",
+     "billing_hard_limit_reached", "billing_hard_limit_reached", False),
+    (429, {"message": "check your plan and billing details"}, "billing_error", "insufficient_quota",
+     "insufficient_quota", "insufficient_quota", False),
+    (429, {"message": "Your credit balance is too low"}, "billing_error", "insufficient_quota",
+     "insufficient_quota", "insufficient_quota", False),
+    (429, {"message": "check your plan and billing details. Please retry in 32.5s."}, "rate_limit_error",
+     "rate_limit_error", "rate_limit_exceeded", "rate_limit_exceeded", True),
+    (429, {"message": "m", "type": "rate_limit_error"}, "rate_limit_error", "rate_limit_error",
+     "rate_limit_exceeded", "rate_limit_exceeded", True),
+    (429, {"message": "The engine is currently overloaded"}, "overloaded_error", "overloaded_error", "overloaded",
+     "server_is_overloaded", True),
+    (529, {"message": "Overloaded", "type": "overloaded_error"}, "overloaded_error", "overloaded_error",
+     "overloaded", "server_is_overloaded", True),
+    (503, {"message": "m"}, "overloaded_error", "overloaded_error", "overloaded", "server_is_overloaded", True),
+    (500, {"message": "Overloaded", "type": "overloaded_error"}, "overloaded_error", "overloaded_error",
+     "overloaded", "server_is_overloaded", True),
+    (500, {"message": "no healthy upstream"}, "overloaded_error", "overloaded_error", "overloaded",
+     "server_is_overloaded", True),
+    (500, {"message": "m"}, "api_error", "server_error", None, None, True),
+    (502, {"message": "m"}, "api_error", "server_error", None, None, True),
+    (504, {"message": "m"}, "timeout_error", "server_error", "timeout", "timeout", True),
+    (400, {"message": "m"}, "invalid_request_error", "invalid_request_error", None, None, True),
+    (422, {"message": "m"}, "invalid_request_error", "invalid_request_error", None, None, True),
+    (400, {"message": "m", "code": "invalid_prompt"}, "invalid_request_error", "invalid_request_error",
+     "invalid_prompt", "invalid_prompt", True),
+    (401, {"message": "m"}, "authentication_error", "authentication_error", "invalid_api_key", "invalid_api_key", True),
+    (403, {"message": "m"}, "permission_error", "permission_error", None, None, True),
+    (404, {"message": "model: claude-9"}, "not_found_error", "invalid_request_error", "model_not_found",
+     "model_not_found", True),
+    (413, {"message": "m"}, "request_too_large", "invalid_request_error", "request_too_large", "request_too_large",
+     True),
+])
+def test_an_error_crosses_protocols_by_the_tables_and_keeps_its_status(status, error, messages, openai, chat_code,
+                                                                      responses_code, retry):
+    found = crossed_error(status, {"error": error}, MESSAGES)
+    assert (found.status, found.message, found.retry) == (status, error["message"], retry)
+    assert proxai.native_error(found, MESSAGES) == {
+        "type": "error", "error": {"type": messages, "message": error["message"]}}
+    for protocol, code in ((CHAT, chat_code), (RESPONSES, responses_code)):
+        found = crossed_error(status, {"error": error}, protocol)
+        assert (found.status, found.retry) == (status, retry)
+        assert proxai.native_error(found, protocol) == {"error": {
+            "message": error["message"], "type": openai, "param": None, "code": code, "status": status}}
+
+
+@pytest.mark.parametrize("body, message", [
+    ({"error": "prompt is too long: 5 tokens > 4 maximum"}, None),
+    ({"detail": "prompt is too long: 5 tokens > 4 maximum"}, None),
+    ({"message": "prompt is too long: 5 tokens > 4 maximum"}, None),
+    ({"object": "error", "message": "prompt is too long: 5 tokens > 4 maximum", "code": 400}, None),
+    ([{"error": {"message": "prompt is too long: 5 tokens > 4 maximum"}}], None),
+    ("prompt is too long: 5 tokens > 4 maximum", None),
+], ids=["error", "detail", "message", "vllm", "list", "text"])
+def test_an_overflow_is_found_in_every_shape_of_body(body, message):
+    assert crossed_error(400, body, CHAT).message == OPENAI_WORDS.format(4, 5)
+
+
+def test_what_else_an_error_has_crosses_with_it():
+    error = proxai.UpstreamError("Overloaded", status=529, type=proxai.UPSTREAM, code="c", param="p", kind="k",
+                                 fields=[b"retry-after: 1"], retry=False, events=[{"type": "x"}])
+    found = proxai.translated_error(error, RESPONSES)
+    assert (found.status, found.type, found.code, found.param, found.kind, found.fields, found.retry, found.events) \
+        == (529, "upstream_error", "server_is_overloaded", "p", "k", [b"retry-after: 1"], False, [{"type": "x"}])
+    assert (error.code, error.message) == ("c", "Overloaded")
+
+
+@pytest.mark.parametrize("protocol", [CHAT, RESPONSES, MESSAGES], ids=lambda p: p.word)
+@pytest.mark.parametrize("error", [
+    {"message": "maximum context length is 8192 tokens ... resulted in 9000 tokens"},
+    {"message": "Please reduce it.", "code": "context_length_exceeded"},
+    {"message": "Overloaded", "type": "overloaded_error"}, {"message": "credit balance"}, {"message": "m"},
+], ids=["overflow", "overflow without numbers", "overloaded", "quota", "other"])
+def test_an_error_that_has_crossed_already_stays_as_it_is(protocol, error):
+    once = crossed_error(429 if "credit" in error["message"] else 400, {"error": error}, protocol, 9)
+    twice = proxai.translated_error(once, protocol, 9)
+    assert (twice.message, twice.code, twice.retry) == (once.message, once.code, once.retry)
+    assert proxai.native_error(twice, protocol) == proxai.native_error(once, protocol)
+
+
+@pytest.mark.parametrize("size", [5_000, 1_000_000])
+@pytest.mark.parametrize("text", ["a", "maximum context length ", "(1 ", "tokens ", "9", "9,", "429 try again"])
+def test_a_long_error_text_does_not_hold_the_proxy_up(text, size):
+    error = proxai.UpstreamError(text * (size // len(text)), status=400)
+    began = time.process_time()
+    for protocol in (MESSAGES, CHAT):
+        proxai.translated_error(error, protocol)
+    assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize("style", ["text", "json", "native"])
+def test_the_error_event_of_a_translated_responses_stream_has_both_shapes(style):
+    error = proxai.UpstreamError("slow", status=504, type=proxai.UPSTREAM_BODY_READ, param="p")
+    name, data, *_ = proxai.render_error_event(error, style, RESPONSES, 7, nested=True).decode().split("\n")
+    assert name == "event: error" and json.loads(data.removeprefix("data: ")) == {
+        "type": "error", "sequence_number": 7, "code": None, "message": "slow", "param": "p",
+        "error": {"message": "slow", "type": "server_error", "code": "timeout", "status": 504}}
 
 
 
@@ -4095,38 +4291,10368 @@ def test_defaults_that_are_objects_are_not_shared():
     assert two["content_block"]["caller"] == {"type": "direct"}
 
 
+# -- the header lines of translated exchanges -----------------------------------
+
+FOREIGN_LINES = [
+    b"anthropic-version: 2024-01-01", b"anthropic-beta: a", b"anthropic-dangerous-direct-browser-access: true",
+    b"openai-organization: o", b"openai-project: p", b"openai-beta: b", b"x-stainless-lang: python",
+    b"x-stainless-retry-count: 0", b"x-session-id: s", b"x-session-affinity: s", b"x-codex-turn-metadata: {}",
+    b"originator: codex", b"session_id: s", b"session-id: s", b"thread-id: t", b"conversation_id: c", b"x-app: cli",
+    b"x-claude-code-session-id: s", b"cookie: a=b", b"origin: http://localhost", b"sec-fetch-mode: cors",
+    b"accept: text/x", b"content-type: text/plain", b"accept-encoding: br", b"authorization: Bearer client",
+    b"x-api-key: client", b"x-forwarded-for: 1.2.3.4", b"content-encoding: identity"]
+KNOWN_LINES = [b"User-Agent: me/1", b"accept-language: de", b"traceparent: 00-1-2-01", b"tracestate: a=b",
+               b"X-Request-Id: r-1"]
+
+
+@pytest.mark.parametrize("protocol", [CHAT, RESPONSES, MESSAGES], ids=lambda p: p.word)
+def test_a_translated_request_has_few_of_the_clients_headers(protocol):
+    head = request_head(b"POST /v1/x HTTP/1.1", b"Host: localhost", *FOREIGN_LINES, *KNOWN_LINES)
+    fixed = [b"host: provider.example", proxai.auth_line(protocol, "k-1")]
+    lines = proxai.provider_lines(head, protocol, fixed, 5, proxai.translated_lines(True, [b"anthropic-beta: ours"]))
+    version = [b"anthropic-version: 2023-06-01"] if protocol is MESSAGES else []
+    assert sorted(lines) == sorted([
+        *KNOWN_LINES, *fixed, b"content-length: 5", b"content-type: application/json", b"accept: text/event-stream",
+        b"anthropic-beta: ours", *version])
+
+
+def test_a_translated_request_says_who_sends_it_and_takes_json():
+    head = request_head(b"POST /v1/x HTTP/1.1", b"Host: localhost", b"Connection: traceparent", b"traceparent: 1")
+    lines = proxai.provider_lines(head, CHAT, [], 5, proxai.translated_lines(False, []))
+    assert sorted(lines) == sorted([b"content-length: 5", b"content-type: application/json",
+                                    b"accept: application/json", b"user-agent: " + proxai.USER_AGENT])
+
+
+ALWAYS = [b"Date: d", b"Retry-After: 5", b"retry-after-ms: 70", b"x-should-retry: false"]
+NEVER = [b"Server: s", b"Set-Cookie: a=b", b"Content-Type: x/y", b"Content-Length: 5",
+         b"x-codex-primary-used-percent: 1", b"openai-organization: o", b"anthropic-organization-id: o",
+         b"cf-ray: c", b"Connection: close", b"via: v"]
+OF_ANTHROPIC = [b"request-id: req_1", b"anthropic-ratelimit-requests-limit: 50",
+                b"anthropic-ratelimit-requests-remaining: 49",
+                b"anthropic-ratelimit-requests-reset: 2023-11-14T22:14:20Z",
+                b"anthropic-ratelimit-tokens-limit: 5000", b"anthropic-ratelimit-tokens-remaining: 0",
+                b"anthropic-ratelimit-tokens-reset: 2023-11-14T22:13:25Z"]
+OF_OPENAI = [b"x-request-id: req_1", b"x-ratelimit-limit-requests: 50", b"x-ratelimit-remaining-requests: 49",
+             b"x-ratelimit-reset-requests: 60s", b"x-ratelimit-limit-tokens: 5000",
+             b"x-ratelimit-remaining-tokens: 0", b"x-ratelimit-reset-tokens: 5s"]
+ANTHROPIC_ONLY = [b"anthropic-ratelimit-input-tokens-limit: 9", b"anthropic-ratelimit-unified-status: allowed",
+                  b"x-request-id: other"]
+OPENAI_ONLY = [b"openai-processing-ms: 7", b"x-ratelimit-limit-project-tokens: 9", b"request-id: other"]
+
+
+@pytest.mark.parametrize("inbound, provider, sent, expected", [
+    (CHAT, MESSAGES, OF_ANTHROPIC + ANTHROPIC_ONLY, OF_OPENAI),
+    (RESPONSES, MESSAGES, OF_ANTHROPIC + ANTHROPIC_ONLY, OF_OPENAI),
+    (MESSAGES, CHAT, OF_OPENAI + OPENAI_ONLY, OF_ANTHROPIC),
+    (MESSAGES, RESPONSES, OF_OPENAI + OPENAI_ONLY, OF_ANTHROPIC),
+    (RESPONSES, CHAT, OF_OPENAI + OPENAI_ONLY[:2], OF_OPENAI + OPENAI_ONLY[:2]),
+    (CHAT, RESPONSES, OF_OPENAI + OPENAI_ONLY[:2], OF_OPENAI + OPENAI_ONLY[:2]),
+], ids=lambda v: getattr(v, "word", ""))
+def test_the_headers_of_an_answer_get_the_names_of_the_clients_vendor(inbound, provider, sent, expected):
+    head = response_head(b"HTTP/1.1 200 OK", *NEVER, *ALWAYS, *sent)
+    assert sorted(proxai.mapped_lines(head.fields, inbound, provider, NOW)) == sorted(ALWAYS + expected)
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("6m0s", "2023-11-14T22:19:20Z"), ("1h2m3.5s", "2023-11-14T23:15:23Z"), ("20ms", "2023-11-14T22:13:20Z"),
+    ("1d", "2023-11-15T22:13:20Z"), ("2023-11-14T22:13:21Z", "1s"), ("2023-11-15T00:13:20+01:00", "3600s"),
+    ("2023-11-14T22:13:50.5Z", "30s"), ("2023-11-14T22:14:20", "60s"), ("2020-01-01T00:00:00Z", "0s"),
+    ("soon", ""), ("", ""), ("60", ""), ("2023-13-45", ""), ("9" * 60 + "d", "2055-07-23T23:59:59Z"),
+])
+def test_the_end_of_a_rate_limit_is_a_duration_here_and_a_time_there(text, expected):
+    if expected.startswith("2055"):  # beyond all sense: any time does, a failure does not
+        assert proxai.mapped_reset(text, NOW)
+        return
+    assert proxai.mapped_reset(text, NOW).decode() == expected
+
+
+@pytest.mark.parametrize("paths, expected", [
+    ([], None),
+    (["seed"], "seed"),
+    (["seed", "messages[1].name"], "seed, messages[1].name"),
+    (["a\r\nx-evil: 1", "é", "b\x00"], "a??x-evil: 1, ?, b?"),
+    ([f"f{i}" for i in range(20)], ", ".join(f"f{i}" for i in range(20))),
+    ([f"f{i}" for i in range(21)], ", ".join(f"f{i}" for i in range(20)) + ", ..."),
+    (["a" * 499, "b" * 499], "a" * 499 + ", " + "b" * 499),
+    (["a" * 499, "b" * 500, "c"], "a" * 499 + ", ..."),
+    (["a" * 5000, "b"], "a" * 1000 + ", ..."),
+])
+def test_what_was_dropped_is_named_in_one_bounded_line_of_ascii(paths, expected):
+    expected = [] if expected is None else [b"x-proxai-dropped: " + expected.encode()]
+    assert proxai.dropped_lines(dict.fromkeys(paths, "why")) == expected
+
+
 
 # ============================================================================
-#  9  Translation
+#  9  Capabilities
 # ============================================================================
 
+# The Chat hosts of translation-chat.md 1.1. Host (and model): the field for the limit, reasoning: how it is asked for,
+# given back and whether it must be; late system text, images of results, files, schemas; usage in streams, top_k;
+# ids of calls; cache marks.
+CHAT_HOSTS = """
+api.openai.com gpt-4.1           max_completion_tokens effort           none              off   keep user   native schema True  False 40  off
+my.openai.azure.com gpt-4.1      max_completion_tokens effort           none              off   keep user   native schema True  False 40  off
+openrouter.ai x/y                max_tokens            openrouter       reasoning_details off   keep user   native schema True  True  any on
+api.deepseek.com deepseek-chat   max_tokens            deepseek         reasoning_content all   fold user   drop   object True  False any off
+api.moonshot.ai kimi-k2.5        max_tokens            kimi             reasoning_content calls fold user   drop   object True  False any off
+api.moonshot.cn kimi-k2.6        max_completion_tokens kimi             reasoning_content calls fold user   drop   object True  False any off
+api.kimi.com kimi-k3             max_completion_tokens kimi             reasoning_content calls fold user   drop   object True  False any off
+api.z.ai glm-4.7                 max_tokens            glm              reasoning_content off   fold user   drop   object True  False any off
+open.bigmodel.cn glm-4.7         max_tokens            glm              reasoning_content off   fold user   drop   object True  False any off
+dashscope.aliyuncs.com qwen3-max max_tokens            qwen             reasoning_content off   fold user   drop   object True  True  any off
+api.groq.com qwen/qwen3-32b      max_completion_tokens groq             reasoning         off   fold drop   drop   schema True  False any off
+api.mistral.ai magistral-medium  max_tokens            mistral          none              off   fold user   drop   schema False False 9   off
+api.x.ai grok-3-mini             max_completion_tokens effort-lowhigh   reasoning_content off   keep user   drop   schema True  False any off
+generativelanguage.googleapis.com g max_tokens         effort           none              off   fold user   drop   schema True  False any off
+localhost:11434 qwen3            max_tokens            effort-basic     reasoning         off   fold inline drop   schema True  False any off
+127.0.0.1:8000 qwen3             max_tokens            template         auto              off   fold user   drop   schema True  True  any off
+api.openai.com.evil.example m    max_tokens            template         auto              off   fold user   drop   schema True  True  any off
+"""
+CHAT_KEYS = ("max_tokens_field", "reasoning_control", "reasoning_replay", "reasoning_required", "late_system",
+             "tool_images", "files", "json_schema", "stream_usage", "top_k", "call_ids", "cache")
+
+
+def profile_of(protocol: str, host: str, model: str, **own: Any) -> Any:
+    """What a provider takes, under its own settings."""
+    return proxai.capabilities(protocol, host, model, proxai.ProfileConfig(**own))
+
+
+@pytest.mark.parametrize("row", [line.split() for line in CHAT_HOSTS.strip().splitlines()], ids=lambda row: row[0])
+def test_what_a_chat_host_takes(row):
+    found = profile_of("chat", *row[:2])
+    assert [str(getattr(found, key)) for key in CHAT_KEYS] == row[2:]
+
+
+@pytest.mark.parametrize("key, value", [
+    ("max_tokens_field", "max_completion_tokens"), ("reasoning_control", "qwen"), ("reasoning_replay", "none"),
+    ("reasoning_required", "calls"), ("late_system", "keep"), ("tool_images", "drop"), ("files", "native"),
+    ("json_schema", "schema"), ("stream_usage", False), ("top_k", True), ("call_ids", "9"), ("cache", "on"),
+    ("vision", False), ("parallel_tool_calls", False), ("strict_tools", True), ("lenient_done", False),
+    ("tool_arguments", "buffer"), ("think_tags", "off"), ("deferred_tools", "all"), ("web_search", "options"),
+    ("max_tokens_cap", 5),
+])
+def test_a_setting_of_the_provider_wins_over_what_is_known_of_its_host(key, value):
+    known, found = (profile_of("chat", "api.deepseek.com", "m", **own) for own in ({}, {key: value}))
+    assert getattr(known, key) != value
+    assert found == dataclasses.replace(known, **{key: value})
+
+
+@pytest.mark.parametrize("key, value", [
+    ("vision", True), ("parallel_tool_calls", True), ("strict_tools", False), ("lenient_done", True),
+    ("tool_arguments", "stream"), ("think_tags", "auto"), ("deferred_tools", "referenced"), ("web_search", "off"),
+    ("max_tokens_cap", None), ("count_native", None)])
+def test_what_is_taken_for_granted_of_a_chat_host(key, value):
+    assert getattr(profile_of("chat", "llm.example", "m"), key) == value
+
+
+# host, model: unsigned thinking, cache marks by itself, system messages among others, web search
+@pytest.mark.parametrize("host, model, lenient, cache, system, search", [
+    ("api.anthropic.com", "claude-opus-4-8", False, "on", True, "native"),
+    ("api.anthropic.com", "other", False, "on", True, "native"),
+    ("bedrock-runtime.us-east-1.amazonaws.com", "other", False, "off", False, "off"),
+    ("us-east5-aiplatform.googleapis.com", "other", False, "off", False, "off"),
+    ("llm.example", "claude-opus-4-8", False, "off", False, "off"),
+    ("api.deepseek.com", "deepseek-chat", True, "off", False, "off"),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_what_a_messages_host_takes(host, model, lenient, cache, system, search):
+    found = profile_of("messages", host, model)
+    assert (found.lenient_thinking, found.cache, found.native_system, found.web_search) == (
+        lenient, cache, system, search)
+
+
+@pytest.mark.parametrize("asked, on", [("off", "off"), ("on", "on"), ("auto", "off")])
+def test_cache_marks_by_setting_at_a_host_that_is_not_the_vendor(asked, on):
+    assert profile_of("messages", "llm.example", "claude-opus-4-8", cache=asked).cache == on
+
+
+@pytest.mark.parametrize("budget, level", [
+    (0, "none"), (1, "minimal"), (1023, "minimal"), (1024, "low"), (2047, "low"), (2048, "medium"), (8191, "medium"),
+    (8192, "high"), (32767, "high"), (32768, "xhigh"), (128000, "xhigh")])
+def test_a_thinking_budget_as_an_effort(budget, level):
+    assert proxai.budget_level(budget) == level
+
+
+@pytest.mark.parametrize("level", ["low", "medium", "high", "xhigh"])
+def test_the_budget_of_an_effort_is_that_effort_again(level):
+    assert proxai.budget_level(proxai.BUDGETS[level]) == level
+
+
+@pytest.mark.parametrize("level, levels, expected", [
+    ("high", ("low", "medium", "high"), "high"), ("max", ("low", "medium", "high"), "high"),
+    ("xhigh", ("low", "high"), "high"), ("medium", ("low", "high"), "low"), ("none", ("low", "high"), "low"),
+    ("minimal", ("low",), "low"), ("medium", ("high", "low"), "low")])
+def test_an_effort_that_a_model_lacks_becomes_the_nearest_lower_one(level, levels, expected):
+    assert proxai.clamp_effort(level, levels) == expected
+
+
+
+# ============================================================================
+#  10  Conversations
+# ============================================================================
+
+# -- token estimates ---------------------------------------------------------
+
+@pytest.mark.parametrize("text, tokens", [
+    ("", 0), ("a", 1), ("abc", 1), ("abcd", 2), ("a" * 36, 10), ("a" * 37, 11), (" \n" * 18, 10),
+    ("é", 1), ("日本語", 3), ("😀", 1), ("e\u0301", 2), ("a" * 18 + "é", 6), ("日" * 5 + "a" * 19, 11), ("\ud800", 1),
+    ("a" * 3_600_000, 1_000_000), ("é" * 1_000_000, 1_000_000),
+], ids=lambda value: ascii(value)[:20])
+def test_tokens_of_a_text(text, tokens):
+    assert proxai.text_tokens(text) == tokens
+
+
+def image_bytes(kind: str, width: int, height: int) -> bytes:
+    """The beginning of an image, as its format says."""
+    low, high = (lambda n, size: n.to_bytes(size, "little")), (lambda n, size: n.to_bytes(size, "big"))
+    if kind == "png":
+        return b"\x89PNG\r\n\x1a\n" + high(13, 4) + b"IHDR" + high(width, 4) + high(height, 4) + b"\x08\x02\0\0\0"
+    if kind.startswith("GIF"):
+        return kind.encode() + low(width, 2) + low(height, 2) + b"\xf7\0\0"
+    if kind.startswith("jpeg"):  # the kind names the marker of the frame
+        frame = b"\xff" + bytes.fromhex(kind[4:]) + high(17, 2) + b"\x08" + high(height, 2) + high(width, 2) + b"\x03"
+        tables = b"\xff\xe0" + high(16, 2) + b"JFIF\0\1\1\0\0\1\0\1\0\0" + b"\xff\xdb" + high(67, 2) + bytes(65)
+        huffman = b"\xff\xc4" + high(7, 2) + b"\x09" * 5  # has a number in the range of frames, but is none
+        return b"\xff\xd8" + tables + huffman + frame + bytes(20)
+    body = {"VP8 ": bytes(3) + b"\x9d\x01\x2a" + low(width, 2) + low(height | 1 << 14, 2),  # with a scale
+            "VP8L": b"\x2f" + low(width - 1 | height - 1 << 14 | 1 << 28, 4),
+            "VP8X": b"\x10\0\0\0" + low(width - 1, 3) + low(height - 1, 3)}[kind]
+    return b"RIFF" + low(100, 4) + b"WEBP" + kind.encode() + low(len(body), 4) + body + bytes(20)
+
+
+IMAGE_KINDS = ("png", "GIF87a", "GIF89a", "jpegc0", "jpegc1", "jpegc2", "VP8 ", "VP8L", "VP8X")
+
+
+@pytest.mark.parametrize("width, height", [(750, 1000), (1, 1), (16383, 2)])
+@pytest.mark.parametrize("kind", IMAGE_KINDS)
+def test_the_size_of_an_image_stands_in_its_header(kind, width, height):
+    raw = image_bytes(kind, width, height)
+    for data in (base64.b64encode(raw), base64.b64encode(raw).rstrip(b"=")):
+        assert proxai.image_size(data.decode()) == (width, height)
+
+
+@pytest.mark.parametrize("raw", [b"", b"\xff\xd8", b"\xff\xd8\xff\xe0\0\x10JFIF", b"BM" + bytes(60), b"hello, world" * 5,
+                                 b"\xff\xd8" + b"\xff\xe0\0\0" * 9], ids=lambda value: ascii(value)[:20])
+def test_an_image_without_a_header_has_no_size(raw):
+    assert proxai.image_size(base64.b64encode(raw).decode()) == (0, 0)
+
+
+@pytest.mark.parametrize("text", ["é", "a", "=", "%%%%", "data:image/png"])
+def test_what_is_no_base64_has_no_size(text):
+    assert proxai.image_size(text) == (0, 0)
+
+
+def image_url(width: int, height: int, kind: str = "png") -> str:
+    """An image of that size as a data: URL."""
+    media = {"png": "png", "GIF89a": "gif", "jpegc0": "jpeg"}.get(kind, "webp")
+    return f"data:image/{media};base64,{base64.b64encode(image_bytes(kind, width, height)).decode()}"
+
+
+T36, T18 = "a" * 36, "a" * 18  # 10 tokens, 5 tokens
+EMPTY_SCHEMA = {"type": "object", "properties": {}}  # 33 characters, 10 tokens
+PDF_DATA = base64.b64encode(b"%PDF-1.7\n" + bytes(3)).decode()
+
+
+def said_in(protocol: str, *parts: Any) -> dict[str, Any]:
+    """A request of one user message."""
+    return {"input" if protocol == "responses" else "messages": [{"role": "user", "content": list(parts)}]}
+
+
+# What estimate_tokens() gives: 4 for each message, and for the rest what is written behind each row.
+ESTIMATES: dict[str, tuple[Any, int]] = {
+    "nothing": ({}, 1),
+    "no messages": ({"messages": []}, 1),
+    "an empty message": ({"messages": [{"role": "user", "content": ""}]}, 4),
+    "string": ({"messages": [{"role": "user", "content": T36}]}, 14),
+    "input is a string": ({"input": T36}, 14),
+    "part of Chat": (said_in("chat", {"type": "text", "text": T36}), 14),
+    "part of Responses": (said_in("responses", {"type": "input_text", "text": T36}), 14),
+    "two parts, each rounded up": (said_in("chat", {"type": "text", "text": "a"}, {"type": "text", "text": "b"}), 6),
+    "two messages": ({"messages": [{"role": "user", "content": T36}, {"role": "assistant", "content": T18}]}, 23),
+    "system of Messages": ({"system": T36, "messages": [{"role": "user", "content": T18}]}, 19),
+    "system blocks": ({"system": [{"type": "text", "text": T36, "cache_control": {"type": "ephemeral"}}],
+                       "messages": [{"role": "user", "content": T18}]}, 19),
+    "system of Chat": ({"messages": [{"role": "system", "content": T36}, {"role": "user", "content": T18}]}, 23),
+    "instructions": ({"instructions": T36, "input": T18}, 19),
+    "what is not text": ({"messages": [{"role": "user", "content": T36}], "model": T36, "max_tokens": 99, "user": T36,
+                          "metadata": {"user_id": T36}}, 14),
+    # reasoning counts, what is opaque does not
+    "thinking": ({"messages": [{"role": "assistant", "content": [
+        {"type": "thinking", "thinking": T36, "signature": "S" * 999}]}]}, 14),
+    "reasoning_content": ({"messages": [{"role": "assistant", "content": T18, "reasoning_content": T36}]}, 19),
+    "summary": ({"input": [{"type": "reasoning", "id": "rs_" + T36, "encrypted_content": "E" * 999,
+                            "summary": [{"type": "summary_text", "text": T36}]}]}, 14),
+    # calls: name and arguments; results
+    "call of Chat": ({"messages": [{"role": "assistant", "content": None, "tool_calls": [
+        {"id": "call_" + T36, "type": "function", "function": {"name": T18, "arguments": T36}}]}]}, 19),
+    "call of Responses": ({"input": [{"type": "function_call", "call_id": T36, "name": T18, "arguments": T36}]}, 19),
+    "result of Chat": ({"messages": [{"role": "tool", "tool_call_id": T36, "content": T36}]}, 14),
+    "result of Responses": ({"input": [{"type": "function_call_output", "call_id": T36, "output": T36}]}, 14),
+    "result of Messages": ({"messages": [{"role": "user", "content": [
+        {"type": "tool_result", "tool_use_id": T36, "content": [{"type": "text", "text": T36}]}]}]}, 14),
+    # tools: 250 once, 8 each
+    "tool of Messages": ({"tools": [{"name": T18, "description": T36, "input_schema": EMPTY_SCHEMA}]}, 283),
+    "tool of Chat": ({"tools": [{"type": "function", "function": {
+        "name": T18, "description": T36, "parameters": EMPTY_SCHEMA}}]}, 283),
+    "tool of Responses": ({"tools": [{"type": "function", "name": T18, "description": T36,
+                                      "parameters": EMPTY_SCHEMA, "strict": False}]}, 283),
+    "two tools": ({"tools": [{"name": T18, "input_schema": EMPTY_SCHEMA}] * 2}, 250 + 2 * (8 + 5 + 10)),
+    "no tools": ({"tools": [], "messages": [{"role": "user", "content": T36}]}, 14),
+    # images: width * height / 750, from 85 to 4784, 1600 where it cannot be told
+    "image of Chat": (said_in("chat", {"type": "image_url", "image_url": {"url": image_url(750, 1000), "detail": "low"}}),
+                      1004),
+    "image of Responses": (said_in("responses", {"type": "input_image", "image_url": image_url(750, 1000)}), 1004),
+    "image of Messages": (said_in("messages", {"type": "image", "source": {
+        "type": "base64", "media_type": "image/png", "data": image_url(750, 1000).partition(",")[2]}}), 1004),
+    "image in a result": ({"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": [
+        {"type": "image", "source": {"type": "base64", "media_type": "image/png",
+                                     "data": image_url(750, 1000).partition(",")[2]}}]}]}]}, 1004),
+    **{f"image {kind}": (said_in("chat", {"type": "image_url", "image_url": {"url": image_url(750, 1000, kind)}}), 1004)
+       for kind in IMAGE_KINDS[2:]},
+    "small image": (said_in("chat", {"type": "image_url", "image_url": {"url": image_url(30, 30)}}), 89),
+    "large image": (said_in("chat", {"type": "image_url", "image_url": {"url": image_url(5000, 5000)}}), 4788),
+    "image elsewhere": (said_in("messages", {"type": "image", "source": {"type": "url", "url": "https://a.example/i.png"}}),
+                        1604),
+    "image without a header": (said_in("chat", {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}),
+                               1604),
+    # documents: base64 bytes / 37, from 1500 to 100000
+    "small PDF": (said_in("messages", {"type": "document", "source": {
+        "type": "base64", "media_type": "application/pdf", "data": PDF_DATA}}), 1504),
+    "PDF": (said_in("messages", {"type": "document", "source": {
+        "type": "base64", "media_type": "application/pdf", "data": PDF_DATA + "A" * (37 * 2000 - 16)}}), 2004),
+    "PDF of Responses": (said_in("responses", {
+        "type": "input_file", "file_data": f"data:application/pdf;base64,{PDF_DATA}" + "A" * (37 * 2000 - 16)}), 2004),
+    "large PDF": (said_in("messages", {"type": "document", "source": {
+        "type": "base64", "media_type": "application/pdf", "data": PDF_DATA + "A" * 3_800_000}}), 100_004),
+}
+
+
+@pytest.mark.parametrize("payload, tokens", list(ESTIMATES.values()), ids=list(ESTIMATES))
+def test_tokens_of_a_request(payload, tokens):
+    before = copy.deepcopy(payload)
+    assert proxai.estimate_tokens(payload) == tokens
+    assert payload == before
+
+
+
+# ============================================================================
+#  11  Requests
+# ============================================================================
+
+# The readers and writers are tested pair by pair, in section 13; this is what those tests share.
+
+STREAM_END = "[DONE]"
+STUB = "[no result was recorded for this call]"
+ANTHROPIC, OPENAI, ROUTER, KIMI = "api.anthropic.com", "api.openai.com", "openrouter.ai", "api.moonshot.ai"
+DEEPSEEK, OLLAMA, MISTRAL, GROQ = "api.deepseek.com", "localhost:11434", "api.mistral.ai", "api.groq.com"
+XAI, GEMINI = "api.x.ai", "generativelanguage.googleapis.com"
+
+
+def snapshot(value: Any) -> Any:
+    """JSON as it is now; what is sent may be changed later on."""
+    return marshal.loads(marshal.dumps(value))
+
+
+def context(inbound: str, provider: str, model: str, *, host: str = "", profile: Any = None) -> Any:
+    """The context of one exchange."""
+    return proxai.Context(inbound, provider, model, host=host, profile=profile or {}, now=NOW)
+
+
+def translated(pair: tuple[str, str], model: str, body: Any, **more: Any) -> tuple[Any, Any]:
+    """The request that the provider gets, and the context; the client's own body stays as it is."""
+    ctx = context(*pair, model, **more)
+    before = snapshot(body)
+    payload = proxai.PAIRS[pair].request(body, ctx)
+    assert body == before
+    return payload, ctx
+
+
+def streamed(pair: tuple[str, str], ctx: Any, events: Any, end: Any = None) -> tuple[list[Any], Any]:
+    """What a client gets for the provider's events and their end: its events, and the error or None."""
+    stream = proxai.PAIRS[pair].stream(ctx)
+    assert next(stream) == []
+    out: list[Any] = []
+    try:
+        for event in [*events, end]:
+            out += snapshot(stream.send(event))
+    except StopIteration as stop:
+        return out + list(stop.value or []), None
+    except proxai.ProxyError as error:
+        return out + list(error.events), error
+    raise AssertionError("the stream neither ended nor failed")
+
+
+def cases(names: str, rows: dict[str, tuple[Any, ...]], *defaults: Any) -> Any:
+    """parametrize, with ids; a short row takes its last values from `defaults`."""
+    width = names.count(",") + 1
+    values = [(*row, *defaults[len(defaults) - width + len(row):]) for row in rows.values()]
+    assert all(len(v) == width for v in values)
+    return pytest.mark.parametrize(names, values if width > 1 else [v[0] for v in values], ids=list(rows))
+
+
+def sha256(text: str) -> str:
+    """The SHA-256 of a text in hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def packed(value: Any) -> str:
+    """The body of a carrier that holds JSON."""
+    raw = zlib.compress(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(), 9)
+    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
+
+
+def carrier(kind: str, body: Any, text: str = "", *, host: str = "", version: str = "px1",
+            length: int | None = None) -> str:
+    """An opaque field as translation-responses.md 1.5 defines it; a body that is no string is packed."""
+    body = body if isinstance(body, str) else packed(body)
+    realm = sha256(host)[:6]
+    check = sha256(f"{kind}\0{realm}\0{text}\0{body}")[:8]
+    return f"{version}.{kind}.{realm}.{check}.{len(body) if length is None else length}.{body}"
+
+
+def or_carrier(body: str, *, host: str = OPENAI, kind: str = "or", text: str = "", length: int | None = None) -> str:
+    """An opaque field with the reasoning of a Responses provider."""
+    return carrier(kind, body, text, host=host, length=length)
+
+
+def unpacked(kind: str, sealed: str, host: str = "") -> Any:
+    """The JSON in a carrier, whose parts must be right."""
+    body = sealed.split(".", 5)[5]
+    assert sealed == carrier(kind, body, host=host) and "=" not in body
+    return json.loads(zlib.decompress(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4))))
+
+
+def was_dropped(ctx: Any, path: str) -> bool:
+    """Whether something at the path, or in it, was reported as left out."""
+    return any(p == path or p.startswith((path + ".", path + "[")) for p in ctx.dropped)
+
+
+def reminder(text: str) -> str:
+    """A late system message where it is folded into a user's."""
+    return f"<system-reminder>\n{text}\n</system-reminder>"
+
+
+NO_ARGUMENTS = {"type": "object", "properties": {}}
+ONE_STRING = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"],
+              "additionalProperties": False}
+INPUT_ONLY = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"],
+              "additionalProperties": False}
+PNG, PNG_URL = "iVBORw0KGgo=", "data:image/png;base64,iVBORw0KGgo="
+PDF_URL = "data:application/pdf;base64,JVBERi0="
+REFUSED = {"type": "refusal", "refusal": "no"}
+
+
+# What Chat Completions writes, in short: c_; Anthropic Messages: m_; OpenAI Responses: r_.
+
+def c_say(role: str, content: Any, **more: Any) -> Any:
+    """A message."""
+    return {"role": role, "content": content, **more}
+
+
+def c_asst(content: Any, *calls: Any, **more: Any) -> Any:
+    """An assistant message."""
+    return {"role": "assistant", "content": content, **({"tool_calls": list(calls)} if calls else {}), **more}
+
+
+def c_call(id: Any, arguments: Any = "{}", name: str = "f", **more: Any) -> Any:
+    """A call of an assistant message."""
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}, **more}
+
+
+def c_tool(id: Any, content: Any = "ok", **more: Any) -> Any:
+    """A tool message."""
+    return {"role": "tool", "tool_call_id": id, "content": content, **more}
+
+
+def c_image(url: str = PNG_URL, **more: Any) -> Any:
+    """An image part."""
+    return {"type": "image_url", "image_url": {"url": url, **more}}
+
+
+def c_function(name: str, schema: Any = None, **more: Any) -> Any:
+    """A function tool."""
+    return {"type": "function", "function": {"name": name, "parameters": schema or NO_ARGUMENTS, **more}}
+
+
+def m_text(text: str, **more: Any) -> Any:
+    """A text block; Chat's text part is alike."""
+    return {"type": "text", "text": text, **more}
+
+
+def m_thinking(text: str, signature: Any = "SIG") -> Any:
+    """A thinking block."""
+    return {"type": "thinking", "thinking": text, "signature": signature}
+
+
+def m_use(id: str, name: str = "f", arguments: Any = None, **more: Any) -> Any:
+    """A tool_use block."""
+    return {"type": "tool_use", "id": id, "name": name, "input": {} if arguments is None else arguments, **more}
+
+
+def m_result(id: str, *content: Any, **more: Any) -> Any:
+    """A tool_result block, with content only if there is one."""
+    return {"type": "tool_result", "tool_use_id": id, **({"content": content[0]} if content else {}), **more}
+
+
+def m_tool(name: str = "f", schema: Any = None, **more: Any) -> Any:
+    """A tool."""
+    return {"name": name, "input_schema": schema or NO_ARGUMENTS, **more}
+
+
+def m_stop(index: int) -> Any:
+    """content_block_stop."""
+    return {"type": "content_block_stop", "index": index}
+
+
+M_PNG = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PNG}}
+M_PDF = {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0="}}
+M_SEARCH = {"type": "web_search_20250305", "name": "web_search"}
+
+
+def r_user(*parts: Any) -> Any:
+    """A user message; a string is a text part."""
+    return {"type": "message", "role": "user",
+            "content": [{"type": "input_text", "text": p} if isinstance(p, str) else p for p in parts]}
+
+
+def r_said(*texts: str) -> Any:
+    """An assistant message of an input."""
+    return {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": t} for t in texts]}
+
+
+def r_told(text: str) -> Any:
+    """A developer message of an input."""
+    return {"type": "message", "role": "developer", "content": [{"type": "input_text", "text": text}]}
+
+
+def r_thought(sealed: Any, *texts: str) -> Any:
+    """A reasoning item of an input."""
+    return {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": t} for t in texts],
+            "encrypted_content": sealed}
+
+
+def r_called(call_id: str, name: str = "f", arguments: Any = "{}", **more: Any) -> Any:
+    """A call of an input."""
+    return {"type": "function_call", "call_id": call_id, "name": name, "arguments": arguments, **more}
+
+
+def r_output(call_id: str, output: Any = "ok", **more: Any) -> Any:
+    """A result of an input."""
+    return {"type": "function_call_output", "call_id": call_id, "output": output, **more}
+
+
+def r_function(name: str = "f", **more: Any) -> Any:
+    """A function tool."""
+    return {"type": "function", "name": name, "parameters": NO_ARGUMENTS, **more}
+
+
+def r_event(kind: str, index: int | None = None, **data: Any) -> Any:
+    """An event of an answer."""
+    return {"type": f"response.{kind}", **({} if index is None else {"output_index": index}), **data}
+
+
+def r_fc(call_id: str = "call_1", name: str = "f", arguments: str = "{}", **more: Any) -> Any:
+    """A call of an answer."""
+    return {"type": "function_call", "id": "fc_1", "call_id": call_id, "name": name, "arguments": arguments,
+            "status": "completed", **more}
+
+
+def r_rs(*texts: str, **more: Any) -> Any:
+    """A reasoning item of an answer."""
+    return {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": t} for t in texts], **more}
+
+
+
+# ============================================================================
+#  12  Answers
+# ============================================================================
+
+# See section 13: what a reader of answers tells, a writer of the same pair writes.
+
+
+
+# ============================================================================
+#  13  Pairs
+# ============================================================================
+
+@pytest.mark.parametrize("extended", [False, True])
 @for_each_protocol
-def test_the_same_protocol_on_both_sides_needs_no_pair(protocol):
-    assert proxai.pair_for(protocol, protocol) is None
+def test_the_same_protocol_on_both_sides_needs_no_pair(protocol, extended):
+    assert proxai.pair_for(protocol, protocol, extended) is None
 
 
 @pytest.mark.parametrize("inbound, provider", list(itertools.permutations([RESPONSES, CHAT, MESSAGES], 2)),
                          ids=lambda p: p.word)
-def test_a_pair_that_is_not_there_is_an_explicit_error_that_names_it(monkeypatch, inbound, provider):
-    monkeypatch.setattr(proxai, "PAIRS", {})
+def test_a_pair_is_there_for_each_two_protocols_some_only_when_asked_for(inbound, provider):
+    pair = proxai.pair_for(inbound, provider, extended=True)
+    assert pair is proxai.PAIRS[inbound.word, provider.word]
+    if (inbound, provider) not in ((MESSAGES, CHAT), (CHAT, RESPONSES)):
+        assert proxai.pair_for(inbound, provider) is pair
+        return
     with pytest.raises(proxai.SetupError) as caught:
         proxai.pair_for(inbound, provider)
     error = caught.value
     assert (error.status, error.type, error.retry) == (500, "internal_error", False)
     assert f"{inbound.name} -> {provider.name}" in error.message
+    assert "`extended_pairs = true`" in error.message and "[translation]" in error.message
 
 
-def test_a_pair_is_looked_up_in_its_own_direction(monkeypatch):
-    pair = proxai.Pair(len, len, len)
-    monkeypatch.setattr(proxai, "PAIRS", {("chat", "messages"): pair})
-    assert proxai.pair_for(CHAT, MESSAGES) is pair
-    with pytest.raises(proxai.SetupError):
-        proxai.pair_for(MESSAGES, CHAT)
+def test_no_two_pairs_are_one():
+    assert sorted(proxai.PAIRS) == sorted(itertools.permutations(("responses", "chat", "messages"), 2))
+    assert len({id(step) for pair in proxai.PAIRS.values() for step in pair}) == 18
+
+
+# -- Responses clients on Messages providers (translation-responses.md 2) -------
+
+# -- shared with the other pairs
+
+
+RA = ("responses", "messages")
+RA_K0, RA_K1, RA_K2, RA_K3, RA_K4, RA_K5, RA_X = (
+    "claude-3-5-haiku-20241022", "claude-sonnet-4-5", "claude-opus-4-6", "claude-opus-4-7", "claude-opus-4-8",
+    "claude-sonnet-5-5", "deepseek-chat")
+RA_OLD = "claude-opus-4-1"  # K1 without native schemas
+RA_PNG = {"type": "input_image", "image_url": "data:image/png;base64,iVBORw0KGgo="}
+RA_GO, RA_REMIND = "Continue.", "<system-reminder>\nD\n</system-reminder>"
+
+
+def ra_packed(*blocks: Any) -> str:
+    """The body of an `ab` carrier."""
+    return packed(blocks)
+
+
+def ra_unpacked(sealed: str, host: str = "") -> Any:
+    """The blocks in an `ab` carrier, whose parts must be right."""
+    return unpacked("ab", sealed, host)
+
+
+def ra_said(*texts: str) -> Any:
+    """An assistant message as it came out of an earlier answer."""
+    return {"type": "message", "id": "msg_1", "role": "assistant", "status": "completed",
+            "content": [{"type": "output_text", "text": t, "annotations": []} for t in texts]}
+
+
+def ra_told(text: str, role: str = "developer") -> Any:
+    """A developer or system message."""
+    return {"type": "message", "role": role, "content": text}
+
+
+def ra_turns(*contents: Any) -> list[Any]:
+    """Messages from contents, a user's first; a whole message stays as it is and takes no turn."""
+    out, roles = [], ["user", "assistant"]
+    for content in contents:
+        out.append(content if isinstance(content, dict) else {"role": roles[0], "content": content})
+        roles = roles if isinstance(content, dict) else roles[::-1]
+    return out
+
+
+def ra_system(*texts: str) -> Any:
+    """A system message among the others."""
+    return {"role": "system", "content": [m_text(t) for t in texts]}
+
+
+def ra_omitted(kind: str, what: str = "content") -> str:
+    """The placeholder of 1.6 and 2.1.3."""
+    return f"[OpenAI Responses {what} `{kind}` omitted during Anthropic translation]"
+
+
+def ra_request(more: Any = None, *, model: str = RA_K4, host: str = "", profile: Any = None) -> tuple[Any, Any]:
+    """The translation of a small request with `more` in it; `more` may be the list of input items."""
+    more = {"input": more} if isinstance(more, list) else more or {}
+    return translated(RA, model, {"model": "gpt-5.5", "input": "hi", **more}, host=host, profile=profile)
+
+
+def ra_check(body: Any, expected: Any, options: Any) -> Any:
+    """Translate; the payload must have what is expected (None: must not have), and drops are reported."""
+    options = dict(options)
+    dropped = options.pop("dropped", [])
+    payload, ctx = ra_request(body, **options)
+    assert {key: payload.get(key) for key in expected} == expected
+    assert [path for path in dropped if path not in ctx.dropped] == []
+    return payload, ctx
+
+
+# -- request: top level (2.1.1)
+
+RA_MAIL, RA_AT_FIRST = "ann@example.org", {"host": ANTHROPIC}
+
+
+@cases("body, expected, options", {
+    "RA01 a string": ({}, {}),
+    "instructions": ({"instructions": " A\n"}, {"system": " A\n"}),
+    "instructions null": ({"instructions": None}, {}),
+    "instructions empty": ({"instructions": ""}, {}),
+    "max_output_tokens": ({"max_output_tokens": 5}, {"max_tokens": 5}),
+    "max_output_tokens above the class": ({"max_output_tokens": 200_000}, {"max_tokens": 128_000}),
+    "max_output_tokens above the class K1": ({"max_output_tokens": 200_000}, {"max_tokens": 64_000}, {"model": RA_K1}),
+    "max_output_tokens above the cap": (
+        {"max_output_tokens": 20_000}, {"max_tokens": 9000}, {"profile": {"max_tokens_cap": 9000}}),
+    "max tokens by profile": ({}, {"max_tokens": 5000}, {"profile": {"default_max_tokens": 5000}}),
+    "max tokens of K0": ({}, {"max_tokens": 4096}, {"model": RA_K0}),
+    "max tokens of X": ({}, {"max_tokens": 8192}, {"model": RA_X}),
+    "RA33 temperature of K1": ({"temperature": 1.7}, {"temperature": 1.0}, {"model": RA_K1}),
+    "RA33 temperature of K4": ({"temperature": 1.7}, {}, {"dropped": ["temperature"]}),
+    "K1 takes one of two": (
+        {"temperature": 0.5, "top_p": 0.9}, {"temperature": 0.5}, {"model": RA_K1, "dropped": ["top_p"]}),
+    "K2 takes top_p alone": ({"top_p": 0.9}, {"top_p": 0.9}, {"model": RA_K2}),
+    "X takes both": ({"temperature": 1.5, "top_p": 0.9}, {"temperature": 1.0, "top_p": 0.9, "max_tokens": 8192},
+                     {"model": RA_X}),
+    "K3 takes none": ({"temperature": 0.5, "top_p": 0.9}, {}, {"model": RA_K3, "dropped": ["temperature", "top_p"]}),
+    "no sampling while thinking": ({"temperature": 0.5, "top_p": 0.9, "reasoning": {"effort": "low"}},
+                                   {"max_tokens": 33_024, "thinking": {"type": "enabled", "budget_tokens": 1024}},
+                                   {"model": RA_K1, "dropped": ["temperature", "top_p"]}),
+    "stream": ({"stream": True, "stream_options": {"include_obfuscation": False}}, {"stream": True}),
+    "used here only": ({"store": True, "include": ["reasoning.encrypted_content"]}, {}),
+    "background off, no state": (
+        {"background": False, "previous_response_id": None, "conversation": None, "prompt": None}, {}),
+    "user id from metadata": ({"metadata": {"user_id": "u1"}, "safety_identifier": "s", "user": "u"},
+                              {"metadata": {"user_id": "u1"}}, RA_AT_FIRST),
+    "user id from safety_identifier": (
+        {"metadata": {"a": "b"}, "safety_identifier": "s", "user": "u"}, {"metadata": {"user_id": "s"}}, RA_AT_FIRST),
+    "user id that is a mail address": (
+        {"user": RA_MAIL}, {"metadata": {"user_id": hashlib.sha256(RA_MAIL.encode()).hexdigest()}}, RA_AT_FIRST),
+    "tier auto": ({"service_tier": "auto"}, {"service_tier": "auto"}, RA_AT_FIRST),
+    "tier default": ({"service_tier": "default"}, {"service_tier": "standard_only"}, RA_AT_FIRST),
+    "tier flex": ({"service_tier": "flex"}, {}, {"host": ANTHROPIC, "dropped": ["service_tier"]}),
+    "verbosity": ({"text": {"format": {"type": "text"}, "verbosity": "low"}}, {}, {"dropped": ["text.verbosity"]}),
+    **{f"dropped {name}": ({name: value}, {}, {"dropped": [name]}) for name, value in {
+        "truncation": "auto", "top_logprobs": 3, "max_tool_calls": 2, "prompt_cache_key": "k", "image": {"a": 1},
+        "context_management": [{"type": "compaction"}], "client_metadata": {"a": "b"}, "access_programs": ["a"],
+        "not_of_this_world": 1}.items()},
+}, {})
+def test_ra_a_top_level_field_becomes(body: Any, expected: Any, options: Any) -> None:
+    """The whole payload: what a field becomes, and that nothing else is there."""
+    payload, ctx = ra_check(body, {}, options)
+    assert payload == {"model": options.get("model", RA_K4), "messages": [{"role": "user", "content": "hi"}],
+                       "max_tokens": 32_000, **expected}
+    assert ctx.stream is bool(body.get("stream"))
+
+
+@cases("body, param, words, options", {
+    "RA29 previous_response_id": ({"previous_response_id": "resp_1"}, "previous_response_id", "keeps no state"),
+    "conversation": ({"conversation": {"id": "conv_1"}}, "conversation", "keeps no state"),
+    "prompt": ({"prompt": {"id": "pmpt_1"}}, "prompt", "keeps no state"),
+    "background": ({"background": True}, "background", ""),
+    "input missing": ({"input": None}, "input", ""),
+    "input empty": ({"input": ""}, "input", ""),
+    "input of another type": ({"input": 5}, "input", ""),
+    "max_output_tokens 0": ({"max_output_tokens": 0}, "max_output_tokens", ""),
+    "moderation that blocks": (
+        {"moderation": {"model": "m", "policy": {"output": {"mode": "block"}}}}, "moderation", ""),
+    "RA30 item_reference": ([{"type": "item_reference", "id": "rs_1"}], "input[0]", ""),
+    "RA30 a bare id": ([{"id": "rs_1"}], "input[0]", ""),
+    "item that is no object": ([r_user("x"), 5], "input[1]", ""),
+    "role of another protocol": ([r_user("x"), {"role": "tool", "content": "y"}], "input[1]", ""),
+    "hosted tools only": ({"tools": [{"type": "code_interpreter", "container": "c"}]}, "tools", ""),
+    "choice of a hosted tool": (
+        {"tools": [r_function(), {"type": "file_search"}], "tool_choice": {"type": "file_search"}}, "tool_choice", ""),
+    "choice of mcp": ({"tools": [r_function()], "tool_choice": {"type": "mcp", "server_label": "s"}}, "tool_choice", ""),
+    "choice of an undeclared function": (
+        {"tools": [r_function()], "tool_choice": {"type": "function", "name": "g"}}, "tool_choice", ""),
+    "choice of an undeclared shell": ({"tools": [r_function()], "tool_choice": {"type": "shell"}}, "tool_choice", ""),
+    "choice of a web search that is not there": (
+        {"tools": [r_function(), {"type": "web_search"}], "tool_choice": {"type": "web_search"}}, "tool_choice", ""),
+    "no allowed tool is left": (
+        {"tools": [r_function()], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [
+            {"type": "function", "name": "g"}]}}, "tool_choice", ""),
+}, {})
+def test_ra_what_cannot_be_served_is_refused(body: Any, param: str, words: str, options: Any) -> None:
+    """A wish of the current request that nothing can serve: 400, with the field's path."""
+    with pytest.raises(proxai.RequestError) as caught:
+        ra_request(body, **options)
+    assert (caught.value.status, caught.value.param) == (400, param) and words in caught.value.message
+
+
+# -- request: system text and items (2.1.2 to 2.1.5, 1.6, 1.8)
+
+RA_A = [m_use("a")]
+RA_XY = [r_user("x"), ra_said("y")]
+RA_SHELL_OUT = [{"stdout": "out", "stderr": "err", "outcome": {"type": "exit", "exit_code": 1}},
+                {"stdout": "", "stderr": "", "outcome": {"type": "timeout"}}]
+RA_OK = {"output": "ok"}
+RA_LATE = r_function("late", defer_loading=True)
+
+
+def ra_loop(*items: Any) -> Any:
+    """A call that was answered, with items before it."""
+    return [r_user("x"), *items, r_called("a"), r_output("a")]
+
+
+def ra_looped(*blocks: Any) -> Any:
+    """What becomes of it."""
+    return ra_turns("x", [*blocks, m_use("a")], [m_result("a", "ok")])
+
+
+@cases("items, messages, options", {
+    # system text among the messages
+    "RA03 late developer, wrapped": ([*RA_XY, ra_told("D"), r_user("z")],
+                                     ra_turns("x", "y", [m_text(RA_REMIND), m_text("z")]), {"model": RA_K2}),
+    "late system in K3, wrapped": (
+        [*RA_XY, ra_told("D", "system"), r_user("z")],
+        ra_turns("x", "y", [m_text(RA_REMIND), m_text("z")]), {"model": RA_K3, "host": ANTHROPIC}),
+    "RA04 late developer, native": (
+        [*RA_XY, ra_told("D"), r_user("z")], ra_turns("x", "y", "z", ra_system("D")), {"host": ANTHROPIC}),
+    "RA05 developer behind an output, native": (
+        [r_user("x"), r_called("a"), r_output("a"), ra_told("D")],
+        ra_turns("x", RA_A, [m_result("a", "ok")], ra_system("D")), {"host": ANTHROPIC}),
+    "developer between call and output, native": (
+        [r_user("x"), r_called("a"), ra_told("D"), r_output("a")],
+        ra_turns("x", RA_A, [m_result("a", "ok")], ra_system("D")), {"host": ANTHROPIC}),
+    "two late ones are one, native": (
+        [r_user("x"), ra_told("D"), ra_told("E", "system")], ra_turns("x", ra_system("D", "E")), {"host": ANTHROPIC}),
+    "late developer without a user turn behind it": (
+        [*RA_XY, ra_told("D")], ra_turns("x", "y", RA_REMIND), {"host": ANTHROPIC}),
+    "wrapped text stands behind results": ([r_user("x"), r_called("a"), ra_told("D"), r_output("a")],
+                                           ra_turns("x", RA_A, [m_result("a", "ok"), m_text(RA_REMIND)])),
+    "media in system text": (
+        [r_user("x"), {"role": "developer", "content": [{"type": "input_text", "text": "D"}, RA_PNG]}],
+        ra_turns("x", ra_system("D", ra_omitted("input_image"))), {"host": ANTHROPIC}),
+    # roles and texts
+    "user without type": ([{"role": "user", "content": "x"}], ra_turns("x")),
+    "user with parts": ([r_user("x", "y")], ra_turns([m_text("x"), m_text("y")])),
+    "assistant as a string": (
+        [r_user("x"), {"role": "assistant", "content": "y"}, r_user("z")], ra_turns("x", "y", "z")),
+    "assistant texts stay apart": (
+        [r_user("x"), ra_said("y", "z"), r_user("w")], ra_turns("x", [m_text("y"), m_text("z")], "w")),
+    "refusal": ([r_user("x"), {**ra_said(), "content": [{"type": "refusal", "refusal": "no"}]}, r_user("z")],
+                ra_turns("x", "no", "z")),
+    "empty texts are no texts": (
+        [r_user("x"), ra_said("", " \n"), r_user(), r_user("", "z")], ra_turns([m_text("x"), m_text("z")])),
+    "users merge": ([r_user("x"), r_user("y")], ra_turns([m_text("x"), m_text("y")])),
+    "assistants merge": ([r_user("x"), ra_said("y"), ra_said("z"), r_user("w")],
+                         ra_turns("x", [m_text("y"), m_text("z")], "w")),
+    "no text is trimmed": ([r_user(" x\n")], ra_turns(" x\n")),
+    "assistant first": ([ra_said("y"), r_user("z")], ra_turns(".", "y", "z")),
+    "no message": ([ra_told("B")], ra_turns(".")),
+    "assistant last, no prefill": (RA_XY, ra_turns("x", "y", RA_GO)),
+    "assistant last, K2": (RA_XY, ra_turns("x", "y", RA_GO), {"model": RA_K2}),
+    **{f"assistant last, prefill {model}": ([r_user("x"), ra_said("y \n")], ra_turns("x", "y"), {"model": model})
+       for model in (RA_K0, RA_K1, RA_X)},
+    # calls, outputs and their order
+    "RA06 id that the provider does not take": (
+        [r_user("x"), r_called("c.1:x", arguments=""), r_output("c.1:x")],
+        ra_turns("x", [m_use("pxid_817f150cYy4xOng")], [m_result("pxid_817f150cYy4xOng", "ok")])),
+    "RA07 arguments that are no JSON": (
+        [r_user("x"), r_called("a", arguments="{bad"), r_output("a")],
+        ra_turns("x", [m_use("a", "f", {"raw_arguments": "{bad"})], [m_result("a", "ok")])),
+    "arguments that are no object": ([r_user("x"), r_called("a", arguments="[1]"), r_output("a")],
+                                     ra_turns("x", [m_use("a", "f", {"value": [1]})], [m_result("a", "ok")])),
+    "RA08 results in call order": (
+        [r_user("x"), r_called("a"), r_called("b"), r_output("b", "2"), r_output("a", "1"), r_user("go")],
+        ra_turns("x", [m_use("a"), m_use("b")], [m_result("a", "1"), m_result("b", "2"), m_text("go")])),
+    "RA09 text between call and output": ([r_user("x"), r_called("a"), r_user("hm"), r_output("a")],
+                                          ra_turns("x", RA_A, [m_result("a", "ok"), m_text("hm")])),
+    "RA10 no output": ([r_user("x"), r_called("a"), r_user("next")],
+                       ra_turns("x", RA_A, [m_result("a", STUB, is_error=True), m_text("next")])),
+    "no output at the end": ([r_user("x"), r_called("a")], ra_turns("x", RA_A, [m_result("a", STUB, is_error=True)])),
+    "RA11 no call": ([r_output("z", "1")], ra_turns("[result of unknown tool call z]\n1")),
+    "output before its call": (
+        [r_user("x"), r_output("a", "1"), r_called("a")],
+        ra_turns([m_text("x"), m_text("[result of unknown tool call a]\n1")], RA_A,
+                 [m_result("a", STUB, is_error=True)])),
+    "RA12 two outputs": ([r_user("x"), r_called("a"), r_output("a", "1"), r_output("a", "2")],
+                         ra_turns("x", RA_A, [m_result("a", "1"), m_text("[later result of tool call a]\n2")])),
+    "the same output twice": ([r_user("x"), r_called("a"), r_output("a", "1"), r_output("a", "1")],
+                              ra_turns("x", RA_A, [m_result("a", "1")])),
+    "the same id in two turns": (
+        [r_user("x"), r_called("a"), r_output("a", "1"), ra_said("y"), r_called("a"), r_output("a", "2")],
+        ra_turns("x", RA_A, [m_result("a", "1")], [m_text("y"), m_use("a_2")], [m_result("a_2", "2")])),
+    "text and call are one run": ([r_user("x"), ra_said("y"), r_called("a"), r_output("a")],
+                                  ra_turns("x", [m_text("y"), m_use("a")], [m_result("a", "ok")])),
+    # outputs
+    "RA13 output parts": ([r_user("x"), r_called("a"), r_output("a", [{"type": "input_text", "text": "t"}, RA_PNG])],
+                          ra_turns("x", RA_A, [m_result("a", [m_text("t"), M_PNG])])),
+    **{f"output {output}": ([r_user("x"), r_called("a"), r_output("a", output)],
+                            ra_turns("x", RA_A, [m_result("a")])) for output in (None, [])},
+    "output of another type": ([r_user("x"), r_called("a"), r_output("a", {"k": [1, "é"]})],
+                               ra_turns("x", RA_A, [m_result("a", '{"k":[1,"é"]}')])),
+    "incomplete output": ([r_user("x"), r_called("a"), r_output("a", "ok", status="incomplete")],
+                          ra_turns("x", RA_A, [m_result("a", "ok", is_error=True)])),
+    # other kinds of calls
+    "custom": (
+        [r_user("x"), {"type": "custom_tool_call", "call_id": "a", "name": "f", "input": "*** {"},
+         {"type": "custom_tool_call_output", "call_id": "a", **RA_OK}],
+        ra_turns("x", [m_use("a", "f", {"input": "*** {"})], [m_result("a", "ok")])),
+    "namespace": ([r_user("x"), r_called("a", "find", namespace="mcp__docs"), r_output("a")],
+                  ra_turns("x", [m_use("a", "mcp__docs__find")], [m_result("a", "ok")])),
+    "local_shell": (
+        [r_user("x"), {"type": "local_shell_call", "id": "lsh_1", "call_id": "a", "status": "completed", "action": {
+            "type": "exec", "command": ["ls"], "env": {}, "timeout_ms": None, "working_directory": "/w", "user": None}},
+         {"type": "local_shell_call_output", "id": "a", **RA_OK}],
+        ra_turns("x", [m_use("a", "local_shell", {"command": ["ls"], "workdir": "/w"})], [m_result("a", "ok")])),
+    "apply_patch": (
+        [r_user("x"), {"type": "apply_patch_call", "call_id": "a", "status": "completed",
+                        "operation": {"type": "delete_file", "path": "p"}},
+         {"type": "apply_patch_call_output", "call_id": "a", "status": "completed"}],
+        ra_turns("x", [m_use("a", "apply_patch", {"type": "delete_file", "path": "p"})],
+                 [m_result("a", "completed")])),
+    "apply_patch that failed": (
+        [r_user("x"), {"type": "apply_patch_call", "call_id": "a", "status": "completed",
+                        "operation": {"type": "update_file", "path": "p", "diff": "d"}},
+         {"type": "apply_patch_call_output", "call_id": "a", "status": "failed", "output": "bad"}],
+        ra_turns("x", [m_use("a", "apply_patch", {"type": "update_file", "path": "p", "diff": "d"})],
+                 [m_result("a", "bad", is_error=True)])),
+    "tool_search of the client": (
+        [r_user("x"), {"type": "tool_search_call", "call_id": "a", "execution": "client", "arguments": {"query": "q"},
+                        "status": "completed"},
+         {"type": "tool_search_output", "call_id": "a", "execution": "client", "tools": [
+             RA_LATE, {"type": "namespace", "name": "ns", "description": "", "tools": [r_function("b")]}]}],
+        ra_turns("x", [m_use("a", "tool_search", {"query": "q"})], [m_result("a", "Loaded tools: late, ns__b")])),
+    # items that the provider has no word for
+    "web_search_call": (
+        [r_user("x"), {"type": "web_search_call", "id": "ws_1", "status": "completed",
+                        "action": {"type": "search", "query": "q"}}, ra_said("y"), r_user("z")],
+        ra_turns("x", "y", "z")),
+    "additional_tools in between": (
+        [r_user("x"), {"type": "additional_tools", "role": "developer", "tools": [r_function()]}, r_user("y")],
+        ra_turns([m_text("x"), m_text("y")])),
+    **{f"item {kind}": ([r_user("x"), {"type": kind, "id": "i_1"}],
+                        ra_turns([m_text("x"), m_text(ra_omitted(kind, "item"))]))
+       for kind in ("mcp_call", "file_search_call", "image_generation_call", "not_of_this_world")},
+}, {})
+def test_ra_items_become_messages(items: Any, messages: Any, options: Any) -> None:
+    """Input items, and the whole list of messages."""
+    ra_check(items, {"messages": messages}, options)
+
+
+@cases("part, block", {
+    "image": (RA_PNG, M_PNG),
+    "image, jpg, with detail": (
+        {"type": "input_image", "image_url": "data:image/jpg;base64,/9j/", "detail": "high"},
+        {"type": "image", "source": {"type": "base64", "media_type": "image/jpeg", "data": "/9j/"}}),
+    "image without a type": ({"type": "input_image", "image_url": "data:;base64,iVBORw0KGgo="}, M_PNG),
+    "image by url": ({"type": "input_image", "image_url": "https://a.org/i.png"},
+                     {"type": "image", "source": {"type": "url", "url": "https://a.org/i.png"}}),
+    "RA14 image of another type": ({"type": "input_image", "image_url": "data:image/svg+xml;base64,PHN2Zz4="},
+                                   m_text(ra_omitted("input_image"))),
+    "image by file_id": ({"type": "input_image", "file_id": "file-1"}, m_text(ra_omitted("input_image"))),
+    "pdf": ({"type": "input_file", "filename": "a.pdf", "file_data": "data:application/pdf;base64,JVBERi0="},
+            {**M_PDF, "title": "a.pdf"}),
+    "pdf, bare": ({"type": "input_file", "file_data": "JVBERi0="}, M_PDF),
+    "text file": ({"type": "input_file", "filename": "a.csv", "file_data": "data:text/csv;base64,YSxi"},
+                  {**M_PDF, "title": "a.csv", "source": {"type": "text", "media_type": "text/plain", "data": "a,b"}}),
+    "image file": ({"type": "input_file", "filename": "a.png", "file_data": "data:image/png;base64,iVBORw0KGgo="},
+                   M_PNG),
+    "file by url": ({"type": "input_file", "file_url": "https://a.org/a.pdf"},
+                    {"type": "document", "source": {"type": "url", "url": "https://a.org/a.pdf"}}),
+    "file by id": ({"type": "input_file", "file_id": "file-1"}, m_text(ra_omitted("input_file"))),
+    "audio": ({"type": "input_audio", "input_audio": {"data": "AA==", "format": "wav"}},
+              m_text(ra_omitted("input_audio"))),
+    "unknown": ({"type": "input_smell", "smell": "x"}, m_text(ra_omitted("input_smell"))),
+})
+def test_ra_parts_become_blocks(part: Any, block: Any) -> None:
+    """One part of a user message; what cannot be carried is a text that says so."""
+    ra_check([r_user("x", part)], {"messages": ra_turns([m_text("x"), block])}, {})
+
+
+def test_ra_a_shell_call_and_its_output() -> None:
+    """Every entry of the output: what was printed, on which stream, and how it ended."""
+    call = {"type": "shell_call", "call_id": "a", "status": "completed",
+            "action": {"commands": ["ls", "pwd"], "timeout_ms": 9, "max_output_length": 5}}
+    payload, _ = ra_request([r_user("x"), call, {"type": "shell_call_output", "call_id": "a", "output": RA_SHELL_OUT}])
+    used, told = payload["messages"][1]["content"], payload["messages"][2]["content"]
+    assert used == [m_use("a", "shell", {"commands": ["ls", "pwd"], "timeout_ms": 9, "max_output_length": 5})]
+    assert [(b["type"], b["tool_use_id"]) for b in told] == [("tool_result", "a")] and "is_error" not in told[0]
+    content = told[0]["content"]
+    text = content if isinstance(content, str) else "\n".join(block["text"] for block in content)
+    assert " ".join(text.split()) == "out [stderr] err [exit code 1] [timed out]"
+
+
+def test_ra_a_compaction_item_is_a_placeholder() -> None:
+    """Its content is readable at OpenAI only."""
+    payload, ctx = ra_request([{"type": "compaction", "encrypted_content": "gAAAA"}])
+    text = payload["messages"][0]["content"]
+    assert text.startswith("[") and text.endswith("`compaction` omitted during Anthropic translation]") and ctx.dropped
+
+
+@cases("body, expected, options", {
+    "RA02 instructions and developer": ({"instructions": "A", "input": [ra_told("B"), r_user("x")]},
+                                        {"system": [m_text("A"), m_text("B")], "messages": ra_turns("x")}),
+    "one leading system item": ({"input": [ra_told(" B ", "system"), r_user("x")]}, {"system": " B "}),
+    "empty ones are skipped": ({"instructions": "A", "input": [ra_told(""), r_user("x")]}, {"system": "A"}),
+    "RA35 additional_tools lead": (
+        {"instructions": "A", "tools": [], "input": [
+            {"type": "additional_tools", "role": "developer", "tools": [r_function()]}, ra_told("B"), r_user("x")]},
+        {"system": [m_text("A"), m_text("B")], "tools": [m_tool()], "tool_choice": None, "messages": ra_turns("x")}),
+    "configuration_update does not end the lead": (
+        {"reasoning": {"effort": "high"}, "input": [
+            {"type": "configuration_update", "reasoning": {"effort": "max"}},
+            {"type": "configuration_update", "reasoning": {"effort": "low"}}, ra_told("B"), r_user("x")]},
+        {"system": "B", "output_config": {"effort": "low"}, "messages": ra_turns("x")}),
+    "a format from a configuration_update": (
+        {"input": [r_user("x"), {"type": "configuration_update", "text": {"format": {
+            "type": "json_schema", "name": "n", "schema": {"type": "object", "properties": {}}}}}]},
+        {"output_config": {"format": {"type": "json_schema", "schema": {
+            "type": "object", "properties": {}, "additionalProperties": False}}}}),
+}, {})
+def test_ra_what_leads_becomes_the_system_text(body: Any, expected: Any, options: Any) -> None:
+    """Instructions and leading items; nothing is trimmed or joined."""
+    ra_check(body, expected, options)
+
+
+# -- request: tools and tool_choice (1.4, 2.1.6, 2.1.7)
+
+RA_FG = {"tools": [r_function("a"), r_function("b"), r_function("c")]}
+RA_DOCS = {"type": "namespace", "name": "mcp__docs", "description": "Docs", "tools": [
+    r_function("find", description="Finds"), {"type": "custom", "name": "ask", "description": "Asks"}]}
+RA_B = {"type": "function", "name": "b"}
+RA_ONE, RA_CLOSED = {"disable_parallel_tool_use": True}, {**NO_ARGUMENTS, "additionalProperties": False}
+
+
+@cases("body, expected, options", {
+    "function": ({"tools": [{**r_function(description="d"), "async": True, "output_schema": {}}]},
+                 {"tools": [m_tool(description="d")]}),
+    "function without parameters": ({"tools": [{"type": "function", "name": "f"}]}, {"tools": [m_tool()]}),
+    "description null": ({"tools": [r_function(description=None)]}, {"tools": [m_tool()]}),
+    "RA16 namespace": (
+        {"tools": [{"type": "namespace", "name": "mcp__docs", "tools": [{"type": "function", "name": "find"}]}]},
+        {"tools": [m_tool("mcp__docs__find")]}),
+    "namespace with a description and two kinds": (
+        {"tools": [RA_DOCS]}, {"tools": [m_tool("mcp__docs__find", description="[Docs] Finds"),
+                                         m_tool("mcp__docs__ask", INPUT_ONLY, description="[Docs] Asks")]}),
+    "namespace that ends its own name": (
+        {"tools": [{"type": "namespace", "name": "mcp__", "tools": [r_function("f")]},
+                   {"type": "namespace", "name": "functions", "tools": [r_function("g")]}]},
+        {"tools": [m_tool("mcp__f"), m_tool("g")]}),
+    "custom": ({"tools": [{"type": "custom", "name": "p", "description": "d"}]},
+               {"tools": [m_tool("p", INPUT_ONLY, description="d")]}),
+    "local_shell": ({"tools": [{"type": "local_shell"}]}, {"tools": ["local_shell", {
+        "command": ("array", "string"), "workdir": "string", "timeout_ms": "integer", "env": "object"}, ["command"]]}),
+    "shell": ({"tools": [{"type": "shell"}]}, {"tools": ["shell", {
+        "commands": ("array", "string"), "timeout_ms": "integer", "max_output_length": "integer"}, ["commands"]]}),
+    "apply_patch": ({"tools": [{"type": "apply_patch"}]}, {"tools": ["apply_patch", {
+        "type": ["create_file", "update_file", "delete_file"], "path": "string", "diff": "string"}, ["type", "path"]]}),
+    "tool_search of the client": ({"tools": [{"type": "tool_search", "execution": "client"}]},
+                                  {"tools": ["tool_search", {"query": "string", "limit": "integer"}, []]}),
+    "deferred tools are not sent until they were loaded": (
+        {"tools": [{"type": "tool_search", "execution": "client", "parameters": NO_ARGUMENTS}, RA_LATE, r_function()]},
+        {"tools": [m_tool("tool_search"), m_tool()]}),
+    "a deferred tool that was loaded comes last": (
+        {"tools": [{"type": "tool_search", "execution": "client", "parameters": NO_ARGUMENTS}, r_function()], "input": [
+            r_user("x"), {"type": "tool_search_call", "call_id": "a", "execution": "client", "arguments": {}},
+            {"type": "tool_search_output", "call_id": "a", "execution": "client", "tools": [RA_LATE, r_function()]}]},
+        {"tools": [m_tool("tool_search"), m_tool(), m_tool("late")]}),
+    "tool_search of the server": ({"tools": [{"type": "tool_search"}, RA_LATE]}, {"tools": [m_tool("late")]}),
+    "what the server's tool_search found": (
+        {"input": [r_user("x"), {"type": "tool_search_call", "call_id": None, "execution": "server", "arguments": {}},
+                   {"type": "tool_search_output", "call_id": None, "execution": "server", "tools": [RA_LATE]}]},
+        {"tools": [m_tool("late")], "messages": ra_turns("x")}),
+    "web search": (
+        {"tools": [{"type": "web_search", "search_context_size": "low", "filters": {"allowed_domains": ["a.org"]},
+                    "user_location": {"type": "approximate", "country": "DE"}}]},
+        {"tools": [{**M_SEARCH, "allowed_domains": ["a.org"],
+                    "user_location": {"type": "approximate", "country": "DE"}}]}, RA_AT_FIRST),
+    "web search preview": ({"tools": [{"type": "web_search_preview_2025_03_11"}]}, {"tools": [M_SEARCH]},
+                           {"profile": {"web_search": "native"}}),
+    "web search without the web": ({"tools": [{"type": "web_search", "external_web_access": False}, r_function()]},
+                                   {"tools": [m_tool()]}, RA_AT_FIRST),
+    "web search elsewhere": ({"tools": [{"type": "web_search"}, r_function()]}, {"tools": [m_tool()]}),
+    "web search elsewhere, alone": ({"tools": [{"type": "web_search"}]}, {"tools": None, "tool_choice": None}),
+    "hosted": ({"tools": [{"type": "file_search", "vector_store_ids": []}, r_function()]}, {"tools": [m_tool()]}),
+    "no tools": ({"tools": [], "tool_choice": "auto"}, {"tools": None, "tool_choice": None}),
+    "valid names reserve themselves": (
+        {"tools": [r_function("a.b"), r_function("a_b")]},
+        {"tools": [m_tool("a_b_" + hashlib.sha256(b"a.b").hexdigest()[:8]), m_tool("a_b")]}),
+    "the first of two": ({"tools": [r_function(description="1"), r_function(description="2")]},
+                         {"tools": [m_tool(description="1")]}),
+    "strict": ({"tools": [r_function(strict=True, parameters=RA_CLOSED)]},
+               {"tools": [m_tool("f", RA_CLOSED, strict=True)]}, RA_AT_FIRST),
+    "strict with an open schema": ({"tools": [r_function(strict=True)]}, {"tools": [m_tool()]}, RA_AT_FIRST),
+    "strict in an old class": ({"tools": [r_function(strict=True, parameters=RA_CLOSED)]},
+                               {"tools": [m_tool("f", RA_CLOSED)]}, {"model": RA_OLD, "host": ANTHROPIC}),
+    "RA32 calls without tools": (
+        {"tools": [], "input": ra_loop()},
+        {"tools": [m_tool(description="(no longer available)")], "tool_choice": {"type": "none"}}),
+    # tool_choice
+    "choice absent": (RA_FG, {"tool_choice": None}),
+    "choice auto": ({**RA_FG, "tool_choice": "auto", "parallel_tool_calls": True}, {"tool_choice": None}),
+    "RA17 required, one at a time": (
+        {**RA_FG, "tool_choice": "required", "parallel_tool_calls": False}, {"tool_choice": {"type": "any", **RA_ONE}}),
+    "RA18 one at a time": ({"tools": [r_function()], "parallel_tool_calls": False},
+                             {"tool_choice": {"type": "auto", **RA_ONE}}),
+    "none": ({"tools": [r_function()], "tool_choice": "none"}, {"tools": [m_tool()], "tool_choice": {"type": "none"}}),
+    "required": ({**RA_FG, "tool_choice": "required"}, {"tool_choice": {"type": "any"}}),
+    "function by name": ({**RA_FG, "tool_choice": {"type": "function", "name": "b"}, "parallel_tool_calls": False},
+                         {"tool_choice": {"type": "tool", "name": "b", **RA_ONE}}),
+    "function in a namespace": (
+        {"tools": [RA_DOCS], "tool_choice": {"type": "function", "name": "find", "namespace": "mcp__docs"}},
+        {"tool_choice": {"type": "tool", "name": "mcp__docs__find"}}),
+    "custom by name": ({"tools": [{"type": "custom", "name": "p"}], "tool_choice": {"type": "custom", "name": "p"}},
+                       {"tool_choice": {"type": "tool", "name": "p"}}),
+    **{f"choice of {kind}": ({"tools": [{"type": kind}], "tool_choice": {"type": kind}},
+                             {"tool_choice": {"type": "tool", "name": kind}})
+       for kind in ("shell", "apply_patch", "local_shell")},
+    "choice of web search": (
+        {"tools": [{"type": "web_search"}], "tool_choice": {"type": "web_search"}},
+        {"tools": [M_SEARCH], "tool_choice": {"type": "tool", "name": "web_search"}}, RA_AT_FIRST),
+    "RA19 one allowed tool, required": (
+        {**RA_FG, "tool_choice": {"type": "allowed_tools", "mode": "required", "tools": [RA_B]}},
+        {"tools": [m_tool("b")], "tool_choice": {"type": "tool", "name": "b"}}),
+    "two allowed tools, required": (
+        {**RA_FG, "tool_choice": {"type": "allowed_tools", "mode": "required", "tools": [
+            {"type": "function", "name": "c"}, {"type": "function", "name": "a"}]}},
+        {"tools": [m_tool("a"), m_tool("c")], "tool_choice": {"type": "any"}}),
+    "RA20 forced where the model refuses it": (
+        {**RA_FG, "instructions": "A", "tool_choice": "required"},
+        {"tool_choice": None, "system": [m_text("A"), m_text("Call one of the tools to answer.")]},
+        {"model": "claude-opus-5-5"}),
+    "one tool forced where the model refuses it": (
+        {**RA_FG, "tool_choice": RA_B},
+        {"tool_choice": None, "system": 'Call the tool "b" to answer.'}, {"model": RA_K5}),
+    "forced while thinking, K4": (
+        {**RA_FG, "tool_choice": "required", "reasoning": {"effort": "high"}},
+        {"tool_choice": {"type": "any"}, "thinking": {"type": "disabled"}, "output_config": {"effort": "high"}}),
+    "forced while thinking, K1": (
+        {**RA_FG, "tool_choice": "required", "reasoning": {"effort": "high"}},
+        {"tool_choice": {"type": "any"}, "thinking": {"type": "disabled"}, "output_config": None}, {"model": RA_K1}),
+}, {})
+def test_ra_tools(body: Any, expected: Any, options: Any) -> None:
+    """Tools and the choice among them; of the special kinds: name, types of the properties, what is required."""
+    tools = expected.get("tools")
+    if isinstance(tools, list) and isinstance(tools[0], str):
+        (tool,) = ra_request(body, **options)[0]["tools"]
+        schema = tool["input_schema"]
+        assert (tool["name"], schema["type"], schema.get("required", [])) == (tools[0], "object", tools[2])
+        kinds = {key: value.get("enum") or value["type"] for key, value in schema["properties"].items()}
+        kinds |= {key: ("array", value["items"]["type"]) for key, value in schema["properties"].items()
+                  if value["type"] == "array"}
+        assert kinds == tools[1] and "type" not in tool
+    else:
+        ra_check(body, expected, options)
+
+
+def test_ra15_a_grammar_goes_into_the_description() -> None:
+    """The model is told what its free text must look like."""
+    payload, _ = ra_request({"tools": [{"type": "custom", "name": "apply_patch", "description": "Edits", "format": {
+        "type": "grammar", "syntax": "lark", "definition": "start: x"}}]})
+    (tool,) = payload["tools"]
+    assert (tool["name"], tool["input_schema"]) == ("apply_patch", INPUT_ONLY)
+    lines = tool["description"].splitlines()
+    assert lines[0] == "Edits" and '"input" must match this lark grammar:' in lines
+    fence = lines[lines.index('"input" must match this lark grammar:') + 1:]
+    assert fence[0].startswith("```") and fence[1:] == ["start: x", "```"]
+
+
+# -- request: reasoning, effort, format (2.1.8)
+
+RA_SUMMED, RA_QUIET = ({"type": "adaptive", "display": display} for display in ("summarized", "omitted"))
+RA_OFF = {"type": "disabled"}
+RA_NOTHING = {"thinking": None, "output_config": None, "max_tokens": 32_000}
+RA_SCHEMA = {"type": "object", "properties": {"zeta": {"type": "string", "minLength": 3}, "b": {"type": "integer"}},
+             "required": ["zeta"]}
+RA_FORMAT = {"type": "json_schema", "name": "out", "strict": True, "description": "d", "schema": RA_SCHEMA}
+RA_FORMAT_OUT = {"type": "json_schema", "schema": {
+    "type": "object", "properties": {"zeta": {"type": "string", "description": "{minLength: 3}"},
+                                     "b": {"type": "integer"}},
+    "required": ["zeta"], "additionalProperties": False}}
+
+
+def ra_manual(budget: int, limit: int) -> Any:
+    """Thinking with a budget."""
+    return {"thinking": {"type": "enabled", "budget_tokens": budget}, "output_config": None, "max_tokens": limit}
+
+
+def ra_effort(effort: str, thinking: Any = None) -> Any:
+    """Adaptive thinking."""
+    return {"thinking": RA_QUIET if thinking is None else thinking, "output_config": {"effort": effort}}
+
+
+@cases("body, expected, options", {
+    "nothing": ({"reasoning": {}}, RA_NOTHING),
+    "RA21 effort and summary": ({"reasoning": {"effort": "high", "summary": "auto"}}, ra_effort("high", RA_SUMMED)),
+    "the old name of summary": (
+        {"reasoning": {"effort": "low", "generate_summary": "detailed"}}, ra_effort("low", RA_SUMMED)),
+    **{f"{effort}, {model}": ({"reasoning": {"effort": effort}}, ra_effort(sent), {"model": model})
+       for model, words in {
+           RA_K2: {"minimal": "low", "low": "low", "medium": "medium", "high": "high", "max": "max"},
+           RA_K3: {"minimal": "low", "xhigh": "xhigh", "max": "max"},
+           RA_K4: {"minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "xhigh", "max": "max"},
+           RA_K5: {"minimal": "low", "xhigh": "xhigh", "max": "max"}}.items() for effort, sent in words.items()},
+    "RA24 xhigh, K2": ({"reasoning": {"effort": "xhigh"}}, ra_effort("max"), {"model": RA_K2}),
+    "RA22 budget that fits": (
+        {"reasoning": {"effort": "high"}, "max_output_tokens": 4000}, ra_manual(2976, 4000), {"model": RA_K1}),
+    "budget that does not fit": ({"reasoning": {"effort": "high"}, "max_output_tokens": 1500},
+                                 {"thinking": None, "output_config": None, "max_tokens": 1500}, {"model": RA_K1}),
+    **{f"{effort}, K1": ({"reasoning": {"effort": effort}}, ra_manual(budget, limit), {"model": RA_K1})
+       for effort, budget, limit in [("minimal", 1024, 33_024), ("low", 1024, 33_024), ("medium", 4096, 36_096),
+                                     ("high", 16_384, 48_384), ("xhigh", 32_768, 64_000)]},
+    "low, X": ({"reasoning": {"effort": "low"}}, ra_manual(1024, 9216), {"model": RA_X}),
+    "high, K0": ({"reasoning": {"effort": "high", "summary": "auto"}}, {**RA_NOTHING, "max_tokens": 4096},
+                 {"model": RA_K0}),
+    "none, K1": ({"reasoning": {"effort": "none"}}, RA_NOTHING, {"model": RA_K1}),
+    **{f"none, {model}": ({"reasoning": {"effort": "none"}}, {"thinking": RA_OFF, "output_config": None},
+                          {"model": model}) for model in (RA_K2, RA_K3, RA_K4, RA_X)},
+    "RA23 none, K5": ({"reasoning": {"effort": "none"}}, ra_effort("low") | {"thinking": None}, {"model": RA_K5}),
+    "forced, opus-5: no effort above high": (
+        {"reasoning": {"effort": "xhigh"}, "tools": [r_function()], "tool_choice": "required"},
+        {"thinking": RA_OFF, "output_config": {"effort": "high"}}, {"model": "claude-opus-5"}),
+    "summary alone": ({"reasoning": {"summary": "auto"}}, {"thinking": RA_SUMMED, "output_config": None}),
+    "summary alone, K1": ({"reasoning": {"summary": "auto"}}, ra_manual(4096, 36_096), {"model": RA_K1}),
+    "RA31 schema": ({"text": {"format": RA_FORMAT}}, {"output_config": {"format": RA_FORMAT_OUT}, "system": None}),
+    "schema and effort": ({"text": {"format": RA_FORMAT}, "reasoning": {"effort": "low"}},
+                          {"output_config": {"effort": "low", "format": RA_FORMAT_OUT}}),
+}, {})
+def test_ra_reasoning_and_format(body: Any, expected: Any, options: Any) -> None:
+    """Thinking, effort, budget and schema by model class."""
+    ra_check(body, expected, options)
+
+
+@cases("form, words, model", {
+    "schema in a class without": (RA_FORMAT, ["JSON", "zeta", "minLength"], RA_OLD),
+    "schema at X": (RA_FORMAT, ["JSON", "zeta", "minLength"], RA_X),
+    "json_object": ({"type": "json_object"}, ["JSON"], RA_K4),
+})
+def test_ra_a_format_in_words(form: Any, words: list[str], model: str) -> None:
+    """Where no schema can be sent, the last system block asks for it."""
+    payload, _ = ra_request({"instructions": "A", "text": {"format": form}}, model=model)
+    assert "output_config" not in payload and payload["system"][0] == m_text("A")
+    assert [w for w in words if w not in payload["system"][-1]["text"]] == [] and len(payload["system"]) == 2
+
+
+# -- request: carriers that come back (1.5, 2.1.3, 2.1.4)
+
+RA_AT = carrier("at", "SIG", "Hm")
+RA_HM = r_thought(RA_AT, "Hm")
+RA_STU = {"type": "server_tool_use", "id": "srvtoolu_1", "name": "web_search", "input": {"query": "q"}}
+RA_HIT = {"type": "web_search_result", "url": "https://a.org/", "title": "A", "encrypted_content": "EE",
+          "page_age": None}
+RA_STR = {"type": "web_search_tool_result", "tool_use_id": "srvtoolu_1", "content": [RA_HIT]}
+RA_BETA = b"thinking-binding-controls-2026-08-01"
+
+
+@cases("items, messages, options", {
+    "RA25 thinking": (ra_loop(RA_HM), ra_looped(m_thinking("Hm"))),
+    "signature with dots": (
+        ra_loop(r_thought(carrier("at", "a.b.c", "Hm"), "Hm")), ra_looped(m_thinking("Hm", "a.b.c"))),
+    "thinking that was not shown": (ra_loop(r_thought(carrier("at", "SIG"))), ra_looped(m_thinking(""))),
+    "redacted": (ra_loop(r_thought(carrier("ar", "DATA"))),
+                 ra_looped({"type": "redacted_thinking", "data": "DATA"})),
+    "server blocks": (
+        [r_user("x"), r_thought(carrier("ab", ra_packed(RA_STU, RA_STR))), ra_said("y"), r_user("z")],
+        ra_turns("x", [RA_STU, RA_STR, m_text("y")], "z")),
+    "unsigned thinking, lenient": (
+        ra_loop(r_thought(carrier("at", "", "Hm"), "Hm")), ra_looped(m_thinking("Hm", "")), {"model": RA_X}),
+    "unsigned thinking, strict": (ra_loop(r_thought(carrier("at", "", "Hm"), "Hm")), ra_looped()),
+    "thinking at the end of a run": ([r_user("x"), ra_said("y"), RA_HM, r_user("z")], ra_turns("x", "y", "z")),
+    "thinking alone": ([r_user("x"), RA_HM, r_user("z")], ra_turns([m_text("x"), m_text("z")])),
+    "server use without its result": (
+        [r_user("x"), r_thought(carrier("ab", ra_packed(RA_STU))), ra_said("y"), r_user("z")],
+        ra_turns("x", "y", "z")),
+    "server use that goes on": ([r_user("x"), ra_said("y"), r_thought(carrier("ab", ra_packed(RA_STU)))],
+                                ra_turns("x", [m_text("y"), RA_STU])),
+    **{name: (ra_loop(item), ra_looped()) for name, item in {
+        "RA26 text was edited": r_thought(RA_AT, "Hm!"),
+        "text was removed": r_thought(RA_AT),
+        "RA27 of OpenAI": r_thought("gAAAAABsecret", "Hm"),
+        "RA28 of another provider": r_thought(carrier("at", "SIG", "Hm", host="llm.example"), "Hm"),
+        "no carrier": r_thought(None, "Hm"),
+        "of another version": r_thought(carrier("at", "SIG", "Hm", version="px2"), "Hm"),
+        "of another length": r_thought(carrier("at", "SIG", "Hm", length=4), "Hm"),
+        "cut": r_thought(RA_AT[:-1], "Hm"),
+        "one character changed": r_thought(RA_AT[:-1] + "H", "Hm"),
+        "of a Responses provider": r_thought(carrier("or", "rs_1:EE")),
+        "of a Chat provider": r_thought(carrier("cr", "reasoning_content"), "Hm"),
+        "of another kind": r_thought(RA_AT.replace(".at.", ".ar."), "Hm"),
+        "two parts": r_thought("px1.eyJmIjoicmMifQ", "Hm"),
+        "blocks that do not decode": r_thought(carrier("ab", "!!!")),
+        "blocks that are no list": r_thought(carrier("ab", base64.urlsafe_b64encode(
+            zlib.compress(b"7", 9)).decode().rstrip("="))),
+    }.items()},
+}, {})
+def test_ra_carriers_come_back(items: Any, messages: Any, options: Any) -> None:
+    """A carrier becomes the provider's own blocks, or its item vanishes; its text is never sent as text."""
+    ra_check(items, {"messages": messages}, options)
+
+
+@cases("items, model, thinking", {
+    "RA26 no thinking in front of an open call": (ra_loop(r_thought(RA_AT, "edited")), RA_K1, None),
+    "thinking in front of an open call": (ra_loop(RA_HM), RA_K1, {"type": "enabled", "budget_tokens": 16_384}),
+    "adaptive classes accept it": (ra_loop(), RA_K4, RA_QUIET),
+})
+def test_ra_thinking_in_a_tool_loop(items: Any, model: str, thinking: Any) -> None:
+    """Manual thinking is left out of a request whose open calls have lost theirs."""
+    payload, _ = ra_check({"input": items, "reasoning": {"effort": "high"}}, {"thinking": thinking}, {"model": model})
+    kept = [b["type"] for m in payload["messages"] if isinstance(m["content"], list) for b in m["content"]]
+    assert ("thinking" in kept) is (items[1] == RA_HM)
+
+
+def test_ra_bound_thinking() -> None:
+    """Models that bind thinking to the prefix are asked to drop what does not fit, not to fail."""
+    items = ra_loop(r_thought(carrier("at", "SIG", "Hm", host=ANTHROPIC), "Hm"))
+    for effort in ({"effort": "low"}, {}):
+        payload, ctx = ra_request({"input": items, "reasoning": effort}, model="claude-opus-5-5", host=ANTHROPIC)
+        assert payload["thinking"]["type"] == "adaptive" and payload["messages"] == ra_looped(m_thinking("Hm"))
+        assert payload["thinking"]["block_binding"] == {"prefix_mismatch_behavior": "drop_block"}
+        assert [RA_BETA in line and b"anthropic-beta" in line.lower() for line in ctx.headers] == [True]
+    payload, ctx = ra_request(items, model="claude-haiku-5-5", host=ANTHROPIC)
+    assert payload["messages"] == ra_looped() and "thinking" not in payload
+    payload, ctx = ra_request({"input": items, "reasoning": {"effort": "low"}}, host=ANTHROPIC)
+    assert payload["thinking"] == RA_QUIET and ctx.headers == []
+
+
+# -- request: cache marks (1.7)
+
+RA_HERE = {"prompt_cache_breakpoint": {"mode": "explicit"}}
+RA_LONG, RA_HOUR = "word " * 4000, {"ttl": "1h"}
+
+
+def ra_marks(payload: Any) -> dict[str, Any]:
+    """Where the marks of a payload are, and what they say."""
+    places = {f"tools[{i}]": tool for i, tool in enumerate(payload.get("tools", []))}
+    lists = {"system": payload.get("system")} | {str(i): m["content"] for i, m in enumerate(payload["messages"])}
+    for place, content in lists.items():
+        places |= {f"{place}[{i}]": b for i, b in enumerate(content if isinstance(content, list) else [])}
+    marks = {place: block["cache_control"] for place, block in places.items() if "cache_control" in block}
+    assert json.dumps(payload).count('"cache_control"') == len(marks)
+    return marks
+
+
+def ra_long(*marked: str, **more: Any) -> Any:
+    """A long conversation; `marked` names the texts that have a mark of the client."""
+    part = {t: {"type": "input_text", "text": t, **(RA_HERE if t in marked else {})} for t in "abcde"}
+    return {"instructions": RA_LONG, "tools": [r_function("f"), r_function("g")], "input": [
+        {"role": "developer", "content": [part["a"]]}, r_user(part["b"], part["c"]), ra_said("y"),
+        r_user(part["d"]), ra_said("z"), r_user(part["e"])], **more}
+
+
+@cases("body, marks, options, lifetime", {
+    "RA36 three of the client": (ra_long("a", "b", "e"), ["system[1]", "0[0]", "4[0]"]),
+    "RA36 automatic": (ra_long(), ["tools[1]", "system[1]", "2[0]", "4[0]"]),
+    "automatic marks only where they were wanted": (ra_long(prompt_cache_options={"mode": "explicit"}), []),
+    "off by profile": (ra_long(), [], {"host": ANTHROPIC, "profile": {"cache": "off"}}),
+    "another host": (ra_long(), [], {"host": "llm.example"}),
+    "another host, on": (
+        ra_long(), ["tools[1]", "system[1]", "2[0]", "4[0]"], {"host": "llm.example", "profile": {"cache": "on"}}),
+    "a short request": ({**ra_long(), "instructions": "A"}, []),
+    "retention": (ra_long("d", prompt_cache_retention="24h"), ["2[0]"], RA_AT_FIRST, RA_HOUR),
+    "lifetime": (ra_long("d", prompt_cache_options={"ttl": "30m"}), ["2[0]"], RA_AT_FIRST, RA_HOUR),
+    "longer": (ra_long("d", prompt_cache_options={"mode": "explicit", "ttl": "12h"}), ["2[0]"], RA_AT_FIRST, RA_HOUR),
+}, RA_AT_FIRST, {})
+def test_ra_cache_marks(body: Any, marks: list[str], options: Any, lifetime: Any) -> None:
+    """The client's own marks and no others, or automatic ones at fixed places."""
+    payload, _ = ra_request(body, **options)
+    assert ra_marks(payload) == {place: {"type": "ephemeral", **lifetime} for place in marks}
+
+
+# -- answers: the response object (2.2.1, 2.2.4, 2.2.5)
+
+RA_USAGE = {"input_tokens": 10, "output_tokens": 7}
+RA_USAGE_OUT = {"input_tokens": 10, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+                "output_tokens": 7, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 17}
+RA_RESPONSE: dict[str, Any] = {
+    "id": "resp_msg_01", "object": "response", "created_at": NOW, "completed_at": NOW, "status": "completed",
+    "incomplete_details": None, "error": None, "model": RA_K4, "output": [], "usage": RA_USAGE_OUT,
+    "instructions": None, "metadata": {}, "max_output_tokens": None, "max_tool_calls": None, "temperature": None,
+    "top_p": None, "top_logprobs": 0, "tools": [], "tool_choice": "auto", "parallel_tool_calls": True,
+    "reasoning": {"effort": None, "summary": None}, "text": {"format": {"type": "text"}}, "truncation": "disabled",
+    "user": None, "safety_identifier": None, "prompt_cache_key": None, "service_tier": None, "prompt": None,
+    "store": False, "background": False, "previous_response_id": None}
+RA_INCOMPLETE = {"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}, "completed_at": None}
+
+
+def ra_body(*content: Any, stop: Any = "end_turn", **more: Any) -> Any:
+    """An answer of the provider."""
+    return {"id": "msg_01", "type": "message", "role": "assistant", "model": RA_K4, "content": list(content),
+            "stop_reason": stop, "stop_sequence": None, "usage": RA_USAGE, **more}
+
+
+def ra_answer(body: Any, request: Any = None, **options: Any) -> Any:
+    """The client's response for a provider's body, after a request."""
+    _, ctx = ra_request(request, **options)
+    before = copy.deepcopy(body)
+    response = proxai.PAIRS[RA].response(body, ctx)
+    assert body == before
+    return response
+
+
+def ra_part(text: str, *annotations: Any) -> Any:
+    """A text part of a message."""
+    return {"type": "output_text", "text": text, "annotations": list(annotations), "logprobs": []}
+
+
+def ra_message(index: int, *parts: Any, status: str = "completed") -> Any:
+    """A message item; a string is a part."""
+    return {"id": f"msg_01_{index}", "type": "message", "role": "assistant", "status": status,
+            "content": [ra_part(p) if isinstance(p, str) else p for p in parts]}
+
+
+def ra_reasoning(index: int, carrier: Any, *texts: str, status: str = "completed") -> Any:
+    """A reasoning item."""
+    return {"id": f"rs_01_{index}", "type": "reasoning", "status": status, "encrypted_content": carrier,
+            "summary": [{"type": "summary_text", "text": t} for t in texts]}
+
+
+def ra_called(index: int, arguments: str = "{}", name: str = "f", status: str = "completed", **more: Any) -> Any:
+    """A function_call item."""
+    return {"id": f"fc_01_{index}", "type": "function_call", "call_id": "toolu_1", "name": name,
+            "arguments": arguments, "status": status, **more}
+
+
+RA_ECHO = {
+    "instructions": "A", "metadata": {"k": "v"}, "max_output_tokens": 99, "max_tool_calls": 3, "temperature": 0.5,
+    "top_p": 0.9, "top_logprobs": 2, "tools": [r_function("a.b", strict=True), {"type": "web_search"}],
+    "tool_choice": {"type": "function", "name": "a.b"}, "parallel_tool_calls": False,
+    "reasoning": {"effort": "low", "summary": "auto"}, "text": {"format": RA_FORMAT, "verbosity": "low"},
+    "truncation": "auto", "user": "u", "safety_identifier": "s", "prompt_cache_key": "k", "service_tier": "flex"}
+
+
+@cases("body, expected, request_", {
+    "RA43 no content": (ra_body(), {}),
+    "the request's fields": (ra_body(), RA_ECHO, RA_ECHO | {"store": True, "include": [], "background": False}),
+    "model of the provider": (ra_body(model="claude-x"), {"model": "claude-x"}),
+    "model of the request": ({k: v for k, v in ra_body().items() if k != "model"}, {"model": "gpt-5.5"}),
+    "tier standard": (ra_body(usage={**RA_USAGE, "service_tier": "standard"}), {"service_tier": "default"}),
+    "tier priority": (ra_body(usage={**RA_USAGE, "service_tier": "priority"}), {"service_tier": "priority"}),
+    # why it ended
+    "stop_sequence": (ra_body(m_text("a"), stop="stop_sequence"), {"output": [ra_message(0, "a")]}),
+    "unknown": (ra_body(m_text("a"), stop="tired"), {"output": [ra_message(0, "a")]}),
+    "pause_turn": (ra_body(m_text("a"), stop="pause_turn"), {"output": [ra_message(0, "a")], "end_turn": False}),
+    **{stop: (ra_body(m_text("a"), stop=stop),
+              {**RA_INCOMPLETE, "output": [ra_message(0, "a", status="incomplete")]})
+       for stop in ("max_tokens", "model_context_window_exceeded")},
+    "only the last item is incomplete": (
+        ra_body(m_thinking("Hm"), m_text("a"), stop="max_tokens"),
+        {**RA_INCOMPLETE, "output": [ra_reasoning(0, RA_AT, "Hm"), ra_message(1, "a", status="incomplete")]}),
+    "compaction": (ra_body(stop="compaction"), RA_INCOMPLETE),
+    "RA41 a call that was cut": (ra_body({**m_use("toolu_1"), "input": {"cmd": "l"}}, stop="max_tokens"),
+                                 {**RA_INCOMPLETE, "output": [ra_called(0, '{"cmd":"l"}', status="incomplete")]}),
+    "RA39 refusal": (
+        ra_body(stop="refusal", stop_details={"type": "refusal", "category": "cyber", "explanation": "no"}),
+        {"status": "failed", "completed_at": None, "error": {"code": "invalid_prompt", "message": "no"}}),
+    "refusal without a word": (
+        ra_body(stop="refusal", stop_details={"type": "refusal", "category": "cyber", "explanation": None}),
+        {"status": "failed", "completed_at": None, "error": {
+            "code": "invalid_prompt", "message": "The model refused to answer (category cyber)."}}),
+    # usage
+    "RA40 cached": (
+        ra_body(usage={"input_tokens": 10, "cache_creation_input_tokens": 5, "cache_read_input_tokens": 100,
+                       "output_tokens": 7, "server_tool_use": {"web_search_requests": 1}}),
+        {"usage": {"input_tokens": 115, "input_tokens_details": {"cached_tokens": 100, "cache_write_tokens": 5},
+                   "output_tokens": 7, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 122}}),
+    "thinking is counted, nulls are 0": (
+        ra_body(usage={**RA_USAGE, "cache_creation_input_tokens": None, "cache_read_input_tokens": None,
+                       "output_tokens_details": {"thinking_tokens": 3}}),
+        {"usage": {**RA_USAGE_OUT, "output_tokens_details": {"reasoning_tokens": 3}}}),
+    "no usage": ({k: v for k, v in ra_body().items() if k != "usage"}, {"usage": None}),
+}, {})
+def test_ra_the_response_object(body: Any, expected: Any, request_: Any) -> None:
+    """Every key of the response: from the provider, from the request, or by default."""
+    assert ra_answer(body, request_) == {**RA_RESPONSE, **expected}
+
+
+@cases("body, status, words", {
+    "no stop_reason": (ra_body(m_text("a"), stop=None), 502, ""),
+    "an error": ({"type": "error", "error": {"type": "invalid_request_error", "message": "bad thing"}}, 400,
+                 "bad thing"),
+})
+def test_ra_an_unusable_answer(body: Any, status: int, words: str) -> None:
+    """What is no answer is an error of the provider."""
+    with pytest.raises(proxai.UpstreamError) as caught:
+        ra_answer(body)
+    assert caught.value.status == status and words in caught.value.message
+
+
+# -- answers: output items (2.2.2, 2.2.3, 1.4)
+
+RA_KINDS = {"tools": [
+    r_function("f"), r_function("a.b"), RA_DOCS, {"type": "custom", "name": "p"}, {"type": "local_shell"}, {"type": "shell"},
+    {"type": "apply_patch"}, {"type": "tool_search", "execution": "client"}, {"type": "web_search"}]}
+RA_USED = "toolu_1"
+RA_KINDS_AT = {"profile": {"web_search": "native"}}
+RA_FETCH = {"type": "server_tool_use", "id": "srvtoolu_2", "name": "web_fetch", "input": {"url": "https://a.org/"}}
+RA_UPLOAD = {"type": "container_upload", "file_id": "file_1"}
+RA_FAILED = {"type": "web_search_tool_result", "tool_use_id": "srvtoolu_1",
+             "content": {"type": "web_search_tool_result_error", "error_code": "unavailable"}}
+RA_CITED = {"type": "web_search_result_location", "url": "https://a.org/", "title": "A", "encrypted_index": "I",
+            "cited_text": "source text"}
+RA_SOURCE = {"type": "search_result_location", "source": "https://b.org/", "title": "B", "cited_text": "t",
+             "search_result_index": 0, "start_block_index": 0, "end_block_index": 1}
+
+
+def ra_url(end: int, url: str = "https://a.org/", title: str = "A") -> Any:
+    """An annotation over a whole part."""
+    return {"type": "url_citation", "url": url, "title": title, "start_index": 0, "end_index": end}
+
+
+def ra_special(prefix: str, kind: str, index: int = 0, **more: Any) -> Any:
+    """A call item of another kind."""
+    return {"id": f"{prefix}_01_{index}", "type": kind, "call_id": "toolu_1", **more}
+
+
+def ra_searched(index: int, *urls: str, status: str = "completed") -> Any:
+    """A web_search_call item."""
+    return {"id": f"ws_01_{index}", "type": "web_search_call", "status": status, "action": {
+        "type": "search", "query": "q", "queries": ["q"], "sources": [{"type": "url", "url": u} for u in urls]}}
+
+
+def ra_same_items(output: Any, items: Any) -> None:
+    """Equal but for a status where none is expected; an `ab` carrier is expected as the list of its blocks."""
+    assert [item["type"] for item in output] == [item["type"] for item in items]
+    for got, want in zip(output, items, strict=True):
+        if isinstance(want.get("encrypted_content"), list):
+            got = {**got, "encrypted_content": ra_unpacked(got["encrypted_content"])}
+        assert {k: v for k, v in got.items() if k in want or k != "status"} == want
+
+
+@cases("content, output, options", {
+    "RA37 texts and a call": ([m_text("a"), m_text("bé", citations=[RA_CITED]), m_use(RA_USED)],
+                              [ra_message(0, "a", ra_part("bé", ra_url(2))), ra_called(1)]),
+    "empty text": ([m_text("a"), m_text(""), m_text("b")], [ra_message(0, "a", "b")]),
+    "texts around thinking": ([m_text("a"), m_thinking("Hm"), m_text("b")],
+                              [ra_message(0, "a"), ra_reasoning(1, RA_AT, "Hm"), ra_message(2, "b")]),
+    "RA38 thinking that is not shown": ([m_thinking("", "S")], [ra_reasoning(0, carrier("at", "S"))]),
+    "unsigned": ([m_thinking("Hm", "")], [ra_reasoning(0, None, "Hm")]),
+    "unsigned, lenient": ([m_thinking("Hm", "")], [ra_reasoning(0, carrier("at", "", "Hm"), "Hm")],
+                          {"model": RA_X}),
+    "redacted": ([{"type": "redacted_thinking", "data": "DATA"}], [ra_reasoning(0, carrier("ar", "DATA"))]),
+    "RA42 namespace": ([m_use(RA_USED, "mcp__docs__find", {"q": "é"})],
+                       [ra_called(0, '{"q":"é"}', "find", namespace="mcp__docs")]),
+    "custom in a namespace": ([m_use(RA_USED, "mcp__docs__ask", {"input": "s"})],
+                              [ra_special("ctc", "custom_tool_call", name="ask", namespace="mcp__docs", input="s")]),
+    "the client's own name": ([m_use(RA_USED, "a_b")], [ra_called(0, name="a.b")]),
+    "another case": ([m_use(RA_USED, "F")], [ra_called(0)]),
+    "unknown name": ([m_use(RA_USED, "zz")], [ra_called(0, name="zz")]),
+    "arguments that were no JSON": ([m_use(RA_USED, "f", {"raw_arguments": "{bad"})], [ra_called(0, "{bad")]),
+    **{f"custom {sent}": ([m_use(RA_USED, "p", sent)], [ra_special("ctc", "custom_tool_call", name="p", input=text)])
+       for sent, text in [({"input": "s"}, "s"), ({"patch": "s"}, "s"), ({"a": 1}, '{"a":1}')]},
+    "local_shell": (
+        [m_use(RA_USED, "local_shell", {"command": ["ls"], "workdir": "/w", "timeout_ms": 9})],
+        [ra_special("lsh", "local_shell_call", status="completed", action={
+            "type": "exec", "command": ["ls"], "env": {}, "timeout_ms": 9, "working_directory": "/w", "user": None})]),
+    "local_shell without a command": (
+        [m_use(RA_USED, "local_shell", {"cmd": 1})], [ra_called(0, '{"cmd":1}', "local_shell")]),
+    "shell": (
+        [m_use(RA_USED, "shell", {"commands": ["ls"], "timeout_ms": 9, "max_output_length": 5})],
+        [ra_special("sh", "shell_call", status="completed",
+                    action={"commands": ["ls"], "timeout_ms": 9, "max_output_length": 5})]),
+    "apply_patch": ([m_use(RA_USED, "apply_patch", {"type": "delete_file", "path": "p"})],
+                    [ra_special("apc", "apply_patch_call", status="completed",
+                                operation={"type": "delete_file", "path": "p"})]),
+    "tool_search": ([m_use(RA_USED, "tool_search", {"query": "q"})],
+                    [ra_special("ts", "tool_search_call", status="completed", execution="client",
+                                arguments={"query": "q"})]),
+    "web search": ([RA_STU, RA_STR, m_text("a")],
+                   [ra_searched(0, "https://a.org/"), ra_reasoning(1, [RA_STU, RA_STR]), ra_message(2, "a")]),
+    "web search that failed": ([RA_STU, RA_FAILED],
+                               [ra_searched(0, status="failed"), ra_reasoning(1, [RA_STU, RA_FAILED])]),
+    "other server blocks share a carrier": (
+        [RA_FETCH, RA_UPLOAD, m_text("a"), RA_UPLOAD],
+        [ra_reasoning(0, [RA_FETCH, RA_UPLOAD]), ra_message(1, "a"), ra_reasoning(2, [RA_UPLOAD])]),
+    **{f"citation {name}": ([m_text("abc", citations=[cited])], [ra_message(0, ra_part("abc", *annotations))])
+       for name, cited, annotations in [
+           ("without title", {**RA_CITED, "title": None}, [ra_url(3, title="https://a.org/")]),
+           ("of a search result", RA_SOURCE, [ra_url(3, "https://b.org/", "B")]),
+           ("of another source", {**RA_SOURCE, "source": "kb:7"}, []),
+           ("of a page", {"type": "page_location", "document_index": 0, "document_title": "D", "cited_text": "t",
+                          "start_page_number": 1, "end_page_number": 2, "file_id": None}, [])]},
+}, {})
+def test_ra_blocks_become_items(content: Any, output: Any, options: Any) -> None:
+    """Content blocks, and the whole output."""
+    response = ra_answer(ra_body(*content, stop="tool_use"), RA_KINDS, **{**RA_KINDS_AT, **options})
+    assert response["status"] == "completed"
+    ra_same_items(response["output"], output)
+
+
+def test_ra_blocks_come_back_unchanged() -> None:
+    """A turn of the provider goes to the client and, in the next exchange, back as it was."""
+    blocks = [
+        m_thinking("Hm"), {"type": "redacted_thinking", "data": "D.1"}, m_text("a"), m_text("b"), RA_STU, RA_STR,
+        m_thinking("", "S"), m_use("t1", "p", {"input": "é\n"}), m_use("t2", "mcp__docs__find", {"q": 1}),
+        m_use("t3", "local_shell", {"command": ["ls"]}), m_use("t4", "tool_search", {"query": "q"})]
+    output = ra_answer(ra_body(*blocks, stop="tool_use"), RA_KINDS, **RA_KINDS_AT)["output"]
+    answers = [{"type": "custom_tool_call_output", "call_id": "t1", "output": "1"}, r_output("t2", "2"),
+               {"type": "local_shell_call_output", "call_id": "t3", "output": "3"},
+               {"type": "tool_search_output", "call_id": "t4", "execution": "client", "tools": [RA_LATE]}]
+    payload, _ = ra_request({**RA_KINDS, "input": [r_user("x"), *output, *answers]}, **RA_KINDS_AT)
+    assert payload["messages"] == ra_turns("x", blocks, [
+        m_result("t1", "1"), m_result("t2", "2"), m_result("t3", "3"), m_result("t4", "Loaded tools: late")])
+
+
+# -- streams (2.3)
+
+RA_START = {"type": "message_start", "message": ra_body(stop=None, usage={"input_tokens": 10, "output_tokens": 1})}
+
+
+def ra_delta(index: int, text: Any, kind: str = "text", key: str = "") -> Any:
+    """A delta of a block; a dict is a citation."""
+    kind, key = ("citations", "citation") if isinstance(text, dict) else (kind, key or kind)
+    return {"type": "content_block_delta", "index": index, "delta": {"type": f"{kind}_delta", key: text}}
+
+
+def ra_args(index: int, text: str) -> Any:
+    """A delta of a call."""
+    return ra_delta(index, text, "input_json", "partial_json")
+
+
+def ra_block(index: int, block: Any, *deltas: Any) -> list[Any]:
+    """A block; a string is a delta of its kind."""
+    write = ra_delta if block["type"] == "text" else ra_args
+    return [{"type": "content_block_start", "index": index, "content_block": block},
+            *(d if isinstance(d, dict) and "index" in d else write(index, d) for d in deltas), m_stop(index)]
+
+
+def ra_end(stop: str = "end_turn", **more: Any) -> list[Any]:
+    """The end of the message; its usage has no input_tokens."""
+    return [{"type": "message_delta", "delta": {"stop_reason": stop, "stop_sequence": None, **more},
+             "usage": {"output_tokens": 7}}, {"type": "message_stop"}]
+
+
+def ra_script(events: list[Any]) -> list[str]:
+    """Events in short: type, output_index and text or kind; the numbers and ids in them must be right."""
+    assert [e["sequence_number"] for e in events] == list(range(len(events)))
+    assert {e["response"]["id"] for e in events if "response" in e} == {events[0]["response"]["id"]}
+    added = {e["output_index"]: e["item"]["id"] for e in events if e["type"] == "response.output_item.added"}
+    lines = []
+    for e in events:
+        assert "item_id" not in e or e["item_id"] == added[e["output_index"]]
+        assert "item" not in e or e["item"]["id"] == added[e["output_index"]]
+        words = [e["type"].removeprefix("response."), str(e.get("output_index", "")),
+                 e.get("delta", e["item"]["type"] if "item" in e else "")]
+        lines.append(" ".join(w for w in words if w))
+    return lines
+
+
+RA_F0, RA_F1, RA_BEGUN = m_use(RA_USED), m_use("toolu_2"), ["created", "in_progress"]
+RA_PARTIAL = [ra_message(0, "Hi", status="incomplete")]
+RA_CUT_CALL = ra_block(0, RA_F0, '{"cmd":"ls')
+RA_TEXT_0 = ["output_item.added 0 message", "content_part.added 0", "output_text.delta 0 Hi", "output_text.done 0",
+             "content_part.done 0", "output_item.done 0 message"]
+
+
+def ra_call_lines(index: int, *deltas: str) -> list[str]:
+    """The lines of a function call."""
+    return [f"output_item.added {index} function_call",
+            *(f"function_call_arguments.delta {index} {d}" for d in deltas),
+            f"function_call_arguments.done {index}", f"output_item.done {index} function_call"]
+
+
+@cases("events, script, output, more", {
+    "RA45 thinking": (
+        [*ra_block(0, m_thinking("", ""), ra_delta(0, "Hm", "thinking"), ra_delta(0, "SIG", "signature")),
+         *ra_block(1, m_text(""), "Hi"), *ra_end()],
+        ["output_item.added 0 reasoning", "reasoning_summary_part.added 0", "reasoning_summary_text.delta 0 Hm",
+         "reasoning_summary_text.done 0", "reasoning_summary_part.done 0", "output_item.done 0 reasoning",
+         *(line.replace(" 0", " 1") for line in RA_TEXT_0), "completed"],
+        [ra_reasoning(0, RA_AT, "Hm"), ra_message(1, "Hi")]),
+    "thinking that is not shown opens no part": (
+        [*ra_block(0, m_thinking("", ""), ra_delta(0, "", "thinking"), ra_delta(0, "S", "signature")), *ra_end()],
+        ["output_item.added 0 reasoning", "output_item.done 0 reasoning", "completed"],
+        [ra_reasoning(0, carrier("at", "S"))]),
+    "RA46 custom": (
+        [*ra_block(0, m_use(RA_USED, "p"), '{"inp', 'ut":"*** Be', 'gin\\n\\u00e9"}'), *ra_end("tool_use")],
+        ["output_item.added 0 custom_tool_call", "custom_tool_call_input.delta 0 *** Be",
+         "custom_tool_call_input.delta 0 gin\né", "custom_tool_call_input.done 0",
+         "output_item.done 0 custom_tool_call", "completed"],
+        [ra_special("ctc", "custom_tool_call", name="p", input="*** Begin\né")]),
+    "RA47 input at the start": ([*ra_block(0, {**RA_F0, "input": {"a": 1}}), *ra_end("tool_use")],
+                                [*ra_call_lines(0, '{"a":1}'), "completed"], [ra_called(0, '{"a":1}')]),
+    "RA48 two calls at once": (
+        [ra_block(0, RA_F0)[0], ra_block(1, RA_F1)[0], ra_args(0, '{"a":'), ra_args(1, '{"b":2}'), ra_args(0, "1}"),
+         m_stop(0), m_stop(1), *ra_end("tool_use")],
+        [*ra_call_lines(0, '{"a":', "1}"), *ra_call_lines(1, '{"b":2}'), "completed"],
+        [ra_called(0, '{"a":1}'), {**ra_called(1, '{"b":2}'), "call_id": "toolu_2"}]),
+    "a special kind is held until it is whole": (
+        [*ra_block(0, m_use(RA_USED, "shell"), '{"commands":["l', 's"],"timeout_ms":1,"max_output_length":2}'),
+         *ra_end("tool_use")],
+        ["output_item.added 0 shell_call", "output_item.done 0 shell_call", "completed"],
+        [ra_special("sh", "shell_call", status="completed",
+                    action={"commands": ["ls"], "timeout_ms": 1, "max_output_length": 2})]),
+    "RA41 a cut call is never done": (
+        [*RA_CUT_CALL, *ra_end("max_tokens")],
+        ["output_item.added 0 function_call", 'function_call_arguments.delta 0 {"cmd":"ls', "incomplete"],
+        [ra_called(0, '{"cmd":"ls', status="incomplete")], RA_INCOMPLETE),
+    "no JSON, but not cut": ([*RA_CUT_CALL, *ra_end("tool_use")],
+                             [*ra_call_lines(0, '{"cmd":"ls'), "completed"], [ra_called(0, '{"cmd":"ls')]),
+    "cut text": ([*ra_block(0, m_text("Hi")), *ra_end("max_tokens")], [*RA_TEXT_0, "incomplete"],
+                 RA_PARTIAL, RA_INCOMPLETE),
+    "refusal": ([*ra_block(0, m_text(""), "Hi"), *ra_end("refusal", stop_details={"explanation": "no"})],
+                [*RA_TEXT_0[:3], "output_text.done 0", "content_part.done 0", "failed"], RA_PARTIAL,
+                {"status": "failed", "completed_at": None, "error": {"code": "invalid_prompt", "message": "no"}}),
+    "RA50 no message_stop": ([*ra_block(0, m_text(""), "Hi"), ra_end()[0]], [*RA_TEXT_0, "completed"],
+                             [ra_message(0, "Hi")]),
+    "noise": ([{"type": "ping"}, RA_START, ra_delta(0, "Hi"), {"type": "later"}, m_stop(0), *ra_end()],
+              [*RA_TEXT_0, "completed"], [ra_message(0, "Hi")]),
+    "RA54 web search": (
+        [*ra_block(0, {**RA_STU, "input": {}}, '{"query":', '"q"}'), *ra_block(1, RA_STR),
+         *ra_block(2, m_text(""), "Hi", RA_CITED), *ra_end()],
+        ["output_item.added 0 web_search_call", "web_search_call.in_progress 0", "web_search_call.searching 0",
+         "web_search_call.completed 0", "output_item.done 0 web_search_call", "output_item.added 1 reasoning",
+         "output_item.done 1 reasoning",
+         *(line.replace(" 0", " 2") for line in [*RA_TEXT_0[:3], "output_text.annotation.added 0", *RA_TEXT_0[3:]]),
+         "completed"],
+        [ra_searched(0, "https://a.org/"), ra_reasoning(1, [RA_STU, RA_STR]), ra_message(2, ra_part("Hi", ra_url(2)))]),
+}, {})
+def test_ra_streams(events: Any, script: list[str], output: Any, more: Any) -> None:
+    """Every event in its order, and the response at the end; RA53: the start's input_tokens are kept."""
+    _, ctx = ra_request({**RA_KINDS, "stream": True}, **RA_KINDS_AT)
+    got, error = streamed(RA, ctx, [RA_START, *events])
+    assert error is None and ra_script(got) == RA_BEGUN + script
+    last = got[-1]["response"]
+    assert {**last, "output": []} == {**RA_RESPONSE, "tools": RA_KINDS["tools"], **more}
+    ra_same_items(last["output"], output)
+    done = [e["item"] for e in got if e["type"] == "response.output_item.done"]
+    assert done == last["output"][:len(done)]
+
+
+def test_ra44_every_field_of_a_small_stream() -> None:
+    """The smallest answer, event by event."""
+    _, ctx = ra_request({"stream": True})
+    got, error = streamed(RA, ctx, [RA_START, *ra_block(0, m_text(""), "Hi"), *ra_end()])
+    begun = {**RA_RESPONSE, "status": "in_progress", "completed_at": None, "usage": None}
+    at = {"item_id": "msg_01_0", "output_index": 0}
+    events: list[tuple[str, Any]] = [
+        ("created", {"response": begun}), ("in_progress", {"response": begun}),
+        ("output_item.added", {"output_index": 0, "item": ra_message(0, status="in_progress")}),
+        ("content_part.added", {**at, "content_index": 0, "part": ra_part("")}),
+        ("output_text.delta", {**at, "content_index": 0, "delta": "Hi", "logprobs": []}),
+        ("output_text.done", {**at, "content_index": 0, "text": "Hi", "logprobs": []}),
+        ("content_part.done", {**at, "content_index": 0, "part": ra_part("Hi")}),
+        ("output_item.done", {"output_index": 0, "item": ra_message(0, "Hi")}),
+        ("completed", {"response": {**RA_RESPONSE, "output": [ra_message(0, "Hi")]}})]
+    assert error is None
+    assert got == [{"type": f"response.{name}", "sequence_number": i, **more} for i, (name, more) in enumerate(events)]
+
+
+@cases("arguments, text, whole", {
+    "escapes": ('{"input":"a\\n\\"\\\\\\u00e9\\ud83d\\ude00\\/é😀"}', 'a\n"\\é😀/é😀', True),
+    "blanks": (' { "input" : "a" } ', "a", True),
+    "nothing": ('{"input":""}', "", True),
+    "the same key twice": ('{"input":"a","input":"b"}', "a", True),
+    "another key first": ('{"x":1,"input":"a"}', "a", False),
+    "another key": ('{"patch":"a"}', "a", False),
+    "no string": ('{"input":7}', '{"input":7}', False),
+})
+def test_ra_the_input_of_a_custom_tool_is_decoded_as_it_comes(arguments: str, text: str, whole: bool) -> None:
+    """Cut behind every character: the deltas are the final input, and come while the arguments still do."""
+    _, ctx = ra_request(RA_KINDS, **RA_KINDS_AT)
+    got, error = streamed(RA, ctx, [RA_START, *ra_block(0, m_use(RA_USED, "p"), *arguments), *ra_end("tool_use")])
+    deltas = [e["delta"] for e in got if e["type"] == "response.custom_tool_call_input.delta"]
+    done = [e["input"] for e in got if e["type"] == "response.custom_tool_call_input.done"]
+    assert error is None and done == [text] and got[-1]["response"]["output"][0]["input"] == text
+    assert "".join(deltas) == text and "" not in deltas and (not whole or len(deltas) == len(text))
+
+
+RA_BUSY = {"type": "error", "error": {"type": "overloaded_error", "message": "busy"}}
+RA_OPEN, RA_EARLY = [RA_START, *ra_block(0, m_text(""), "Hi")[:2]], "upstream stream ended before"
+
+
+@cases("events, status, code, words, output", {
+    "RA49 end after a delta": (RA_OPEN, 502, "server_error", RA_EARLY, RA_PARTIAL),
+    "end at once": ([], 502, None, RA_EARLY, None),
+    "RA51 overloaded before the start": ([RA_BUSY], 529, "server_is_overloaded", "busy", None),
+    "RA52 error after text": ([*RA_OPEN, RA_BUSY], 529, "server_is_overloaded", "busy", RA_PARTIAL),
+    "error after the start": ([RA_START, {"type": "error", "error": {"type": "api_error", "message": "oops"}}], 500,
+                              "server_error", "oops", []),
+})
+def test_ra_streams_that_fail(events: Any, status: int, code: Any, words: str, output: Any) -> None:
+    """Before the first event: an error and nothing else; later: response.failed, then the error."""
+    _, ctx = ra_request({"stream": True})
+    got, error = streamed(RA, ctx, events)
+    assert error is not None and error.status == status and words in error.message
+    if output is None:
+        assert got == [] and code in (None, error.code)
+    else:
+        lines, last = ra_script(got), got[-1]["response"]
+        assert lines[-1] == "failed" and not {"completed", "incomplete", "failed", "error"} & set(lines[:-1])
+        assert (last["status"], last["error"]["code"], last["output"]) == ("failed", code, output)
+
+
+def test_ra_a_stream_without_a_start() -> None:
+    """A sloppy gateway's stream gets an id of its own."""
+    _, ctx = ra_request({"stream": True})
+    got, error = streamed(RA, ctx, [*ra_block(0, m_text(""), "Hi"), *ra_end()])
+    assert error is None and ra_script(got) == [*RA_BEGUN, *RA_TEXT_0, "completed"]
+    assert got[0]["response"]["id"].startswith("resp_") and got[0]["response"]["model"] == "gpt-5.5"
+
+
+# -- Responses clients on Chat providers (translation-responses.md 4) -----------
+
+# -- helpers of this pair
+
+RC = ("responses", "chat")
+RC_LONG = "call_" + "x" * 85
+RC_SHORT = "call_" + hashlib.sha256(RC_LONG.encode()).hexdigest()[:35]
+RC_BROWSER = "mcp__" + "b" * 70
+
+
+def rc_unpacked(sealed: str, host: str = "") -> Any:
+    """The JSON in a `cd` carrier, whose frame must be right."""
+    return unpacked("cd", sealed, host)
+
+
+def rc_request(more: Any = None, host: str = "", model: str = "local-model", profile: Any = None) -> tuple[Any, Any]:
+    """The translation of a small request with `more` in it; `more` may be a list of items."""
+    if isinstance(more, list):
+        more = {"input": more}
+    return translated(RC, model, {"model": "gpt-5.5", "input": "hi", **(more or {})}, host=host, profile=profile)
+
+
+def rc_messages(items: Any, *where: Any) -> Any:
+    """The messages that the items become."""
+    return rc_request(items, *where)[0]["messages"]
+
+
+# Responses items, in short.
+
+def rc_say(role: str, *parts: Any) -> Any:
+    """A message of an input; a string is a text part."""
+    kind = "output_text" if role == "assistant" else "input_text"
+    return {"type": "message", "role": role,
+            "content": [{"type": kind, "text": p} if isinstance(p, str) else p for p in parts]}
+
+
+def rc_image(url: str = PNG_URL, **more: Any) -> Any:
+    """An image part."""
+    return {"type": "input_image", "image_url": url, **more}
+
+
+# Chat messages, in short.
+
+
+RC_ASKED, RC_CALL, RC_RESULT = rc_say("user", "q"), r_called("a"), r_output("a")  # the usual pieces
+RC_Q, RC_HI, RC_CALL_OUT, RC_RESULT_OUT = c_say("user", "q"), c_say("user", "hi"), c_asst(None, c_call("a")), c_tool("a")
+
+# -- 4.1.1 Top level
+
+RC_F, RC_F_OUT = {"tools": [r_function("f")]}, {"tools": [c_function("f")]}
+RC_FORMAT = {"type": "json_schema", "name": "out", "schema": ONE_STRING}
+
+
+@cases("more,expected,host,model,profile", {
+    # RC01, RC02: instructions
+    "RC01": ({"instructions": "A"}, {"messages": [c_say("system", "A"), RC_HI]}),
+    "RC02 vLLM": ({"instructions": "A", "input": [rc_say("developer", "B"), rc_say("user", "hi")]},
+                  {"messages": [c_say("system", "A\nB"), RC_HI]}),
+    "RC02 OpenAI": ({"instructions": "A", "input": [rc_say("developer", "B"), rc_say("user", "hi")]},
+                    {"messages": [c_say("system", "A"), c_say("developer", "B"), RC_HI]}, OPENAI, "gpt-4.1"),
+    "join after a newline": ({"instructions": "A\n", "input": [rc_say("system", " B "), rc_say("user", "hi")]},
+                             {"messages": [c_say("system", "A\n B "), RC_HI]}),
+    "no instructions": ({"instructions": ""}, {"messages": [RC_HI]}),
+    "null instructions": ({"instructions": None}, {"messages": [RC_HI]}),
+    "only system": ({"instructions": "A", "input": []}, {"messages": [c_say("system", "A"), c_say("user", ".")]}),
+    # RC20: the limit and its field
+    "RC20": ({"max_output_tokens": 9}, {"max_tokens": 9}, OLLAMA),
+    "limit OpenAI": ({"max_output_tokens": 9}, {"max_completion_tokens": 9}, OPENAI, "gpt-4.1"),
+    "limit Groq": ({"max_output_tokens": 9}, {"max_completion_tokens": 9, "reasoning_format": "parsed"},
+                   GROQ, "openai/gpt-oss-120b"),
+    "limit K2.6": ({"max_output_tokens": 9}, {"max_completion_tokens": 9}, KIMI, "kimi-k2.6"),
+    "limit cap": ({"max_output_tokens": 9}, {"max_tokens": 5}, "", "local-model", {"max_tokens_cap": 5}),
+    # sampling
+    "sampling": ({"temperature": 0.2, "top_p": 0.9}, {"temperature": 0.2, "top_p": 0.9}),
+    "sampling 4.1": ({"temperature": 0.2, "top_p": 0.9}, {"temperature": 0.2, "top_p": 0.9}, OPENAI, "gpt-4.1"),
+    "sampling o3": ({"temperature": 0.2, "top_p": 0.9}, {}, OPENAI, "o3"),
+    "sampling gpt-5.2": ({"temperature": 0.2}, {}, OPENAI, "gpt-5.2"),
+    "sampling effort none": ({"temperature": 0.2, "reasoning": {"effort": "none"}},
+                             {"temperature": 0.2, "reasoning_effort": "none"}, OPENAI, "gpt-5.2"),
+    "sampling chat": ({"temperature": 0.2}, {"temperature": 0.2}, OPENAI, "gpt-5-chat-latest"),
+    "sampling K2.5": ({"temperature": 0.2, "top_p": 0.9}, {}, KIMI, "kimi-k2.5"),
+    "sampling thinking": ({"temperature": 0.2, "reasoning": {"effort": "high"}},
+                          {"thinking": {"type": "enabled"}, "reasoning_effort": "high"}, DEEPSEEK, "deepseek-chat"),
+    "sampling not thinking": ({"temperature": 0.2, "reasoning": {"effort": "none"}},
+                              {"thinking": {"type": "disabled"}, "temperature": 0.2}, DEEPSEEK, "deepseek-chat"),
+    # RC23: logprobs
+    "RC23": ({"include": ["message.output_text.logprobs"], "top_logprobs": 3}, {"logprobs": True, "top_logprobs": 3}),
+    "include": ({"include": ["message.output_text.logprobs"]}, {"logprobs": True}),
+    "top_logprobs 0": ({"top_logprobs": 0, "include": ["reasoning.encrypted_content"]}, {}),
+    # RC19: stream
+    "RC19": ({"stream": True}, {"stream": True, "stream_options": {"include_usage": True}}),
+    "stream Mistral": ({"stream": True}, {"stream": True}, MISTRAL),
+    "stream own options": ({"stream": True, "stream_options": {"include_obfuscation": False}},
+                           {"stream": True, "stream_options": {"include_usage": True}}),
+    "stream no usage": ({"stream": True}, {"stream": True}, "", "local-model", {"stream_usage": False}),
+    # parallel calls
+    "serial": ({**RC_F, "parallel_tool_calls": False}, {**RC_F_OUT, "parallel_tool_calls": False}),
+    "parallel": ({**RC_F, "parallel_tool_calls": True}, RC_F_OUT),
+    "serial without tools": ({"parallel_tool_calls": False}, {}),
+    "serial unknown": ({**RC_F, "parallel_tool_calls": False}, RC_F_OUT, "", "local-model", {"parallel_tool_calls": False}),
+    # RC17, RC18: formats
+    "RC17": ({"text": {"format": {**RC_FORMAT, "strict": True, "description": "D"}}},
+             {"response_format": {"type": "json_schema", "json_schema": {
+                 "name": "out", "schema": ONE_STRING, "strict": True, "description": "D"}}}, OPENAI, "gpt-4.1"),
+    "schema": ({"text": {"format": RC_FORMAT}},
+               {"response_format": {"type": "json_schema", "json_schema": {"name": "out", "schema": ONE_STRING}}}),
+    "RC18": ({"instructions": "A", "text": {"format": {"type": "json_object"}}},
+             {"response_format": {"type": "json_object"}, "messages": [c_say("system", "A\nAnswer in JSON."), RC_HI]}),
+    "RC18 no system": ({"text": {"format": {"type": "json_object"}}},
+                       {"response_format": {"type": "json_object"},
+                        "messages": [c_say("system", "Answer in JSON."), RC_HI]}),
+    "json_object asked": ({"input": "as json", "text": {"format": {"type": "json_object"}}},
+                          {"response_format": {"type": "json_object"}, "messages": [c_say("user", "as json")]}),
+    "text": ({"text": {"format": {"type": "text"}}}, {}),
+    # fields of the vendor
+    "vendor OpenAI": ({"text": {"verbosity": "low"}, "safety_identifier": "s", "prompt_cache_key": "k",
+                       "prompt_cache_retention": "24h", "service_tier": "flex", "user": "u"},
+                      {"verbosity": "low", "safety_identifier": "s", "prompt_cache_key": "k",
+                       "prompt_cache_retention": "24h", "service_tier": "flex", "user": "u"}, OPENAI, "gpt-4.1"),
+    "vendor vLLM": ({"text": {"verbosity": "low"}, "safety_identifier": "s", "prompt_cache_key": "k",
+                     "prompt_cache_retention": "24h", "service_tier": "flex", "user": "u"}, {"user": "u"}),
+    "metadata, store": ({"metadata": {"a": "b"}, "store": True}, {}, OPENAI, "gpt-4.1"),
+    "nothing of it": ({"truncation": "auto", "max_tool_calls": 3, "context_management": [], "client_metadata": {},
+                       "store": False, "background": False, "previous_response_id": None, "conversation": None,
+                       "prompt": None, "reasoning": {"summary": "auto"}, "later": 1, "seed": 4}, {}),
+    # RC21, RC22: the dialects of reasoning control
+    "RC21": ({"reasoning": {"effort": "xhigh"}}, {"reasoning_effort": "high"}, OLLAMA),
+    "RC22": ({"reasoning": {"effort": "high"}}, {"thinking": {"type": "enabled"}}, KIMI, "kimi-k2.5"),
+}, "", "local-model", None)
+def test_rc_top_level(more: Any, expected: Any, host: str, model: str, profile: Any) -> None:
+    """Every field of the provider's request, and no other."""
+    payload, _ = rc_request(more, host, model, profile)
+    assert payload == {"model": model, "messages": [RC_HI], **expected}
+
+
+RC_T_ON, RC_T_OFF = {"thinking": {"type": "enabled"}}, {"thinking": {"type": "disabled"}}
+RC_DIALECTS: dict[str, tuple[str, str, dict[Any, Any]]] = {  # host, model: what an effort becomes; None: no reasoning
+    "effort gpt-5.2": (OPENAI, "gpt-5.2", {
+        "none": {"reasoning_effort": "none"}, "low": {"reasoning_effort": "low"},
+        "high": {"reasoning_effort": "high"}, "xhigh": {"reasoning_effort": "xhigh"}}),
+    "effort o3": (OPENAI, "o3", {"none": {}, "medium": {"reasoning_effort": "medium"},
+                                 "xhigh": {"reasoning_effort": "high"}, "max": {"reasoning_effort": "high"}}),
+    "basic": (OLLAMA, "qwen3", {"none": {"reasoning_effort": "none"}, "medium": {"reasoning_effort": "medium"},
+                                "max": {"reasoning_effort": "high"}}),
+    "xAI": (XAI, "grok-3-mini", {"none": {}, "low": {"reasoning_effort": "low"}, "medium": {"reasoning_effort": "high"},
+                                 "high": {"reasoning_effort": "high"}, "max": {"reasoning_effort": "high"}}),
+    "OpenRouter": (ROUTER, "x/y", {"none": {"reasoning": {"enabled": False}}, "low": {"reasoning": {"effort": "low"}},
+                                   "xhigh": {"reasoning": {"effort": "xhigh"}},
+                                   "max": {"reasoning": {"effort": "xhigh"}}}),
+    "DeepSeek": (DEEPSEEK, "deepseek-chat", {"none": RC_T_OFF, "low": {**RC_T_ON, "reasoning_effort": "high"},
+                                             "xhigh": {**RC_T_ON, "reasoning_effort": "max"}}),
+    "Kimi": (KIMI, "kimi-k2.5", {"none": RC_T_OFF, "low": RC_T_ON, "max": RC_T_ON}),
+    "GLM": ("api.z.ai", "glm-4.7", {
+        "none": RC_T_OFF, "max": {"thinking": {"type": "enabled", "clear_thinking": False}}}),
+    "Qwen": ("dashscope.aliyuncs.com", "qwen3-max", {"none": {"enable_thinking": False},
+                                                     "high": {"enable_thinking": True}}),
+    "Groq gpt-oss": (GROQ, "openai/gpt-oss-120b", {
+        None: {"reasoning_format": "parsed"}, "low": {"reasoning_effort": "low", "reasoning_format": "parsed"},
+        "xhigh": {"reasoning_effort": "high", "reasoning_format": "parsed"}}),
+    "Groq Qwen": (GROQ, "qwen/qwen3-32b", {None: {"reasoning_format": "parsed"}, "high": {
+        "reasoning_effort": "default", "reasoning_format": "parsed"}}),
+    "Mistral": (MISTRAL, "magistral-medium-latest", {"none": {}, "high": {"prompt_mode": "reasoning"},
+                                                     "max": {"prompt_mode": "reasoning"}}),
+    "template": ("", "local-model", {
+        "none": {"chat_template_kwargs": {"enable_thinking": False}},
+        "medium": {"reasoning_effort": "medium", "chat_template_kwargs": {"enable_thinking": True}},
+        "xhigh": {"reasoning_effort": "high", "chat_template_kwargs": {"enable_thinking": True}}}),
+}
+
+
+@pytest.mark.parametrize("host,model,effort,expected", [
+    pytest.param(host, model, effort, expected, id=f"{name}: {effort}")
+    for name, (host, model, efforts) in RC_DIALECTS.items() for effort, expected in ({None: {}} | efforts).items()])
+def test_rc_effort(host: str, model: str, effort: Any, expected: Any) -> None:
+    """An effort in each dialect; never two control fields where one is asked, and nothing for no wish."""
+    payload, _ = rc_request({"reasoning": {"effort": effort}} if effort else {}, host, model)
+    assert payload == {"model": model, "messages": [RC_HI], **expected}
+
+
+@cases("model,more,effort", {
+    "gpt-5.4 with tools": ("gpt-5.4", {**RC_F, "reasoning": {"effort": "high"}}, None),
+    "gpt-5.4 with tools, none": ("gpt-5.4", {**RC_F, "reasoning": {"effort": "none"}}, "none"),
+    "gpt-5.4 without tools": ("gpt-5.4", {"reasoning": {"effort": "high"}}, "high"),
+    "gpt-5.2 with tools": ("gpt-5.2", {**RC_F, "reasoning": {"effort": "high"}}, "high"),
+    "the last update holds": ("gpt-5.2", {"reasoning": {"effort": "high"}, "input": [
+        {"type": "configuration_update", "reasoning": {"effort": "medium"}}, rc_say("user", "hi"),
+        {"type": "configuration_update", "reasoning": {"effort": "low"}}]}, "low"),
+})
+def test_rc_effort_openai(model: str, more: Any, effort: Any) -> None:
+    """OpenAI's own endpoint refuses an effort next to function tools from gpt-5.4 on."""
+    payload, ctx = rc_request(more, OPENAI, model)
+    assert payload.get("reasoning_effort") == effort and payload["messages"] == [RC_HI]
+    assert any("effort" in path or "reasoning" in path for path in ctx.dropped) == (effort is None)
+
+
+def test_rc_schema_as_text() -> None:
+    """A provider without schemas gets the schema in the system message."""
+    payload, _ = rc_request({"instructions": "A", "text": {"format": {**RC_FORMAT, "strict": True}}}, DEEPSEEK)
+    system, user = payload["messages"]
+    assert payload["response_format"] == {"type": "json_object"} and user == RC_HI
+    assert system["role"] == "system" and system["content"].startswith("A\n")
+    assert json.dumps(ONE_STRING, separators=(",", ":")) in system["content"]
+
+
+@cases("more,param", {
+    "previous_response_id": ({"previous_response_id": "resp_1"}, "previous_response_id"),
+    "conversation": ({"conversation": {"id": "c"}}, "conversation"),
+    "prompt": ({"prompt": {"id": "p"}}, "prompt"),
+    "background": ({"background": True}, "background"),
+    "no input": ({"input": None}, "input"),
+    "empty input": ({"input": ""}, "input"),
+    "item_reference": ({"input": [RC_ASKED, {"type": "item_reference", "id": "x"}]}, "input[1]"),
+    "bare id": ({"input": [{"id": "x"}]}, "input[0]"),
+    "other role": ({"input": [{"role": "tool", "content": "x"}]}, "input[0]"),
+    "no object": ({"input": [RC_ASKED, "x"]}, "input[1]"),
+    "forced hosted tool": ({**RC_F, "tool_choice": {"type": "file_search"}}, "tool_choice"),
+    "forced mcp": ({**RC_F, "tool_choice": {"type": "mcp", "server_label": "s"}}, "tool_choice"),
+    "forced undeclared": ({**RC_F, "tool_choice": {"type": "function", "name": "g"}}, "tool_choice"),
+    "allowed undeclared": ({**RC_F, "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [
+        {"type": "function", "name": "g"}]}}, "tool_choice"),
+    "only search": ({"tools": [{"type": "web_search"}]}, "tools"),
+    "only hosted": ({"tools": [{"type": "file_search", "vector_store_ids": []}, {"type": "image_generation"}]},
+                    "tools"),
+})
+def test_rc_refused(more: Any, param: str) -> None:
+    """What the provider cannot do is refused, and the field named (for tools: its first name)."""
+    with pytest.raises(proxai.RequestError) as failure:
+        rc_request(more)
+    named = failure.value.param
+    assert failure.value.status == 400
+    assert (re.split(r"[.\[]", named)[0] if param.startswith("tool") else named) == param
+
+
+@cases("more,paths", {
+    "hints": ({"truncation": "auto", "max_tool_calls": 3, "context_management": [{"type": "compaction"}]},
+              {"truncation", "max_tool_calls", "context_management"}),
+    "unknown": ({"seed": 4}, {"seed"}),
+    "metadata": ({"metadata": {"a": "b"}}, {"metadata"}),
+    "vendor": ({"prompt_cache_key": "k", "safety_identifier": "s"}, {"prompt_cache_key", "safety_identifier"}),
+})
+def test_rc_dropped(more: Any, paths: set[str]) -> None:
+    """What is left out is said."""
+    payload, ctx = rc_request(more)
+    assert payload == {"model": "local-model", "messages": [RC_HI]}
+    assert paths <= set(ctx.dropped) and all(ctx.dropped.values())
+
+
+# -- 4.1.2 Items to messages
+
+def rc_omitted(kind: str, what: str = "content") -> str:
+    """The wording for what the protocol cannot carry."""
+    return f"[OpenAI Responses {what} `{kind}` omitted during Chat Completions translation]"
+
+
+RC_TEXT_FILE = {"type": "input_file", "filename": "a.txt", "file_data": "data:text/plain;base64,aGVsbG8="}
+RC_PDF_FILE = {"type": "input_file", "filename": "a.pdf", "file_data": PDF_URL}
+RC_AUDIO = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}
+RC_SEEN = [c_say("user", [m_text("Images from tool result a:"), c_image()])]
+
+
+def rc_special(kind: str, **more: Any) -> Any:
+    """An item of a special tool with the call id `a`."""
+    return {"type": kind, "call_id": "a", **more}
+
+
+RC_LOADED = {"type": "tool_search_output", "call_id": "a", "execution": "client", "status": "completed",
+             "tools": [r_function("f"), {"type": "namespace", "name": "mcp__d", "description": "D",
+                                          "tools": [r_function("find")]}]}
+
+
+@cases("items,expected,host", {
+    # users
+    "RC03": ([rc_say("user", "x", rc_image(detail="original"))],
+             [c_say("user", [m_text("x"), c_image(detail="high")])]),
+    "detail kept": ([rc_say("user", rc_image("https://x.test/a.png", detail="low"))],
+                    [c_say("user", [c_image("https://x.test/a.png", detail="low")])]),
+    "texts": ([rc_say("user", "a", "b")], [c_say("user", "a\nb")]),
+    "texts OpenAI": ([rc_say("user", "a", "b")], [c_say("user", [m_text("a"), m_text("b")])], OPENAI),
+    "texts OpenRouter": ([rc_say("user", "a", "b")], [c_say("user", [m_text("a"), m_text("b")])], ROUTER),
+    "users": ([rc_say("user", "a"), rc_say("user", "b")], [c_say("user", "a\nb")]),
+    "users OpenAI": ([rc_say("user", "a"), rc_say("user", "b")], [c_say("user", "a"), c_say("user", "b")], OPENAI),
+    "empty texts": ([rc_say("user", "", " \n"), rc_say("user"), RC_ASKED], [RC_Q]),
+    "nothing left": ([rc_say("user", "")], [c_say("user", ".")]),
+    "pdf": ([rc_say("user", RC_PDF_FILE)], [c_say("user", rc_omitted("input_file"))]),
+    "pdf OpenAI": ([rc_say("user", RC_PDF_FILE)], [c_say("user", [
+        {"type": "file", "file": {"filename": "a.pdf", "file_data": PDF_URL}}])], OPENAI),
+    "pdf bare OpenAI": ([rc_say("user", {**RC_PDF_FILE, "file_data": "JVBERi0="})], [c_say("user", [
+        {"type": "file", "file": {"filename": "a.pdf", "file_data": PDF_URL}}])], OPENAI),
+    "file id OpenAI": ([rc_say("user", {"type": "input_file", "file_id": "file-1"})],
+                       [c_say("user", [{"type": "file", "file": {"file_id": "file-1"}}])], OPENAI),
+    "file id": ([rc_say("user", {"type": "input_file", "file_id": "file-1"})],
+                [c_say("user", rc_omitted("input_file"))]),
+    "text file": ([rc_say("user", RC_TEXT_FILE)], [c_say("user", '<document title="a.txt">\nhello\n</document>')]),
+    "image file": ([rc_say("user", {"type": "input_file", "filename": "a.png", "file_data": PNG_URL})],
+                   [c_say("user", [c_image()])]),
+    "image id": ([rc_say("user", {"type": "input_image", "file_id": "file-1"})],
+                 [c_say("user", rc_omitted("input_image"))]),
+    "audio": ([rc_say("user", RC_AUDIO)], [c_say("user", rc_omitted("input_audio"))]),
+    "audio OpenAI": ([rc_say("user", RC_AUDIO)], [c_say("user", [RC_AUDIO])], OPENAI),
+    "unknown part": ([rc_say("user", "x", {"type": "hologram"})], [c_say("user", f"x\n{rc_omitted('hologram')}")]),
+    # later system texts
+    "later system": ([RC_ASKED, rc_say("developer", "d")], [c_say("user", f"q\n{reminder('d')}")]),
+    "later system OpenAI": ([RC_ASKED, rc_say("developer", "d"), rc_say("system", "s")],
+                            [RC_Q, c_say("developer", "d"), c_say("system", "s")], OPENAI),
+    "system behind assistant": ([RC_ASKED, rc_say("assistant", "x"), rc_say("developer", "d"), rc_say("user", "r")],
+                                [RC_Q, c_asst("x"), c_say("user", f"{reminder('d')}\nr")]),
+    "system behind assistant, last": ([RC_ASKED, rc_say("assistant", "x"), rc_say("developer", "d")],
+                                      [RC_Q, c_asst("x"), c_say("user", reminder("d"))]),
+    "system behind result": ([RC_ASKED, RC_CALL, RC_RESULT, rc_say("developer", "d")],
+                             [RC_Q, RC_CALL_OUT, c_tool("a", f"ok\n{reminder('d')}")]),
+    "system before result": ([RC_ASKED, RC_CALL, rc_say("developer", "d"), RC_RESULT],
+                             [RC_Q, RC_CALL_OUT, c_tool("a", f"ok\n{reminder('d')}")]),
+    "system before result OpenAI": ([RC_ASKED, RC_CALL, rc_say("developer", "d"), RC_RESULT],
+                                    [RC_Q, RC_CALL_OUT, RC_RESULT_OUT, c_say("developer", "d")], OPENAI),
+    # assistants
+    "assistant": ([RC_ASKED, {"role": "assistant", "content": "x"}], [RC_Q, c_asst("x")]),
+    "assistant parts": ([RC_ASKED, rc_say("assistant", "x", "y"), rc_say("assistant", "z")], [RC_Q, c_asst("xy\n\nz")]),
+    "refusal": ([RC_ASKED, rc_say("assistant", {"type": "refusal", "refusal": "no"})], [RC_Q, c_asst("no")]),
+    "refusal OpenAI": ([RC_ASKED, rc_say("assistant", {"type": "refusal", "refusal": "no"})],
+                       [RC_Q, c_asst(None, refusal="no")], OPENAI),
+    # calls
+    "call": ([RC_ASKED, RC_CALL, RC_RESULT], [RC_Q, RC_CALL_OUT, RC_RESULT_OUT]),
+    "text and call": ([RC_ASKED, RC_CALL, rc_say("assistant", "t"), RC_RESULT], [RC_Q, c_asst("t", c_call("a")), RC_RESULT_OUT]),
+    "arguments verbatim": ([RC_ASKED, r_called("a", arguments='{ "x": 1 }'), RC_RESULT],
+                           [RC_Q, c_asst(None, c_call("a", '{ "x": 1 }')), RC_RESULT_OUT]),
+    "no arguments": ([RC_ASKED, r_called("a", arguments=""), RC_RESULT], [RC_Q, RC_CALL_OUT, RC_RESULT_OUT]),
+    "bad arguments": ([RC_ASKED, r_called("a", arguments='{"x'), RC_RESULT],
+                      [RC_Q, c_asst(None, c_call("a", '{"raw_arguments":"{\\"x"}')), RC_RESULT_OUT]),
+    "bad arguments OpenAI": ([RC_ASKED, r_called("a", arguments='{"x'), RC_RESULT], [RC_Q, c_asst(None, c_call("a", '{"x')), RC_RESULT_OUT],
+                             OPENAI),
+    "RC15": ([RC_ASKED, r_called("a", name="find", namespace="mcp__d"), RC_RESULT],
+             [RC_Q, c_asst(None, c_call("a", name="mcp__d__find")), RC_RESULT_OUT]),
+    "name cleaned": ([RC_ASKED, r_called("a", name="a.b"), RC_RESULT],
+                     [RC_Q, c_asst(None, c_call("a", name="a_b")), RC_RESULT_OUT]),
+    "RC13 history": ([RC_ASKED, {"type": "custom_tool_call", "call_id": "a", "name": "p", "input": 'x"\n'},
+                      {"type": "custom_tool_call_output", "call_id": "a", "output": "ok"}],
+                     [RC_Q, c_asst(None, c_call("a", '{"input":"x\\"\\n"}', "p")), RC_RESULT_OUT]),
+    "RC13 history OpenAI": ([RC_ASKED, {"type": "custom_tool_call", "call_id": "a", "name": "p", "input": "x"},
+                             {"type": "custom_tool_call_output", "call_id": "a", "output": "ok"}],
+                            [RC_Q, c_asst(None, {"id": "a", "type": "custom", "custom": {"name": "p", "input": "x"}}),
+                             RC_RESULT_OUT], OPENAI),
+    "local_shell": ([RC_ASKED, rc_special("local_shell_call", action={
+        "type": "exec", "command": ["ls"], "env": {}, "timeout_ms": None, "working_directory": "/w", "user": None}),
+        {"type": "local_shell_call_output", "id": "a", "output": "ok"}],
+        [RC_Q, c_asst(None, c_call("a", '{"command":["ls"],"workdir":"/w"}', "local_shell")), RC_RESULT_OUT]),
+    "apply_patch": ([RC_ASKED, rc_special("apply_patch_call", status="completed", operation={
+        "type": "update_file", "path": "p", "diff": "d"}),
+        rc_special("apply_patch_call_output", status="completed", output="ok")],
+        [RC_Q, c_asst(None, c_call("a", '{"type":"update_file","path":"p","diff":"d"}', "apply_patch")), RC_RESULT_OUT]),
+    "apply_patch, status": ([RC_ASKED, rc_special("apply_patch_call", operation={"type": "delete_file", "path": "p"}),
+                             rc_special("apply_patch_call_output", status="completed")],
+                            [RC_Q, c_asst(None, c_call("a", '{"type":"delete_file","path":"p"}', "apply_patch")),
+                             c_tool("a", "completed")]),
+    "tool_search": ([RC_ASKED, rc_special("tool_search_call", execution="client", arguments={"query": "q"}), RC_LOADED],
+                    [RC_Q, c_asst(None, c_call("a", '{"query":"q"}', "tool_search")),
+                     c_tool("a", "Loaded tools: f, mcp__d__find")]),
+    # results
+    "RC11": ([RC_ASKED, RC_CALL], [RC_Q, RC_CALL_OUT, c_tool("a", STUB)]),
+    "RC11 in the middle": ([RC_ASKED, RC_CALL, rc_say("user", "r")], [RC_Q, RC_CALL_OUT, c_tool("a", STUB),
+                                                                c_say("user", "r")]),
+    "RC10": ([RC_ASKED, RC_CALL, rc_say("assistant", "t"), r_called("b"), r_output("b", "2"), r_output("a", "1")],
+             [RC_Q, c_asst("t", c_call("a"), c_call("b")), c_tool("a", "1"), c_tool("b", "2")]),
+    "user before result": ([RC_ASKED, RC_CALL, rc_say("user", "r"), RC_RESULT], [RC_Q, RC_CALL_OUT, RC_RESULT_OUT, c_say("user", "r")]),
+    "same result twice": ([RC_ASKED, RC_CALL, RC_RESULT, RC_RESULT], [RC_Q, RC_CALL_OUT, RC_RESULT_OUT]),
+    "later result": ([RC_ASKED, RC_CALL, RC_RESULT, r_output("a", "2")],
+                     [RC_Q, RC_CALL_OUT, RC_RESULT_OUT, c_say("user", "[later result of tool call a]\n2")]),
+    "stray result": ([RC_ASKED, rc_say("assistant", "x"), r_output("z", "2")],
+                     [RC_Q, c_asst("x"), c_say("user", "[result of unknown tool call z]\n2")]),
+    "same id twice": ([RC_ASKED, RC_CALL, RC_RESULT, RC_CALL, r_output("a", "2")],
+                      [RC_Q, RC_CALL_OUT, RC_RESULT_OUT, c_asst(None, c_call("a_2")), c_tool("a_2", "2")]),
+    "texts of a result": ([RC_ASKED, RC_CALL, r_output("a", [{"type": "input_text", "text": "p"},
+                                                      {"type": "input_text", "text": "q"}])],
+                          [RC_Q, RC_CALL_OUT, c_tool("a", "p\nq")]),
+    "no output": ([RC_ASKED, RC_CALL, r_output("a", None)], [RC_Q, RC_CALL_OUT, c_tool("a", "")]),
+    "JSON output": ([RC_ASKED, RC_CALL, r_output("a", {"x": [1, "é"]})], [RC_Q, RC_CALL_OUT, c_tool("a", '{"x":[1,"é"]}')]),
+    "RC12": ([RC_ASKED, RC_CALL, r_called("b"), r_output("a", [{"type": "input_text", "text": "p"}, rc_image()]), r_output("b")],
+             [RC_Q, c_asst(None, c_call("a"), c_call("b")), c_tool("a", "p\n[see image 1 below]"), c_tool("b"),
+              *RC_SEEN]),
+    "image inline": ([RC_ASKED, RC_CALL, r_output("a", [{"type": "input_text", "text": "p"}, rc_image()])],
+                     [RC_Q, RC_CALL_OUT, {"role": "tool", "tool_call_id": "a", "content": [m_text("p"), c_image()]}], OLLAMA),
+    "image dropped": ([RC_ASKED, RC_CALL, r_output("a", [{"type": "input_text", "text": "p"}, rc_image()])],
+                      [RC_Q, RC_CALL_OUT, c_tool("a", f"p\n{rc_omitted('input_image')}")], GROQ),
+    # ids
+    "RC24": ([RC_ASKED, r_called(RC_LONG), r_output(RC_LONG)], [RC_Q, c_asst(None, c_call(RC_SHORT)), c_tool(RC_SHORT)],
+             OPENAI),
+    "RC24 vLLM": ([RC_ASKED, r_called(RC_LONG), r_output(RC_LONG)], [RC_Q, c_asst(None, c_call(RC_LONG)), c_tool(RC_LONG)]),
+    "Kimi id": ([RC_ASKED, r_called("functions.f:0"), r_output("functions.f:0")],
+                [RC_Q, c_asst(None, c_call("functions.f:0"), reasoning_content=" "), c_tool("functions.f:0")], KIMI),
+    "Mistral id kept": ([RC_ASKED, r_called("abcDEF123"), r_output("abcDEF123")],
+                        [RC_Q, c_asst(None, c_call("abcDEF123")), c_tool("abcDEF123")], MISTRAL),
+    # the rest
+    "RC25": ([RC_ASKED, {"type": "foo", "x": 1}], [c_say("user", f"q\n{rc_omitted('foo', 'item')}")]),
+    "RC25 OpenAI": ([RC_ASKED, {"type": "foo", "x": 1}], [RC_Q, c_say("user", rc_omitted("foo", "item"))], OPENAI),
+    "hosted call": ([RC_ASKED, {"type": "file_search_call", "id": "fs", "queries": [], "status": "completed"}],
+                    [RC_Q, c_say("user", rc_omitted("file_search_call", "item"))], OPENAI),
+    "web_search_call": ([RC_ASKED, {"type": "web_search_call", "id": "ws", "status": "completed", "action": {}}], [RC_Q]),
+    "additional_tools": ([{"type": "additional_tools", "role": "developer", "tools": [r_function("f")]},
+                          rc_say("developer", "B"), RC_ASKED], [c_say("system", "B"), RC_Q]),
+}, "")
+def test_rc_items(items: Any, expected: Any, host: str) -> None:
+    """The messages that the items of an input become."""
+    assert rc_messages(items, host, "m") == expected
+
+
+def test_rc_loose_texts() -> None:
+    """The address of a file is told to the model, and the entries of a shell's output, in order."""
+    [message] = rc_messages([rc_say("user", {"type": "input_file", "file_url": "https://x.test/a.pdf"})])
+    assert message["role"] == "user" and "https://x.test/a.pdf" in message["content"]
+    messages = rc_messages([RC_ASKED, rc_special("shell_call", action={
+        "commands": ["ls"], "timeout_ms": None, "max_output_length": None}), rc_special("shell_call_output", output=[
+            {"stdout": "one", "stderr": "two", "outcome": {"type": "exit", "exit_code": 3}},
+            {"stdout": "three", "stderr": "", "outcome": {"type": "timeout"}}])])
+    assert messages[1] == c_asst(None, c_call("a", '{"commands":["ls"]}', "shell"))
+    assert messages[2]["tool_call_id"] == "a" and len(messages) == 3
+    assert re.fullmatch(r"one\s+\[stderr\]\s+two\s+\[exit code 3\]\s+three\s+\[timed out\]\s*", messages[2]["content"])
+
+
+@cases("items,host,pattern", {
+    "Mistral": ([RC_ASKED, r_called("call_abc"), r_output("call_abc")], MISTRAL, "[a-zA-Z0-9]{9}"),
+    "empty": ([RC_ASKED, r_called(""), r_output("")], "", r"call_px_\d+"),
+})
+def test_rc_made_ids(items: Any, host: str, pattern: str) -> None:
+    """An id that the provider does not take: another one, alike on the call and its result, and always the same."""
+    messages = rc_messages(items, host)
+    made = messages[1]["tool_calls"][0]["id"]
+    assert re.fullmatch(pattern, made) and messages[1:] == [c_asst(None, c_call(made)), c_tool(made)]
+    assert rc_messages(items, host) == messages
+
+
+# -- 4.1.3 Reasoning replay
+
+RC_FIELD = "reasoning_content"
+RC_NAMED = {"id": "r1", "type": "reasoning.encrypted", "data": "D", "format": "x-v1", "index": 0}
+
+
+def rc_turn(*reasoning: Any) -> Any:
+    """A turn with a text and a call behind its reasoning."""
+    return [RC_ASKED, *reasoning, rc_say("assistant", "m"), RC_CALL, RC_RESULT]
+
+
+def rc_replayed(**fields: Any) -> Any:
+    """That turn with these fields in its assistant message."""
+    return [RC_Q, c_asst("m", c_call("a"), **fields), RC_RESULT_OUT]
+
+
+@cases("host,items,expected,effort,profile", {
+    "RC04": ("", rc_turn(r_thought(carrier("cr", RC_FIELD), "t")), rc_replayed(reasoning_content="t")),
+    "the field it came in": ("", rc_turn(r_thought(carrier("cr", "reasoning"), "t")), rc_replayed(reasoning="t")),
+    "RC05": (OPENAI, rc_turn(r_thought(carrier("cr", RC_FIELD, host=OPENAI), "t")), rc_replayed()),
+    "RC05 profile": ("", rc_turn(r_thought(carrier("cr", RC_FIELD), "t")), rc_replayed(), None,
+                     {"reasoning_replay": "none"}),
+    "field of the host": (OLLAMA, rc_turn(r_thought(carrier("cr", RC_FIELD, host=OLLAMA), "t")),
+                          rc_replayed(reasoning="t")),
+    "two items": ("", rc_turn(*[r_thought(carrier("cr", RC_FIELD), t) for t in "tu"]),
+                  rc_replayed(reasoning_content="t\n\nu")),
+    "every turn": ("", [*rc_turn(r_thought(carrier("cr", RC_FIELD), "t")), r_thought(carrier("cr", RC_FIELD), "u"),
+                        rc_say("assistant", "n"), rc_say("user", "r")],
+                   [*rc_replayed(reasoning_content="t"), c_asst("n", reasoning_content="u"), c_say("user", "r")]),
+    "edited text": ("", rc_turn(r_thought(carrier("cr", RC_FIELD), "other")), rc_replayed(reasoning_content="other")),
+    "only reasoning": ("", [RC_ASKED, r_thought(carrier("cr", RC_FIELD), "t")], [RC_Q]),
+    "DeepSeek": (DEEPSEEK, rc_turn(r_thought(carrier("cr", RC_FIELD, host=DEEPSEEK), "t")),
+                 rc_replayed(reasoning_content="t"), "high"),
+    "details as text": (DEEPSEEK, rc_turn(r_thought(carrier("cd", {"d": [RC_NAMED]}, host=DEEPSEEK), "t")),
+                        rc_replayed(reasoning_content="t"), "high"),
+    "RC06": (KIMI, [RC_ASKED, RC_CALL, RC_RESULT],
+             [RC_Q, c_asst(None, c_call("a"), reasoning_content=" "), RC_RESULT_OUT]),
+    "RC06 with text": (KIMI, rc_turn(), rc_replayed(reasoning_content=" ")),
+    "RC06 DeepSeek": (DEEPSEEK, rc_turn(), rc_replayed(reasoning_content=" "), "high"),
+    "RC06 no call": (KIMI, [RC_ASKED, rc_say("assistant", "m"), rc_say("user", "r")],
+                     [RC_Q, c_asst("m"), c_say("user", "r")]),
+    "RC07": (KIMI, [RC_ASKED, RC_CALL, RC_RESULT], [RC_Q, RC_CALL_OUT, RC_RESULT_OUT], "none"),
+    "RC07 DeepSeek": (DEEPSEEK, rc_turn(), rc_replayed(), "none"),
+    "RC08": (ROUTER, rc_turn(r_thought(carrier("cd", {"d": [RC_NAMED]}, host=ROUTER))),
+             rc_replayed(reasoning_details=[RC_NAMED])),
+    "RC08 auto": ("", rc_turn(r_thought(carrier("cd", {"d": [RC_NAMED]}))),
+                  rc_replayed(reasoning_details=[RC_NAMED])),
+    "text for OpenRouter": (ROUTER, rc_turn(r_thought(carrier("cr", RC_FIELD, host=ROUTER), "t")),
+                            rc_replayed(reasoning_details=[{"type": "reasoning.text", "text": "t", "index": 0}])),
+    "signature of a call": (GEMINI, rc_turn(r_thought(carrier("cd", {"t": {"a": "SIG"}}, host=GEMINI))),
+                            [RC_Q, c_asst("m", c_call("a", extra_content={"google": {"thought_signature": "SIG"}})),
+                             RC_RESULT_OUT]),
+    # what this provider did not write is dropped, whole
+    "RC09": ("", rc_turn(r_thought(carrier("at", "SIG", text="t"), "t")), rc_replayed()),
+    "ar": ("", rc_turn(r_thought(carrier("ar", "DATA"))), rc_replayed()),
+    "or": ("", rc_turn(r_thought(carrier("or", "rs_1:gAAA"), "t")), rc_replayed()),
+    "OpenAI's own": ("", rc_turn(r_thought("gAAAAABo", "t")), rc_replayed()),
+    "two parts": ("", rc_turn(r_thought("px1.eyJmIjoicmMifQ", "t")), rc_replayed()),
+    "no carrier": ("", rc_turn(r_thought(None, "t")), rc_replayed()),
+    "other provider": ("", rc_turn(r_thought(carrier("cr", RC_FIELD, host=OPENAI), "t")), rc_replayed()),
+    "other version": ("", rc_turn(r_thought(carrier("cr", RC_FIELD).replace("px1", "px2"), "t")), rc_replayed()),
+    "cut": ("", rc_turn(r_thought(carrier("cr", RC_FIELD)[:-1], "t")), rc_replayed()),
+    "edited": ("", rc_turn(r_thought(carrier("cr", RC_FIELD)[:-1] + "x", "t")), rc_replayed()),
+    "length": ("", rc_turn(r_thought(carrier("cr", RC_FIELD, length=4), "t")), rc_replayed()),
+    "no zlib": ("", rc_turn(r_thought(carrier("cd", "AAAA"))), rc_replayed()),
+    "no base64": ("", rc_turn(r_thought(carrier("cd", "é ="))), rc_replayed()),
+    "no object": ("", rc_turn(r_thought(carrier("cd", [1]))), rc_replayed()),
+}, None, None)
+def test_rc_replay(host: str, items: Any, expected: Any, effort: Any, profile: Any) -> None:
+    """The reasoning of earlier turns, in the field that the provider reads."""
+    more = {"input": items, **({"reasoning": {"effort": effort}} if effort else {})}
+    assert rc_request(more, host, "m", profile)[0]["messages"] == expected
+
+
+# -- 4.1.4 Tools and tool_choice
+
+RC_LARK = {"type": "custom", "name": "p", "description": "D",
+           "format": {"type": "grammar", "syntax": "lark", "definition": "start: x"}}
+RC_SPACE = {"type": "namespace", "name": "mcp__d", "description": "Docs", "tools": [
+    r_function("find", description="Finds"), {"type": "custom", "name": "run", "description": "Runs"}]}
+RC_SEARCH = {"type": "tool_search", "execution": "client", "description": "S", "parameters": ONE_STRING}
+RC_LATER = [RC_ASKED, rc_special("tool_search_call", execution="client", arguments={"query": "q"}),
+            {**RC_LOADED, "tools": [r_function("g", defer_loading=True)]}]
+
+
+def rc_only(*names: str) -> Any:
+    """tool_choice with some of the tools."""
+    return {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": n} for n in names]}
+
+
+@cases("more,tools,choice,host,profile", {
+    "function": ({"tools": [r_function("f", description="D")]}, [c_function("f", description="D")]),
+    "no parameters": ({"tools": [{"type": "function", "name": "f", "parameters": None, "description": None}]},
+                      [c_function("f")]),
+    "strict": ({"tools": [r_function("f", parameters=ONE_STRING, strict=True)]},
+               [c_function("f", parameters=ONE_STRING)]),
+    "strict OpenAI": ({"tools": [r_function("f", parameters=ONE_STRING, strict=True)]},
+                      [c_function("f", parameters=ONE_STRING, strict=True)], None, OPENAI),
+    "not strict OpenAI": ({"tools": [r_function("f", parameters=ONE_STRING, strict=False)]},
+                          [c_function("f", parameters=ONE_STRING)], None, OPENAI),
+    "RC13": ({"tools": [{"type": "custom", "name": "p", "description": "D"}]},
+             [c_function("p", description="D", parameters=INPUT_ONLY)]),
+    "RC14": ({"tools": [RC_LARK]}, [{"type": "custom", "custom": {"name": "p", "description": "D", "format": {
+        "type": "grammar", "grammar": {"syntax": "lark", "definition": "start: x"}}}}], None, OPENAI),
+    "namespace": ({"tools": [RC_SPACE]}, [c_function("mcp__d__find", description="[Docs] Finds"),
+                                          c_function("mcp__d__run", description="[Docs] Runs", parameters=INPUT_ONLY)]),
+    "name cleaned": ({"tools": [r_function("a.b")]}, [c_function("a_b")]),
+    "name collides": ({"tools": [r_function("a.b"), r_function("a_b")]},
+                      [c_function("a_b_" + hashlib.sha256(b"a.b").hexdigest()[:8]), c_function("a_b")]),
+    "long name": ({"tools": [r_function(RC_BROWSER)]},
+                  [c_function(RC_BROWSER[:55] + "_" + hashlib.sha256(RC_BROWSER.encode()).hexdigest()[:8])]),
+    "same tool twice": ({"tools": [r_function("f", description="1"), r_function("f", description="1")]},
+                        [c_function("f", description="1")]),
+    "hosted dropped": ({"tools": [{"type": "web_search"}, r_function("f"), {"type": "mcp", "server_label": "s"}]},
+                       [c_function("f")]),
+    "additional": ({**RC_F, "input": [RC_ASKED, {"type": "additional_tools", "role": "developer", "tools": [
+        r_function("f", description="2"), r_function("g")]}]}, [c_function("f"), c_function("g")]),
+    "deferred": ({"tools": [r_function("f"), r_function("g", defer_loading=True), RC_SEARCH]},
+                 [c_function("f"), c_function("tool_search", description="S", parameters=ONE_STRING)]),
+    "deferred, loaded": ({"tools": [r_function("g", defer_loading=True), RC_SEARCH], "input": RC_LATER},
+                         [c_function("tool_search", description="S", parameters=ONE_STRING), c_function("g")]),
+    "deferred, no search": ({"tools": [r_function("g", defer_loading=True)]}, [c_function("g")]),
+    "deferred, search of the server": ({"tools": [r_function("g", defer_loading=True), {"type": "tool_search"}]},
+                                       [c_function("g")]),
+    # tool_choice
+    "auto": ({**RC_F, "tool_choice": "auto"}, [c_function("f")], "auto"),
+    "none": ({**RC_F, "tool_choice": "none"}, [c_function("f")], "none"),
+    "required": ({**RC_F, "tool_choice": "required"}, [c_function("f")], "required"),
+    "no tools": ({"tools": [], "tool_choice": "auto"}, None),
+    "forced": ({**RC_F, "tool_choice": {"type": "function", "name": "f"}}, [c_function("f")],
+               {"type": "function", "function": {"name": "f"}}),
+    "forced in a namespace": ({"tools": [{**RC_SPACE, "tools": RC_SPACE["tools"][:1]}], "tool_choice": {
+        "type": "function", "name": "find", "namespace": "mcp__d"}},
+        [c_function("mcp__d__find", description="[Docs] Finds")],
+        {"type": "function", "function": {"name": "mcp__d__find"}}),
+    "forced custom": ({"tools": [{"type": "custom", "name": "p"}], "tool_choice": {"type": "custom", "name": "p"}},
+                      [c_function("p", parameters=INPUT_ONLY)], {"type": "function", "function": {"name": "p"}}),
+    "forced custom OpenAI": ({"tools": [{"type": "custom", "name": "p"}],
+                              "tool_choice": {"type": "custom", "name": "p"}},
+                             [{"type": "custom", "custom": {"name": "p"}}],
+                             {"type": "custom", "custom": {"name": "p"}}, OPENAI),
+    "RC16": ({"tools": [r_function("a"), r_function("b")], "tool_choice": rc_only("a")}, [c_function("a")], "auto"),
+    "RC16 required": ({"tools": [r_function("a"), r_function("b"), r_function("c")],
+                       "tool_choice": {**rc_only("c", "a"), "mode": "required"}},
+                      [c_function("a"), c_function("c")], "required"),
+    "RC16 OpenAI": ({"tools": [r_function("a"), r_function("b")], "tool_choice": rc_only("a")},
+                    [c_function("a"), c_function("b")],
+                    {"type": "allowed_tools", "allowed_tools": {
+                        "mode": "auto", "tools": [{"type": "function", "function": {"name": "a"}}]}}, OPENAI),
+}, None, "", None)
+def test_rc_tools(more: Any, tools: Any, choice: Any, host: str, profile: Any) -> None:
+    """The provider's tools and its choice."""
+    payload, _ = rc_request(more, host, "gpt-4.1", profile)
+    assert (payload.get("tools"), payload.get("tool_choice")) == (tools, choice)
+
+
+def test_rc_grammar() -> None:
+    """A provider without custom tools is told the grammar in words."""
+    payload, _ = rc_request({"tools": [RC_LARK]})
+    [tool] = payload["tools"]
+    assert tool["type"] == "function" and tool["function"]["parameters"] == INPUT_ONLY
+    lines = tool["function"]["description"].splitlines()
+    at = lines.index('"input" must match this lark grammar:')
+    assert lines[0] == "D" and lines[at + 1].startswith("```")
+    assert lines[at + 2] == "start: x" and lines[at + 3].startswith("```")
+
+
+@cases("tool,types,required", {
+    "local_shell": ({"type": "local_shell"}, {"command": "array", "workdir": "string", "timeout_ms": "integer",
+                                              "env": "object"}, ["command"]),
+    "shell": ({"type": "shell"}, {"commands": "array", "timeout_ms": "integer", "max_output_length": "integer"},
+              ["commands"]),
+    "apply_patch": ({"type": "apply_patch"}, {"type": "string", "path": "string", "diff": "string"}, ["type", "path"]),
+    "tool_search": ({"type": "tool_search", "execution": "client"}, {"query": "string", "limit": "integer"}, None),
+})
+def test_rc_special_tools(tool: Any, types: Any, required: Any) -> None:
+    """A tool of its own type becomes a function with the same fields, and can be forced where the client can say so."""
+    payload, _ = rc_request({"tools": [tool], **({"tool_choice": {"type": tool["type"]}} if required else {})})
+    [made] = payload["tools"]
+    parameters = made["function"]["parameters"]
+    assert (made["type"], made["function"]["name"], parameters["type"]) == ("function", tool["type"], "object")
+    assert {name: field["type"] for name, field in parameters["properties"].items()} == types
+    if required:
+        assert parameters["required"] == required
+        assert payload["tool_choice"] == {"type": "function", "function": {"name": tool["type"]}}
+
+
+@cases("dialect,expected", {
+    "options": ("options", {"web_search_options": {}}),
+    "openrouter": ("openrouter", {"plugins": [{"id": "web"}]}),
+})
+def test_rc_web_search(dialect: str, expected: Any) -> None:
+    """The provider's own search, where the profile knows it."""
+    payload, _ = rc_request({"tools": [{"type": "web_search"}]}, profile={"web_search": dialect})
+    assert payload == {"model": "local-model", "messages": [RC_HI], **expected}
+
+
+# -- 4.2 Answers
+
+RC_USAGE = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
+RC_USAGE_OUT = {"input_tokens": 10, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "output_tokens": 5, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 15}
+RC_TOOLS = {"tools": [
+    r_function("f"), {"type": "custom", "name": "p"}, {"type": "local_shell"}, {"type": "shell"},
+    {"type": "apply_patch"}, {"type": "tool_search", "execution": "client"}, r_function("a.b"),
+    {"type": "namespace", "name": "mcp__d", "description": "D", "tools": [r_function("find")]}]}
+
+
+def rc_completion(message: Any, finish: Any = "stop", choice: Any = None, **more: Any) -> Any:
+    """A provider's answer."""
+    return {"id": "chatcmpl-1", "object": "chat.completion", "created": 1_700_000_005, "model": "up", "choices": [
+        {"index": 0, "message": {"role": "assistant", "content": None, **message}, "finish_reason": finish,
+         **(choice or {})}], "usage": RC_USAGE, **more}
+
+
+def rc_answer(body: Any, request: Any = None, **options: Any) -> Any:
+    """The client's response for a provider's body, after a request with some tools."""
+    _, ctx = rc_request({**RC_TOOLS, **(request or {})}, **options)
+    before = copy.deepcopy(body)
+    answer = proxai.PAIRS[RC].response(body, ctx)
+    assert body == before
+    return answer
+
+
+# What a client gets, in short: the number of an item is in its id.
+
+def rc_out_text(text: str, **more: Any) -> Any:
+    """A text part."""
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": [], **more}
+
+
+def rc_out_say(at: int, *parts: Any, status: str = "completed") -> Any:
+    """A message; a string is a text part."""
+    return {"id": f"msg_1_{at}", "type": "message", "role": "assistant", "status": status,
+            "content": [rc_out_text(p) if isinstance(p, str) else p for p in parts]}
+
+
+def rc_out_think(at: int, *texts: str, carrier: Any = ANY, status: str = "completed") -> Any:
+    """A reasoning item."""
+    return {"id": f"rs_1_{at}", "type": "reasoning", "status": status, "encrypted_content": carrier,
+            "summary": [{"type": "summary_text", "text": t} for t in texts]}
+
+
+def rc_out_call(at: int, call_id: Any = "a", arguments: str = "{}", name: str = "f", **more: Any) -> Any:
+    """A function call."""
+    return {"id": f"fc_1_{at}", "type": "function_call", "call_id": call_id, "name": name, "arguments": arguments,
+            "status": "completed", **more}
+
+
+def rc_out_special(prefix: str, kind: str, **more: Any) -> Any:
+    """A call of a special tool."""
+    return {"id": f"{prefix}_1_0", "type": kind, "call_id": "a", "status": "completed", **more}
+
+
+def rc_out_custom(at: int, text: str) -> Any:
+    """A custom tool call."""
+    return {"id": f"ctc_1_{at}", "type": "custom_tool_call", "call_id": "a", "name": "p", "input": text}
+
+
+def rc_seen(items: Any) -> Any:
+    """Items without what is not settled: the status of a custom call that is complete."""
+    return [{k: v for k, v in item.items() if (item["type"], k, v) != ("custom_tool_call", "status", "completed")}
+            for item in items]
+
+
+def rc_calls(*calls: Any) -> Any:
+    """A message that calls."""
+    return {"tool_calls": list(calls)}
+
+
+RC_CITED = {"url": "https://x.test", "title": "X", "start_index": 0, "end_index": 2}
+RC_PROB = {"token": "Hi", "logprob": -0.5, "bytes": [72, 105], "top_logprobs": []}
+RC_SEALED_FIELD = carrier("cr", RC_FIELD)
+
+
+@cases("message,output,finish,choice", {
+    "text": ({"content": "Hi"}, [rc_out_say(0, "Hi")]),
+    "text parts": ({"content": [m_text("a"), m_text("b")]}, [rc_out_say(0, "a", "b")]),
+    "nothing": ({"content": ""}, []),
+    "refusal": ({"refusal": "no"}, [rc_out_say(0, REFUSED)]),
+    "text and refusal": ({"content": "Hi", "refusal": "no"}, [rc_out_say(0, "Hi", REFUSED)]),
+    "annotations": ({"content": "Hi", "annotations": [{"type": "url_citation", "url_citation": RC_CITED},
+                                                      {"type": "file_citation"}]},
+                    [rc_out_say(0, rc_out_text("Hi", annotations=[{"type": "url_citation", **RC_CITED}]))]),
+    "logprobs": ({"content": "Hi"}, [rc_out_say(0, rc_out_text("Hi", logprobs=[RC_PROB]))], "stop",
+                 {"logprobs": {"content": [RC_PROB], "refusal": None}}),
+    "audio": ({"content": "Hi", "audio": {"id": "x", "data": ""}, "later": 1}, [rc_out_say(0, "Hi")]),
+    # reasoning
+    "RC29": ({"content": "Hi", "reasoning_content": "t"}, [rc_out_think(0, "t", carrier=RC_SEALED_FIELD), rc_out_say(1, "Hi")]),
+    "RC29 reasoning": ({"content": "Hi", "reasoning": "t"},
+                       [rc_out_think(0, "t", carrier=carrier("cr", "reasoning")), rc_out_say(1, "Hi")]),
+    "RC29 and call": ({**rc_calls(c_call("a")), "content": "Hi", "reasoning_content": "t"},
+                      [rc_out_think(0, "t", carrier=RC_SEALED_FIELD), rc_out_say(1, "Hi"), rc_out_call(2)], "tool_calls"),
+    "only reasoning": ({"content": "", "reasoning_content": "t"}, [rc_out_think(0, "t", carrier=RC_SEALED_FIELD)]),
+    "Mistral": ({"content": [{"type": "thinking", "thinking": [m_text("t")]}, m_text("Hi")]},
+                [rc_out_think(0, "t"), rc_out_say(1, "Hi")]),
+    "think tags": ({"content": "<think>t</think>\n\nHi"}, [rc_out_think(0, "t"), rc_out_say(1, "Hi")]),
+    "think tag open": ({"content": "<think>t"}, [rc_out_think(0, "t")], "stop"),
+    "think tags later": ({"content": "Hi <think>t</think>"}, [rc_out_say(0, "Hi <think>t</think>")]),
+    "think tags and field": ({"content": "<think>x</think>Hi", "reasoning_content": "t"},
+                             [rc_out_think(0, "t", carrier=RC_SEALED_FIELD), rc_out_say(1, "<think>x</think>Hi")]),
+    # calls
+    "RC27": (rc_calls(c_call("a", '{"x":1}')), [rc_out_call(0, "a", '{"x":1}')]),
+    "RC28": (rc_calls(c_call("a", {"x": "é"}), c_call("b", ""), c_call("c", None)),
+             [rc_out_call(0, "a", '{"x":"é"}'), rc_out_call(1, "b"), rc_out_call(2, "c")], "tool_calls"),
+    "arguments bad": (rc_calls(c_call("a", '{"x')), [rc_out_call(0, "a", '{"x')], "tool_calls"),
+    "no type": (rc_calls({"id": "a", "function": {"name": "f", "arguments": "{}"}}), [rc_out_call(0)], "tool_calls"),
+    "no name": (rc_calls({"id": "z", "type": "function", "function": {"arguments": "{}"}}, c_call("a")), [rc_out_call(0)],
+                "tool_calls"),
+    "Kimi id": (rc_calls(c_call("functions.f:0")), [rc_out_call(0, "functions.f:0")], "tool_calls"),
+    "namespace": (rc_calls(c_call("a", name="mcp__d__find")), [rc_out_call(0, name="find", namespace="mcp__d")]),
+    "cleaned name": (rc_calls(c_call("a", name="a_b")), [rc_out_call(0, name="a.b")]),
+    "name in another case": (rc_calls(c_call("a", name="MCP__D__Find")), [rc_out_call(0, name="find", namespace="mcp__d")]),
+    "unknown name": (rc_calls(c_call("a", name="zz")), [rc_out_call(0, name="zz")]),
+    "custom, wrapped": (rc_calls(c_call("a", '{"input":"x\\n"}', "p")), [rc_out_custom(0, "x\n")]),
+    "custom, other key": (rc_calls(c_call("a", '{"patch":"x"}', "p")), [rc_out_custom(0, "x")]),
+    "custom, neither": (rc_calls(c_call("a", '{"n":1}', "p")), [rc_out_custom(0, '{"n":1}')]),
+    "custom, native": (rc_calls({"id": "a", "type": "custom", "custom": {"name": "p", "input": "x"}}),
+                       [rc_out_custom(0, "x")]),
+    "local_shell": (rc_calls(c_call("a", '{"command":["ls"],"workdir":"/w"}', "local_shell")),
+                    [rc_out_special("lsh", "local_shell_call", action={
+                        "type": "exec", "command": ["ls"], "env": {}, "timeout_ms": None, "working_directory": "/w",
+                        "user": None})]),
+    "shell": (rc_calls(c_call("a", '{"commands":["ls"],"timeout_ms":5}', "shell")),
+              [rc_out_special("sh", "shell_call", action={
+                  "commands": ["ls"], "timeout_ms": 5, "max_output_length": None})]),
+    "apply_patch": (rc_calls(c_call("a", '{"type":"delete_file","path":"x"}', "apply_patch")),
+                    [rc_out_special("apc", "apply_patch_call", operation={"type": "delete_file", "path": "x"})]),
+    "tool_search": (rc_calls(c_call("a", '{"query":"x"}', "tool_search")),
+                    [rc_out_special("ts", "tool_search_call", arguments={"query": "x"}, execution="client")]),
+    "special, does not fit": (rc_calls(c_call("a", '{"cmd":"ls"}', "local_shell")),
+                              [rc_out_call(0, arguments='{"cmd":"ls"}', name="local_shell")]),
+    "legacy": ({"function_call": {"name": "f", "arguments": "{}"}}, [rc_out_call(0, ANY)], "function_call"),
+    # cut off
+    "RC30": ({"content": "Hi"}, [rc_out_say(0, "Hi", status="incomplete")], "length"),
+    "RC30 call": ({**rc_calls(c_call("a", '{"x":"')), "content": "Hi"},
+                  [rc_out_say(0, "Hi"), rc_out_call(1, "a", '{"x":"', status="incomplete")], "length"),
+    "RC30 second call": (rc_calls(c_call("a"), c_call("b", '{"x":"')),
+                         [rc_out_call(0), rc_out_call(1, "b", '{"x":"', status="incomplete")], "length"),
+}, "stop", None)
+def test_rc_answer(message: Any, output: Any, finish: Any, choice: Any) -> None:
+    """The items for a message."""
+    answer = rc_answer(rc_completion(message, finish, choice))
+    assert rc_seen(answer["output"]) == output
+    cut = finish == "length"
+    assert answer["status"] == ("incomplete" if cut else "completed")
+    assert answer["incomplete_details"] == ({"reason": "max_output_tokens"} if cut else None)
+
+
+def test_rc_whole_answer() -> None:
+    """Every field of a response; the client's own wishes come back as it sent them."""
+    echo = {"instructions": "A", "metadata": {"a": "b"}, "max_output_tokens": 9, "temperature": 0.5,
+            "tools": [RC_SPACE], "parallel_tool_calls": False, "reasoning": {"effort": "low", "summary": None},
+            "text": {"format": {"type": "text"}, "verbosity": "low"}, "user": "u", "prompt_cache_key": "k"}
+    body = rc_completion({"content": "Hi"}, service_tier="default", system_fingerprint="x")
+    assert rc_answer(body, echo) == {
+        "id": "resp_chatcmpl-1", "object": "response", "created_at": 1_700_000_005, "completed_at": NOW,
+        "status": "completed", "incomplete_details": None, "error": None, "model": "up",
+        "output": [rc_out_say(0, "Hi")], "usage": RC_USAGE_OUT, "max_tool_calls": None, "top_p": None, "top_logprobs": 0,
+        "tool_choice": "auto", "truncation": "disabled", "safety_identifier": None, "prompt": None, "store": False,
+        "background": False, "previous_response_id": None, "service_tier": "default", **echo}
+
+
+def test_rc_bare_answer() -> None:
+    """What a provider does not say comes from the proxy."""
+    body = rc_completion({"content": "Hi"}, created=0)
+    for name in ("id", "model", "usage"):
+        del body[name]
+    answer = rc_answer(body)
+    assert re.fullmatch(r"resp_[0-9a-f]{24}", answer["id"]) and answer["output"][0]["id"].startswith("msg_")
+    assert (answer["created_at"], answer["model"], answer["usage"]) == (NOW, "gpt-5.5", None)
+    assert (answer["reasoning"], answer["text"]) == ({"effort": None, "summary": None}, {"format": {"type": "text"}})
+    assert (answer["metadata"], answer["parallel_tool_calls"], answer["service_tier"]) == ({}, True, None)
+
+
+@cases("usage,expected", {
+    "RC32": ({**RC_USAGE, "prompt_cache_hit_tokens": 5, "prompt_cache_miss_tokens": 5}, (10, 5, 0, 5, 0, 15)),
+    "plain": (RC_USAGE, (10, 0, 0, 5, 0, 15)),
+    "details": ({**RC_USAGE, "prompt_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 3},
+                 "completion_tokens_details": {"reasoning_tokens": 2}, "prompt_cache_hit_tokens": 5},
+                (10, 4, 3, 5, 2, 15)),
+    "null details": ({**RC_USAGE, "prompt_tokens_details": None, "completion_tokens_details": None},
+                     (10, 0, 0, 5, 0, 15)),
+    "Kimi": ({**RC_USAGE, "cached_tokens": 6}, (10, 6, 0, 5, 0, 15)),
+    "no total": ({"prompt_tokens": 10, "completion_tokens": 5}, (10, 0, 0, 5, 0, 15)),
+    "null": (None, None),
+})
+def test_rc_usage(usage: Any, expected: Any) -> None:
+    """The counters of each dialect."""
+    told = rc_answer(rc_completion({"content": "Hi"}, usage=usage))["usage"]
+    assert (told and (told["input_tokens"], *told["input_tokens_details"].values(), told["output_tokens"],
+                      told["output_tokens_details"]["reasoning_tokens"], told["total_tokens"])) == expected
+    assert told is None or list(told["input_tokens_details"]) == ["cached_tokens", "cache_write_tokens"]
+
+
+@pytest.mark.parametrize("finish,status,reason", [
+    *[(f, "completed", None) for f in ("stop", "tool_calls", "function_call", "eos", "end_turn", "stop_sequence",
+                                       None, "whatever")],
+    *[(f, "incomplete", "max_output_tokens") for f in ("length", "max_tokens", "model_context_window_exceeded")],
+    *[(f, "incomplete", "content_filter") for f in ("content_filter", "sensitive", "safety")]])
+def test_rc_finish(finish: Any, status: str, reason: Any) -> None:
+    """The status for each finish_reason."""
+    answer = rc_answer(rc_completion({"content": "Hi"}, finish))
+    assert (answer["status"], answer["incomplete_details"]) == (status, reason and {"reason": reason})
+    assert answer["completed_at"] == (NOW if status == "completed" else None) and answer["error"] is None
+    assert [p["text"] for item in answer["output"] for p in item["content"]] == ["Hi"]
+
+
+def test_rc_choices() -> None:
+    """RC31: the first of two choices; none at all is a fault, and so is nothing without a finish_reason."""
+    one = rc_completion({"content": "Hi"})
+    two = copy.deepcopy(one)
+    two["choices"].insert(0, {"index": 1, "message": {"content": "other"}, "finish_reason": "stop"})
+    assert rc_answer(two)["output"] == [rc_out_say(0, "Hi")]
+    bare = {k: v for k, v in one.items() if k != "choices"}
+    for bad in ({**one, "choices": []}, bare, {**one, "choices": None}, rc_completion({"content": None}, None)):
+        with pytest.raises(proxai.UpstreamError) as failure:
+            rc_answer(bad)
+        assert failure.value.status == 502
+
+
+@pytest.mark.parametrize("finish", ["error", "network_error", "abort", "insufficient_system_resource"])
+def test_rc_finish_error(finish: str) -> None:
+    """A finish_reason that means a failure is one, whole or streamed."""
+    choice = {"error": {"message": "boom"}}
+    with pytest.raises(proxai.ProxyError) as failure:
+        rc_answer(rc_completion({"content": "Hi"}, finish, choice))
+    assert "boom" in failure.value.message
+    frames, error = rc_stream([rc_chunk({"content": "Hi"}), rc_chunk({}, finish, choice=choice)])
+    assert error is not None and "boom" in error.message and frames[-1]["type"] == "response.failed"
+    assert frames[-1]["response"]["error"]["code"] == "server_error"
+
+
+def test_rc_made_call_ids() -> None:
+    """A missing id, or one that was used before, is replaced by a new one, twice the same."""
+    body = rc_completion(rc_calls(c_call(None), c_call("a"), c_call("b"), c_call("b")), "tool_calls")
+    first, second = [rc_answer(body, {"input": [RC_ASKED, RC_CALL, RC_RESULT]})["output"] for _ in range(2)]
+    ids = [item["call_id"] for item in first]
+    assert first == second and len(set(ids)) == 4 and ids[2] == "b"
+    assert all(re.fullmatch(r"call_[0-9a-f]{24}", ids[n]) for n in (0, 1, 3))
+
+
+@cases("host,message,summary,body,field", {
+    "encrypted": (ROUTER, {"reasoning_details": [RC_NAMED]}, [], {"d": [RC_NAMED]}, {"reasoning_details": [RC_NAMED]}),
+    "text": (ROUTER, {"reasoning": "t", "reasoning_details": [
+        {"type": "reasoning.text", "text": "t", "signature": "SIG", "index": 0}]}, ["t"], None,
+        {"reasoning_details": [{"type": "reasoning.text", "text": "t", "signature": "SIG", "index": 0}]}),
+    "only details": (ROUTER, {"reasoning_details": [
+        {"type": "reasoning.text", "text": "t", "index": 0}, {**RC_NAMED, "index": 1}]}, ["t"], None,
+        {"reasoning_details": [{"type": "reasoning.text", "text": "t", "index": 0}, {**RC_NAMED, "index": 1}]}),
+    "signature of a call": (GEMINI, {}, [], {"t": {"a": "SIG"}}, {}),
+})
+def test_rc_details(host: str, message: Any, summary: Any, body: Any, field: Any) -> None:
+    """Opaque reasoning goes to the client in a `cd` carrier, and from there to the provider again as it was."""
+    extra: Any = {} if message else {"extra_content": {"google": {"thought_signature": "SIG"}}}
+    call = c_call("a", **extra)
+    answer = rc_answer(rc_completion({**message, **rc_calls(call)}, "tool_calls"), host=host)
+    thought, called = answer["output"]
+    assert called == rc_out_call(1) and thought == rc_out_think(0, *summary)
+    packed = rc_unpacked(thought["encrypted_content"], host)
+    assert {k: v for k, v in packed.items() if v} == body if body else '"t"' not in json.dumps(packed["d"])
+    assert rc_messages([RC_ASKED, *answer["output"], RC_RESULT], host)[1] == c_asst(None, call, **field)
+
+
+# -- 4.3 Streams
+
+RC_LOG = {"choice": {"logprobs": {"content": [RC_PROB]}}}
+RC_BRIEF = {
+    "response.output_item.added": ("+", "item"), "response.output_item.done": ("-", "item"),
+    "response.content_part.added": ("+", "part"), "response.content_part.done": ("-", "part"),
+    "response.reasoning_summary_part.added": ("+", "part"), "response.reasoning_summary_part.done": ("-", "part"),
+    "response.output_text.delta": ("text:", ""), "response.output_text.done": ("text.", ""),
+    "response.refusal.delta": ("refusal:", ""), "response.refusal.done": ("refusal.", ""),
+    "response.reasoning_summary_text.delta": ("think:", ""), "response.reasoning_summary_text.done": ("think.", ""),
+    "response.function_call_arguments.delta": ("args:", ""), "response.function_call_arguments.done": ("args.", ""),
+    "response.custom_tool_call_input.delta": ("input:", ""), "response.custom_tool_call_input.done": ("input.", ""),
+    "response.output_text.annotation.added": ("note", ""),
+}
+RC_WHOLE = {"text": "text", "refusal": "refusal", "think": "text", "args": "arguments", "input": "input"}
+
+
+def rc_chunk(delta: Any, finish: Any = None, choice: Any = None, **more: Any) -> Any:
+    """A chunk."""
+    return {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1_700_000_005, "model": "up",
+            "choices": [{"index": 0, "delta": delta, "finish_reason": finish, **(choice or {})}], **more}
+
+
+def rc_chunk_calls(*parts: tuple[Any, Any, Any, Any], finish: Any = None) -> Any:
+    """A chunk with pieces of calls: index, id, name, arguments; None: the field is missing."""
+    pieces = [{k: v for k, v in (("index", index), ("id", id)) if v is not None}
+              | {"function": {k: v for k, v in (("name", name), ("arguments", text)) if v is not None}}
+              for index, id, name, text in parts]
+    return rc_chunk({"tool_calls": pieces}, finish)
+
+
+def rc_brief(event: Any) -> str:
+    """An event in a word."""
+    mark, field = RC_BRIEF.get(event["type"], (event["type"].removeprefix("response."), ""))
+    return mark + (event[field]["type"] if field else event["delta"] if mark.endswith(":") else "")
+
+
+def rc_stream(chunks: Any, request: Any = None, **options: Any) -> tuple[Any, Any]:
+    """The client's events and the error, after checks that hold for every stream."""
+    _, ctx = rc_request({**RC_TOOLS, "stream": True, **(request or {})}, **options)
+    frames, error = streamed(RC, ctx, chunks)
+    assert [f["sequence_number"] for f in frames] == list(range(len(frames)))
+    live: dict[int, Any] = {}  # output index: the item in work
+    done: dict[int, Any] = {}
+    texts: dict[Any, str] = {}  # what the deltas of a part said
+    for frame in frames:
+        brief, at = rc_brief(frame), frame.get("output_index")
+        if frame["type"] == "response.output_item.added":
+            assert not live and at == len(done) and frame["item"]["status"] == "in_progress"
+            live[at] = frame["item"]
+            continue
+        if at is None:
+            continue
+        item = live.pop(at) if frame["type"] == "response.output_item.done" else live[at]
+        if frame["type"] == "response.output_item.done":
+            done[at] = frame["item"]
+            assert all(frame["item"].get(k) == item.get(k) for k in ("id", "type", "call_id", "name", "namespace"))
+            continue
+        assert frame["item_id"] == item["id"]
+        part = (at, frame.get("content_index", frame.get("summary_index")))
+        if ":" in brief and frame["type"].endswith(".delta"):
+            texts[part] = texts.get(part, "") + frame["delta"]
+        elif brief.rstrip(".") in RC_WHOLE and brief.endswith("."):
+            assert frame[RC_WHOLE[brief[:-1]]] == texts.get(part, "")
+    if frames and "response" in frames[-1]:
+        output = frames[-1]["response"]["output"]
+        assert output[:len(done)] == [done[n] for n in sorted(done)]
+        assert [i["status"] for i in output[len(done):]] == ["incomplete"] * len(live)
+        for frame in frames[:2]:
+            assert (frame["response"]["id"], frame["response"]["output"]) == (frames[-1]["response"]["id"], [])
+    return frames, error
+
+
+def rc_seen_text(*deltas: str) -> list[str]:
+    """A message of one text, in brief."""
+    return ["+message", "+output_text", *[f"text:{d}" for d in deltas], "text.", "-output_text", "-message"]
+
+
+def rc_seen_think(*deltas: str) -> list[str]:
+    """A reasoning item with a summary, in brief."""
+    return ["+reasoning", "+summary_text", *[f"think:{d}" for d in deltas], "think.", "-summary_text", "-reasoning"]
+
+
+def rc_seen_call(*deltas: str) -> list[str]:
+    """A function call, in brief."""
+    return ["+function_call", *[f"args:{d}" for d in deltas], "args.", "-function_call"]
+
+
+RC_X1, RC_Y2, RC_CMD = '{"x":1}', '{"y":2}', '{"cmd":"ls"}'
+RC_END, RC_CALLED = [rc_chunk({}, "stop"), STREAM_END], [rc_chunk({}, "tool_calls"), STREAM_END]
+
+
+@cases("chunks,brief,output", {
+    # text and reasoning
+    "empty deltas": ([rc_chunk({"content": "", RC_FIELD: None}), rc_chunk({"content": "Hi"}), rc_chunk({"content": None}), *RC_END],
+                     rc_seen_text("Hi"), [rc_out_say(0, "Hi")]),
+    "RC34": ([rc_chunk({RC_FIELD: "a"}), rc_chunk({RC_FIELD: "b"}), rc_chunk({"content": "c"}), *RC_END], [*rc_seen_think("a", "b"), *rc_seen_text("c")],
+             [rc_out_think(0, "ab", carrier=RC_SEALED_FIELD), rc_out_say(1, "c")]),
+    "RC45": ([rc_chunk({RC_FIELD: "a", "reasoning": "a"}), rc_chunk({RC_FIELD: "b", "reasoning": "b"}), *RC_END], rc_seen_think("a", "b"),
+             [rc_out_think(0, "ab", carrier=RC_SEALED_FIELD)]),
+    "reasoning again": ([rc_chunk({RC_FIELD: "a"}), rc_chunk({"content": "b"}), rc_chunk({RC_FIELD: "c"}), rc_chunk({"content": "d"}), *RC_END],
+                        [*rc_seen_think("a"), *rc_seen_text("b"), *rc_seen_think("c"), *rc_seen_text("d")],
+                        [rc_out_think(0, "a", carrier=RC_SEALED_FIELD), rc_out_say(1, "b"), rc_out_think(2, "c", carrier=RC_SEALED_FIELD),
+                         rc_out_say(3, "d")]),
+    "think tags": ([rc_chunk({"content": t}) for t in ("<thi", "nk>a</think", "> b")] + RC_END, [*rc_seen_think("a"), *rc_seen_text("b")],
+                   [rc_out_think(0, "a"), rc_out_say(1, "b")]),
+    "think tag, almost": ([rc_chunk({"content": t}) for t in ("<thi", "s>")] + RC_END, rc_seen_text("<this>"), [rc_out_say(0, "<this>")]),
+    "Mistral": ([rc_chunk({"content": [{"type": "thinking", "thinking": [m_text("a")]}]}), rc_chunk({"content": [m_text("b")]}),
+                 *RC_END], [*rc_seen_think("a"), *rc_seen_text("b")], [rc_out_think(0, "a"), rc_out_say(1, "b")]),
+    "details as text": ([rc_chunk({"reasoning_details": [{"type": "reasoning.text", "text": t, "index": 0}]}) for t in "ab"]
+                        + RC_END, rc_seen_think("a", "b"), [rc_out_think(0, "ab")]),
+    "blanks before text": ([rc_chunk({"content": "\n\n"}), rc_chunk({"content": "Hi"}), *RC_END], rc_seen_text("\n\nHi"),
+                           [rc_out_say(0, "\n\nHi")]),
+    "blanks before a call": ([rc_chunk({"content": "\n\n"}), rc_chunk_calls((0, "a", "f", RC_X1)), *RC_CALLED], rc_seen_call(RC_X1),
+                             [rc_out_call(0, "a", RC_X1)]),
+    "refusal": ([rc_chunk({"refusal": "n"}), rc_chunk({"refusal": "o"}), *RC_END],
+                ["+message", "+refusal", "refusal:n", "refusal:o", "refusal.", "-refusal", "-message"],
+                [rc_out_say(0, REFUSED)]),
+    "annotations": ([rc_chunk({"content": "Hi"}), rc_chunk({"annotations": [{"type": "url_citation", "url_citation": RC_CITED}]}),
+                     *RC_END], ["+message", "+output_text", "text:Hi", "note", "text.", "-output_text", "-message"],
+                    [rc_out_say(0, rc_out_text("Hi", annotations=[{"type": "url_citation", **RC_CITED}]))]),
+    "nothing": (RC_END, [], []),
+    "phantom call": ([rc_chunk({"content": "Hi"}), *RC_CALLED], rc_seen_text("Hi"), [rc_out_say(0, "Hi")]),
+    "other choice": ([rc_chunk({"content": "no"}, choice={"index": 1}), rc_chunk({"content": "Hi"}), *RC_END], rc_seen_text("Hi"),
+                     [rc_out_say(0, "Hi")]),
+    "id changes": ([rc_chunk({"content": "H"}), {**rc_chunk({"content": "i"}), "id": "chatcmpl-2"}, *RC_END], rc_seen_text("H", "i"),
+                   [rc_out_say(0, "Hi")]),
+    "no choices": ([{**rc_chunk({}), "choices": []}, rc_chunk({"content": "Hi"}), *RC_END], rc_seen_text("Hi"), [rc_out_say(0, "Hi")]),
+    "text behind the finish": ([rc_chunk({"content": "Hi"}), rc_chunk({}, "stop"), rc_chunk({"content": "no"}), STREAM_END], rc_seen_text("Hi"),
+                               [rc_out_say(0, "Hi")]),
+    "empty finish": ([rc_chunk({"content": "H"}, ""), rc_chunk({"content": "i"}), *RC_END], rc_seen_text("H", "i"), [rc_out_say(0, "Hi")]),
+    "RC40": ([rc_chunk({"content": "Hi"}), rc_chunk({}, "stop")], rc_seen_text("Hi"), [rc_out_say(0, "Hi")]),
+    "RC41": ([rc_chunk({"content": "Hi"}), STREAM_END], rc_seen_text("Hi"), [rc_out_say(0, "Hi")]),
+    "RC41 call": ([rc_chunk_calls((0, "a", "f", RC_X1)), STREAM_END], rc_seen_call(RC_X1), [rc_out_call(0, "a", RC_X1)]),
+    # calls
+    "RC35": ([rc_chunk_calls((0, "a", "f", None)), rc_chunk_calls((0, None, None, "{")), rc_chunk_calls((0, None, None, "}")), *RC_CALLED],
+             rc_seen_call("{", "}"), [rc_out_call(0)]),
+    "whole call in one chunk": ([rc_chunk_calls((0, "a", "f", RC_X1), finish="tool_calls"), STREAM_END], rc_seen_call(RC_X1),
+                                [rc_out_call(0, "a", RC_X1)]),
+    "no arguments": ([rc_chunk_calls((0, "a", "f", "")), *RC_CALLED], rc_seen_call("{}"), [rc_out_call(0)]),
+    "arguments as object": ([rc_chunk_calls((0, "a", "f", {"x": 1})), *RC_CALLED], rc_seen_call(RC_X1), [rc_out_call(0, "a", RC_X1)]),
+    "bad arguments": ([rc_chunk_calls((0, "a", "f", '{"x')), *RC_CALLED], rc_seen_call('{"x'), [rc_out_call(0, "a", '{"x')]),
+    "RC36": ([rc_chunk_calls((0, "a", "f", '{"x":')), rc_chunk_calls((1, "b", "f", RC_Y2)), rc_chunk_calls((0, None, None, "1}")), *RC_CALLED],
+             [*rc_seen_call('{"x":', "1}"), *rc_seen_call(RC_Y2)], [rc_out_call(0, "a", RC_X1), rc_out_call(1, "b", RC_Y2)]),
+    "names first": ([rc_chunk_calls((0, "a", "f", "")), rc_chunk_calls((1, "b", "f", "")), rc_chunk_calls((1, None, None, RC_Y2)),
+                     rc_chunk_calls((0, None, None, RC_X1)), *RC_CALLED],
+                    [*rc_seen_call(RC_X1), *rc_seen_call(RC_Y2)], [rc_out_call(0, "a", RC_X1), rc_out_call(1, "b", RC_Y2)]),
+    "RC37": ([rc_chunk_calls((0, "a", "f", RC_X1)), rc_chunk_calls((0, "b", "f", RC_Y2)), *RC_CALLED], [*rc_seen_call(RC_X1), *rc_seen_call(RC_Y2)],
+             [rc_out_call(0, "a", RC_X1), rc_out_call(1, "b", RC_Y2)]),
+    "RC38": ([rc_chunk_calls((0, None, "f", "{")), rc_chunk_calls((0, None, None, "}")), *RC_CALLED], rc_seen_call("{", "}"),
+             [rc_out_call(0, ANY)]),
+    "no index, one chunk": ([rc_chunk_calls((None, "a", "f", RC_X1), (None, "b", "f", RC_Y2)), *RC_CALLED],
+                            [*rc_seen_call(RC_X1), *rc_seen_call(RC_Y2)], [rc_out_call(0, "a", RC_X1), rc_out_call(1, "b", RC_Y2)]),
+    "no index, pieces": ([rc_chunk_calls((None, "a", "f", '{"x":')), rc_chunk_calls((None, None, None, "1}")),
+                          rc_chunk_calls((None, "b", "f", '{"y":')), rc_chunk_calls((None, "b", None, "2}")), *RC_CALLED],
+                         [*rc_seen_call('{"x":', "1}"), *rc_seen_call('{"y":', "2}")], [rc_out_call(0, "a", RC_X1), rc_out_call(1, "b", RC_Y2)]),
+    "no index, no id": ([rc_chunk_calls((None, None, "f", RC_X1)), rc_chunk_calls((None, None, "f", RC_Y2)), *RC_CALLED],
+                        [*rc_seen_call(RC_X1), *rc_seen_call(RC_Y2)], [rc_out_call(0, ANY, RC_X1), rc_out_call(1, ANY, RC_Y2)]),
+    "id and name each time": ([rc_chunk_calls((0, "a", "f", t)) for t in ('{"x":', "1}")] + RC_CALLED, rc_seen_call('{"x":', "1}"),
+                              [rc_out_call(0, "a", RC_X1)]),
+    "snapshots": ([rc_chunk_calls((0, "a", "f", t)) for t in ('{"cmd":"l', RC_CMD)] + RC_CALLED, rc_seen_call('{"cmd":"l', 's"}'),
+                  [rc_out_call(0, "a", RC_CMD)]),
+    "the whole text again": ([rc_chunk_calls((0, "a", "f", RC_CMD)), rc_chunk_calls((0, None, None, RC_CMD)), *RC_CALLED], rc_seen_call(RC_CMD),
+                             [rc_out_call(0, "a", RC_CMD)]),
+    "call without name": ([rc_chunk_calls((0, "z", None, "{}")), rc_chunk_calls((1, "b", "f", RC_Y2)), *RC_CALLED], rc_seen_call(RC_Y2),
+                          [rc_out_call(0, "b", RC_Y2)]),
+    "legacy": ([rc_chunk({"function_call": {"name": "f", "arguments": "{"}}), rc_chunk({"function_call": {"arguments": "}"}}),
+                rc_chunk({}, "function_call"), STREAM_END], rc_seen_call("{", "}"), [rc_out_call(0, ANY)]),
+    "RC43": ([rc_chunk_calls((0, "a", "f", RC_X1)), rc_chunk({"content": "Hi"}), *RC_END], [*rc_seen_call(RC_X1), *rc_seen_text("Hi")],
+             [rc_out_call(0, "a", RC_X1), rc_out_say(1, "Hi")]),
+    "RC43 call open": ([rc_chunk_calls((0, "a", "f", '{"x":')), rc_chunk({"content": "Hi"}), rc_chunk_calls((0, None, None, "1}")), *RC_END],
+                       [*rc_seen_call('{"x":', "1}"), *rc_seen_text("Hi")], [rc_out_call(0, "a", RC_X1), rc_out_say(1, "Hi")]),
+    "text, then call": ([rc_chunk({"content": "Hi"}), rc_chunk_calls((0, "a", "mcp__d__find", RC_X1)), *RC_CALLED],
+                        [*rc_seen_text("Hi"), *rc_seen_call(RC_X1)],
+                        [rc_out_say(0, "Hi"), rc_out_call(1, "a", RC_X1, "find", namespace="mcp__d")]),
+    "RC44": ([rc_chunk_calls((0, "a", "p", t)) for t in ('{"inp', 'ut":"x\\n', 'y"}')] + RC_CALLED,
+             ["+custom_tool_call", "input:x\n", "input:y", "input.", "-custom_tool_call"], [rc_out_custom(0, "x\ny")]),
+    "RC44 escape cut": ([rc_chunk_calls((0, "a", "p", t)) for t in ('{"input":"\\ud83d', "\\ude0", '0!"}')] + RC_CALLED,
+                        ["+custom_tool_call", "input:\U0001f600!", "input.", "-custom_tool_call"],
+                        [rc_out_custom(0, "\U0001f600!")]),
+    "special tool held": ([rc_chunk_calls((0, "a", "tool_search", '{"query":')), rc_chunk_calls((0, None, None, '"x"}')), *RC_CALLED],
+                          ["+tool_search_call", "-tool_search_call"],
+                          [rc_out_special("ts", "tool_search_call", arguments={"query": "x"}, execution="client")]),
+})
+def test_rc_stream(chunks: Any, brief: Any, output: Any) -> None:
+    """The frames between the first two and the last, and the response that they end with."""
+    frames, error = rc_stream([rc_chunk({"role": "assistant", "content": ""}), *chunks])
+    assert error is None
+    assert [rc_brief(f) for f in frames] == ["created", "in_progress", *brief, "completed"]
+    final = frames[-1]["response"]
+    assert (final["id"], final["status"], rc_seen(final["output"])) == ("resp_chatcmpl-1", "completed", output)
+
+
+def test_rc_frames() -> None:
+    """RC33: the frames of a short answer, field by field."""
+    usage = {**rc_chunk({}), "choices": [], "usage": RC_USAGE}
+    frames, _ = rc_stream([rc_chunk({"role": "assistant"}), rc_chunk({"content": ""}), rc_chunk({"content": "Hi"}, **RC_LOG),
+                           rc_chunk({}, "stop"), usage, STREAM_END])
+    part, at = rc_out_text("Hi", logprobs=[RC_PROB]), {"item_id": "msg_1_0", "output_index": 0, "content_index": 0}
+    assert [{k: v for k, v in f.items() if k != "sequence_number"} for f in frames[2:-1]] == [
+        {"type": "response.output_item.added", "output_index": 0, "item": rc_out_say(0, status="in_progress")},
+        {"type": "response.content_part.added", **at, "part": rc_out_text("")},
+        {"type": "response.output_text.delta", **at, "delta": "Hi", "logprobs": [RC_PROB]},
+        {"type": "response.output_text.done", **at, "text": "Hi", "logprobs": [RC_PROB]},
+        {"type": "response.content_part.done", **at, "part": part},
+        {"type": "response.output_item.done", "output_index": 0, "item": rc_out_say(0, part)}]
+    assert [f["type"] for f in (*frames[:2], frames[-1])] == [
+        "response.created", "response.in_progress", "response.completed"]
+    first, last = frames[0]["response"], frames[-1]["response"]
+    assert first == frames[1]["response"] and (first["status"], first["usage"]) == ("in_progress", None)
+    assert last == {**first, "status": "completed", "completed_at": NOW, "output": [rc_out_say(0, part)], "usage": RC_USAGE_OUT}
+
+
+@cases("chunks", {
+    "RC39": ([rc_chunk({"content": "Hi"}, usage={**RC_USAGE, "prompt_tokens": 1}), rc_chunk({}, "stop", usage=RC_USAGE), STREAM_END],),
+    "RC39 Kimi": ([rc_chunk({"content": "Hi"}), rc_chunk({}, "stop", {"usage": RC_USAGE}), STREAM_END],),
+    "Groq": ([rc_chunk({"content": "Hi"}), rc_chunk({}, "stop", x_groq={"usage": RC_USAGE}), STREAM_END],),
+    "before the content": ([{**rc_chunk({}), "choices": [], "usage": RC_USAGE}, rc_chunk({"content": "Hi"}), *RC_END],),
+    "null later": ([rc_chunk({"content": "Hi"}, usage=RC_USAGE), rc_chunk({}, "stop", usage=None), STREAM_END],),
+    "behind the finish": ([rc_chunk({"content": "Hi"}), rc_chunk({}, "stop"), {**rc_chunk({}), "choices": [], "usage": RC_USAGE}],),
+})
+def test_rc_stream_usage(chunks: Any) -> None:
+    """The last counters that came, wherever they stood."""
+    frames, error = rc_stream(chunks)
+    assert error is None and frames[-1]["response"]["usage"] == RC_USAGE_OUT
+    assert frames[-1]["response"]["output"] == [rc_out_say(0, "Hi")]
+
+
+@cases("chunks,brief,output,reason", {
+    "text": ([rc_chunk({"content": "Hi"}), rc_chunk({}, "length"), STREAM_END], rc_seen_text("Hi"), [rc_out_say(0, "Hi", status="incomplete")]),
+    "call": ([rc_chunk_calls((0, "a", "f", '{"x":"')), rc_chunk({}, "length"), STREAM_END], ["+function_call", 'args:{"x":"'],
+             [rc_out_call(0, "a", '{"x":"', status="incomplete")]),
+    "filter": ([rc_chunk({}, "content_filter"), STREAM_END], [], [], "content_filter"),
+}, "max_output_tokens")
+def test_rc_stream_cut(chunks: Any, brief: Any, output: Any, reason: str) -> None:
+    """What the limit cut off is told as incomplete; a cut call has no done frames."""
+    frames, error = rc_stream(chunks)
+    assert error is None and [rc_brief(f) for f in frames] == ["created", "in_progress", *brief, "incomplete"]
+    final = frames[-1]["response"]
+    assert (final["output"], final["incomplete_details"]) == (output, {"reason": reason})
+
+
+@cases("chunks,output,message,profile", {
+    "RC41 strict": ([rc_chunk({"content": "Hi"}), STREAM_END], [rc_out_say(0, "Hi", status="incomplete")],
+                    "emitted [DONE] before a terminal finish_reason", {"lenient_done": False}),
+    "RC41 open": ([rc_chunk_calls((0, "a", "f", '{"x"')), STREAM_END], [rc_out_call(0, "a", '{"x"', status="incomplete")],
+                  "emitted [DONE] before a terminal finish_reason"),
+    "RC42": ([rc_chunk({"content": "Hi"}), {"error": {"message": "boom", "type": "server_error", "code": 500}}],
+             [rc_out_say(0, "Hi", status="incomplete")], "boom"),
+    "EOF": ([rc_chunk({"content": "Hi"})], [rc_out_say(0, "Hi", status="incomplete")], "upstream stream ended before"),
+    "[DONE] with nothing": ([rc_chunk({"role": "assistant"}), STREAM_END], [], "emitted [DONE] before a terminal finish_reason"),
+    "transport": ([rc_chunk({"content": "H"}), proxai.UpstreamError("gone")], [rc_out_say(0, "H", status="incomplete")], "gone"),
+}, None)
+def test_rc_stream_failed(chunks: Any, output: Any, message: str, profile: Any) -> None:
+    """A failure: response.failed with what was there, then the error, and nothing is closed."""
+    frames, error = rc_stream(chunks, profile=profile)
+    assert isinstance(error, proxai.ProxyError) and message in error.message
+    final = frames[-1]["response"]
+    assert (frames[-1]["type"], final["status"]) == ("response.failed", "failed")
+    assert message in final["error"]["message"]
+    assert final["output"] == output and not any(f["type"].endswith((".done", ".completed")) for f in frames)
+
+
+# -- Chat clients on Messages providers (translation-chat.md 2) -----------------
+
+CA = ("chat", "messages")
+CA_MODEL = "claude-opus-4-8"  # class K4
+
+
+def ca_exchange(**fields: Any) -> Any:
+    """The context of a plain streaming request with these fields."""
+    return translated(CA, CA_MODEL, {"model": "alias", "messages": [ca_user("hi")], "stream": True, **fields})[1]
+
+
+def ca_table(rows: dict[str, Any], width: int = 3) -> list[Any]:
+    """Rows of a table as parameters; what a row leaves out at its end is an empty dict."""
+    return [pytest.param(*row, *[{}] * (width - len(row)), id=name) for name, row in rows.items()]
+
+
+# Chat messages, Messages blocks and Messages events, in short.
+
+def ca_sys(content: Any, **more: Any) -> Any:
+    """A system message."""
+    return {"role": "system", "content": content, **more}
+
+
+def ca_user(content: Any, **more: Any) -> Any:
+    """A user message; the Messages protocol writes it alike."""
+    return {"role": "user", "content": content, **more}
+
+
+def ca_use(id: str, name: str = "f", **input: Any) -> Any:
+    """A tool_use block."""
+    return {"type": "tool_use", "id": id, "name": name, "input": input}
+
+
+def ca_result(id: str, content: Any = None, **more: Any) -> Any:
+    """A tool_result block."""
+    return {"type": "tool_result", "tool_use_id": id, **({} if content is None else {"content": content}), **more}
+
+
+def ca_detail(text: str, signature: str, index: int, at: str | None = None) -> Any:
+    """The entry of reasoning_details for a thinking block."""
+    return {"type": "reasoning.text", "text": text, "signature": signature, "format": "anthropic-claude-v1",
+            "index": index, **({} if at is None else {"x_at": at})}
+
+
+def ca_start(**usage: Any) -> Any:
+    """message_start."""
+    return {"type": "message_start", "message": {
+        "id": "msg_1", "type": "message", "role": "assistant", "model": "claude-up", "content": [],
+        "stop_reason": None, "stop_sequence": None, "usage": {"input_tokens": 10, "output_tokens": 1, **usage}}}
+
+
+def ca_open(index: int, kind: str, **more: Any) -> Any:
+    """content_block_start."""
+    return {"type": "content_block_start", "index": index, "content_block": {"type": kind, **more}}
+
+
+def ca_open_tool(index: int, id: str, name: str = "f", **input: Any) -> Any:
+    """content_block_start of a tool_use block."""
+    return ca_open(index, "tool_use", id=id, name=name, input=input)
+
+
+def ca_delta(index: int, kind: str, **more: Any) -> Any:
+    """content_block_delta."""
+    return {"type": "content_block_delta", "index": index, "delta": {"type": f"{kind}_delta", **more}}
+
+
+def ca_text_delta(index: int, text: str) -> Any:
+    """content_block_delta with text."""
+    return ca_delta(index, "text", text=text)
+
+
+def ca_json_delta(index: int, part: str) -> Any:
+    """content_block_delta with a piece of arguments."""
+    return ca_delta(index, "input_json", partial_json=part)
+
+
+def ca_end(reason: Any = "end_turn", details: Any = None, **usage: Any) -> list[Any]:
+    """message_delta and message_stop."""
+    return [{"type": "message_delta", "usage": {"output_tokens": 5, **usage},
+             "delta": {"stop_reason": reason, "stop_sequence": None, **({"stop_details": details} if details else {})}},
+            {"type": "message_stop"}]
+
+
+CA_MARK = {"type": "ephemeral"}
+CA_HOUR = {"type": "ephemeral", "ttl": "1h"}
+
+
+def ca_function(name: str, **more: Any) -> Any:
+    """A function tool without arguments."""
+    return {"type": "function", "function": {"name": name, "parameters": NO_ARGUMENTS}, **more}
+
+
+CA_F = {"tools": [ca_function("f")]}
+CA_F_OUT = {"tools": [m_tool("f")]}
+CA_ADAPTIVE = {"type": "adaptive", "display": "summarized"}
+CA_DISABLED = {"type": "disabled"}
+
+
+def ca_manual(budget: int) -> Any:
+    """The thinking field of classes without adaptive thinking."""
+    return {"type": "enabled", "budget_tokens": budget}
+
+
+# -- what must hold for every request (2.8)
+
+CA_ALLOWED = {"model", "max_tokens", "messages", "system", "stream", "stop_sequences", "temperature", "top_p", "top_k",
+           "tools", "tool_choice", "thinking", "output_config", "metadata", "service_tier"}
+
+
+def ca_marks_in(value: Any) -> int:
+    """How many cache marks there are; arguments of calls do not count."""
+    if isinstance(value, list):
+        return sum(map(ca_marks_in, value))
+    if not isinstance(value, dict):
+        return 0
+    return ("cache_control" in value) + sum(ca_marks_in(v) for k, v in value.items()
+                                            if k not in ("cache_control", "input"))
+
+
+def ca_assert_sendable(payload: Any, prefill: bool) -> None:
+    """A Messages provider takes this request."""
+    assert set(payload) <= CA_ALLOWED
+    assert ca_marks_in(payload) <= 4
+    budget = payload.get("thinking", {}).get("budget_tokens", 0)
+    assert payload["max_tokens"] >= 1 and payload["max_tokens"] > budget
+    names = [tool["name"] for tool in payload.get("tools", [])]
+    assert all(re.fullmatch(r"[a-zA-Z0-9_-]{1,128}", name) for name in names) and len(set(names)) == len(names)
+    choice = payload.get("tool_choice")
+    assert choice is None or names
+    assert choice is None or choice["type"] != "tool" or choice["name"] in names
+    for at, message in enumerate(payload["messages"]):
+        content = message["content"]
+        assert content, "an empty message"
+        blocks = [m_text(content)] if isinstance(content, str) else content
+        assert all(block["text"].strip() for block in blocks if block["type"] == "text"), "an empty text"
+        if message["role"] == "system":
+            assert at and payload["messages"][at - 1]["role"] == "user"
+            assert at + 1 == len(payload["messages"]) or payload["messages"][at + 1]["role"] == "assistant"
+    turns = [m for m in payload["messages"] if m["role"] != "system"]
+    assert [m["role"] for m in turns] == [("user", "assistant")[i % 2] for i in range(len(turns))]
+    assert prefill or turns[-1]["role"] == "user"
+    seen: set[str] = set()
+    calls: list[str] = []
+    for message in turns:
+        blocks = message["content"] if isinstance(message["content"], list) else []
+        results = [block["tool_use_id"] for block in blocks if block["type"] == "tool_result"]
+        if message["role"] == "assistant":
+            assert not results
+            calls = [block["id"] for block in blocks if block["type"] == "tool_use"]
+            assert all(re.fullmatch(r"[a-zA-Z0-9_-]+", id) for id in calls)
+            assert len(set(calls)) == len(calls) and not seen & set(calls), "a call id that is not unique"
+            seen |= set(calls)
+        else:
+            assert results == calls, "calls and results do not go together"
+            assert [b["type"] for b in blocks[:len(results)]] == ["tool_result"] * len(results), "results come first"
+            calls = []
+    assert not calls, "calls without results"
+
+
+def ca_assert_request(body: Any, expected: Any, options: Any) -> Any:
+    """The whole provider request is `expected`, laid over what a plain "hi" gives; returns the context."""
+    options = dict(options)
+    model, dropped = options.pop("model", CA_MODEL), options.pop("dropped", ())
+    payload, ctx = translated(CA, model, {"model": "alias", "messages": [ca_user("hi")], **body}, **options)
+    assert payload == {"model": model, "max_tokens": 32000, "messages": [ca_user("hi")], **expected}
+    ca_assert_sendable(payload, prefill=payload["messages"][-1]["role"] == "assistant")
+    assert set(dropped) <= set(ctx.dropped), f"not told as dropped; told: {sorted(ctx.dropped)}"
+    return ctx
+
+
+# -- top-level fields (2.2)
+
+CA_MAIL, CA_PHONE, CA_LONG_USER, CA_TWO_LINES = "a@b.example", "+1 555 123 4567", "u" * 257, "a\nb"
+CA_K0, CA_K1, CA_K2, CA_K3, CA_K5, CA_X = ("claude-3-opus-20240229", "claude-sonnet-4-5", "claude-opus-4-6", "claude-opus-4-7",
+                         "claude-fable-5", "deepseek-chat")
+
+
+@pytest.mark.parametrize("body, expected, options", ca_table({
+    "nothing-but-messages": ({}, {}),
+    # limits
+    "max_completion_tokens-first": ({"max_completion_tokens": 100, "max_tokens": 200}, {"max_tokens": 100}),
+    "max_tokens": ({"max_completion_tokens": None, "max_tokens": 200}, {"max_tokens": 200}),
+    "max_tokens-below-1": ({"max_tokens": 0}, {"max_tokens": 1}),
+    "max_tokens-with-a-point": ({"max_tokens": 64.0}, {"max_tokens": 64}),
+    "CA17-default-K4": ({}, {"max_tokens": 32000}),
+    "CA17-default-K0": ({}, {"max_tokens": 4096}, {"model": CA_K0}),
+    "default-K1": ({}, {"max_tokens": 32000}, {"model": CA_K1}),
+    "default-X": ({}, {"max_tokens": 8192}, {"model": CA_X}),
+    "default-of-the-profile": ({}, {"max_tokens": 5000}, {"profile": {"default_max_tokens": 5000}}),
+    "cap-of-the-profile": ({"max_tokens": 5000}, {"max_tokens": 1000}, {"profile": {"max_tokens_cap": 1000}}),
+    "cap-and-default": ({}, {"max_tokens": 1000}, {"profile": {"max_tokens_cap": 1000}}),
+    "clamp-K0": ({"max_tokens": 10**6}, {"max_tokens": 4096}, {"model": CA_K0}),
+    "clamp-K0-3-5": ({"max_tokens": 10**6}, {"max_tokens": 8192}, {"model": "claude-3-5-sonnet-20241022"}),
+    "clamp-K1-opus": ({"max_tokens": 10**6}, {"max_tokens": 32000}, {"model": "claude-opus-4-1-20250805"}),
+    "clamp-K1": ({"max_tokens": 10**6}, {"max_tokens": 64000}, {"model": CA_K1}),
+    "clamp-K2": ({"max_tokens": 10**6}, {"max_tokens": 128000}, {"model": CA_K2}),
+    "clamp-K4": ({"max_tokens": 10**6}, {"max_tokens": 128000}),
+    "no-clamp-X": ({"max_tokens": 10**6}, {"max_tokens": 10**6}, {"model": CA_X}),
+    # stream
+    "stream": ({"stream": True}, {"stream": True}),
+    "no-stream": ({"stream": False}, {"stream": False}),
+    "stream_options": ({"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False}},
+                       {"stream": True}),
+    # sampling
+    "temperature-K1": ({"temperature": 0.5}, {"temperature": 0.5}, {"model": CA_K1}),
+    "temperature-0": ({"temperature": 0}, {"temperature": 0}, {"model": CA_K2}),
+    "CA21-K1": ({"temperature": 1.7}, {"temperature": 1.0}, {"model": CA_K1}),
+    "CA21-K3": ({"temperature": 1.7}, {}, {"model": CA_K3, "dropped": ["temperature"]}),
+    "temperature-negative": ({"temperature": -1}, {"temperature": 0}, {"model": CA_K1}),
+    "temperature-null": ({"temperature": None}, {}, {"model": CA_K1}),
+    "sampling-K0": ({"temperature": 0.5, "top_p": 0.9, "top_k": 7},
+                    {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "max_tokens": 4096}, {"model": CA_K0}),
+    "sampling-K1": ({"temperature": 0.5, "top_p": 0.9, "top_k": 7}, {"temperature": 0.5, "top_k": 7},
+                    {"model": CA_K1, "dropped": ["top_p"]}),
+    "sampling-K2": ({"temperature": 0.5, "top_p": 0.9}, {"temperature": 0.5}, {"model": CA_K2, "dropped": ["top_p"]}),
+    "sampling-K3": ({"temperature": 1, "top_p": 0.9, "top_k": 7}, {},
+                    {"model": CA_K3, "dropped": ["temperature", "top_p", "top_k"]}),
+    "sampling-K4": ({"temperature": 0.5, "top_p": 0.9, "top_k": 7}, {}, {"dropped": ["temperature", "top_p", "top_k"]}),
+    "sampling-K5": ({"temperature": 0.5, "top_p": 0.9, "top_k": 7}, {},
+                    {"model": CA_K5, "dropped": ["temperature", "top_p", "top_k"]}),
+    "sampling-X": ({"temperature": 0.5, "top_p": 0.9, "top_k": 7},
+                   {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "max_tokens": 8192}, {"model": CA_X}),
+    "top_p-alone-K1": ({"top_p": 0.9}, {"top_p": 0.9}, {"model": CA_K1}),
+    "no-sampling-while-thinking": (
+        {"reasoning_effort": "high", "max_tokens": 30000, "temperature": 0.5, "top_p": 0.9, "top_k": 7},
+        {"thinking": ca_manual(16384), "max_tokens": 30000}, {"model": CA_K1, "dropped": ["temperature", "top_p", "top_k"]}),
+    "sampling-with-thinking-off": ({"reasoning_effort": "none", "temperature": 0.5},
+                                   {"thinking": CA_DISABLED, "temperature": 0.5}, {"model": CA_K2}),
+    # stop
+    "CA22": ({"stop": ["", "\n", "END"]}, {"stop_sequences": ["END"]}),
+    "stop-string": ({"stop": "END"}, {"stop_sequences": ["END"]}),
+    "stop-no-strings": ({"stop": [1, None, "a"]}, {"stop_sequences": ["a"]}),
+    "stop-nothing-left": ({"stop": ["", " "]}, {}),
+    "stop-null": ({"stop": None}, {}),
+    # who asks
+    "user": ({"user": "u1"}, {"metadata": {"user_id": "u1"}}, {"host": ANTHROPIC}),
+    "safety_identifier": ({"safety_identifier": "s1"}, {"metadata": {"user_id": "s1"}}, {"host": ANTHROPIC}),
+    "user-first": ({"safety_identifier": "s1", "user": "u1"}, {"metadata": {"user_id": "u1"}}, {"host": ANTHROPIC}),
+    "user-256": ({"user": "u" * 256}, {"metadata": {"user_id": "u" * 256}}, {"host": ANTHROPIC}),
+    "user-257": ({"user": CA_LONG_USER}, {"metadata": {"user_id": sha256(CA_LONG_USER)}}, {"host": ANTHROPIC}),
+    "user-mail": ({"user": CA_MAIL}, {"metadata": {"user_id": sha256(CA_MAIL)}}, {"host": ANTHROPIC}),
+    "user-phone": ({"user": CA_PHONE}, {"metadata": {"user_id": sha256(CA_PHONE)}}, {"host": ANTHROPIC}),
+    "user-unprintable": ({"user": CA_TWO_LINES}, {"metadata": {"user_id": sha256(CA_TWO_LINES)}}, {"host": ANTHROPIC}),
+    "metadata-is-another-thing": ({"metadata": {"user_id": "x"}}, {}, {"host": ANTHROPIC, "dropped": ["metadata"]}),
+    # tier
+    "tier-auto": ({"service_tier": "auto"}, {"service_tier": "auto"}, {"host": ANTHROPIC}),
+    "tier-default": ({"service_tier": "default"}, {"service_tier": "standard_only"}, {"host": ANTHROPIC}),
+    "tier-priority": ({"service_tier": "priority"}, {}, {"host": ANTHROPIC, "dropped": ["service_tier"]}),
+    "tier-fast": ({"service_tier": "fast"}, {}, {"host": ANTHROPIC, "dropped": ["service_tier"]}),
+    "tier-elsewhere": ({"service_tier": "auto"}, {}, {"dropped": ["service_tier"]}),
+    # web search
+    "search-low": ({"web_search_options": {"search_context_size": "low"}}, {"tools": [{**M_SEARCH, "max_uses": 1}]},
+                   {"host": ANTHROPIC}),
+    "search-medium": ({"web_search_options": {"search_context_size": "medium"}}, {"tools": [{**M_SEARCH, "max_uses": 5}]},
+                      {"profile": {"web_search": "native"}}),
+    "search-high-and-where": (
+        {**CA_F, "web_search_options": {"search_context_size": "high", "user_location": {
+            "type": "approximate", "approximate": {"city": "Ulm", "region": "BW", "country": "DE",
+                                                   "timezone": "Europe/Berlin"}}}},
+        {"tools": [m_tool("f"), {**M_SEARCH, "max_uses": 10, "user_location": {
+            "type": "approximate", "city": "Ulm", "region": "BW", "country": "DE", "timezone": "Europe/Berlin"}}]},
+        {"host": ANTHROPIC}),
+    "search-elsewhere": ({"web_search_options": {}}, {}, {"dropped": ["web_search_options"]}),
+    "search-off": ({"web_search_options": {}}, {},
+                   {"host": ANTHROPIC, "profile": {"web_search": "off"}, "dropped": ["web_search_options"]}),
+    # answered with nothing
+    "n-1": ({"n": 1}, {}),
+    "n-null": ({"n": None}, {}),
+    "modalities-text": ({"modalities": ["text"]}, {}),
+    "response_format-text": ({"response_format": {"type": "text"}}, {}),
+    "moderation-score": ({"moderation": {"model": "m", "policy": {"input": {"mode": "score"}}}}, {},
+                         {"dropped": ["moderation"]}),
+    **{f"drop-{name}": ({name: value}, {}, {"dropped": [name]}) for name, value in {
+        "verbosity": "low", "metadata": {"a": "b"}, "store": True, "seed": 7, "logit_bias": {"5": 1}, "logprobs": True,
+        "top_logprobs": 3, "frequency_penalty": 0.5, "presence_penalty": 0.5,
+        "prediction": {"type": "content", "content": "x"}, "prompt_cache_key": "k", "audio": {"voice": "a"},
+        "extra_headers": {"a": "b"}, "not_of_this_world": 1}.items()},
+}))
+def test_ca_top_level_fields(body: Any, expected: Any, options: Any) -> None:
+    """Every field of a Chat request is mapped, or dropped under its name."""
+    ca_assert_request(body, expected, options)
+
+
+def test_ca_nothing_is_told_as_dropped_where_nothing_is_dropped() -> None:
+    """A request that the provider takes as it is leaves no note."""
+    ctx = ca_assert_request({"max_tokens": 9, "stream": True, "stop": "a", **CA_F, "tool_choice": "auto"},
+                         {"max_tokens": 9, "stream": True, "stop_sequences": ["a"], **CA_F_OUT,
+                          "tool_choice": {"type": "auto"}}, {})
+    assert ctx.dropped == {} and ctx.stream is True
+    assert ca_assert_request({}, {}, {}).stream is False
+
+
+@pytest.mark.parametrize("body, param", [
+    pytest.param(body, param, id=name) for name, (body, param) in {
+        "CA35": ({"n": 2}, "n"),
+        "modalities-audio": ({"modalities": ["text", "audio"]}, "modalities"),
+        "moderation-block-input": ({"moderation": {"model": "m", "policy": {"input": {"mode": "block"}}}},
+                                   "moderation"),
+        "moderation-block-output": ({"moderation": {"model": "m", "policy": {
+            "input": {"mode": "score"}, "output": {"mode": "block"}}}}, "moderation"),
+        "no-messages": ({"messages": []}, "messages"),
+        "messages-no-list": ({"messages": "hi"}, "messages"),
+        "choice-of-an-unknown-tool": ({**CA_F, "tool_choice": {"type": "function", "function": {"name": "g"}}},
+                                      "tool_choice"),
+        "call-of-an-unknown-function": ({"functions": [{"name": "f"}], "function_call": {"name": "g"}},
+                                        ("function_call", "tool_choice")),
+        "only-unknown-tools": ({"tools": [{"type": "telepathy"}]}, "tools"),
+        "image-type": ({"messages": [ca_user([{"type": "image_url", "image_url": {
+            "url": "data:image/tiff;base64,SUkqAA=="}}])]}, "messages[0]"),
+        "file-id-only": ({"messages": [ca_user([{"type": "file", "file": {"file_id": "file-abc"}}])]}, "messages[0]"),
+        "file-other": ({"messages": [ca_user([{"type": "file", "file": {
+            "filename": "a.zip", "file_data": "data:application/zip;base64,UEsDBA=="}}])]}, "messages[0]"),
+        "audio": ({"messages": [ca_user("a"), c_asst("b"), ca_user([{"type": "input_audio", "input_audio": {
+            "data": "UklGRg==", "format": "wav"}}])]}, "messages[2]"),
+    }.items()])
+def test_ca_wishes_that_cannot_be_served_are_refused(body: Any, param: Any) -> None:
+    """What the client asks for now, and no Messages provider can do, is a 400 that names the place."""
+    with pytest.raises(proxai.RequestError) as caught:
+        translated(CA, CA_MODEL, {"model": "alias", "messages": [ca_user("hi")], **body})
+    assert caught.value.status == 400
+    assert str(caught.value.param).startswith(param)
+
+
+# -- messages, parts, pairing (2.3, 2.4)
+
+CA_REMINDER_B = "<system-reminder>\nb\n</system-reminder>"
+CA_NATIVE_B = {"role": "system", "content": [m_text("b")]}
+CA_STUBS = {"tools": [{"name": "f", "description": "(no longer available)", "input_schema": NO_ARGUMENTS}],
+         "tool_choice": {"type": "none"}}
+CA_CUSTOM = {"type": "custom", "custom": {"name": "t", "description": "d"}}
+CA_CUSTOM_OUT = {"name": "t", "description": "d", "input_schema": {
+    "type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"],
+    "additionalProperties": False}}
+CA_CONVERSATIONS = {
+    # system text
+    "CA1": ([ca_sys("a"), {"role": "developer", "content": "b"}, ca_user("hi")],
+            {"system": [m_text("a"), m_text("b")], "messages": [ca_user("hi")]}),
+    "system-one": ([ca_sys("a"), ca_user("hi")], {"system": "a", "messages": [ca_user("hi")]}),
+    "system-not-trimmed": ([ca_sys("  a\n"), ca_user("hi")], {"system": "  a\n", "messages": [ca_user("hi")]}),
+    "system-empty-skipped": ([ca_sys(""), ca_sys([m_text(""), m_text("a")]), ca_user("hi")],
+                             {"system": "a", "messages": [ca_user("hi")]}),
+    "system-parts": ([ca_sys([m_text("a"), m_text("b")]), ca_user("hi")],
+                     {"system": [m_text("a"), m_text("b")], "messages": [ca_user("hi")]}),
+    "system-text-only": ([ca_sys([m_text("a"), {"type": "image_url", "image_url": {"url": "https://x.test/i.png"}}]),
+                          ca_user("hi")], {"system": "a", "messages": [ca_user("hi")]}),
+    "CA4": ([ca_sys("a")], {"system": "a", "messages": [ca_user(".")]}),
+    # system text later on
+    "CA2": ([ca_sys("a"), ca_user("1"), c_asst("2"), ca_sys("b"), ca_user("3")],
+            {"system": "a", "messages": [ca_user("1"), c_asst("2"), ca_user("3"), CA_NATIVE_B]}, {"host": ANTHROPIC}),
+    "CA3": ([ca_sys("a"), ca_user("1"), c_asst("2"), ca_sys("b"), ca_user("3")],
+            {"system": "a", "messages": [ca_user("1"), c_asst("2"), ca_user([m_text(CA_REMINDER_B), m_text("3")])]},
+            {"model": CA_K2, "host": ANTHROPIC}),
+    "late-on-another-host": ([ca_user("1"), c_asst("2"), ca_sys("b"), ca_user("3")],
+                             {"messages": [ca_user("1"), c_asst("2"), ca_user([m_text(CA_REMINDER_B), m_text("3")])]}),
+    "late-by-profile": ([ca_user("1"), c_asst("2"), ca_sys("b"), ca_user("3")],
+                        {"messages": [ca_user("1"), c_asst("2"), ca_user("3"), CA_NATIVE_B]},
+                        {"profile": {"native_system": True}}),
+    "late-not-by-profile": ([ca_user("1"), c_asst("2"), ca_sys("b"), ca_user("3")],
+                            {"messages": [ca_user("1"), c_asst("2"), ca_user([m_text(CA_REMINDER_B), m_text("3")])]},
+                            {"host": ANTHROPIC, "profile": {"native_system": False}}),
+    "native-stays-after-user": ([ca_user("1"), ca_sys("b"), c_asst("2"), ca_user("3")],
+                                {"messages": [ca_user("1"), CA_NATIVE_B, c_asst("2"), ca_user("3")]}, {"host": ANTHROPIC}),
+    "native-last": ([ca_user("1"), ca_sys("b")], {"messages": [ca_user("1"), CA_NATIVE_B]}, {"host": ANTHROPIC}),
+    "native-behind-results": ([ca_user("1"), c_asst(None, c_call("c1")), ca_sys("b"), c_tool("c1", "r")],
+                              {**CA_STUBS, "messages": [ca_user("1"), c_asst([ca_use("c1")]),
+                                                     ca_user([ca_result("c1", "r")]), CA_NATIVE_B]}, {"host": ANTHROPIC}),
+    "native-slides-behind-user": ([ca_user("1"), c_asst("2"), ca_sys("b"), ca_user("3"), c_asst("4"), ca_user("5")],
+                                  {"messages": [ca_user("1"), c_asst("2"), ca_user("3"), CA_NATIVE_B, c_asst("4"),
+                                                ca_user("5")]}, {"host": ANTHROPIC}),
+    "native-no-user-behind": ([ca_user("1"), c_asst("2"), ca_sys("b")],
+                              {"messages": [ca_user("1"), c_asst("2"), ca_user(CA_REMINDER_B)]}, {"host": ANTHROPIC}),
+    "native-runs-merge": ([ca_user("1"), c_asst("2"), ca_sys("a"), ca_user("3"), {"role": "developer", "content": "b"}],
+                          {"messages": [ca_user("1"), c_asst("2"), ca_user("3"),
+                                        {"role": "system", "content": [m_text("a"), m_text("b")]}]},
+                          {"host": ANTHROPIC}),
+    "reminder-after-user": ([ca_user("1"), ca_sys("b"), c_asst("2"), ca_user("3")],
+                            {"messages": [ca_user([m_text("1"), m_text(CA_REMINDER_B)]), c_asst("2"), ca_user("3")]}),
+    "reminder-behind-results": ([ca_user("1"), c_asst(None, c_call("c1")), ca_sys("b"), c_tool("c1", "r"), ca_user("3")],
+                                {**CA_STUBS, "messages": [
+                                    ca_user("1"), c_asst([ca_use("c1")]),
+                                    ca_user([ca_result("c1", "r"), m_text(CA_REMINDER_B), m_text("3")])]}),
+    "reminder-alone": ([ca_user("1"), c_asst("2"), ca_sys("b")],
+                       {"messages": [ca_user("1"), c_asst("2"), ca_user(CA_REMINDER_B)]}),
+    # roles and merging
+    "CA5": ([c_asst("hello"), ca_user("x")], {"messages": [ca_user("."), c_asst("hello"), ca_user("x")]}),
+    "CA13": ([ca_user(""), ca_user("x")], {"messages": [ca_user("x")]}),
+    "blank-only": ([ca_user(" \n")], {"messages": [ca_user(".")]}),
+    "users-merge": ([ca_user("1"), ca_user([m_text("2"), m_text("3")])],
+                    {"messages": [ca_user([m_text("1"), m_text("2"), m_text("3")])]}),
+    "assistants-merge": ([ca_user("1"), c_asst("2"), c_asst("3"), ca_user("4")],
+                         {"messages": [ca_user("1"), c_asst([m_text("2"), m_text("3")]), ca_user("4")]}),
+    "one-part-is-a-string": ([ca_user([m_text("hi")])], {"messages": [ca_user("hi")]}),
+    "unknown-role": ([{"role": "oracle", "content": "hi"}], {"messages": [ca_user("hi")]}),
+    "name-dropped": ([ca_user("hi", name="Ann")], {"messages": [ca_user("hi")]}, {"dropped": ["messages[0].name"]}),
+    "field-dropped": ([ca_user("hi", weight=1)], {"messages": [ca_user("hi")]}, {"dropped": ["messages[0].weight"]}),
+    "assistant-empty": ([ca_user("1"), c_asst(None), c_asst(""), ca_user("2")],
+                        {"messages": [ca_user([m_text("1"), m_text("2")])]}),
+    "assistant-parts": ([ca_user("1"), c_asst([m_text("a"), {"type": "refusal", "refusal": "no"}]), ca_user("2")],
+                        {"messages": [ca_user("1"), c_asst([m_text("a"), m_text("no")]), ca_user("2")]}),
+    "assistant-refusal": ([ca_user("1"), c_asst(None, refusal="no"), ca_user("2")],
+                          {"messages": [ca_user("1"), c_asst("no"), ca_user("2")]}),
+    "assistant-audio": ([ca_user("1"), c_asst("a", audio={"id": "au_1"}), ca_user("2")],
+                        {"messages": [ca_user("1"), c_asst("a"), ca_user("2")]}, {"dropped": ["messages[1].audio"]}),
+    # the last message is the assistant's
+    "tail-K4": ([ca_user("1"), c_asst("2 ")], {"messages": [ca_user("1"), c_asst("2 "), ca_user("Continue.")]}),
+    "tail-K2": ([ca_user("1"), c_asst("2")], {"messages": [ca_user("1"), c_asst("2"), ca_user("Continue.")]},
+                {"model": CA_K2}),
+    "tail-K5": ([ca_user("1"), c_asst("2")], {"messages": [ca_user("1"), c_asst("2"), ca_user("Continue.")]},
+                {"model": CA_K5}),
+    "prefill-K0": ([ca_user("1"), c_asst("2 \n")], {"messages": [ca_user("1"), c_asst("2")], "max_tokens": 4096},
+                   {"model": CA_K0}),
+    "prefill-K1": ([ca_user("1"), c_asst("2 \n")], {"messages": [ca_user("1"), c_asst("2")]}, {"model": CA_K1}),
+    "prefill-X": ([ca_user("1"), c_asst("2 \n")], {"messages": [ca_user("1"), c_asst("2")], "max_tokens": 8192},
+                  {"model": CA_X}),
+    # calls and results
+    "CA6": ([ca_user("go"), c_asst(None, c_call("c1"), c_call("c2")), c_tool("c2", "two"), c_tool("c1", "one"),
+             ca_user("go")],
+            {**CA_STUBS, "messages": [ca_user("go"), c_asst([ca_use("c1"), ca_use("c2")]),
+                                   ca_user([ca_result("c1", "one"), ca_result("c2", "two"), m_text("go")])]}),
+    "CA7": ([ca_user("go"), c_asst("", c_call("c1")), ca_user("never mind")],
+            {**CA_STUBS, "messages": [ca_user("go"), c_asst([ca_use("c1")]),
+                                   ca_user([ca_result("c1", STUB, is_error=True), m_text("never mind")])]}),
+    "no-result-at-the-end": ([ca_user("go"), c_asst("ok", c_call("c1"))],
+                             {**CA_STUBS, "messages": [ca_user("go"), c_asst([m_text("ok"), ca_use("c1")]),
+                                                    ca_user([ca_result("c1", STUB, is_error=True)])]}),
+    "no-result-at-the-end-K1": ([ca_user("go"), c_asst("ok", c_call("c1"))],
+                                {**CA_STUBS, "messages": [ca_user("go"), c_asst([m_text("ok"), ca_use("c1")]),
+                                                       ca_user([ca_result("c1", STUB, is_error=True)])]},
+                                {"model": CA_K1}),
+    "CA9": ([ca_user("go"), c_asst(None, c_call("c1")), c_tool("c1", "a"), c_tool("c1", "b")],  # README 4: first stays
+            {**CA_STUBS, "messages": [ca_user("go"), c_asst([ca_use("c1")]),
+                                   ca_user([ca_result("c1", "a"), m_text("[later result of tool call c1]\nb")])]}),
+    "result-twice-the-same": ([ca_user("go"), c_asst(None, c_call("c1")), c_tool("c1", "a"), c_tool("c1", "a")],
+                              {**CA_STUBS, "messages": [ca_user("go"), c_asst([ca_use("c1")]),
+                                                     ca_user([ca_result("c1", "a")])]}),
+    "result-behind-others": ([ca_user("go"), c_asst(None, c_call("c1")), ca_user("wait"), c_tool("c1", "r")],
+                             {**CA_STUBS, "messages": [ca_user("go"), c_asst([ca_use("c1")]),
+                                                    ca_user([ca_result("c1", "r"), m_text("wait")])]}),
+    "results-without-ids": ([ca_user("go"), c_asst(None, c_call("c1"), c_call("c2")), c_tool("", "one"),
+                             {"role": "tool", "content": "two"}],
+                            {**CA_STUBS, "messages": [ca_user("go"), c_asst([ca_use("c1"), ca_use("c2")]),
+                                                   ca_user([ca_result("c1", "one"), ca_result("c2", "two")])]}),
+    "CA11": ([ca_user("1"), c_asst(None, c_call("call_0")), c_tool("call_0", "a"), c_asst("ok"), ca_user("2"),
+              c_asst(None, c_call("call_0")), c_tool("call_0", "b")],
+             {**CA_STUBS, "messages": [ca_user("1"), c_asst([ca_use("call_0")]), ca_user([ca_result("call_0", "a")]),
+                                    c_asst("ok"), ca_user("2"), c_asst([ca_use("call_0_2")]),
+                                    ca_user([ca_result("call_0_2", "b")])]}),
+    "three-times-the-same-id": (
+        [ca_user("1"), c_asst(None, c_call("x")), c_tool("x", "a"), c_asst(None, c_call("x")), c_tool("x", "b"),
+         c_asst(None, c_call("x")), c_tool("x", "c")],
+        {**CA_STUBS, "messages": [ca_user("1"), c_asst([ca_use("x")]), ca_user([ca_result("x", "a")]), c_asst([ca_use("x_2")]),
+                               ca_user([ca_result("x_2", "b")]), c_asst([ca_use("x_3")]),
+                               ca_user([ca_result("x_3", "c")])]}),
+    "text-before-calls": ([ca_user("go"), c_asst([m_text("a"), m_text("b")], c_call("c1")), c_tool("c1", "r")],
+                          {**CA_STUBS, "messages": [ca_user("go"), c_asst([m_text("a"), m_text("b"), ca_use("c1")]),
+                                                 ca_user([ca_result("c1", "r")])]}),
+    # what results hold
+    **{f"result-{name}": ([ca_user("go"), c_asst(None, c_call("c1")), c_tool("c1", said)],
+                          {**CA_STUBS,
+                           "messages": [ca_user("go"), c_asst([ca_use("c1")]), ca_user([ca_result("c1", content)])]})
+       for name, (said, content) in {
+           "text-kept-as-it-is": (" a\n", " a\n"), "empty": ("", None), "null": (None, None), "no-parts": ([], None),
+           "one-part": ([m_text("a")], "a"), "two-parts": ([m_text("a"), m_text("b")], [m_text("a"), m_text("b")]),
+           "number": (5, "5"), "boolean": (True, "true"),
+           "image": ([{"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}],
+                     [{"type": "image", "source": {"type": "base64", "media_type": "image/png",
+                                                   "data": "iVBORw0KGgo="}}]),
+           "file": ([{"type": "file",
+                      "file": {"filename": "a.pdf", "file_data": "data:application/pdf;base64,JVBERi0="}}],
+                    [{"type": "document", "title": "a.pdf", "source": {
+                        "type": "base64", "media_type": "application/pdf", "data": "JVBERi0="}}])}.items()},
+    # custom and legacy calls
+    "custom-call": ([ca_user("go"),
+                     c_asst(None, {"id": "c1", "type": "custom", "custom": {"name": "t", "input": "a b"}}),
+                     c_tool("c1", "r")],
+                    {"tools": [CA_CUSTOM_OUT], "messages": [ca_user("go"), c_asst([ca_use("c1", "t", input="a b")]),
+                                                         ca_user([ca_result("c1", "r")])]}, {"tools": [CA_CUSTOM]}),
+    "legacy-call": ([ca_user("go"), c_asst(None, function_call={"name": "f", "arguments": '{"a":1}'}),
+                     {"role": "function", "name": "f", "content": "r"}],
+                    {**CA_STUBS,
+                     "messages": [ca_user("go"), c_asst([ca_use("fc_1", a=1)]), ca_user([ca_result("fc_1", "r")])]}),
+}
+
+
+@pytest.mark.parametrize("messages, expected, options", ca_table(CA_CONVERSATIONS))
+def test_ca_conversations(messages: Any, expected: Any, options: Any) -> None:
+    """Roles, order, merging and the pairing of calls with results."""
+    options = dict(options)
+    body = {"messages": messages, **({"tools": options.pop("tools")} if "tools" in options else {})}
+    ca_assert_request(body, expected, options)
+
+
+def test_ca_ca8_a_result_without_a_call_is_told_as_text() -> None:
+    """CA8."""
+    payload, _ = translated(CA, CA_MODEL, {"model": "m", "messages": [ca_user("hi"), c_tool("zz", "out")]})
+    assert payload["messages"] == [ca_user([m_text("hi"), m_text("[result of unknown tool call zz]\nout")])]
+
+
+@pytest.mark.parametrize("id, tail", [
+    pytest.param("functions.Bash:0", "ZnVuY3Rpb25zLkJhc2g6MA", id="CA10"), pytest.param("a b", "YSBi", id="space"),
+    pytest.param("\u00e9", "w6k", id="not-ascii"), pytest.param("", "", id="empty")])
+def test_ca_ids_that_messages_does_not_take_are_encoded(id: str, tail: str) -> None:
+    """CA10: never a lossy replacement, and the result carries the same id."""
+    body = {"model": "m", **CA_F, "messages": [ca_user("go"), c_asst(None, c_call(id)), c_tool(id, "r")]}
+    first, second = translated(CA, CA_MODEL, body)[0], translated(CA, CA_MODEL, body)[0]
+    assert first == second, "ids differ from time to time"
+    ca_assert_sendable(first, prefill=False)
+    call, result = first["messages"][1]["content"][0], first["messages"][2]["content"][0]
+    assert call["id"] == result["tool_use_id"] and result["content"] == "r"
+    if id:
+        assert re.fullmatch("pxid_[0-9a-f]{8}" + tail, call["id"])
+
+
+@pytest.mark.parametrize("arguments, input", [
+    pytest.param(arguments, input, id=name) for name, (arguments, input) in {
+        "CA12-empty": ("", {}), "CA12-broken": ('{"bad', {"raw_arguments": '{"bad'}),
+        "CA12-list": ("[1]", {"value": [1]}),
+        "object": ('{"a":{"b":[1,"\u00e9"]}}', {"a": {"b": [1, "\u00e9"]}}), "already-parsed": ({"a": 1}, {"a": 1}),
+        "null-value": (None, {}), "blank": (" \n", {}), "null": ("null", {}), "scalar": ("5", {"value": 5}),
+        "twice-encoded": ('"{\\"a\\":1}"', {"a": 1}), "raw-newline": ('{"a":"x\ny"}', {"a": "x\ny"}),
+        "fence": ('```json\n{"a":1}\n```', {"a": 1}), "trailing-comma": ('{"a":[1,],}', {"a": [1]}),
+        "python": ("{'a': True, 'b': None}", {"a": True, "b": None}),
+        "prose": ("just do it", {"raw_arguments": "just do it"})}.items()])
+def test_ca_arguments(arguments: Any, input: Any) -> None:
+    """Arguments become an object, whatever the model wrote (1.6)."""
+    payload, _ = translated(CA, CA_MODEL, {"model": "m", **CA_F, "messages": [
+        ca_user("go"), c_asst(None, c_call("c1", arguments, "f")), c_tool("c1", "r")]})
+    assert payload["messages"][1]["content"] == [ca_use("c1", **input)]
+
+
+def ca_base64_block(kind: str, media_type: str, data: str, **more: Any) -> Any:
+    """An image or document block with its bytes."""
+    return {"type": kind, "source": {"type": "base64", "media_type": media_type, "data": data}, **more}
+
+
+def ca_file_part(**file: Any) -> Any:
+    """A file part."""
+    return {"type": "file", "file": file}
+
+
+CA_GIF, CA_JPEG, CA_WEBP = "R0lGODlh", "/9j/4AAQ", "UklGRgAAAABXRUJQ"
+CA_NATIVE_IMAGE = ca_base64_block("image", "image/png", PNG)
+CA_NATIVE_FOUND = {"type": "search_result", "source": "https://x.test", "title": "t", "content": [m_text("a")]}
+
+
+@pytest.mark.parametrize("part, block, options", ca_table({
+    "CA14": (c_image(f"data:image/jpg;base64,{CA_JPEG}"), ca_base64_block("image", "image/jpeg", CA_JPEG)),
+    "png": (c_image(f"data:image/png;base64,{PNG}"), ca_base64_block("image", "image/png", PNG)),
+    "gif": (c_image(f"data:image/gif;base64,{CA_GIF}"), ca_base64_block("image", "image/gif", CA_GIF)),
+    "webp": (c_image(f"data:image/webp;base64,{CA_WEBP}"), ca_base64_block("image", "image/webp", CA_WEBP)),
+    "sniffed-png": (c_image(f"data:application/octet-stream;base64,{PNG}"), ca_base64_block("image", "image/png", PNG)),
+    "sniffed-gif": (c_image(f"data:;base64,{CA_GIF}"), ca_base64_block("image", "image/gif", CA_GIF)),
+    "sniffed-jpeg": (c_image(f"data:;base64,{CA_JPEG}"), ca_base64_block("image", "image/jpeg", CA_JPEG)),
+    "sniffed-webp": (c_image(f"data:;base64,{CA_WEBP}"), ca_base64_block("image", "image/webp", CA_WEBP)),
+    "percent-encoded": (c_image("data:image/png,%89PNG%0D%0A%1A%0A"), ca_base64_block("image", "image/png", PNG)),
+    "pdf-as-image": (c_image("data:application/pdf;base64,JVBERi0="),
+                     ca_base64_block("document", "application/pdf", "JVBERi0=")),
+    "url": (c_image("https://x.test/i.png"),
+            {"type": "image", "source": {"type": "url", "url": "https://x.test/i.png"}}),
+    "url-as-string": ({"type": "image_url", "image_url": "https://x.test/i.png"},
+                      {"type": "image", "source": {"type": "url", "url": "https://x.test/i.png"}}),
+    "detail": (c_image("https://x.test/i.png", detail="high"),
+               {"type": "image", "source": {"type": "url", "url": "https://x.test/i.png"}}, {"dropped": "detail"}),
+    "CA15": (ca_file_part(filename="a.pdf", file_data="JVBERi0="),
+             ca_base64_block("document", "application/pdf", "JVBERi0=", title="a.pdf")),
+    "pdf-data-url": (ca_file_part(filename="a.pdf", file_data="data:application/pdf;base64,JVBERi0="),
+                     ca_base64_block("document", "application/pdf", "JVBERi0=", title="a.pdf")),
+    **{f"text-file-{kind}": (ca_file_part(filename="n", file_data=f"data:{kind};base64,eyJhIjoiw6kifQ=="),
+                             {"type": "document", "title": "n", "source": {
+                                 "type": "text", "media_type": "text/plain", "data": '{"a":"\u00e9"}'}})
+       for kind in ("text/plain", "text/markdown", "text/csv", "application/json", "application/xml")},
+    "image-file": (ca_file_part(filename="i.png", file_data=f"data:image/png;base64,{PNG}"),
+                   ca_base64_block("image", "image/png", PNG)),
+    "pdf-url": (ca_file_part(file_data="https://x.test/a.pdf"),
+                {"type": "document", "source": {"type": "url", "url": "https://x.test/a.pdf"}}),
+    "native-image": (CA_NATIVE_IMAGE, CA_NATIVE_IMAGE),
+    "native-document": (ca_base64_block("document", "application/pdf", "JVBERi0="),
+                        ca_base64_block("document", "application/pdf", "JVBERi0=")),
+    "native-search-result": (CA_NATIVE_FOUND, CA_NATIVE_FOUND),
+    "refusal": ({"type": "refusal", "refusal": "no"}, m_text("no")),
+}))
+def test_ca_parts(part: Any, block: Any, options: Any) -> None:
+    """A content part of the current user message and the block it becomes."""
+    payload, ctx = translated(CA, CA_MODEL, {"model": "m", "messages": [ca_user([m_text("see"), part])]})
+    assert payload["messages"] == [ca_user([m_text("see"), block])]
+    assert all(any(path.startswith("messages[0]") and path.endswith(name) for path in ctx.dropped)
+               for name in options.values())
+
+
+@pytest.mark.parametrize("part, text", [
+    pytest.param(c_image("data:image/tiff;base64,SUkqAA=="), r"\[image omitted: image/tiff\]", id="image"),
+    pytest.param(ca_file_part(filename="a.zip", file_data="data:application/zip;base64,UEsDBA=="),
+                 r"\[file omitted: a\.zip\]", id="file"),
+    pytest.param(ca_file_part(file_id="file-abc", filename="a.pdf"), r"\[file omitted: a\.pdf\]", id="file-id"),
+    pytest.param(ca_file_part(file_id="file-abc"), r"\[file omitted.*\]", id="CA16"),
+    pytest.param(ca_file_part(file_id="file_abc"), r".*\S.*", id="file-id-of-anthropic-elsewhere"),
+    pytest.param(ca_file_part(file_data="https://x.test/a.bin"), r".*\S.*", id="url-of-an-unknown-kind"),
+    pytest.param({"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}}, r"\[audio omitted\]",
+                 id="audio"),
+])
+def test_ca_history_never_fails(part: Any, text: str) -> None:
+    """CA16: what a Messages provider cannot take is a short text in past messages."""
+    payload, _ = translated(CA, CA_MODEL,
+                            {"model": "m", "messages": [ca_user([m_text("see"), part]), c_asst("ok"), ca_user("x")]})
+    see, omitted = payload["messages"][0]["content"]
+    assert see == m_text("see") and omitted == m_text(omitted["text"]) and re.fullmatch(text, omitted["text"])
+    assert payload["messages"][1:] == [c_asst("ok"), ca_user("x")]
+
+
+# -- tools and their choice (2.5)
+
+CA_A_PROPERTY, CA_B_PROPERTY = {"type": "string", "description": "a"}, {"type": "integer"}
+CA_CLOSED = {"type": "object", "properties": {"a": CA_A_PROPERTY}, "required": ["a"], "additionalProperties": False}
+CA_OPEN = {"type": "object", "properties": {"a": CA_A_PROPERTY}}
+CA_BASH = {"type": "bash_20250124", "name": "bash"}
+CA_AB = {"tools": [ca_function("a"), ca_function("b"), ca_function("c")]}
+CA_AB_OUT = [m_tool("a"), m_tool("b"), m_tool("c")]
+
+
+def ca_tools(**more: Any) -> Any:
+    """A request's tools: one function `f`."""
+    return {"tools": [{"type": "function", "function": {"name": "f", **more}}]}
+
+
+def ca_wired(schema: Any = NO_ARGUMENTS, **more: Any) -> Any:
+    """The same for a Messages provider."""
+    return {"tools": [{"name": "f", "input_schema": schema, **more}]}
+
+
+@pytest.mark.parametrize("body, expected, options", ca_table({
+    "function": (ca_tools(description="d", parameters=CA_OPEN), ca_wired(CA_OPEN, description="d")),
+    "no-description": (ca_tools(description=None, parameters=CA_OPEN), ca_wired(CA_OPEN)),
+    "no-parameters": (ca_tools(), ca_wired()),
+    "parameters-null": (ca_tools(parameters=None), ca_wired()),
+    "parameters-no-object": (ca_tools(parameters="x"), ca_wired()),
+    "parameters-empty": (ca_tools(parameters={}), ca_wired()),
+    "root-forced": (ca_tools(parameters={"type": "string"}), ca_wired()),
+    "keys-kept": (ca_tools(parameters={"properties": {"a": {"$ref": "#/$defs/A"}}, "$defs": {"A": {"enum": ["\u00e9"]}},
+                                       "additionalProperties": False}),
+                  ca_wired({"type": "object", "properties": {"a": {"$ref": "#/$defs/A"}},
+                         "$defs": {"A": {"enum": ["\u00e9"]}},
+                         "additionalProperties": False})),
+    "root-anyOf": (ca_tools(parameters={"anyOf": [
+        {"type": "object", "properties": {"a": CA_A_PROPERTY}, "required": ["a"]},
+        {"type": "object", "properties": {"b": CA_B_PROPERTY}, "required": ["b"]}]}),
+        ca_wired({"type": "object", "properties": {"a": CA_A_PROPERTY, "b": CA_B_PROPERTY}})),
+    "root-oneOf": (ca_tools(parameters={"type": "object", "properties": {"c": {}}, "oneOf": [
+        {"type": "object", "properties": {"a": CA_A_PROPERTY}, "required": ["a"]}]}),
+        ca_wired({"type": "object", "properties": {"c": {}, "a": CA_A_PROPERTY}})),
+    "root-allOf": (ca_tools(parameters={"allOf": [
+        {"type": "object", "properties": {"a": CA_A_PROPERTY}, "required": ["a"]},
+        {"type": "object", "properties": {"b": CA_B_PROPERTY}, "required": ["b"]}]}),
+        ca_wired({"type": "object", "properties": {"a": CA_A_PROPERTY, "b": CA_B_PROPERTY}, "required": ["a", "b"]})),
+    "strict": (ca_tools(strict=True, parameters=CA_CLOSED), ca_wired(CA_CLOSED, strict=True), {"host": ANTHROPIC}),
+    "strict-false": (ca_tools(strict=False, parameters=CA_CLOSED), ca_wired(CA_CLOSED), {"host": ANTHROPIC}),
+    "strict-open-schema": (ca_tools(strict=True, parameters=CA_OPEN), ca_wired(CA_OPEN), {"host": ANTHROPIC}),
+    "strict-K1-with-schemas": (ca_tools(strict=True, parameters=CA_CLOSED), ca_wired(CA_CLOSED, strict=True),
+                               {"model": CA_K1, "host": ANTHROPIC}),
+    "strict-K1-without": (ca_tools(strict=True, parameters=CA_CLOSED), ca_wired(CA_CLOSED),
+                          {"model": "claude-sonnet-4-20250514", "host": ANTHROPIC}),
+    "strict-X": (ca_tools(strict=True, parameters=CA_CLOSED), {**ca_wired(CA_CLOSED), "max_tokens": 8192}, {"model": CA_X}),
+    "extension-fields": (ca_tools(defer_loading=True, eager_input_streaming=False, input_examples=[{"a": 1}],
+                                  parameters=CA_OPEN),
+                         ca_wired(CA_OPEN, defer_loading=True, eager_input_streaming=False, input_examples=[{"a": 1}])),
+    "extension-fields-of-other-types": (ca_tools(defer_loading="yes", input_examples=1), ca_wired()),
+    "custom": ({"tools": [CA_CUSTOM]}, {"tools": [CA_CUSTOM_OUT]}),
+    "anthropic-typed": ({"tools": [CA_BASH, ca_function("f")]}, {"tools": [CA_BASH, m_tool("f")]}),
+    **{f"anthropic-{kind}": ({"tools": [{"type": kind, "name": "n"}]}, {"tools": [{"type": kind, "name": "n"}]})
+       for kind in ("text_editor_20250728", "computer_20250124", "memory_20250818", "web_search_20250305",
+                    "web_fetch_20250910", "code_execution_20250825")},
+    "unknown-type-dropped": ({"tools": [ca_function("f"), {"type": "telepathy"}]}, CA_F_OUT, {"dropped": ["tools[1]"]}),
+    "last-definition-wins": ({"tools": [ca_function("f"), {"type": "function", "function": {
+        "name": "f", "description": "new", "parameters": CA_OPEN}}]}, ca_wired(CA_OPEN, description="new")),
+    "functions": ({"functions": [{"name": "f", "description": "d", "parameters": CA_OPEN}]},
+                  {**ca_wired(CA_OPEN, description="d"), "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}),
+    "no-tools": ({"tools": []}, {}),
+    "no-tools-but-a-choice": ({"tools": [], "tool_choice": "required"}, {}),
+    "no-tools-at-all-but-a-choice": ({"tool_choice": "auto", "parallel_tool_calls": False}, {}),
+    "CA26": ({"messages": [ca_user("go"), c_asst(None, c_call("c1")), c_tool("c1", "r"), ca_user("x")]},
+             {**CA_STUBS, "messages": [ca_user("go"), c_asst([ca_use("c1")]), ca_user([ca_result("c1", "r"), m_text("x")])]}),
+    # choice
+    "choice-absent": (CA_F, CA_F_OUT),
+    "choice-absent-not-parallel": ({**CA_F, "parallel_tool_calls": False},
+                                   {**CA_F_OUT, "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}),
+    "choice-absent-parallel": ({**CA_F, "parallel_tool_calls": True}, CA_F_OUT),
+    "choice-auto": ({**CA_F, "tool_choice": "auto"}, {**CA_F_OUT, "tool_choice": {"type": "auto"}}),
+    "choice-auto-not-parallel": ({**CA_F, "tool_choice": "auto", "parallel_tool_calls": False},
+                                 {**CA_F_OUT, "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}),
+    "choice-required": ({**CA_F, "tool_choice": "required"}, {**CA_F_OUT, "tool_choice": {"type": "any"}}),
+    "CA23": ({**CA_F, "tool_choice": "required", "parallel_tool_calls": False},
+             {**CA_F_OUT, "tool_choice": {"type": "any", "disable_parallel_tool_use": True}}),
+    "choice-none": ({**CA_F, "tool_choice": "none"}, {**CA_F_OUT, "tool_choice": {"type": "none"}}),
+    "choice-none-not-parallel": ({**CA_F, "tool_choice": "none", "parallel_tool_calls": False},
+                                 {**CA_F_OUT, "tool_choice": {"type": "none"}}),
+    "choice-named": ({**CA_F, "tool_choice": {"type": "function", "function": {"name": "f"}}},
+                     {**CA_F_OUT, "tool_choice": {"type": "tool", "name": "f"}}),
+    "choice-named-not-parallel": (
+        {**CA_F, "tool_choice": {"type": "function", "function": {"name": "f"}}, "parallel_tool_calls": False},
+        {**CA_F_OUT, "tool_choice": {"type": "tool", "name": "f", "disable_parallel_tool_use": True}}),
+    "choice-custom": ({"tools": [CA_CUSTOM], "tool_choice": {"type": "custom", "custom": {"name": "t"}}},
+                      {"tools": [CA_CUSTOM_OUT], "tool_choice": {"type": "tool", "name": "t"}}),
+    "choice-of-anthropic": ({**CA_F, "tool_choice": {"type": "any"}}, {**CA_F_OUT, "tool_choice": {"type": "any"}}),
+    "choice-of-anthropic-named": ({**CA_F, "tool_choice": {"type": "tool", "name": "f"}},
+                                  {**CA_F_OUT, "tool_choice": {"type": "tool", "name": "f"}}),
+    "CA25": ({**CA_AB, "tool_choice": {"type": "allowed_tools", "allowed_tools": {
+        "mode": "auto", "tools": [{"type": "function", "function": {"name": "b"}}]}}},
+        {"tools": [CA_AB_OUT[1]], "tool_choice": {"type": "auto"}}),
+    "allowed_tools-required": ({**CA_AB, "tool_choice": {"type": "allowed_tools", "allowed_tools": {
+        "mode": "required", "tools": [{"type": "function", "function": {"name": "c"}},
+                                      {"type": "function", "function": {"name": "a"}}]}}},
+        {"tools": [CA_AB_OUT[0], CA_AB_OUT[2]], "tool_choice": {"type": "any"}}),
+    "function_call-none": ({"functions": [{"name": "f"}], "function_call": "none"},
+                           {**CA_F_OUT, "tool_choice": {"type": "none"}}),
+    "function_call-auto": ({"functions": [{"name": "f"}], "function_call": "auto"},
+                           {**CA_F_OUT, "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}),
+    "CA34": ({"functions": [{"name": "f"}], "function_call": {"name": "f"}, "messages": [
+        ca_user("go"), c_asst(None, function_call={"name": "f", "arguments": "{}"}),
+        {"role": "function", "name": "f", "content": "r"}]},
+        {**CA_F_OUT, "tool_choice": {"type": "tool", "name": "f", "disable_parallel_tool_use": True},
+         "messages": [ca_user("go"), c_asst([ca_use("fc_1")]), ca_user([ca_result("fc_1", "r")])]}),
+    # models that cannot be forced
+    "CA24": ({**CA_F, "tool_choice": {"type": "function", "function": {"name": "f"}}},
+             {**CA_F_OUT, "tool_choice": {"type": "auto"}, "system": 'Call the tool "f" to answer.'},
+             {"model": "claude-opus-5-5"}),
+    **{f"not-forced-{model}": (
+        {**CA_F, "tool_choice": "required", "parallel_tool_calls": False, "messages": [ca_sys("s"), ca_user("hi")]},
+        {**CA_F_OUT, "tool_choice": {"type": "auto", "disable_parallel_tool_use": True},
+         "system": [m_text("s"), m_text("Call one of the tools to answer.")]}, {"model": model})
+       for model in ("claude-sonnet-5-5", "claude-fable-5-1", "claude-mythos-5-1")},
+    "forced-fable-5": ({**CA_F, "tool_choice": "required"}, {**CA_F_OUT, "tool_choice": {"type": "any"}}, {"model": CA_K5}),
+    "forced-ends-manual-thinking": (
+        {**CA_F, "tool_choice": "required", "reasoning_effort": "high", "max_tokens": 30000},
+        {**CA_F_OUT, "tool_choice": {"type": "any"}, "max_tokens": 30000}, {"model": CA_K1}),
+    "forced-ends-manual-thinking-X": (
+        {**CA_F, "tool_choice": {"type": "function", "function": {"name": "f"}}, "reasoning_effort": "low",
+         "max_tokens": 9000},
+        {**CA_F_OUT, "tool_choice": {"type": "tool", "name": "f"}, "max_tokens": 9000}, {"model": CA_X}),
+    "not-forced-keeps-manual-thinking": (
+        {**CA_F, "tool_choice": "auto", "reasoning_effort": "high", "max_tokens": 30000},
+        {**CA_F_OUT, "tool_choice": {"type": "auto"}, "max_tokens": 30000, "thinking": ca_manual(16384)}, {"model": CA_K1}),
+}))
+def test_ca_tools(body: Any, expected: Any, options: Any) -> None:
+    """Tools, their schemas and the choice among them."""
+    ca_assert_request(body, expected, options)
+
+
+def test_ca_the_grammar_of_a_custom_tool_is_prose() -> None:
+    """Grammars cannot be enforced; the model reads them."""
+    grammar = {"type": "grammar", "grammar": {"syntax": "lark", "definition": 'start: "go"'}}
+    payload, _ = translated(CA, CA_MODEL, {"model": "m", "messages": [ca_user("hi")], "tools": [
+        {"type": "custom", "custom": {"name": "t", "format": grammar}}]})
+    assert payload["tools"] == [{
+        "name": "t", "description": '"input" must match this lark grammar:\n```\nstart: "go"\n```',
+        "input_schema": CA_CUSTOM_OUT["input_schema"]}]
+
+
+def test_ca_ca32_tool_names_go_there_and_back() -> None:
+    """CA32: a valid name keeps itself, an invalid one is mapped in all places and mapped back in the answer."""
+    odd, plain = "mcp.fs/read", "mcp_fs_read"
+    payload, ctx = translated(CA, CA_MODEL, {
+        "model": "m", "tools": [ca_function(odd), ca_function(plain)],
+        "tool_choice": {"type": "function", "function": {"name": odd}},
+        "messages": [ca_user("go"), c_asst(None, c_call("c1", name=odd), c_call("c2", name=plain)), c_tool("c1", "a"),
+                     c_tool("c2", "b")]})
+    mapped = payload["tools"][0]["name"]
+    assert re.fullmatch("mcp_fs_read_[0-9a-f]{8}", mapped)
+    assert payload["tools"] == [m_tool(mapped), m_tool(plain)]
+    assert payload["tool_choice"] == {"type": "tool", "name": mapped}
+    assert payload["messages"][1]["content"] == [ca_use("c1", mapped), ca_use("c2", plain)]
+    answer = proxai.PAIRS[CA].response(ca_answer_of(ca_use("t1", mapped), ca_use("t2", plain), ca_use("t3", "unheard_of"),
+                                                 stop_reason="tool_use"), ctx)
+    names = [call["function"]["name"] for call in answer["choices"][0]["message"]["tool_calls"]]
+    assert names == [odd, plain, "unheard_of"]
+    events, error = streamed(CA, ctx, [ca_start(), ca_open_tool(0, "t1", mapped), m_stop(0), *ca_end("tool_use")])
+    assert error is None and ca_deltas_of(events)[0]["tool_calls"][0]["function"]["name"] == odd
+
+
+def test_ca_a_tool_name_that_is_too_long_is_cut() -> None:
+    """Messages allows 128 characters; two names that differ behind that stay two."""
+    payload, _ = translated(CA, CA_MODEL, {"model": "m", "messages": [ca_user("hi")],
+                                        "tools": [ca_function("n" * 128), ca_function("n" * 129), ca_function("n" * 130)]})
+    names = [tool["name"] for tool in payload["tools"]]
+    assert names[0] == "n" * 128
+    assert all(re.fullmatch("n{119}_[0-9a-f]{8}", name) for name in names[1:]) and len(set(names)) == 3
+
+
+# -- thinking and effort by model class (1.2, 1.3a, 2.6)
+
+CA_CLASSES = {  # thinking for high, effort for xhigh, thinking for none, max_tokens without a wish, system in messages
+    "K0": (None, None, None, 4096, False),
+    "K1": (ca_manual(16384), None, None, 32000, False),
+    "K2": (CA_ADAPTIVE, "max", CA_DISABLED, 32000, False),
+    "K3": (CA_ADAPTIVE, "xhigh", CA_DISABLED, 32000, False),
+    "K4": (CA_ADAPTIVE, "xhigh", CA_DISABLED, 32000, True),
+    "K5": (CA_ADAPTIVE, "xhigh", None, 32000, True),
+    "X": (ca_manual(16384), None, CA_DISABLED, 8192, False),
+}
+CA_MODELS = {
+    "K0": "claude-3-opus-20240229 claude-3-haiku-20240307 claude-3-sonnet-20240229 claude-3-5-sonnet-20241022 "
+          "claude-3-5-haiku-latest claude-3.5-sonnet claude-2.1 anthropic/claude-3-opus",
+    "K1": "claude-3-7-sonnet-20250219 claude-3.7-sonnet claude-opus-4 claude-sonnet-4 claude-opus-4-20250514 "
+          "claude-sonnet-4-0 claude-opus-4-1 claude-opus-4-1-20250805 claude-opus-4-5 claude-sonnet-4-5-20250929 "
+          "claude-haiku-4-5 anthropic/claude-sonnet-4.5 us.anthropic.claude-sonnet-4-5-20250929-v1:0 CLAUDE-SONNET-4-5",
+    "K2": "claude-opus-4-6 claude-sonnet-4-6 claude-sonnet-4.6 claude_sonnet_4_6",
+    "K3": "claude-opus-4-7 anthropic/claude-opus-4.7",
+    "K4": "claude-opus-4-8 claude-sonnet-4-8 claude-sonnet-5 claude-opus-5 claude-haiku-5-5 claude-sonnet-4-9 "
+          "claude-newname-7",
+    "K5": "claude-fable-5 claude-mythos-5 claude-sonnet-5-5 claude-opus-5.5",
+    "X": "deepseek-chat kimi-k2 glm-4.6 MiniMax-M2 my-own-model",
+}
+
+
+@pytest.mark.parametrize("model, kind", [
+    pytest.param(model, kind, id=f"{kind}-{model}") for kind, models in CA_MODELS.items() for model in models.split()])
+def test_ca_model_classes(model: str, kind: str) -> None:
+    """A model's name decides what it is asked in which form."""
+    ca_assert_class(model, kind, {})
+
+
+@pytest.mark.parametrize("kind", CA_CLASSES)
+def test_ca_the_class_of_a_model_can_be_configured(kind: str) -> None:
+    """`model_class` overrules the name."""
+    ca_assert_class("in-house", kind, {"model_class": kind})
+
+
+def ca_assert_class(model: str, kind: str, profile: Any) -> None:
+    """The model is treated as one of the class."""
+    def asked(**more: Any) -> Any:
+        return translated(CA, model, {"model": "m", "messages": [ca_user("hi")], **more}, host=ANTHROPIC,
+                          profile=profile)[0]
+    def thinking(word: str) -> Any:  # without the field of models that bind thinking to its prefix
+        sent = asked(reasoning_effort=word, max_tokens=30000).get("thinking")
+        return sent and {key: value for key, value in sent.items() if key != "block_binding"}
+    effort = asked(reasoning_effort="xhigh").get("output_config", {}).get("effort")
+    native = asked(messages=[ca_user("1"), ca_sys("b")])["messages"][-1]["role"] == "system"
+    assert CA_CLASSES[kind] == (thinking("high"), effort, thinking("none"), asked()["max_tokens"], native)
+
+
+def test_ca_mythos_preview_takes_no_system_message() -> None:
+    """The one always-thinking model without system messages in the conversation."""
+    payload, _ = translated(CA, "claude-mythos-preview", {"model": "m", "messages": [ca_user("1"), ca_sys("b")]},
+                            host=ANTHROPIC)
+    assert payload["messages"] == [ca_user([m_text("1"), m_text(CA_REMINDER_B)])]
+
+
+CA_EFFORTS = {  # model: effort of the client -> thinking, output_config.effort, max_tokens
+    CA_K0: {word: (None, None, 4096) for word in ("none", "minimal", "low", "medium", "high", "xhigh", "max")},
+    CA_K1: {"none": (None, None, 32000), "minimal": (ca_manual(1024), None, 33024), "low": (ca_manual(1024), None, 33024),
+         "medium": (ca_manual(4096), None, 36096), "high": (ca_manual(16384), None, 48384),
+         "xhigh": (ca_manual(32768), None, 64000),
+         "max": (ca_manual(62976), None, 64000)},  # the model's own limit leaves room for an answer
+    CA_K2: {"none": (CA_DISABLED, None, 32000), "minimal": (CA_ADAPTIVE, "low", 32000), "low": (CA_ADAPTIVE, "low", 32000),
+         "medium": (CA_ADAPTIVE, "medium", 32000), "high": (CA_ADAPTIVE, "high", 32000), "xhigh": (CA_ADAPTIVE, "max", 32000),
+         "max": (CA_ADAPTIVE, "max", 32000)},
+    **{model: {"none": (CA_DISABLED, None, 32000), "minimal": (CA_ADAPTIVE, "low", 32000), "low": (CA_ADAPTIVE, "low", 32000),
+               "medium": (CA_ADAPTIVE, "medium", 32000), "high": (CA_ADAPTIVE, "high", 32000),
+               "xhigh": (CA_ADAPTIVE, "xhigh", 32000), "max": (CA_ADAPTIVE, "max", 32000)} for model in (CA_K3, CA_MODEL)},
+    CA_K5: {"none": (None, "low", 32000), "minimal": (CA_ADAPTIVE, "low", 32000), "low": (CA_ADAPTIVE, "low", 32000),
+         "medium": (CA_ADAPTIVE, "medium", 32000), "high": (CA_ADAPTIVE, "high", 32000), "xhigh": (CA_ADAPTIVE, "xhigh", 32000),
+         "max": (CA_ADAPTIVE, "max", 32000)},
+    CA_X: {"none": (CA_DISABLED, None, 8192), "minimal": (ca_manual(1024), None, 9216), "low": (ca_manual(1024), None, 9216),
+        "medium": (ca_manual(4096), None, 12288), "high": (ca_manual(16384), None, 24576),
+        "xhigh": (ca_manual(32768), None, 40960),
+        "max": (ca_manual(63999), None, 72191)},
+}
+
+
+def ca_thinking_fields(thinking: Any, effort: Any) -> Any:
+    """The two fields of a request that say how to think."""
+    return {**({"thinking": thinking} if thinking else {}), **({"output_config": {"effort": effort}} if effort else {})}
+
+
+@pytest.mark.parametrize("model, word, thinking, effort, max_tokens", [
+    pytest.param(model, word, *row, id=f"{model}-{word}")
+    for model, rows in CA_EFFORTS.items() for word, row in rows.items()])
+def test_ca_efforts(model: str, word: str, thinking: Any, effort: Any, max_tokens: int) -> None:
+    """The effort table of 1.3a; a budget is added to the default limit, up to the model's own."""
+    ca_assert_request({"reasoning_effort": word}, {**ca_thinking_fields(thinking, effort), "max_tokens": max_tokens},
+                   {"model": model})
+
+
+CA_HISTORY_K1 = [ca_user("1"), c_asst("a", c_call("c0"), reasoning_details=[ca_detail("old", "s0", 0, "0:0")]),
+              c_tool("c0", "r"),
+              c_asst("ok"), ca_user("2"), c_asst(None, c_call("c1")), c_tool("c1", "r")]
+CA_HISTORY_K1_OUT = [ca_user("1"), c_asst([m_text("a"), ca_use("c0")]), ca_user([ca_result("c0", "r")]), c_asst("ok"),
+                  ca_user("2"),
+                  c_asst([ca_use("c1")]), ca_user([ca_result("c1", "r")])]
+CA_THOUGHT = [ca_user("1"), c_asst(None, c_call("c1"), reasoning_details=[ca_detail("x", "s", 0, "0:0")]), c_tool("c1", "r")]
+CA_THOUGHT_OUT = [ca_user("1"), c_asst([m_thinking("x", "s"), ca_use("c1")]), ca_user([ca_result("c1", "r")])]
+
+
+@pytest.mark.parametrize("body, expected, options", ca_table({
+    "CA18": ({"reasoning_effort": "high", "temperature": 0.5}, ca_thinking_fields(CA_ADAPTIVE, "high"),
+             {"dropped": ["temperature"]}),
+    "CA19": ({"reasoning_effort": "high", "max_tokens": 2000}, {"max_tokens": 2000}, {"model": CA_K1}),
+    "CA20": ({"reasoning_effort": "none"}, {"output_config": {"effort": "low"}}, {"model": CA_K5}),
+    "budget-fits-the-limit": ({"reasoning_effort": "high", "max_tokens": 10000},
+                              {"thinking": ca_manual(8976), "max_tokens": 10000}, {"model": CA_K1}),
+    "budget-just-fits": ({"reasoning_effort": "high", "max_tokens": 2048},
+                         {"thinking": ca_manual(1024), "max_tokens": 2048}, {"model": CA_K1}),
+    "budget-X": ({"reasoning_effort": "high", "max_tokens": 10000},
+                 {"thinking": ca_manual(8976), "max_tokens": 10000}, {"model": CA_X}),
+    "budget-up-to-the-models-limit": ({"reasoning_effort": "high"}, {"thinking": ca_manual(16384), "max_tokens": 32000},
+                                      {"model": "claude-opus-4-1"}),
+    "effort-null": ({"reasoning_effort": None}, {}),
+    "nothing-asked": ({}, {}),
+    # reasoning, the field of OpenRouter
+    "reasoning.effort": ({"reasoning": {"effort": "high"}}, ca_thinking_fields(CA_ADAPTIVE, "high")),
+    "reasoning.enabled": ({"reasoning": {"enabled": True}}, ca_thinking_fields(CA_ADAPTIVE, "medium")),
+    "reasoning.disabled": ({"reasoning": {"enabled": False}}, ca_thinking_fields(CA_DISABLED, None)),
+    "reasoning.exclude": ({"reasoning": {"effort": "low", "exclude": True}},
+                          ca_thinking_fields({"type": "adaptive"}, "low")),
+    "reasoning.max_tokens-K1": ({"reasoning": {"max_tokens": 5000}, "max_tokens": 10000},
+                                {"thinking": ca_manual(5000), "max_tokens": 10000}, {"model": CA_K1}),
+    **{f"reasoning.max_tokens-{budget}": ({"reasoning": {"max_tokens": budget}}, ca_thinking_fields(CA_ADAPTIVE, effort))
+       for budget, effort in {500: "low", 1024: "low", 2047: "low", 2048: "medium", 8191: "medium", 8192: "high",
+                              32767: "high", 32768: "xhigh"}.items()},
+    "reasoning.max_tokens-0": ({"reasoning": {"max_tokens": 0}}, ca_thinking_fields(CA_DISABLED, None)),
+    # what comes first
+    "budget-before-effort": ({"reasoning": {"max_tokens": 20000, "effort": "low"}, "reasoning_effort": "low"},
+                             ca_thinking_fields(CA_ADAPTIVE, "high")),
+    "reasoning_effort-before-reasoning.effort": ({"reasoning": {"effort": "high"}, "reasoning_effort": "low"},
+                                                 ca_thinking_fields(CA_ADAPTIVE, "low")),
+    "reasoning.effort-before-enabled": ({"reasoning": {"effort": "high", "enabled": False}},
+                                        ca_thinking_fields(CA_ADAPTIVE, "high")),
+    "thinking-before-all": ({"thinking": CA_DISABLED, "reasoning": {"max_tokens": 20000}, "reasoning_effort": "high"},
+                            {"thinking": CA_DISABLED}),
+    # Anthropic's own fields
+    "raw-adaptive": ({"thinking": {"type": "adaptive", "display": "omitted"}},
+                     {"thinking": {"type": "adaptive", "display": "omitted"}}),
+    "raw-enabled-K1": ({"thinking": ca_manual(5000), "max_tokens": 10000}, {"thinking": ca_manual(5000), "max_tokens": 10000},
+                       {"model": CA_K1}),
+    "raw-enabled-K2": ({"thinking": ca_manual(5000), "max_tokens": 10000}, {"thinking": ca_manual(5000), "max_tokens": 10000},
+                       {"model": CA_K2}),
+    "raw-enabled-K3": ({"thinking": ca_manual(5000)}, ca_thinking_fields(CA_ADAPTIVE, "medium"), {"model": CA_K3}),
+    "raw-enabled-K4": ({"thinking": ca_manual(40000)}, ca_thinking_fields(CA_ADAPTIVE, "xhigh")),
+    "raw-enabled-K0": ({"thinking": ca_manual(2000)}, {"max_tokens": 4096}, {"model": CA_K0, "dropped": ["thinking"]}),
+    "raw-adaptive-K0": ({"thinking": {"type": "adaptive"}}, {"max_tokens": 4096}, {"model": CA_K0}),
+    "raw-adaptive-K1": ({"thinking": {"type": "adaptive"}, "max_tokens": 9000},
+                        {"thinking": ca_manual(4096), "max_tokens": 9000}, {"model": CA_K1}),
+    "raw-adaptive-X": ({"thinking": {"type": "adaptive"}, "max_tokens": 9000},
+                       {"thinking": ca_manual(4096), "max_tokens": 9000}, {"model": CA_X}),
+    "raw-disabled-K4": ({"thinking": CA_DISABLED}, {"thinking": CA_DISABLED}),
+    "raw-disabled-K5": ({"thinking": CA_DISABLED}, {"output_config": {"effort": "low"}}, {"model": CA_K5}),
+    # K1 answers its own thinking only
+    "CA30": ({**CA_F, "messages": CA_HISTORY_K1, "reasoning_effort": "high", "max_tokens": 20000},
+             {**CA_F_OUT, "messages": CA_HISTORY_K1_OUT, "max_tokens": 20000}, {"model": CA_K1}),
+    "K1-with-its-thinking": ({**CA_F, "messages": CA_THOUGHT, "reasoning_effort": "high", "max_tokens": 20000},
+                             {**CA_F_OUT, "messages": CA_THOUGHT_OUT, "thinking": ca_manual(16384), "max_tokens": 20000},
+                             {"model": CA_K1}),
+    "K1-no-calls-no-matter": (
+        {"messages": [ca_user("1"), c_asst("2"), ca_user("3")], "reasoning_effort": "high", "max_tokens": 20000},
+        {"messages": [ca_user("1"), c_asst("2"), ca_user("3")], "thinking": ca_manual(16384), "max_tokens": 20000},
+        {"model": CA_K1}),
+    "K4-without-its-thinking": (
+        {**CA_F, "messages": [ca_user("1"), c_asst(None, c_call("c1")), c_tool("c1", "r")], "reasoning_effort": "high"},
+        {**CA_F_OUT, **ca_thinking_fields(CA_ADAPTIVE, "high"),
+         "messages": [ca_user("1"), c_asst([ca_use("c1")]), ca_user([ca_result("c1", "r")])]}),
+}))
+def test_ca_thinking(body: Any, expected: Any, options: Any) -> None:
+    """Where the wish to think comes from, how it is checked against the class, and how a budget is fitted."""
+    ca_assert_request(body, expected, options)
+
+
+@pytest.mark.parametrize("model, word, sent", [
+    pytest.param(CA_MODEL, "max", "max", id="K4"), pytest.param(CA_K2, "high", "high", id="K2"),
+    pytest.param(CA_K2, "xhigh", "max", id="K2-xhigh"), pytest.param(CA_K1, "high", None, id="K1"),
+    pytest.param(CA_K0, "high", None, id="K0"), pytest.param(CA_X, "high", None, id="X")])
+def test_ca_a_raw_effort_is_checked_against_the_class(model: str, word: str, sent: str | None) -> None:
+    """`output_config.effort` given by the client goes only to models that know it."""
+    payload, _ = translated(CA, model, {"model": "m", "messages": [ca_user("hi")], "output_config": {"effort": word}})
+    assert payload.get("output_config", {}).get("effort") == sent
+
+
+# -- thinking that comes back (1.5a)
+
+CA_TWO_THOUGHTS = [ca_detail("x", "s", 0, "0:0"), ca_detail("y", "t", 1, "3:0")]
+CA_X_S, CA_Y_T = m_thinking("x", "s"), m_thinking("y", "t")
+CA_REDACTED = {"type": "reasoning.encrypted", "data": "D", "format": "anthropic-claude-v1", "index": 0, "x_at": "0:0"}
+CA_FOREIGN = [{"type": "reasoning.encrypted", "data": "gAAA", "format": name, "index": 0}
+           for name in ("openai-responses-v1", "google-gemini-v1", "xai-responses-v1")]
+
+
+@pytest.mark.parametrize("message, blocks, options", ca_table({
+    "CA27": (c_asst("abcdef", reasoning_details=CA_TWO_THOUGHTS), [CA_X_S, m_text("abc"), CA_Y_T, m_text("def")]),
+    "CA28": (c_asst("ab", reasoning_details=CA_TWO_THOUGHTS), "ab"),
+    "text-in-parts": (c_asst([m_text("abc"), m_text("def")], reasoning_details=CA_TWO_THOUGHTS),
+                      [CA_X_S, m_text("abc"), CA_Y_T, m_text("def")]),
+    "characters-not-bytes": (c_asst("h\U0001f600\u00e9z", reasoning_details=[ca_detail("x", "s", 0, "3:0")]),
+                             [m_text("h\U0001f600\u00e9"), CA_X_S, m_text("z")]),
+    "between-calls": (c_asst("abc", c_call("c1"), c_call("c2"),
+                             reasoning_details=[ca_detail("x", "s", 0, "0:0"), ca_detail("y", "t", 1, "3:1")]),
+                      [CA_X_S, m_text("abc"), ca_use("c1"), CA_Y_T, ca_use("c2")]),
+    "between-text-and-calls": (c_asst("abc", c_call("c1"), reasoning_details=[ca_detail("x", "s", 0, "3:0")]),
+                               [m_text("abc"), CA_X_S, ca_use("c1")]),
+    "no-places": (c_asst("abc", c_call("c1"), reasoning_details=[ca_detail("x", "s", 0), ca_detail("y", "t", 1)]),
+                  [CA_X_S, CA_Y_T, m_text("abc"), ca_use("c1")]),
+    "no-format": (c_asst("abc", reasoning_details=[{"type": "reasoning.text", "text": "x", "signature": "s"}]),
+                  [CA_X_S, m_text("abc")]),
+    "text-hidden": (c_asst("abc", reasoning_details=[ca_detail("", "s", 0, "0:0")]), [m_thinking("", "s"), m_text("abc")]),
+    "redacted": (c_asst("abc", reasoning_details=[CA_REDACTED]),
+                 [{"type": "redacted_thinking", "data": "D"}, m_text("abc")]),
+    "no-signature": (c_asst("abc",
+                            reasoning_details=[{"type": "reasoning.text", "text": "x",
+                                                "format": "anthropic-claude-v1"}]),
+                     "abc"),
+    **{f"foreign-{entry['format']}": (c_asst("abc", reasoning_details=[entry]), "abc") for entry in CA_FOREIGN},
+    "foreign-and-own": (c_asst("abc", reasoning_details=[CA_FOREIGN[0], ca_detail("x", "s", 1, "0:0")]),
+                        [CA_X_S, m_text("abc")]),
+    "thinking_blocks": (c_asst("abc", thinking_blocks=[CA_X_S, {"type": "redacted_thinking", "data": "D"}]),
+                        [CA_X_S, {"type": "redacted_thinking", "data": "D"}, m_text("abc")]),
+    "provider_specific_fields": (c_asst("abc", provider_specific_fields={"thinking_blocks": [CA_X_S]}),
+                                 [CA_X_S, m_text("abc")]),
+    "details-before-blocks": (c_asst("abc", reasoning_details=[ca_detail("x", "s", 0, "0:0")], thinking_blocks=[CA_Y_T]),
+                              [CA_X_S, m_text("abc")]),
+    "CA29-anthropic": (c_asst("abc", reasoning_content="t"), "abc", {"host": ANTHROPIC}),
+    "CA29-deepseek": (c_asst("abc", reasoning_content="t"), [m_thinking("t", ""), m_text("abc")],
+                      {"model": CA_X, "host": "api.deepseek.com"}),
+    "reasoning-deepseek": (c_asst("abc", reasoning="t"), [m_thinking("t", ""), m_text("abc")],
+                           {"model": CA_X, "host": "api.deepseek.com"}),
+    "text-only-claude-elsewhere": (c_asst("abc", reasoning_content="t"), "abc", {"host": "gateway.test"}),
+    "text-only-another-model-at-anthropic": (c_asst("abc", reasoning_content="t"), "abc",
+                                             {"model": CA_X, "host": ANTHROPIC}),
+    "text-only-by-profile": (c_asst("abc", reasoning_content="t"), [m_thinking("t", ""), m_text("abc")],
+                             {"profile": {"lenient_thinking": True}}),
+    "text-only-not-by-profile": (c_asst("abc", reasoning_content="t"), "abc",
+                                 {"model": CA_X, "profile": {"lenient_thinking": False}}),
+}))
+def test_ca_thinking_is_restored(message: Any, blocks: Any, options: Any) -> None:
+    """Thinking that the client sent back stands where the provider put it, or is left out."""
+    options = dict(options)
+    messages = [ca_user("1"), message, *(c_tool(call["id"], "r") for call in message.get("tool_calls", [])), ca_user("2")]
+    payload, _ = translated(CA, options.pop("model", CA_MODEL), {"model": "m", "messages": messages}, **options)
+    assert payload["messages"][1] == c_asst(blocks)
+    ca_assert_sendable(payload, prefill=False)
+
+
+@pytest.mark.parametrize("blocks", [
+    pytest.param(blocks, id=name) for name, blocks in {
+        "thinking-text-call": [CA_X_S, m_text("abc"), ca_use("t1", a=1)],
+        "between-texts": [CA_X_S, m_text("h\U0001f600"), CA_Y_T, m_text("def")],
+        "between-calls": [CA_X_S, ca_use("t1"), CA_Y_T, ca_use("t2", a=[1, {"b": "\u00e9"}])],
+        "redacted": [{"type": "redacted_thinking", "data": "D"}, CA_X_S, m_text("abc")],
+        "hidden": [m_thinking("", "s"), m_text("abc")],
+        "only-a-call": [ca_use("t1")]}.items()])
+def test_ca_a_turn_goes_to_the_client_and_back_unchanged(blocks: Any) -> None:
+    """The message that a client appends to its history becomes the very blocks that the provider sent."""
+    calls = [block for block in blocks if block["type"] == "tool_use"]
+    _, ctx = translated(CA, CA_MODEL, {"model": "m", "messages": [ca_user("1")], **CA_F})
+    reason = "tool_use" if calls else "end_turn"
+    message = proxai.PAIRS[CA].response(ca_answer_of(*blocks, stop_reason=reason), ctx)["choices"][0]["message"]
+    events, error = streamed(CA, ctx, [ca_start(), *ca_blocks_events(blocks), *ca_end(reason)])
+    assert error is None and proxai.collect("chat", events)["choices"][0]["message"] == message
+    history = [ca_user("1"), json.loads(json.dumps(message)), *(c_tool(call["id"], "r") for call in calls), ca_user("2")]
+    payload, _ = translated(CA, CA_MODEL, {"model": "m", "messages": history, **CA_F})
+    assert payload["messages"][1] == c_asst(blocks)
+
+
+def ca_blocks_events(blocks: Any) -> list[Any]:
+    """Blocks as a provider streams them."""
+    out: list[Any] = []
+    for index, block in enumerate(blocks):
+        if block["type"] == "text":
+            body = [ca_open(index, "text", text=""), *(ca_text_delta(index, char) for char in block["text"])]
+        elif block["type"] == "thinking":
+            body = [ca_open(index, "thinking", thinking="", signature=""),
+                    ca_delta(index, "thinking", thinking=block["thinking"]),
+                    ca_delta(index, "signature", signature=block["signature"])]
+        elif block["type"] == "tool_use":
+            raw = json.dumps(block["input"], ensure_ascii=False, separators=(",", ":"))
+            body = [ca_open_tool(index, block["id"], block["name"]),
+                    *(ca_json_delta(index, raw[i:i + 3]) for i in range(0, len(raw), 3))]
+        else:
+            body = [{"type": "content_block_start", "index": index, "content_block": block}]
+        out += [*body, m_stop(index)]
+    return out
+
+
+# -- prompt caching (2.7)
+
+CA_LONG = "word " * 3999 + "word"  # some 5500 tokens
+CA_BREAK = {"prompt_cache_breakpoint": {"mode": "explicit"}}
+CA_M, CA_H = {"cache_control": CA_MARK}, {"cache_control": CA_HOUR}
+
+
+def ca_marked(text: str, mark: Any = CA_MARK) -> Any:
+    """A text block with a cache mark."""
+    return m_text(text, cache_control=mark)
+
+
+@pytest.mark.parametrize("body, expected, options", ca_table({
+    "part": ({"messages": [ca_user([m_text("a", **CA_M), m_text("b")])]},
+             {"messages": [ca_user([ca_marked("a"), m_text("b")])]}),
+    "one-marked-text-stays-a-list": ({"messages": [ca_user([m_text("a", **CA_M)])]}, {"messages": [ca_user([ca_marked("a")])]}),
+    "ttl-5m": ({"messages": [ca_user([m_text("a", cache_control={"type": "ephemeral", "ttl": "5m"})])]},
+               {"messages": [ca_user([ca_marked("a", {"type": "ephemeral", "ttl": "5m"})])]}),
+    "ttl-1h": ({"messages": [ca_user([m_text("a", **CA_H)])]}, {"messages": [ca_user([ca_marked("a", CA_HOUR)])]}),
+    "value-rebuilt": ({"messages": [ca_user([m_text("a", cache_control={"type": "ephemeral", "ttl": "9d", "x": 1})])]},
+                      {"messages": [ca_user([ca_marked("a")])]}),
+    "message": ({"messages": [ca_user("a", **CA_M)]}, {"messages": [ca_user([ca_marked("a")])]}),
+    "message-last-block": ({"messages": [ca_user([m_text("a"), m_text("b"), m_text(" ")], **CA_M)]},
+                           {"messages": [ca_user([m_text("a"), ca_marked("b")])]}),
+    "assistant-message": ({**CA_F, "messages": [ca_user("1"), c_asst("a", c_call("c1"), **CA_M), c_tool("c1", "r")]},
+                          {**CA_F_OUT, "messages": [ca_user("1"), c_asst([m_text("a"), {**ca_use("c1"), **CA_M}]),
+                                                 ca_user([ca_result("c1", "r")])]}),
+    "not-on-thinking": ({"messages": [ca_user("1"), c_asst("a", reasoning_details=[ca_detail("x", "s", 0, "0:0")], **CA_M),
+                                      ca_user("2")]},
+                        {"messages": [ca_user("1"), c_asst([CA_X_S, ca_marked("a")]), ca_user("2")]}),
+    "tool-message": ({**CA_F, "messages": [ca_user("1"), c_asst(None, c_call("c1")), c_tool("c1", "r", **CA_M)]},
+                     {**CA_F_OUT, "messages": [ca_user("1"), c_asst([ca_use("c1")]), ca_user([ca_result("c1", "r", **CA_M)])]}),
+    "image": ({"messages": [ca_user([m_text("a"), {**c_image("https://x.test/i.png"), **CA_M}])]},
+              {"messages": [ca_user([m_text("a"),
+                                    {"type": "image", "source": {"type": "url", "url": "https://x.test/i.png"},
+                                     **CA_M}])]}),
+    "system": ({"messages": [ca_sys([m_text("s", **CA_M)]), ca_user("hi")]}, {"system": [ca_marked("s")]}),
+    "system-message": ({"messages": [ca_sys("s", **CA_M), ca_user("hi")]}, {"system": [ca_marked("s")]}),
+    "tool": ({"tools": [ca_function("f", **CA_M)]}, {"tools": [m_tool("f", **CA_M)]}),
+    "function": (ca_tools(parameters=NO_ARGUMENTS, **CA_M), {"tools": [m_tool("f", **CA_M)]}),
+    "not-in-arguments": (
+        {**CA_F,
+         "messages": [ca_user("1"), c_asst(None, c_call("c1", '{"cache_control":{"type":"ephemeral"}}', "f")),
+                      c_tool("c1", "r")]},
+        {**CA_F_OUT, "messages": [ca_user("1"), c_asst([ca_use("c1", **CA_M)]), ca_user([ca_result("c1", "r")])]}),
+    # OpenAI's own form
+    "breakpoint": ({"messages": [ca_user([m_text("a", **CA_BREAK)])]}, {"messages": [ca_user([ca_marked("a")])]}),
+    **{f"breakpoint-{ttl}": (
+        {"messages": [ca_user([m_text("a", prompt_cache_breakpoint={"mode": "explicit", "ttl": ttl})])]},
+        {"messages": [ca_user([ca_marked("a", CA_HOUR)])]}) for ttl in ("30m", "12h")},
+    "breakpoint-options-ttl": ({"prompt_cache_options": {"ttl": "30m"}, "messages": [ca_user([m_text("a", **CA_BREAK)])]},
+                               {"messages": [ca_user([ca_marked("a", CA_HOUR)])]}),
+    "breakpoint-retention": ({"prompt_cache_retention": "24h", "messages": [ca_user([m_text("a", **CA_BREAK)])]},
+                             {"messages": [ca_user([ca_marked("a", CA_HOUR)])]}),
+    "breakpoint-retention-in-memory": ({"prompt_cache_retention": "in_memory",
+                                        "messages": [ca_user([m_text("a", **CA_BREAK)])]},
+                                       {"messages": [ca_user([ca_marked("a")])]}),
+    # order and number
+    "short-before-long": ({"messages": [ca_sys("s", **CA_M), ca_user("a", **CA_H)]},
+                          {"system": [ca_marked("s", CA_HOUR)], "messages": [ca_user([ca_marked("a", CA_HOUR)])]}),
+    "long-before-short": ({"messages": [ca_sys("s", **CA_H), ca_user("a", **CA_M)]},
+                          {"system": [ca_marked("s", CA_HOUR)], "messages": [ca_user([ca_marked("a")])]}),
+    "short-tool-before-long": ({"tools": [ca_function("f", **CA_M)], "messages": [ca_user("a", **CA_H)]},
+                               {"tools": [m_tool("f", **CA_H)], "messages": [ca_user([ca_marked("a", CA_HOUR)])]}),
+    "CA33": ({"tools": [ca_function("f", **CA_M)], "messages": [
+        ca_sys("s", **CA_M), ca_user("1", **CA_M), c_asst("2", **CA_M), ca_user("3", **CA_M), c_asst("4", **CA_M), ca_user("5")]},
+        {"tools": [m_tool("f", **CA_M)], "system": [ca_marked("s")], "messages": [
+            ca_user("1"), c_asst("2"), ca_user([ca_marked("3")]), c_asst([ca_marked("4")]), ca_user("5")]}),
+    # automatic
+    "auto": ({**CA_AB, "messages": [ca_sys(CA_LONG), ca_user("1"), c_asst("2"), ca_user("3")]},
+             {"tools": [*CA_AB_OUT[:2], m_tool("c", **CA_M)], "system": [ca_marked(CA_LONG)],
+              "messages": [ca_user([ca_marked("1")]), c_asst("2"), ca_user([ca_marked("3")])]}, {"host": ANTHROPIC}),
+    "auto-last-blocks": (
+        {"messages": [ca_sys("s"), ca_sys(CA_LONG), ca_user([m_text("1"), m_text("2")]), c_asst("3"),
+                      ca_user("4"), c_asst("5"), ca_user("6")]},
+        {"system": [m_text("s"), ca_marked(CA_LONG)], "messages": [
+            ca_user([m_text("1"), m_text("2")]), c_asst("3"), ca_user([ca_marked("4")]), c_asst("5"),
+            ca_user([ca_marked("6")])]},
+        {"host": ANTHROPIC}),
+    "auto-on-results": (
+        {**CA_F, "messages": [ca_user(CA_LONG), c_asst(None, c_call("c1")), c_tool("c1", "r")]},
+        {"tools": [m_tool("f", **CA_M)], "messages": [ca_user([ca_marked(CA_LONG)]), c_asst([ca_use("c1")]),
+                                                       ca_user([ca_result("c1", "r", **CA_M)])]}, {"host": ANTHROPIC}),
+    "auto-first-turn-with-tools": ({**CA_F, "messages": [ca_user(CA_LONG)]},
+                                   {"tools": [m_tool("f", **CA_M)], "messages": [ca_user([ca_marked(CA_LONG)])]},
+                                   {"host": ANTHROPIC}),
+    "auto-first-turn-without-tools": ({"messages": [ca_user(CA_LONG)]}, {"messages": [ca_user(CA_LONG)]},
+                                      {"host": ANTHROPIC}),
+    "auto-short": ({**CA_F, "messages": [ca_user("1"), c_asst("2"), ca_user("3")]},
+                   {**CA_F_OUT, "messages": [ca_user("1"), c_asst("2"), ca_user("3")]}, {"host": ANTHROPIC}),
+    "auto-elsewhere": ({**CA_F, "messages": [ca_user(CA_LONG)]}, {**CA_F_OUT, "messages": [ca_user(CA_LONG)]},
+                       {"host": "gateway.test"}),
+    "on-elsewhere": ({**CA_F, "messages": [ca_user(CA_LONG)]},
+                     {"tools": [m_tool("f", **CA_M)], "messages": [ca_user([ca_marked(CA_LONG)])]},
+                     {"host": "gateway.test", "profile": {"cache": "on"}}),
+    "off": ({**CA_F, "messages": [ca_user(CA_LONG)]}, {**CA_F_OUT, "messages": [ca_user(CA_LONG)]},
+            {"host": ANTHROPIC, "profile": {"cache": "off"}}),
+    "auto-not-beside-explicit": ({**CA_F, "messages": [ca_user([m_text("a", **CA_M), m_text(CA_LONG)])]},
+                                 {**CA_F_OUT, "messages": [ca_user([ca_marked("a"), m_text(CA_LONG)])]}, {"host": ANTHROPIC}),
+    "auto-not-in-explicit-mode": ({**CA_F, "prompt_cache_options": {"mode": "explicit"}, "messages": [ca_user(CA_LONG)]},
+                                  {**CA_F_OUT, "messages": [ca_user(CA_LONG)]}, {"host": ANTHROPIC}),
+}))
+def test_ca_cache_marks(body: Any, expected: Any, options: Any) -> None:
+    """Marks of the client are kept, at most four; marks of our own only where the provider is Anthropic."""
+    ca_assert_request(body, expected, options)
+
+
+# -- structured output (1.7)
+
+def ca_asked_schema(schema: Any) -> Any:
+    """A response_format."""
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": schema}}}
+
+
+@pytest.mark.parametrize("model", [CA_K2, CA_K3, CA_MODEL, CA_K5, CA_K1, "claude-haiku-4-5"])
+def test_ca_ca31_a_schema_is_sent_where_the_model_knows_schemas(model: str) -> None:
+    """CA31."""
+    payload, _ = translated(CA, model, {"model": "m", "messages": [ca_user("hi")], **ca_asked_schema(
+        {"type": "object", "properties": {"n": {"type": "integer", "minimum": 1}}, "required": ["n"]})})
+    assert payload == {"model": model, "max_tokens": 32000, "messages": [ca_user("hi")], "output_config": {"format": {
+        "type": "json_schema", "schema": {
+            "type": "object", "properties": {"n": {"type": "integer", "description": "{minimum: 1}"}},
+            "required": ["n"],
+            "additionalProperties": False}}}}
+
+
+def test_ca_a_schema_and_an_effort_go_together() -> None:
+    """Both live in output_config."""
+    ca_assert_request({**ca_asked_schema(CA_CLOSED), "reasoning_effort": "low"},
+                   {"thinking": CA_ADAPTIVE,
+                    "output_config": {"effort": "low", "format": {"type": "json_schema", "schema": CA_CLOSED}}}, {})
+
+
+@pytest.mark.parametrize("node, sent", [
+    pytest.param(node, sent, id=name) for name, (node, sent) in {
+        "description-kept": ({"type": "integer", "description": "d", "minimum": 1, "maximum": 9},
+                             {"type": "integer", "description": "d\n\n{minimum: 1, maximum: 9}"}),
+        "enum": ({"type": "string", "enum": ["a", "b"]}, {"enum": ["a", "b"]}),
+        "const": ({"type": "string", "const": "a"}, {"const": "a"}),
+        "ref": ({"$ref": "#/$defs/D", "description": "d"}, {"$ref": "#/$defs/D"}),
+        "anyOf": ({"anyOf": [{"type": "string"}, {"type": "null"}]}, {"anyOf": [{"type": "string"}, {"type": "null"}]}),
+        "oneOf": ({"oneOf": [{"type": "string"}, {"type": "object", "properties": {}}]},
+                  {"anyOf": [{"type": "string"}, {"type": "object", "properties": {}, "additionalProperties": False}]}),
+        "allOf": ({"allOf": [{"type": "object", "properties": {}}]},
+                  {"allOf": [{"type": "object", "properties": {}, "additionalProperties": False}]}),
+        "object-closed": ({"type": "object", "properties": {"b": {"type": "string"}}, "additionalProperties": True},
+                          {"type": "object", "properties": {"b": {"type": "string"}}, "additionalProperties": False}),
+        "format-known": ({"type": "string", "format": "date-time"}, {"type": "string", "format": "date-time"}),
+        "format-unknown": ({"type": "string", "format": "color"}, {"type": "string", "description": "{format: color}"}),
+        "pattern": ({"type": "string", "minLength": 2, "pattern": "^a"},
+                    {"type": "string", "description": "{minLength: 2, pattern: ^a}"}),
+        "minItems-1": ({"type": "array", "items": {"type": "number", "minimum": 0}, "minItems": 1},
+                       {"type": "array", "items": {"type": "number", "description": "{minimum: 0}"}, "minItems": 1}),
+        "minItems-2": ({"type": "array", "items": {"type": "number"}, "minItems": 2},
+                       {"type": "array", "items": {"type": "number"}, "description": "{minItems: 2}"}),
+        "anything": ({}, {"type": "string"})}.items()])
+def test_ca_schemas_are_transformed(node: Any, sent: Any) -> None:
+    """What a provider does not know of JSON Schema is told in the description."""
+    payload, _ = translated(CA, CA_MODEL, {"model": "m", "messages": [ca_user("hi")], **ca_asked_schema(
+        {"type": "object", "properties": {"a": node}, "$defs": {"D": {"type": "object", "properties": {"x": node}}}})})
+    assert payload["output_config"]["format"]["schema"] == {
+        "type": "object", "properties": {"a": sent}, "additionalProperties": False,
+        "$defs": {"D": {"type": "object", "properties": {"x": sent}, "additionalProperties": False}}}
+
+
+@pytest.mark.parametrize("model", [CA_K0, "claude-sonnet-4-20250514", "claude-3-7-sonnet-20250219", CA_X])
+def test_ca_a_schema_is_told_where_the_model_knows_none(model: str) -> None:
+    """An instruction behind the system text, with the schema as the client wrote it."""
+    payload, _ = translated(CA, model, {"model": "m", "messages": [ca_sys("s"), ca_user("hi")], **ca_asked_schema(CA_CLOSED)})
+    own, told = payload["system"]
+    assert own == m_text("s") and told["type"] == "text" and "JSON" in told["text"]
+    assert json.dumps(CA_CLOSED, separators=(",", ":")) in told["text"]
+    assert payload["messages"] == [ca_user("hi")] and "output_config" not in payload
+
+
+@pytest.mark.parametrize("model", [CA_K0, CA_K1, CA_MODEL, CA_X])
+def test_ca_json_object_is_told(model: str) -> None:
+    """No model has a mode for it."""
+    payload, _ = translated(CA, model,
+                            {"model": "m", "messages": [ca_user("hi")], "response_format": {"type": "json_object"}})
+    assert isinstance(payload["system"], str) and "JSON object" in payload["system"]
+    assert payload["messages"] == [ca_user("hi")] and "output_config" not in payload
+
+
+# -- whole conversations
+
+def ca_random_history(rng: random.Random) -> list[Any]:
+    """Messages in any order, with ids that are missing, unknown, invalid or used again."""
+    ids = ["c1", "c2", "a.b:0", "", "call_0"]
+    makers = [
+        lambda: ca_user(rng.choice(["hi", "", " ", "\u00e9"])), lambda: ca_sys(rng.choice(["s", ""])),
+        lambda: ca_user([m_text("a"), m_text(rng.choice(["", "b"]))]),
+        lambda: c_asst(rng.choice(["ok", "ok ", "", None])),
+        lambda: c_asst(rng.choice(["do", None]),
+                       *(c_call(rng.choice(ids), name=rng.choice(["f", "g.h"])) for _ in range(rng.randint(1, 3)))),
+        lambda: c_tool(rng.choice([*ids, "zz"]), rng.choice(["r", "q", "", None, [m_text("r")]])),
+        lambda: c_tool(rng.choice(ids), "r")]
+    return [rng.choice(makers)() for _ in range(rng.randint(1, 14))]
+
+
+@pytest.mark.parametrize("model, host",
+                         [(CA_MODEL, ""), (CA_MODEL, ANTHROPIC), (CA_K1, ANTHROPIC), (CA_K5, ANTHROPIC), (CA_X, "")])
+def test_ca_any_history_becomes_a_request_that_can_be_sent(model: str, host: str) -> None:
+    """2.8 holds for whatever a client collected, with and without tools."""
+    rng = random.Random(f"{model} {host}")
+    for _ in range(400):
+        messages = ca_random_history(rng)
+        tools = rng.choice([{}, {"tools": [ca_function("f"), ca_function("g.h")]}])
+        payload, _ = translated(CA, model, {"model": "m", "messages": messages, **tools}, host=host)
+        try:
+            ca_assert_sendable(payload, prefill=model in (CA_K1, CA_X))
+            sent, said = json.dumps(payload), json.dumps(messages)
+            assert sent.count('"type": "tool_use"') == said.count('"type": "function"'), "calls got lost"
+            for word in ('"hi"', '"\\u00e9"'):
+                assert sent.count(word) == said.count(word), "a user's words got lost"
+        except AssertionError as fault:
+            raise AssertionError(f"{fault}\n{json.dumps(messages)}\n{json.dumps(payload)}") from fault
+
+
+def ca_growing_conversation(rng: random.Random) -> tuple[list[Any], list[int]]:
+    """A well-formed conversation and its lengths at which a client asks; ids start over in every turn."""
+    messages, asked = [ca_sys("rules")], []
+    for turn in range(5):
+        if turn and rng.random() < 0.3:
+            messages.append(ca_sys(f"late {turn}"))
+        messages.append(ca_user(f"question {turn}"))
+        for step in range(rng.randint(0, 2)):
+            asked.append(len(messages))
+            calls = [c_call(f"call.{i}", json.dumps({"step": step}), "f") for i in range(rng.randint(1, 2))]
+            messages.append(c_asst(rng.choice([None, "hm"]), *calls,
+                                   reasoning_details=[ca_detail("t", f"s{turn}{step}", 0, "0:0")]))
+            messages += [c_tool(call["id"], f"r{turn}{step}") for call in rng.sample(calls, len(calls))]
+            if rng.random() < 0.3:
+                messages.append(ca_sys(f"note {turn} {step}"))
+        asked.append(len(messages))
+        messages.append(c_asst(f"answer {turn}"))
+    messages.append(ca_user("last"))
+    return messages, [*asked, len(messages)]
+
+
+@pytest.mark.parametrize("host", ["", ANTHROPIC], ids=["reminders", "native"])
+def test_ca_a_longer_conversation_starts_like_the_shorter_one(host: str) -> None:
+    """G4: prompt caches and bound thinking need prefixes that do not change."""
+    rng = random.Random(4)
+    for _ in range(40):
+        messages, asked = ca_growing_conversation(rng)
+        before: list[Any] = []
+        for length in asked:
+            payload, _ = translated(CA, CA_MODEL, {"model": "m", **CA_F, "messages": messages[:length]}, host=host)
+            ca_assert_sendable(payload, prefill=False)
+            assert payload["system"] == "rules" and payload["tools"] == CA_F_OUT["tools"]
+            assert payload["messages"][:len(before)] == before
+            before = payload["messages"]
+
+
+# -- the answer as a whole (2.9)
+
+CA_USAGE = {"input_tokens": 10, "output_tokens": 5}
+CA_USAGE_OUT = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15,
+             "prompt_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0}}
+CA_SERVER_USE = {"type": "server_tool_use", "id": "srvtoolu_1", "name": "web_search", "input": {"query": "q"}}
+
+
+def ca_answer_of(*content: Any, **more: Any) -> Any:
+    """A provider's message."""
+    return {"id": "msg_1", "type": "message", "role": "assistant", "model": "claude-up", "content": list(content),
+            "stop_reason": "end_turn", "stop_sequence": None, "usage": CA_USAGE, **more}
+
+
+def ca_completion(message: Any, finish: str = "stop", **more: Any) -> Any:
+    """A client's completion."""
+    return {"id": "chatcmpl_msg_1", "object": "chat.completion", "created": NOW, "model": "claude-up", "choices": [
+        {"index": 0, "message": {"role": "assistant", "content": None, "refusal": None, **message}, "logprobs": None,
+         "finish_reason": finish}], "usage": CA_USAGE_OUT, "system_fingerprint": None, **more}
+
+
+def ca_cited(text: Any, url: str = "https://x.test", title: str = "T") -> Any:
+    """A citation of a web page."""
+    return {"type": "web_search_result_location", "cited_text": text, "url": url, "title": title,
+            "encrypted_index": "e"}
+
+
+def ca_annotation(start: int, end: int, url: str = "https://x.test", title: str = "T") -> Any:
+    """The same for a Chat client."""
+    return {"type": "url_citation",
+            "url_citation": {"start_index": start, "end_index": end, "title": title, "url": url}}
+
+
+CA_ANSWERS = {  # provider's message, client's message, finish_reason and other fields
+    "text": (ca_answer_of(m_text("hi")), {"content": "hi"}),
+    "texts-joined": (ca_answer_of(m_text("a"), m_text(" b")), {"content": "a b"}),
+    "nothing": (ca_answer_of(), {}),
+    "CA36": (ca_answer_of(m_thinking("t", "s"), m_text("a"), ca_use("t1"), stop_reason="tool_use",
+                       usage={**CA_USAGE, "cache_read_input_tokens": 90}),
+             {"content": "a", "reasoning_content": "t", "reasoning_details": [ca_detail("t", "s", 0, "0:0")],
+              "tool_calls": [c_call("t1", "{}", "f")]},
+             {"finish": "tool_calls", "usage": {
+                 "prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 105,
+                 "prompt_tokens_details": {"cached_tokens": 90, "cache_write_tokens": 0}}}),
+    "two-thoughts": (ca_answer_of(CA_X_S, m_text("abc"), CA_Y_T, m_text("def")),
+                     {"content": "abcdef", "reasoning_content": "x\n\ny", "reasoning_details": CA_TWO_THOUGHTS}),
+    "hidden-thought": (ca_answer_of(m_thinking("", "s"), m_text("a")),
+                       {"content": "a", "reasoning_details": [ca_detail("", "s", 0, "0:0")]}),
+    "unsigned-thought": (ca_answer_of(m_thinking("t", ""), m_text("a")), {"content": "a", "reasoning_content": "t"}),
+    "redacted-thought": (ca_answer_of({"type": "redacted_thinking", "data": "D"}, m_text("a")),
+                         {"content": "a", "reasoning_details": [CA_REDACTED]}),
+    "thought-between-calls": (ca_answer_of(m_text("\u00e9\U0001f600"), ca_use("t1"), CA_X_S, ca_use("t2"),
+                                        stop_reason="tool_use"),
+                              {"content": "\u00e9\U0001f600", "reasoning_content": "x",
+                               "reasoning_details": [ca_detail("x", "s", 0, "2:1")],
+                               "tool_calls": [c_call("t1"), c_call("t2")]},
+                              {"finish": "tool_calls"}),
+    "arguments": (ca_answer_of(ca_use("t1", a="\u00e9", b=[1, {}]), stop_reason="tool_use"),
+                  {"tool_calls": [c_call("t1", '{"a":"\u00e9","b":[1,{}]}', "f")]}, {"finish": "tool_calls"}),
+    "CA38": (ca_answer_of(m_text("a"), CA_SERVER_USE, m_thinking("t", "s"), stop_reason="pause_turn"),
+             {"content": "a", "reasoning_content": "t"}, {"finish": "length"}),
+    "CA38-thinking-first": (ca_answer_of(m_thinking("t", "s"), CA_SERVER_USE, m_text("a"), stop_reason="pause_turn"),
+                            {"content": "a", "reasoning_content": "t",
+                             "reasoning_details": [ca_detail("t", "s", 0, "0:0")]}, {"finish": "length"}),
+    "blocks-without-a-word": (
+        ca_answer_of(CA_SERVER_USE, {"type": "web_search_tool_result", "tool_use_id": "srvtoolu_1", "content": []},
+                  {"type": "mcp_tool_use", "id": "m1", "name": "n", "server_name": "s", "input": {}},
+                  {"type": "mcp_tool_result", "tool_use_id": "m1", "is_error": False, "content": []},
+                  {"type": "container_upload", "file_id": "file_1"}, {"type": "compaction", "content": "c"},
+                  {"type": "fallback", "x": 1}, {"type": "of_tomorrow"}, m_text("a")), {"content": "a"}),
+    # README 4: a refusal is finish_reason "stop" with message.refusal
+    "CA37": (ca_answer_of(stop_reason="refusal", stop_details={"type": "refusal", "category": None, "explanation": "e"}),
+             {"refusal": "e"}),
+    "refusal-unexplained": (ca_answer_of(stop_reason="refusal"), {"refusal": "The model declined to answer."}),
+    "refusal-in-words": (ca_answer_of(m_text("No."), stop_reason="refusal"), {"refusal": "No."}),
+    "citation": (ca_answer_of(m_text("Intro. "), m_text("The sky is blue.", citations=[ca_cited("sky")])),
+                 {"content": "Intro. The sky is blue.", "annotations": [ca_annotation(11, 14)]}),
+    "citation-forward": (ca_answer_of(m_text("a b a", citations=[ca_cited("a"), ca_cited("a", "https://y.test", "U")])),
+                         {"content": "a b a",
+                          "annotations": [ca_annotation(0, 1), ca_annotation(4, 5, "https://y.test", "U")]}),
+    "citation-in-characters": (ca_answer_of(m_text("\U0001f600\u00e9 "), m_text("sky", citations=[ca_cited("sky")])),
+                               {"content": "\U0001f600\u00e9 sky", "annotations": [ca_annotation(3, 6)]}),
+    "citation-not-found": (ca_answer_of(m_text("ab"), m_text("cde", citations=[ca_cited("zz")])),
+                           {"content": "abcde", "annotations": [ca_annotation(2, 5)]}),
+    "citation-of-documents": (ca_answer_of(m_text("ab", citations=[
+        {"type": "char_location", "cited_text": "a", "document_index": 0, "document_title": None, "start_char_index": 0,
+         "end_char_index": 1}])), {"content": "ab"}),
+    "tier-not-told": (ca_answer_of(m_text("a"), usage={**CA_USAGE, "service_tier": "standard"}), {"content": "a"}),
+    "bare": ({"id": "msg_1", "role": "assistant", "model": "claude-up", "content": [m_text("a")],
+              "stop_reason": "end_turn", "usage": CA_USAGE}, {"content": "a"}),
+    "model-asked-for": ({**ca_answer_of(m_text("a")), "model": None}, {"content": "a"}, {"model": "alias"}),
+}
+
+
+@pytest.mark.parametrize("body, message, options", ca_table(CA_ANSWERS))
+def test_ca_answers(body: Any, message: Any, options: Any) -> None:
+    """A provider's whole answer and the client's."""
+    _, ctx = translated(CA, CA_MODEL, {"model": "alias", "messages": [ca_user("hi")], **CA_F})
+    options, before = dict(options), copy.deepcopy(body)
+    answer = proxai.PAIRS[CA].response(body, ctx)
+    assert body == before, "the provider's body was changed"
+    assert answer == ca_completion(message, options.pop("finish", "stop"), **options)
+
+
+@pytest.mark.parametrize("body", [pytest.param(row[0], id=name) for name, row in CA_ANSWERS.items()
+                                  if name not in ("CA38-thinking-first", "refusal-in-words")])
+def test_ca_a_whole_answer_for_a_client_that_wants_a_stream(body: Any) -> None:
+    """An answer taken apart, streamed and put together is the answer."""
+    _, ctx = translated(CA, CA_MODEL, {"model": "alias", "messages": [ca_user("hi")], **CA_F, "stream": True,
+                                    "stream_options": {"include_usage": True}})
+    events, error = streamed(CA, ctx, proxai.explode("messages", body))
+    assert error is None
+    ca_assert_chunks(events)
+    assert proxai.collect("chat", events) == proxai.PAIRS[CA].response(body, ctx)
+
+
+CA_CALL = ca_use("t1")
+
+
+@pytest.mark.parametrize("reason, content, finish", [
+    ("end_turn", [], "stop"), ("stop_sequence", [], "stop"), ("max_tokens", [], "length"), ("refusal", [], "stop"),
+    ("model_context_window_exceeded", [], "length"), ("compaction", [], "length"), ("pause_turn", [], "length"),
+    (None, [], "stop"), ("of_tomorrow", [], "stop"), ("tool_use", [CA_CALL], "tool_calls"),
+    ("end_turn", [CA_CALL], "tool_calls"),
+    ("stop_sequence", [CA_CALL], "tool_calls"), (None, [CA_CALL], "tool_calls"), ("of_tomorrow", [CA_CALL], "tool_calls"),
+    ("max_tokens", [CA_CALL], "length"), ("refusal", [CA_CALL], "stop")])
+def test_ca_stop_reasons(reason: Any, content: Any, finish: str) -> None:
+    """Why the provider stopped, as a whole and as a stream."""
+    answer = proxai.PAIRS[CA].response(ca_answer_of(*content, stop_reason=reason), context(*CA, CA_MODEL))
+    assert answer["choices"][0]["finish_reason"] == finish
+    events, error = streamed(CA, ca_exchange(), [ca_start(), *ca_blocks_events(content), *ca_end(reason)])
+    assert error is None and ca_said(events)[-2:] == [({}, finish), STREAM_END]
+
+
+@pytest.mark.parametrize("usage, expected", [
+    pytest.param(usage, expected, id=name) for name, (usage, expected) in {
+        "plain": (CA_USAGE, CA_USAGE_OUT),
+        "cache": ({**CA_USAGE, "cache_read_input_tokens": 90, "cache_creation_input_tokens": 7},
+                  {"prompt_tokens": 107, "completion_tokens": 5, "total_tokens": 112,
+                   "prompt_tokens_details": {"cached_tokens": 90, "cache_write_tokens": 7}}),
+        "nulls": ({**CA_USAGE, "cache_read_input_tokens": None, "cache_creation_input_tokens": None}, CA_USAGE_OUT),
+        "thinking": ({**CA_USAGE, "output_tokens_details": {"thinking_tokens": 4}},
+                     {**CA_USAGE_OUT, "completion_tokens_details": {"reasoning_tokens": 4}}),
+        "no-thinking": ({**CA_USAGE, "output_tokens_details": {"thinking_tokens": 0}},
+                        {**CA_USAGE_OUT, "completion_tokens_details": {"reasoning_tokens": 0}}),
+        "thinking-not-told": ({**CA_USAGE, "output_tokens_details": None}, CA_USAGE_OUT)}.items()])
+def test_ca_usage(usage: Any, expected: Any) -> None:
+    """What was read from the cache and written to it counts as prompt."""
+    answer = proxai.PAIRS[CA].response(ca_answer_of(m_text("a"), usage=usage), context(*CA, CA_MODEL))
+    assert answer["usage"] == expected
+
+
+def ca_legacy_and_custom(stream: bool) -> tuple[Any, Any]:
+    """Contexts of a request with `functions`, and of one with a custom tool."""
+    return (ca_exchange(stream=stream, functions=[{"name": "f"}]),
+            ca_exchange(stream=stream, tools=[CA_CUSTOM, ca_function("f")]))
+
+
+def test_ca_answers_to_legacy_and_custom_tools() -> None:
+    """`functions` are answered by one function_call, custom tools by their text."""
+    legacy, custom = ca_legacy_and_custom(stream=False)
+    assert proxai.PAIRS[CA].response(ca_answer_of(ca_use("t1", "f", a=1), ca_use("t2", "g"), stop_reason="tool_use"),
+                                     legacy) == ca_completion(
+        {"function_call": {"name": "f", "arguments": '{"a":1}'}}, "function_call")
+    assert proxai.PAIRS[CA].response(
+        ca_answer_of(ca_use("t1", "t", input="a b"), ca_use("t2", "t", text="c"), ca_use("t3", "f"), stop_reason="tool_use"),
+        custom) == ca_completion({"tool_calls": [
+            {"id": "t1", "type": "custom", "custom": {"name": "t", "input": "a b"}},
+            {"id": "t2", "type": "custom", "custom": {"name": "t", "input": "c"}}, c_call("t3")]},
+                              "tool_calls")
+
+
+# -- the answer as a stream (2.10)
+
+def ca_chunk_of(delta: Any, finish: str | None = None, **more: Any) -> Any:
+    """A client's chunk."""
+    return {"id": "chatcmpl_msg_1", "object": "chat.completion.chunk", "created": NOW, "model": "claude-up",
+            "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}], **more}
+
+
+def ca_call_delta(index: int, arguments: str, id: str = "", name: str = "f") -> Any:
+    """The delta that opens a call, or with no id one that continues it."""
+    function = {"name": name, "arguments": arguments} if id else {"arguments": arguments}
+    return {"tool_calls": [{"index": index, **({"id": id, "type": "function"} if id else {}), "function": function}]}
+
+
+def ca_said(events: Any) -> list[Any]:
+    """Every chunk in short: its delta, with its finish_reason if it has one."""
+    out: list[Any] = []
+    for event in events:
+        choice = {} if event == STREAM_END else event["choices"][0]
+        finish = choice.get("finish_reason")
+        out.append(event if event == STREAM_END else (choice["delta"], finish) if finish else choice["delta"])
+    return out
+
+
+def ca_deltas_of(events: Any) -> list[Any]:
+    """The deltas behind the one with the role, without the empty last one."""
+    return [e["choices"][0]["delta"] for e in events if e != STREAM_END and e["choices"]][1:-1]
+
+
+def ca_assert_chunks(events: Any) -> None:
+    """What the OpenAI SDK's helpers rely on (section 5)."""
+    assert events[-1] == STREAM_END and STREAM_END not in events[:-1]
+    chunks = events[:-1]
+    assert {(c["id"], c["object"], c["created"], c["model"]) for c in chunks} == {
+        (chunks[0]["id"], "chat.completion.chunk", NOW, chunks[0]["model"])}
+    choices = [choice for c in chunks for choice in c["choices"]]
+    assert [("role" in c["delta"]) for c in choices] == [True] + [False] * (len(choices) - 1)
+    assert [c["finish_reason"] is None for c in choices] == [True] * (len(choices) - 1) + [False]
+    assert all(c["choices"] for c in chunks[:-1]), "a usage chunk that is not the last"
+    assert sum("annotations" in c["delta"] for c in choices) <= 1
+    opened: list[int] = []
+    for call in (call for c in choices for call in c["delta"].get("tool_calls", [])):
+        assert ("id" in call) == (call["index"] not in opened), "id and name come once, at first"
+        assert ("id" in call) == ("type" in call)
+        if call["index"] not in opened:
+            opened.append(call["index"])
+    assert opened == list(range(len(opened)))
+    details = [d["index"] for c in choices for d in c["delta"].get("reasoning_details", [])]
+    assert details == list(range(len(details)))
+
+
+CA_ROLE = {"role": "assistant", "content": ""}
+CA_THINK = [ca_open(0, "thinking", thinking="", signature=""), ca_delta(0, "thinking", thinking="x"),
+         ca_delta(0, "signature", signature="s"), m_stop(0)]
+CA_THINK_OUT = [{"reasoning_content": "x"}, {"reasoning_details": [ca_detail("x", "s", 0, "0:0")]}]
+
+
+@pytest.mark.parametrize("events, deltas, reason, finish", [
+    pytest.param(row[0], row[1], *(row[2:] or ("end_turn", "stop")), id=name) for name, row in {
+        "text": ([ca_open(0, "text", text=""), ca_text_delta(0, "He"), ca_text_delta(0, ""), ca_text_delta(0, "llo"), m_stop(0)],
+                 [{"content": "He"}, {"content": "llo"}]),
+        "text-in-the-start": ([ca_open(0, "text", text="He"), ca_text_delta(0, "llo"), m_stop(0)],
+                              [{"content": "He"}, {"content": "llo"}]),
+        "nothing": ([], []),
+        "thinking": (CA_THINK, CA_THINK_OUT),
+        "thinking-in-the-start": ([ca_open(0, "thinking", thinking="x", signature=""),
+                                   ca_delta(0, "signature", signature="s"),
+                                   m_stop(0)], CA_THINK_OUT),
+        "signature-replaced": ([ca_open(0, "thinking", thinking=""), ca_delta(0, "thinking", thinking="x"),
+                                ca_delta(0, "signature", signature="bad"), ca_delta(0, "signature", signature="s"),
+                                m_stop(0)],
+                               CA_THINK_OUT),
+        "thinking-hidden": ([ca_open(0, "thinking", thinking="", signature=""), ca_delta(0, "signature", signature="s"),
+                             m_stop(0)],
+                            [{"reasoning_details": [ca_detail("", "s", 0, "0:0")]}]),
+        "thinking-unsigned": ([ca_open(0, "thinking", thinking="", signature=""), ca_delta(0, "thinking", thinking="x"),
+                               m_stop(0)],
+                              [{"reasoning_content": "x"}]),
+        "redacted": ([ca_open(0, "redacted_thinking", data="D"), m_stop(0)], [{"reasoning_details": [CA_REDACTED]}]),
+        "places": ([ca_open(0, "text", text=""), ca_text_delta(0, "\u00e9\U0001f600"), m_stop(0), ca_open_tool(1, "t1"),
+                    ca_json_delta(1, "{}"), m_stop(1),
+                    ca_open(2, "thinking", thinking=""), ca_delta(2, "thinking", thinking="x"),
+                    ca_delta(2, "signature", signature="s"),
+                    m_stop(2), ca_open(3, "redacted_thinking", data="D"), m_stop(3), ca_open_tool(4, "t2"), ca_json_delta(4, "{}"),
+                    m_stop(4)],
+                   [{"content": "\u00e9\U0001f600"}, ca_call_delta(0, "", "t1"), ca_call_delta(0, "{}"),
+                    {"reasoning_content": "x"},
+                    {"reasoning_details": [ca_detail("x", "s", 0, "2:1")]},
+                    {"reasoning_details": [{**CA_REDACTED, "index": 1, "x_at": "2:1"}]}, ca_call_delta(1, "", "t2"),
+                    ca_call_delta(1, "{}")],
+                   "tool_use", "tool_calls"),
+        "call": ([ca_open_tool(0, "t1"), ca_json_delta(0, ""), ca_json_delta(0, '{"a'), ca_json_delta(0, '":1}'), m_stop(0)],
+                 [ca_call_delta(0, "", "t1"), ca_call_delta(0, '{"a'), ca_call_delta(0, '":1}')], "tool_use", "tool_calls"),
+        "transcript-of-section-8": ([*CA_THINK, ca_open_tool(1, "t"), ca_json_delta(1, '{"a":1}'), m_stop(1)],
+                                    [*CA_THINK_OUT, ca_call_delta(0, "", "t"), ca_call_delta(0, '{"a":1}')], "tool_use",
+                                    "tool_calls"),
+        "CA39": ([ca_open_tool(0, "t1"), m_stop(0)], [ca_call_delta(0, "", "t1"), ca_call_delta(0, "{}")], "tool_use",
+                 "tool_calls"),
+        "input-in-the-start": ([ca_open_tool(0, "t1", a=1), m_stop(0)], [ca_call_delta(0, "", "t1"), ca_call_delta(0, '{"a":1}')],
+                               "tool_use", "tool_calls"),
+        "CA40": ([ca_open(0, "text", text="go"), m_stop(0), ca_open_tool(1, "t1"), ca_open_tool(2, "t2"), ca_json_delta(1, '{"a"'),
+                  ca_json_delta(2, '{"b"'),
+                  ca_json_delta(1, ":1}"), m_stop(1), ca_json_delta(2, ":2}"), m_stop(2)],
+                 [{"content": "go"}, ca_call_delta(0, "", "t1"), ca_call_delta(1, "", "t2"), ca_call_delta(0, '{"a"'),
+                  ca_call_delta(1, '{"b"'),
+                  ca_call_delta(0, ":1}"), ca_call_delta(1, ":2}")], "tool_use", "tool_calls"),
+        "CA41": ([ca_open(0, "text", text=""), ca_text_delta(0, "Alpha one. "),
+                  ca_delta(0, "citations", citation=ca_cited("Alpha")), m_stop(0),
+                  ca_open(1, "text", text="", citations=[]),
+                  ca_delta(1, "citations", citation=ca_cited("two", "https://y.test", "U")),
+                  ca_text_delta(1, "Beta two."), m_stop(1)],
+                 [{"content": "Alpha one. "}, {"content": "Beta two."},
+                  {"annotations": [ca_annotation(0, 5), ca_annotation(16, 19, "https://y.test", "U")]}]),
+        "citation-of-documents": ([ca_open(0, "text", text="ab"), ca_delta(0, "citations", citation={
+            "type": "page_location", "cited_text": "a", "document_index": 0, "start_page_number": 1,
+            "end_page_number": 2}),
+            m_stop(0)], [{"content": "ab"}]),
+        "CA46": ([{"type": "foo", "x": 1}, ca_open(0, "of_tomorrow", x=1), ca_delta(0, "of_tomorrow", y=2), m_stop(0),
+                  ca_open(1, "text", text=""), ca_delta(1, "of_tomorrow", y=2), ca_text_delta(1, "a"), m_stop(1),
+                  {"type": "ping"}],
+                 [{"content": "a"}]),
+        "server-tools": ([ca_open(0, "server_tool_use", id="srvtoolu_1", name="web_search", input={}),
+                          ca_json_delta(0, '{"query":"q"}'),
+                          m_stop(0), ca_open(1, "web_search_tool_result", tool_use_id="srvtoolu_1", content=[]),
+                          m_stop(1),
+                          ca_open(2, "thinking", thinking=""), ca_delta(2, "thinking", thinking="x"),
+                          ca_delta(2, "signature", signature="s"), m_stop(2), ca_open_tool(3, "t1"), m_stop(3)],
+                         [{"reasoning_content": "x"}, ca_call_delta(0, "", "t1"), ca_call_delta(0, "{}")], "tool_use",
+                         "tool_calls"),
+        "mcp-tools": ([ca_open(0, "mcp_tool_use", id="m1", name="n", server_name="s", input={}), m_stop(0),
+                       ca_open(1, "redacted_thinking", data="D"), m_stop(1), ca_open(2, "text", text="a"), m_stop(2)],
+                      [{"content": "a"}]),
+        "never-opened": ([ca_text_delta(0, "a"), ca_delta(1, "thinking", thinking="x"), m_stop(0)],
+                         [{"content": "a"}, {"reasoning_content": "x"}]),
+        "started-twice": ([ca_open(0, "text", text="a"), ca_start(), ca_text_delta(0, "b"), m_stop(0)],
+                          [{"content": "a"}, {"content": "b"}]),
+        "refusal": ([], [{"refusal": "e"}], "refusal", "stop"),
+    }.items()])
+def test_ca_streams(events: Any, deltas: Any, reason: str, finish: str) -> None:
+    """A provider's events and every chunk that a client gets."""
+    explained = {"type": "refusal", "category": None, "explanation": "e"} if reason == "refusal" else None
+    out, error = streamed(CA, ca_exchange(), [ca_start(), *events, *ca_end(reason, explained)])
+    assert error is None
+    ca_assert_chunks(out)
+    assert ca_said(out) == [CA_ROLE, *deltas, ({}, finish), STREAM_END]
+
+
+def test_ca_a_refusal_behind_text_ends_the_stream_as_any_refusal() -> None:
+    """What was said cannot be taken back."""
+    out, error = streamed(CA, ca_exchange(), [ca_start(), *ca_blocks_events([m_text("No.")]), *ca_end("refusal")])
+    assert error is None and ca_said(out)[-2:] == [({}, "stop"), STREAM_END]
+    assert "".join(delta.get("content") or "" for delta in ca_deltas_of(out)) == "No."
+
+
+@pytest.mark.parametrize("wanted", [True, False], ids=["CA42-usage", "CA42-no-usage"])
+def test_ca_ca42_usage_comes_last_and_only_when_asked_for(wanted: bool) -> None:
+    """CA42; counts of message_delta overwrite those of message_start unless they are null."""
+    _, ctx = translated(CA, CA_MODEL, {"model": "alias", "messages": [ca_user("hi")], "stream": True,
+                                    "stream_options": {"include_usage": wanted}})
+    out, error = streamed(CA, ctx, [
+        ca_start(cache_read_input_tokens=90, cache_creation_input_tokens=None), *ca_blocks_events([m_text("a")]),
+        {"type": "message_delta", "delta": {"stop_reason": None}, "usage": {"output_tokens": 3}},
+        *ca_end("end_turn", None, input_tokens=None, cache_read_input_tokens=None,
+               output_tokens_details={"thinking_tokens": 2})])
+    more = {"usage": None} if wanted else {}
+    usage = {"prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 105,
+             "prompt_tokens_details": {"cached_tokens": 90, "cache_write_tokens": 0},
+             "completion_tokens_details": {"reasoning_tokens": 2}}
+    assert error is None
+    assert out == [ca_chunk_of(CA_ROLE, **more), ca_chunk_of({"content": "a"}, **more),
+                   ca_chunk_of({}, "stop", **more), *([{**ca_chunk_of({}), "choices": [], "usage": usage}] if wanted else []),
+                   STREAM_END]
+
+
+def test_ca_a_stream_and_a_whole_answer_say_the_same() -> None:
+    """Events as a provider sends them, collected, are what the whole answer gives."""
+    blocks = [CA_X_S, m_text("h\U0001f600"), ca_use("t1", a=1), ca_use("t2", "f", b="\u00e9")]
+    _, ctx = translated(CA, CA_MODEL, {"model": "alias", "messages": [ca_user("hi")], **CA_F, "stream": True,
+                                    "stream_options": {"include_usage": True}})
+    out, error = streamed(CA, ctx, [ca_start(), *ca_blocks_events(blocks), *ca_end("tool_use")])
+    expected = ca_completion({"content": "h\U0001f600", "reasoning_content": "x",
+                           "reasoning_details": [ca_detail("x", "s", 0, "0:0")],
+                           "tool_calls": [c_call("t1", '{"a":1}', "f"), c_call("t2", '{"b":"\u00e9"}', "f")]},
+                          "tool_calls")
+    assert error is None and proxai.collect("chat", out) == expected
+    assert proxai.PAIRS[CA].response(ca_answer_of(*blocks, stop_reason="tool_use"), ctx) == expected
+
+
+def test_ca_a_message_start_without_a_message_is_read_as_one() -> None:
+    """The flat form of some compatible providers."""
+    flat = {"type": "message_start", **{k: v for k, v in ca_start()["message"].items() if k != "type"}}
+    out, error = streamed(CA, ca_exchange(), [flat, ca_open(0, "text", text="a"), m_stop(0), *ca_end()])
+    assert error is None
+    ca_assert_chunks(out)
+    assert ca_said(out) == [CA_ROLE, {"content": "a"}, ({}, "stop"), STREAM_END]
+    assert (out[0]["id"], out[0]["model"]) == ("chatcmpl_msg_1", "claude-up")
+
+
+def test_ca_streams_of_legacy_and_custom_tools() -> None:
+    """Only the first call for `functions`; a custom call when it is complete."""
+    legacy, custom = ca_legacy_and_custom(stream=True)
+    out, error = streamed(CA, legacy,
+                          [ca_start(), ca_open_tool(0, "t1"), ca_json_delta(0, '{"a":1}'), m_stop(0), ca_open_tool(1, "t2", "g"),
+                                       ca_json_delta(1, "{}"), m_stop(1), *ca_end("tool_use")])
+    assert error is None and ca_said(out)[-2] == ({}, "function_call")
+    assert ca_deltas_of(out) == [{"function_call": {"name": "f", "arguments": ""}},
+                              {"function_call": {"arguments": '{"a":1}'}}]
+    out, error = streamed(CA, custom,
+                          [ca_start(), ca_open_tool(0, "t1", "t"), ca_json_delta(0, '{"input":'), ca_json_delta(0, '"a b"}'), m_stop(0),
+                                       ca_open_tool(1, "t2"), m_stop(1), *ca_end("tool_use")])
+    assert error is None and ca_said(out)[-2] == ({}, "tool_calls")
+    assert ca_deltas_of(out) == [
+        {"tool_calls": [{"index": 0, "id": "t1", "type": "custom", "custom": {"name": "t", "input": "a b"}}]},
+        ca_call_delta(1, "", "t2"), ca_call_delta(1, "{}")]
+
+
+# -- ends and errors
+
+CA_HELLO = [ca_start(), ca_open(0, "text", text=""), ca_text_delta(0, "Hello")]
+CA_HELLO_OUT = [CA_ROLE, {"content": "Hello"}]
+
+
+def test_ca_ca45_a_stream_that_said_why_it_stopped_is_complete() -> None:
+    """CA45: no message_stop, but a stop reason."""
+    out, error = streamed(CA, ca_exchange(), [*CA_HELLO, m_stop(0), ca_end()[0]])
+    assert error is None and ca_said(out) == [*CA_HELLO_OUT, ({}, "stop"), STREAM_END]
+
+
+@pytest.mark.parametrize("events, heard", [
+    pytest.param([], [], id="nothing"), pytest.param([{"type": "ping"}], [], id="ping"),
+    pytest.param(CA_HELLO[:1], CA_HELLO_OUT[:1], id="started"), pytest.param(CA_HELLO, CA_HELLO_OUT, id="CA43"),
+    pytest.param([*CA_HELLO, m_stop(0)], CA_HELLO_OUT, id="block-closed"),
+    pytest.param([*CA_HELLO, m_stop(0), ca_end(None)[0]], CA_HELLO_OUT, id="no-stop-reason")])
+def test_ca_a_stream_that_breaks_off_is_an_error(events: Any, heard: Any) -> None:
+    """CA43: an end before the terminal event is never a completion."""
+    out, error = streamed(CA, ca_exchange(), events)
+    assert ca_said(out) == heard
+    assert isinstance(error, proxai.UpstreamError)
+    assert (error.status, error.type) == (502, "stream_translation_error")
+    assert re.search("message_(start|delta|stop)", error.message)
+
+
+CA_ERRORS = {  # type of the provider: statuses, type and code for the client (1.8a; README 3: no 529 to 503)
+    "invalid_request_error": ({400}, "invalid_request_error", None),
+    "authentication_error": ({401}, "authentication_error", "invalid_api_key"),
+    "billing_error": ({402}, "insufficient_quota", "insufficient_quota"),
+    "permission_error": ({403}, "permission_error", None),
+    "not_found_error": ({404}, "invalid_request_error", None),
+    "request_too_large": ({413}, "invalid_request_error", "request_too_large"),
+    "rate_limit_error": ({429}, "rate_limit_error", "rate_limit_exceeded"),
+    "api_error": ({500, 502}, "server_error", None),
+    "timeout_error": ({504}, "server_error", "timeout"),
+    "overloaded_error": ({529}, "overloaded_error", "overloaded"),
+}
+
+
+@pytest.mark.parametrize("kind", CA_ERRORS)
+def test_ca_errors_of_the_provider(kind: str) -> None:
+    """CA44: an error at the start of a stream, in the middle of it, and in place of an answer."""
+    body = {"type": "error", "error": {"type": kind, "message": "it did not work"}, "request_id": "req_1"}
+    first = streamed(CA, ca_exchange(), [body])
+    later = streamed(CA, ca_exchange(), [*CA_HELLO, body, m_stop(0), *ca_end()])
+    with pytest.raises(proxai.UpstreamError) as caught:
+        proxai.PAIRS[CA].response(body, context(*CA, CA_MODEL))
+    assert (first[0], ca_said(later[0])) == ([], CA_HELLO_OUT)
+    statuses, shown, code = CA_ERRORS[kind]
+    for error in (first[1], later[1], caught.value):
+        assert isinstance(error, proxai.UpstreamError)
+        assert error.status in statuses
+        told = proxai.native_error(error, proxai.CHAT)["error"]
+        assert (told["message"], told["type"], told["code"], told["param"]) == ("it did not work", shown, code, None)
+
+
+def test_ca_a_failure_of_the_transport_ends_the_stream() -> None:
+    """What went wrong on the way is what the client is told."""
+    failure = proxai.UpstreamError("the provider fell silent", status=504)
+    stream = proxai.PAIRS[CA].stream(ca_exchange())
+    assert next(stream) == []
+    assert ca_said([event for sent in CA_HELLO for event in stream.send(sent)]) == CA_HELLO_OUT
+    with pytest.raises(proxai.ProxyError) as caught:
+        stream.send(failure)
+    assert (caught.value.status, caught.value.message) == (504, "the provider fell silent")
+    assert list(caught.value.events) == []
+
+
+@pytest.mark.parametrize("body", [{}, {"object": "chat.completion", "choices": []}], ids=repr)
+def test_ca_an_answer_that_is_no_message_is_an_error(body: Any) -> None:
+    """A completion is never invented."""
+    with pytest.raises(proxai.UpstreamError):
+        proxai.PAIRS[CA].response(body, context(*CA, CA_MODEL))
+
+
+# -- Messages clients on Chat providers (translation-chat.md 3) -----------------
+
+# -- helpers of this pair
+
+AC = ("messages", "chat")
+AC_ASKED = "claude-opus-4-8"  # the model that the client named
+AC_AZURE, AC_GLM, AC_QWEN = "x.openai.azure.com", "api.z.ai", "dashscope.aliyuncs.com"
+
+
+AC_OPTIONAL = {"type": "object", "properties": {"a": {"type": "string"}}, "additionalProperties": False}
+AC_CACHE = {"cache_control": {"type": "ephemeral"}}
+
+
+def ac_unpacked(sealed: str, host: str = "") -> Any:
+    """The JSON in a `cd` carrier, whose frame must be right; empty members are left out."""
+    return {key: value for key, value in unpacked("cd", sealed, host).items() if value}
+
+
+def ac_pxid(text: str, nonce: str = "0123abcd") -> str:
+    """An id as section 1.4 encodes it."""
+    return f"pxid_{nonce}{base64.urlsafe_b64encode(text.encode()).rstrip(b'=').decode()}"
+
+
+def ac_request(more: Any = None, host: str = "", model: str = "local-model", profile: Any = None) -> tuple[Any, Any]:
+    """The translation of a small request with `more` in it, which may be messages; `...` takes a field away."""
+    if isinstance(more, list):
+        more = {"messages": more}
+    body = {"model": AC_ASKED, "max_tokens": 64, "messages": [{"role": "user", "content": "hi"}], **(more or {})}
+    return translated(AC, model, {k: v for k, v in body.items() if v is not ...}, host=host, profile=profile)
+
+
+def ac_messages(messages: Any, *where: Any) -> Any:
+    """The Chat messages that the messages become."""
+    return ac_request(messages, *where)[0]["messages"]
+
+
+# Messages of a Messages client, in short: one that is a list takes blocks.
+
+def ac_user(*blocks: Any) -> Any:
+    """A message of the user; strings are text blocks."""
+    return {"role": "user", "content": [m_text(b) if isinstance(b, str) else b for b in blocks]}
+
+
+def ac_asst(*blocks: Any) -> Any:
+    """A message of the assistant; strings are text blocks."""
+    return {"role": "assistant", "content": [m_text(b) if isinstance(b, str) else b for b in blocks]}
+
+
+def ac_sys(*blocks: Any, **more: Any) -> Any:
+    """A system message in between."""
+    return {"role": "system", "content": blocks[0] if isinstance(blocks[0], str) else list(blocks), **more}
+
+
+def ac_think(text: str, signature: Any = "EqQBCkYIBxgCKkD=") -> Any:
+    """A thinking block; without a carrier one that Anthropic signed."""
+    return {"type": "thinking", "thinking": text, "signature": signature}
+
+
+def ac_hidden(data: str) -> Any:
+    """A redacted thinking block."""
+    return {"type": "redacted_thinking", "data": data}
+
+
+def ac_doc(source: Any, **more: Any) -> Any:
+    """A document."""
+    return {"type": "document", "source": source, **more}
+
+
+# Chat messages, in short.
+
+
+AC_Q, AC_USE, AC_OK = ac_user("q"), ac_asst(m_use("t1")), m_result("t1", "ok")  # the usual pieces
+AC_PDF = {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0="}
+AC_HI, AC_KQ, AC_CALL, AC_OUT = c_say("user", "hi"), c_say("user", "q"), c_asst(None, c_call("t1")), c_tool("t1")
+
+# -- 3.2 Top-level fields
+
+AC_BILLING = "x-anthropic-billing-header: cc_version=2.1; cch=ab12c;"
+AC_USER_ID = '{"device_id":"' + "d" * 60 + '","session_id":"s1"}'
+AC_HALF, AC_COOL = {"temperature": 0.5, "top_p": 0.9}, {"temperature": 0.5}
+AC_ON = {"thinking": {"type": "enabled"}}
+AC_BASE_41 = ("api.openai.com", "gpt-4.1")
+
+
+def ac_format(schema: Any) -> Any:
+    """A wish for JSON."""
+    return {"format": {"type": "json_schema", "schema": schema}}
+
+
+def ac_schema(schema: Any, **more: Any) -> Any:
+    """What it becomes."""
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "output", "schema": schema, **more}}}
+
+
+def ac_system(text: Any) -> Any:
+    """Messages behind a system message."""
+    return {"messages": [c_say("system", text), AC_HI]}
+
+
+@cases("more,expected,host,model,profile", {
+    # system
+    "system string": ({"system": "A"}, ac_system("A")),
+    "AC1": ({"system": [m_text("a"), m_text("b", **AC_CACHE)]}, ac_system("a\nb")),
+    "AC1 after a newline": ({"system": [m_text("a\n"), m_text("b")]}, ac_system("a\nb")),
+    "AC1 OpenRouter takes marks": ({"system": [m_text("a"), m_text("b", **AC_CACHE)]},
+        ac_system([m_text("a"), {**m_text("b"), **AC_CACHE}]), ROUTER, "anthropic/claude-sonnet-4.5"),
+    "AC2": ({"system": [m_text(f"{AC_BILLING}You are X")]}, ac_system("You are X")),
+    "AC2 header only": ({"system": [m_text(AC_BILLING)]}, {}),
+    "AC2 header, then text": ({"system": [m_text(AC_BILLING), m_text("You are X")]}, ac_system("You are X")),
+    "AC14": ({"system": "t", "messages": [ac_sys("s"), AC_Q]}, {"messages": [c_say("system", "t\ns"), AC_KQ]}),
+    "AC14 no system": ({"messages": [ac_sys(m_text("s")), AC_Q]}, {"messages": [c_say("system", "s"), AC_KQ]}),
+    # the limit and its field
+    "AC29 OpenAI": ({"max_tokens": 32000}, {"max_completion_tokens": 32000}, *AC_BASE_41),
+    "AC29 Azure": ({"max_tokens": 32000}, {"max_completion_tokens": 32000}, AC_AZURE, "gpt-4.1"),
+    "AC29 Ollama": ({"max_tokens": 32000}, {"max_tokens": 32000}, OLLAMA),
+    "limit K2.5": ({}, {"max_tokens": 64}, KIMI, "kimi-k2.5"),
+    "limit K2.6": ({}, {"max_completion_tokens": 64}, KIMI, "kimi-k2.6"),
+    "limit cap": ({}, {"max_tokens": 50}, "", "local-model", {"max_tokens_cap": 50}),
+    "limit 0": ({"max_tokens": 0}, {"max_tokens": 1}),
+    "limit missing": ({"max_tokens": ...}, {"max_tokens": 4096}),
+    # sampling
+    "sampling": ({**AC_HALF, "top_k": 5}, {**AC_HALF, "top_k": 5}),
+    "sampling 4.1": ({**AC_HALF, "top_k": 5}, {**AC_HALF, "max_completion_tokens": 64}, *AC_BASE_41),
+    "sampling OpenRouter": ({"top_k": 5}, {"top_k": 5}, ROUTER, "x/y"),
+    "sampling top_k on": ({"top_k": 5}, {"top_k": 5}, OLLAMA, "local-model", {"top_k": True}),
+    "sampling o3": (AC_HALF, {"max_completion_tokens": 64}, OPENAI, "o3"),
+    "sampling gpt-5.2": (AC_COOL, {"max_completion_tokens": 64}, OPENAI, "gpt-5.2"),
+    "sampling chat": (AC_COOL, {**AC_COOL, "max_completion_tokens": 64}, OPENAI, "gpt-5-chat-latest"),
+    "sampling K2.5": (AC_HALF, {}, KIMI, "kimi-k2.5"),
+    "sampling DeepSeek thinking": (
+        {**AC_HALF, "output_config": {"effort": "high"}}, {**AC_ON, "reasoning_effort": "high"},
+        DEEPSEEK, "deepseek-chat"),
+    "sampling DeepSeek not thinking": (
+        {**AC_COOL, "thinking": {"type": "disabled"}}, {**AC_COOL, "thinking": {"type": "disabled"}},
+        DEEPSEEK, "deepseek-chat"),
+    # stop
+    "stop 1": ({"stop_sequences": ["a"]}, {"stop": "a"}),
+    "stop 2": ({"stop_sequences": ["a", "", "b"]}, {"stop": ["a", "b"]}),
+    "stop 5 OpenAI": ({"stop_sequences": list("abcde")}, {"stop": list("abcd"), "max_completion_tokens": 64},
+                      *AC_BASE_41),
+    "stop o3": ({"stop_sequences": ["a"]}, {"max_completion_tokens": 64}, OPENAI, "o3"),
+    "stop gpt-5": ({"stop_sequences": ["a"]}, {"max_completion_tokens": 64}, OPENAI, "gpt-5"),
+    # stream
+    "stream": ({"stream": True}, {"stream": True, "stream_options": {"include_usage": True}}),
+    "stream Mistral": ({"stream": True}, {"stream": True}, MISTRAL),
+    "stream no usage": ({"stream": True}, {"stream": True}, "", "local-model", {"stream_usage": False}),
+    # JSON
+    "AC31": ({"output_config": ac_format(AC_OPTIONAL)}, {**ac_schema(AC_OPTIONAL), "max_completion_tokens": 64},
+             *AC_BASE_41),
+    "AC31 all required": ({"output_config": ac_format(ONE_STRING)},
+                          {**ac_schema(ONE_STRING, strict=True), "max_completion_tokens": 64}, *AC_BASE_41),
+    "AC31 vLLM": ({"output_config": ac_format(ONE_STRING)}, ac_schema(ONE_STRING)),
+    "legacy format": ({"output_format": ac_format(ONE_STRING)["format"]}, ac_schema(ONE_STRING)),
+    "both formats": ({"output_config": ac_format(ONE_STRING), "output_format": ac_format(AC_OPTIONAL)["format"]},
+                     ac_schema(ONE_STRING)),
+    # fields of the vendor
+    "user id": ({"metadata": {"user_id": "u1"}},
+                {"safety_identifier": "u1", "prompt_cache_key": sha256("u1")[:32], "max_completion_tokens": 64},
+                *AC_BASE_41),
+    "long user id": ({"metadata": {"user_id": AC_USER_ID}},
+                     {"safety_identifier": sha256(AC_USER_ID), "prompt_cache_key": sha256(AC_USER_ID)[:32],
+                      "max_completion_tokens": 64}, *AC_BASE_41),
+    "user id vLLM": ({"metadata": {"user_id": "u1"}}, {}),
+    **{f"tier {tier}": (more, {"service_tier": tier, "max_completion_tokens": 64}, *AC_BASE_41) for tier, more in {
+        "auto": {"service_tier": "auto"}, "default": {"service_tier": "standard_only"},
+        "priority": {"speed": "fast"}}.items()},
+    "tier vLLM": ({"service_tier": "auto", "speed": "fast"}, {}),
+    # extension
+    "template": ({"chat_template_kwargs": {"x": 1}}, {"chat_template_kwargs": {"x": 1}}),
+    "template over the dialect": (
+        {"output_config": {"effort": "high"}, "chat_template_kwargs": {"enable_thinking": False, "x": 1}},
+        {"reasoning_effort": "high", "chat_template_kwargs": {"enable_thinking": False, "x": 1}}),
+    # none of it
+    "nothing of it": ({**AC_CACHE, "output_config": {"task_budget": {"type": "tokens", "total": 9}}, "container": "c1",
+        "diagnostics": {}, "inference_geo": "us", "user_profile_id": "u", "workspace_id": "w", "billing_policy": {},
+        "betas": ["b"], "fallbacks": [{"model": "m"}], "fallback_credit_token": "t", "mcp_servers": [],
+        "context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}, "later": 1}, {}),
+}, "", "local-model", None)
+def test_ac_top_level(more: Any, expected: Any, host: str, model: str, profile: Any) -> None:
+    payload, _ = ac_request(more, host, model, profile)
+    limit = {} if "max_completion_tokens" in expected else {"max_tokens": 64}
+    assert payload == {"model": model, "messages": [AC_HI], **limit, **expected}
+
+
+def test_ac_a_schema_where_only_json_can_be_asked() -> None:
+    payload, _ = ac_request({"system": "A", "output_config": ac_format(ONE_STRING)}, DEEPSEEK, "deepseek-chat")
+    assert payload["response_format"] == {"type": "json_object"}
+    system, user = payload["messages"]
+    assert (system["role"], user) == ("system", AC_HI)
+    assert system["content"].startswith("A\n")
+    assert json.dumps(ONE_STRING, separators=(",", ":")) in system["content"]
+
+
+@cases("more,param,message", {
+    "mcp_servers": ({"mcp_servers": [{"type": "url", "url": "https://m.example", "name": "m"}]}, "mcp_servers"),
+    "thread": ({"thread": {"type": "create"}}, "thread"),
+    "compaction": ({"compaction": {"type": "auto"}}, "compaction"),
+    "no messages": ({"messages": []}, "messages"),
+    "AC25": ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools",
+             'server tool "web_search_20250305" is not available with this provider'),
+    "AC25 two": ({"tools": [{"type": "code_execution_20250825", "name": "code_execution"},
+                            {"type": "web_fetch_20250910", "name": "web_fetch"}]}, "tools", "server tool"),
+    "AC25 toolset": ({"tools": [{"type": "computer_toolset_20260401"}]}, "tools", "computer_toolset_20260401"),
+    "undeclared choice": ({"tools": [m_tool("A")], "tool_choice": {"type": "tool", "name": "Z"}}, "tool_choice", "Z"),
+}, "")
+def test_ac_what_cannot_be_asked_is_refused(more: Any, param: str, message: str) -> None:
+    with pytest.raises(proxai.RequestError) as refused:
+        ac_request(more)
+    assert refused.value.status == 400 and message in refused.value.message
+    assert str(refused.value.param).startswith(param)
+    if param == "thread":  # the tool runner of the official SDK goes on without threads if it finds this code
+        assert refused.value.details["error_code"] == "thread_unsupported_request"
+
+
+@pytest.mark.parametrize("path,value", [
+    ("container", "c1"), ("inference_geo", "us"), ("service_tier", "auto"), ("metadata", {"user_id": "u"}),
+    ("fallbacks", [{"model": "m"}]), ("speed", "fast"), ("later", 1)])
+def test_ac_what_is_left_out_is_told(path: str, value: Any) -> None:
+    payload, ctx = ac_request({path: value})
+    assert path not in payload and [p for p in ctx.dropped if p.split(".")[0] == path] != []
+
+# -- 3.3 Messages and blocks
+
+AC_PLUS_C = {"type": "tool_addition", "tool": {"type": "tool_definition", "definition": m_tool("C")}}
+AC_BROWSER = "mcp__" + "b" * 85
+AC_BAD_PNG = "[image omitted: this model cannot see images]"
+AC_LONG = "toolu_" + "x" * 74
+AC_FOUND = [{"type": "web_search_result", "url": "u", "title": "t", "encrypted_content": "E"}]
+AC_SEARCH = {"type": "server_tool_use", "id": "s1", "name": "web_search", "input": {"query": "q"}}
+AC_FILE = {"type": "file", "file_id": "file_1"}
+
+
+def ac_searched(content: Any) -> Any:
+    """What a search of the server found."""
+    return {"type": "web_search_tool_result", "tool_use_id": "s1", "content": content}
+
+
+def ac_seen(*parts: Any, id: str = "t1") -> Any:
+    """The message that shows the images of a result."""
+    return [m_text(f"Images from tool result {id}:"), *parts]
+
+
+@cases("messages,expected,host,model,profile", {
+    # the user
+    "text block": ([ac_user(m_text("q", **AC_CACHE))], [AC_KQ]),
+    "marks": ([ac_user(m_text("q", **AC_CACHE))], [c_say("user", [{**m_text("q"), **AC_CACHE}])], ROUTER),
+    "text blocks": ([ac_user("a", "b\n", "c")], [c_say("user", "a\nb\nc")]),
+    "empty string": ([c_say("user", ""), c_say("assistant", "a"), AC_Q], [c_asst("a"), AC_KQ]),
+    "only an empty string": ([c_say("user", "")], [c_say("user", " ")]),
+    "users in a row": ([ac_user("a"), c_say("user", "b")], [c_say("user", "a\nb")]),
+    "image": ([ac_user("look", M_PNG, "ok?")], [c_say("user", [m_text("look"), c_image(), m_text("ok?")])]),
+    "image url": ([ac_user({"type": "image", "source": {"type": "url", "url": "https://x/y.png"}})],
+                  [c_say("user", [c_image("https://x/y.png")])]),
+    "image, blind": ([ac_user("look", M_PNG)], [c_say("user", f"look\n{AC_BAD_PNG}")], "", "local-model",
+                     {"vision": False}),
+    "image file": ([ac_user({"type": "image", "source": AC_FILE})], [c_say("user", "[image omitted: file file_1]")]),
+    "AC33": ([ac_user(ac_doc(AC_PDF, title="a.pdf"))],
+             [c_say("user", '[document "a.pdf" omitted: provider takes no files]')]),
+    "pdf OpenAI": ([ac_user(ac_doc(AC_PDF))], [c_say("user", [{"type": "file", "file": {
+        "filename": "document.pdf", "file_data": "data:application/pdf;base64,JVBERi0="}}])], *AC_BASE_41),
+    "pdf OpenRouter": ([ac_user(ac_doc(AC_PDF, title="a.pdf"))], [c_say("user", [{"type": "file", "file": {
+        "filename": "a.pdf", "file_data": "data:application/pdf;base64,JVBERi0="}}])], ROUTER, "x/y"),
+    "document text": ([ac_user(ac_doc({"type": "text", "media_type": "text/plain", "data": "abc"}, title="T",
+                                    citations={"enabled": True}))],
+                      [c_say("user", '<document title="T">\nabc\n</document>')]),
+    "document content": ([ac_user(ac_doc({"type": "content", "content": [m_text("abc"), M_PNG]}))],
+                         [c_say("user", [m_text("abc"), c_image()])]),
+    "document url": ([ac_user(ac_doc({"type": "url", "url": "https://x/y.pdf"}))],
+                     [c_say("user", "[document: https://x/y.pdf]")]),
+    "document url OpenRouter": ([ac_user(ac_doc({"type": "url", "url": "https://x/y.pdf"}, title="y.pdf"))],
+                                [c_say("user", [{"type": "file", "file": {
+                                    "filename": "y.pdf", "file_data": "https://x/y.pdf"}}])], ROUTER, "x/y"),
+    "document file": ([ac_user(ac_doc(AC_FILE))], [c_say("user", "[document omitted: file file_1]")]),
+    "search result": ([ac_user({"type": "search_result", "title": "T", "source": "https://s", "content": [
+        m_text("x"), m_text("y")]})], [c_say("user", "Title: T\nSource: https://s\nx\ny")]),
+    "unknown block": ([ac_user("q", {"type": "hologram", "data": "x"})], [AC_KQ]),
+    "compaction": ([ac_asst({"type": "compaction", "content": "so far"}), AC_Q],
+                   [c_say("user", "<summary>\nso far\n</summary>\nq")]),
+    "compaction failed": ([ac_asst({"type": "compaction", "content": None}), AC_Q], [AC_KQ]),
+    # the assistant
+    "assistant texts": ([AC_Q, ac_asst(m_text("a", citations=[{"type": "char_location"}]), "b"), AC_Q],
+                        [AC_KQ, c_asst("a\nb"), AC_KQ]),
+    "prefill": ([AC_Q, c_say("assistant", "{")], [AC_KQ, c_asst("{")]),
+    "call": ([AC_Q, ac_asst(m_use("t1", "f", {"b": [1, {"c": None}], "a": "é"}, caller={"type": "direct"},
+                                toolset_name="s", **AC_CACHE)), ac_user(AC_OK)],
+             [AC_KQ, c_asst(None, c_call("t1", '{"b":[1,{"c":null}],"a":"é"}')), AC_OUT]),
+    "text and calls": ([AC_Q, ac_asst("x", m_use("t1"), m_use("t2", "g")), ac_user(AC_OK, m_result("t2", "2"))],
+                       [AC_KQ, c_asst("x", c_call("t1"), c_call("t2", name="g")), AC_OUT, c_tool("t2", "2")]),
+    "AC10": ([AC_Q, ac_asst("x", m_use("t1"), "y"), ac_user(AC_OK)], [AC_KQ, c_asst("x\ny", c_call("t1")), AC_OUT]),
+    "AC22": ([AC_Q, ac_asst(ac_hidden("EqQBCkY=")), ac_user("r")], [c_say("user", "q\nr")]),
+    "AC32": ([AC_Q, ac_asst(AC_SEARCH, ac_searched(AC_FOUND), "x"), AC_Q],
+             [AC_KQ, c_asst('[web_search "q"]\n- t: u\nx'), AC_KQ]),
+    "unknown blocks": ([AC_Q, ac_asst({"type": "fallback", "to": {"model": "m"}}, {"type": "hologram"}, "a"), AC_Q],
+                       [AC_KQ, c_asst("a"), AC_KQ]),
+    "long name": ([AC_Q, ac_asst(m_use("t1", AC_BROWSER)), ac_user(AC_OK)],
+                  [AC_KQ, c_asst(None, c_call("t1", name=AC_BROWSER[:55] + "_" + sha256(AC_BROWSER)[:8])), AC_OUT]),
+    "only a change of tools": ([AC_Q, ac_sys(AC_PLUS_C), c_say("assistant", "a"), AC_Q], [AC_KQ, c_asst("a"), AC_KQ]),
+    # 1.4: ids
+    "AC30": ([AC_Q, ac_asst(m_use(ac_pxid("functions.f:0"))), ac_user(m_result(ac_pxid("functions.f:0")))],
+             [AC_KQ, c_asst(None, c_call("functions.f:0"), reasoning_content=" "),
+              c_tool("functions.f:0", "")],
+             KIMI, "kimi-k2-turbo"),
+    "id no pxid": ([AC_Q, ac_asst(m_use("pxid_zz")), ac_user(m_result("pxid_zz", "ok"))],
+                   [AC_KQ, c_asst(None, c_call("pxid_zz")), c_tool("pxid_zz")]),
+    "id long": ([AC_Q, ac_asst(m_use(AC_LONG)), ac_user(m_result(AC_LONG, "ok"))],
+                [AC_KQ, c_asst(None, c_call(AC_LONG)), c_tool(AC_LONG)]),
+    "id long OpenAI": ([AC_Q, ac_asst(m_use(AC_LONG)), ac_user(m_result(AC_LONG, "ok"))],
+                       [AC_KQ, c_asst(None, c_call("call_" + sha256(AC_LONG)[:35])),
+                        c_tool("call_" + sha256(AC_LONG)[:35])], *AC_BASE_41),
+    "id 9 Mistral": ([AC_Q, ac_asst(m_use("aB3dE6gH9")), ac_user(m_result("aB3dE6gH9", "ok"))],
+                     [AC_KQ, c_asst(None, c_call("aB3dE6gH9")), c_tool("aB3dE6gH9")], MISTRAL),
+    # 3.4: results and their order
+    "AC3": ([AC_Q, AC_USE, ac_user(AC_OK, "go")], [AC_KQ, AC_CALL, AC_OUT, c_say("user", "go")]),
+    "AC4": ([AC_Q, AC_USE, ac_user(AC_OK, "<system-reminder>r</system-reminder>")],
+            [AC_KQ, AC_CALL, c_tool("t1", "ok\n<system-reminder>r</system-reminder>")]),
+    "AC4 last result": ([AC_Q, ac_asst(m_use("t1"), m_use("t2")),
+                         ac_user(AC_OK, m_result("t2", "2"), "<system-reminder>\nr\n</system-reminder>")],
+                        [AC_KQ, c_asst(None, c_call("t1"), c_call("t2")), AC_OUT,
+                         c_tool("t2", "2\n<system-reminder>\nr\n</system-reminder>")]),
+    "AC4 not wholly": ([AC_Q, AC_USE, ac_user(AC_OK, "<system-reminder>r</system-reminder> go")],
+                       [AC_KQ, AC_CALL, AC_OUT, c_say("user", "<system-reminder>r</system-reminder> go")]),
+    "AC5": ([AC_Q, AC_USE, ac_user("x", AC_OK)], [AC_KQ, AC_CALL, AC_OUT, c_say("user", "x")]),
+    "AC6": ([AC_Q, AC_USE, ac_user(m_result("t1", [m_text("p"), M_PNG]))],
+            [AC_KQ, AC_CALL, c_tool("t1", "p\n[see image 1 below]"), c_say("user", ac_seen(c_image()))]),
+    "AC7": ([AC_Q, ac_asst(m_use("t1"), m_use("t2")), ac_user(m_result("t1", [M_PNG]), m_result("t2", [M_PNG]))],
+            [AC_KQ, c_asst(None, c_call("t1"), c_call("t2")), c_tool("t1", "[see image 1 below]"),
+             c_tool("t2", "[see image 2 below]"),
+             c_say("user", [*ac_seen(c_image()), *ac_seen(c_image(), id="t2")])]),
+    "AC6 Ollama": ([AC_Q, AC_USE, ac_user(m_result("t1", [m_text("p"), M_PNG]))],
+                   [AC_KQ, AC_CALL, c_tool("t1", [m_text("p"), c_image()])], OLLAMA),
+    "AC6 blind": ([AC_Q, AC_USE, ac_user(m_result("t1", [m_text("p"), M_PNG]))],
+                  [AC_KQ, AC_CALL, c_tool("t1", f"p\n{AC_BAD_PNG}")], "", "local-model", {"vision": False}),
+    **{f"AC8 {old}": ([AC_Q, AC_USE, ac_user(m_result("t1", old, is_error=True))], [AC_KQ, AC_CALL, c_tool("t1", new)])
+       for old, new in (("boom", "Error: boom"), ("Error: x", "Error: x"), ("a bad ERROR came", "a bad ERROR came"))},
+    "AC8 says so too late": ([AC_Q, AC_USE, ac_user(m_result("t1", "x" * 200 + " error", is_error=True))],
+                             [AC_KQ, AC_CALL, c_tool("t1", "Error: " + "x" * 200 + " error")]),
+    "result empty": ([AC_Q, AC_USE, ac_user(m_result("t1", []))], [AC_KQ, AC_CALL, c_tool("t1", "")]),
+    "result null": ([AC_Q, AC_USE, ac_user(m_result("t1"))], [AC_KQ, AC_CALL, c_tool("t1", "")]),
+    "result texts": ([AC_Q, AC_USE, ac_user(m_result("t1", [m_text("a"), m_text("b", **AC_CACHE)]))],
+                     [AC_KQ, AC_CALL, c_tool("t1", "a\nb")]),
+    "result reference": ([AC_Q, AC_USE, ac_user(m_result("t1", [{"type": "tool_reference", "tool_name": "B"}]))],
+                         [AC_KQ, AC_CALL, c_tool("t1", "Tool loaded: B")]),
+    "result search": ([AC_Q, AC_USE, ac_user(m_result("t1", [{"type": "search_result", "title": "T", "source": "s",
+                                                           "content": [m_text("x")]}]))],
+                      [AC_KQ, AC_CALL, c_tool("t1", "Title: T\nSource: s\nx")]),
+    "result state": ([AC_Q, AC_USE, ac_user(m_result("t1", [{"type": "browser_state", "url": "u", "tabs": [1]}]))],
+                     [AC_KQ, AC_CALL, c_tool("t1", '{"type":"browser_state","url":"u","tabs":[1]}')]),
+    "result unknown": ([AC_Q, AC_USE, ac_user(m_result("t1", [{"type": "hologram", "x": 1}]))],
+                       [AC_KQ, AC_CALL, c_tool("t1", '{"type":"hologram","x":1}')]),
+    "AC9": ([AC_Q, ac_asst(m_use("a"), m_use("b")), ac_user(m_result("b", "ok"))],
+            [AC_KQ, c_asst(None, c_call("a"), c_call("b")), c_tool("a", STUB), c_tool("b")]),
+    "AC9 none": ([AC_Q, AC_USE, ac_user("r")], [AC_KQ, AC_CALL, c_tool("t1", STUB), c_say("user", "r")]),
+    "AC9 last": ([AC_Q, AC_USE], [AC_KQ, AC_CALL, c_tool("t1", STUB)]),
+    "AC9 later": ([AC_Q, AC_USE, ac_user("wait"), c_say("assistant", "x"), ac_user(AC_OK)],
+                  [AC_KQ, AC_CALL, AC_OUT, c_say("user", "wait"), c_asst("x")]),
+    "AC9 order": ([AC_Q, ac_asst(m_use("a"), m_use("b")), ac_user(m_result("b", "2"), m_result("a", "1"))],
+                  [AC_KQ, c_asst(None, c_call("a"), c_call("b")), c_tool("a", "1"), c_tool("b", "2")]),
+    "stray": ([ac_user(m_result("t9", "r"))], [c_say("user", "[result of unknown tool call t9]\nr")]),
+    "twice": ([AC_Q, AC_USE, ac_user(AC_OK, AC_OK)], [AC_KQ, AC_CALL, AC_OUT]),
+    "later": ([AC_Q, AC_USE, ac_user(AC_OK, m_result("t1", "b"))],
+              [AC_KQ, AC_CALL, AC_OUT, c_say("user", "[later result of tool call t1]\nb")]),
+    # 3.7: system messages in between
+    "AC11": ([AC_Q, ac_sys("s")], [c_say("user", f"q\n{reminder('s')}")]),
+    "AC11 blocks": ([AC_Q, ac_sys(m_text("s"), m_text("t")), c_say("assistant", "a"), AC_Q],
+                    [c_say("user", f"q\n{reminder(chr(10).join('st'))}"), c_asst("a"), AC_KQ]),
+    "AC11 image": ([ac_user(M_PNG), ac_sys("s")], [c_say("user", [c_image(), m_text(reminder("s"))])]),
+    "AC12": ([AC_Q, AC_USE, ac_sys("s"), ac_user(AC_OK)], [AC_KQ, AC_CALL, c_tool("t1", f"ok\n{reminder('s')}")]),
+    "AC12 OpenAI": ([AC_Q, AC_USE, ac_sys("s"), ac_user(AC_OK)], [AC_KQ, AC_CALL, AC_OUT, c_say("system", "s")],
+                    *AC_BASE_41),
+    "AC13": ([AC_Q, ac_sys("s")], [AC_KQ, c_say("system", "s")], *AC_BASE_41),
+    "AC13 behind the assistant": ([AC_Q, c_say("assistant", "a"), ac_sys("s"), ac_user("r")],
+                                  [AC_KQ, c_asst("a"), c_say("system", "s"), c_say("user", "r")], *AC_BASE_41),
+    "system behind the assistant": ([AC_Q, c_say("assistant", "a"), ac_sys("s"), ac_user("r")],
+                                    [AC_KQ, c_asst("a"), c_say("user", f"{reminder('s')}\nr")]),
+    "system behind the assistant, last": ([AC_Q, c_say("assistant", "a"), ac_sys("s")],
+                                          [AC_KQ, c_asst("a"), c_say("user", reminder("s"))]),
+    "AC34": ([AC_Q, ac_sys("s", clear_at="next_user_message"), c_say("assistant", "a"), ac_user("r")],
+             [AC_KQ, c_asst("a"), c_say("user", "r")]),
+    "AC34 still good": ([AC_Q, ac_sys("s", clear_at="next_user_message")], [c_say("user", f"q\n{reminder('s')}")]),
+}, "", "local-model", None)
+def test_ac_messages(messages: Any, expected: Any, host: str, model: str, profile: Any) -> None:
+    assert ac_messages(messages, host, model, profile) == expected
+
+
+def test_ac_an_upload_is_told_without_its_id() -> None:
+    [message] = ac_messages([ac_user("q", {"type": "container_upload", "file_id": "file_77"})])
+    assert message["content"].startswith("q\n[") and "file_77" not in message["content"]
+
+
+def test_ac_images_and_text_of_one_turn() -> None:
+    messages = ac_messages([AC_Q, AC_USE, ac_user(m_result("t1", [M_PNG]), "go")])
+    assert messages[:3] == [AC_KQ, AC_CALL, c_tool("t1", "[see image 1 below]")]
+    parts = [p for m in messages[3:] for p in (m["content"] if isinstance(m["content"], list) else
+                                               [m_text(m["content"])])]
+    assert parts == [*ac_seen(c_image()), m_text("go")] and {m["role"] for m in messages[3:]} == {"user"}
+
+
+def test_ac_images_of_results_where_there_is_no_place_for_them() -> None:
+    *_, tool = ac_messages([AC_Q, AC_USE, ac_user(m_result("t1", [m_text("p"), M_PNG]))], GROQ)
+    assert tool["role"] == "tool" and re.fullmatch(r"p\n\[.*image.*\]", tool["content"])
+
+
+def test_ac_what_is_long_is_cut() -> None:
+    """An unknown child of a result at 2 kB, a fetched page at 8 kB."""
+    _, asst, tool, last = ac_messages([AC_Q, ac_asst({"type": "web_fetch_tool_result", "tool_use_id": "s1", "content": {
+        "type": "web_fetch_result", "url": "https://u.example", "content": ac_doc(
+            {"type": "text", "media_type": "text/plain", "data": "z" * 20_000})}}, m_use("t1")),
+        ac_user(m_result("t1", [{"type": "hologram", "x": "z" * 9000}]), "q")])
+    assert 1000 < len(tool["content"]) <= 2100 and 4000 < asst["content"].count("z") <= 8200 and last == AC_KQ
+
+
+@cases("host,pattern", {"Mistral": (MISTRAL, r"[a-zA-Z0-9]{9}"), "OpenAI": (OPENAI, r"call_[0-9a-f]{35}")})
+def test_ac_ids_that_a_host_does_not_take(host: str, pattern: str) -> None:
+    ids = [AC_LONG, AC_LONG + "y"]
+    _, asst, *tools = ac_messages([AC_Q, ac_asst(*map(m_use, ids)), ac_user(*(m_result(i, "ok") for i in ids))], host)
+    sent = [call["id"] for call in asst["tool_calls"]]
+    assert sent == [tool["tool_call_id"] for tool in tools] and len(set(sent)) == 2
+    assert all(re.fullmatch(pattern, i) for i in sent)
+
+
+def test_ac_an_id_that_was_empty() -> None:
+    _, asst, tool = ac_messages([AC_Q, ac_asst(m_use(ac_pxid(""))), ac_user(m_result(ac_pxid(""), "ok"))])
+    assert re.fullmatch(r"call_[0-9a-f]{24}", tool["tool_call_id"])
+    assert asst["tool_calls"][0]["id"] == tool["tool_call_id"]
+
+
+@cases("blocks,texts", {
+    "failed": ([AC_SEARCH, ac_searched({"type": "web_search_tool_result_error", "error_code": "max_uses_exceeded"})],
+               ['[web_search "q"]', "failed: max_uses_exceeded"]),
+    "fetch": ([{"type": "web_fetch_tool_result", "tool_use_id": "s1", "content": {
+        "type": "web_fetch_result", "url": "https://u.example", "content": ac_doc(
+            {"type": "text", "media_type": "text/plain", "data": "page text"})}}], ["https://u.example", "page text"]),
+    "code": ([{"type": "code_execution_tool_result", "tool_use_id": "s1", "content": {
+        "type": "code_execution_result", "stdout": "out-1", "stderr": "err-1", "return_code": 0, "content": []}}],
+        ["out-1", "err-1"]),
+    "bash": ([{"type": "bash_code_execution_tool_result", "tool_use_id": "s1", "content": {
+        "type": "bash_code_execution_result", "stdout": "out-1", "stderr": "", "return_code": 0, "content": []}}],
+        ["out-1"]),
+    "tool search": ([{"type": "tool_search_tool_result", "tool_use_id": "s1", "content": {
+        "type": "tool_search_tool_search_result",
+        "tool_references": [{"type": "tool_reference", "tool_name": "get_weather"}]}}], ["get_weather"]),
+    "mcp": ([{"type": "mcp_tool_use", "id": "m1", "name": "lookup", "server_name": "s", "input": {"k": "v-1"}},
+             {"type": "mcp_tool_result", "tool_use_id": "m1", "is_error": False, "content": [m_text("found it")]}],
+            ["lookup", "found it"]),
+})
+def test_ac_what_a_server_tool_did_is_told_as_text(blocks: Any, texts: list[str]) -> None:
+    first, asst, last = ac_messages([AC_Q, ac_asst("before", *blocks, "behind"), AC_Q])
+    assert (first, last, asst["role"], set(asst)) == (AC_KQ, AC_KQ, "assistant", {"role", "content"})
+    assert asst["content"].startswith("before\n") and asst["content"].endswith("\nbehind")
+    assert [t for t in texts if t not in asst["content"]] == []
+
+
+# -- 3.5 Tools
+
+AC_LATER, AC_THIRD = m_tool("B", defer_loading=True), m_tool("C", defer_loading=True)
+AC_REGEX = {"type": "tool_search_tool_regex_20251119", "name": "tool_search_tool_regex"}
+AC_WEB = {"type": "web_search_20250305", "name": "web_search", "max_uses": 5}
+
+
+def ac_loaded(*names: str) -> list[Any]:
+    """Messages: a search of the client's own finds tools."""
+    return [AC_Q, ac_asst(m_use("t1", "A")),
+            ac_user(m_result("t1", [{"type": "tool_reference", "tool_name": n} for n in names]))]
+
+
+def ac_change(*blocks: Any) -> Any:
+    """Messages: a system message of blocks in between."""
+    return {"messages": [AC_Q, ac_sys(*blocks), c_say("assistant", "a"), AC_Q]}
+
+
+AC_B = {"type": "tool_reference", "name": "B"}
+
+
+@cases("tools,expected,more,host,model,profile", {
+    "plain": ([m_tool("A", ONE_STRING, description="D", type="custom")], [c_function("A", ONE_STRING, description="D")]),
+    "OpenAI's shape": ([c_function("A", description="D")], [c_function("A", description="D")]),
+    "marks": ([m_tool("A", **AC_CACHE, allowed_callers=["direct"], eager_input_streaming=True)], [c_function("A")]),
+    "marks OpenRouter": ([m_tool("A", **AC_CACHE)], [{**c_function("A"), **AC_CACHE}], {}, ROUTER, "x/y"),
+    "strict OpenAI": ([m_tool("A", ONE_STRING, strict=True)], [c_function("A", ONE_STRING, strict=True)], {}, *AC_BASE_41),
+    "strict, optional property": ([m_tool("A", AC_OPTIONAL, strict=True)], [c_function("A", AC_OPTIONAL)], {}, *AC_BASE_41),
+    "strict vLLM": ([m_tool("A", ONE_STRING, strict=True)], [c_function("A", ONE_STRING)]),
+    "object without properties": (
+        [m_tool("A", {"type": "object", "properties": {"o": {"type": "object"}}, "$defs": {"x": {"type": "string"}}})],
+        [c_function("A", {"type": "object", "properties": {"o": {"type": "object", "properties": {}}},
+                          "$defs": {"x": {"type": "string"}}})]),
+    "examples": ([m_tool("A", description="D", input_examples=[{"a": 1}])],
+                 [c_function("A", description='D\n\nExamples: [{"a":1}]')]),
+    "AC27": ([m_tool(AC_BROWSER)], [c_function(AC_BROWSER[:55] + "_" + sha256(AC_BROWSER)[:8])]),
+    "bad characters": ([m_tool("a_b"), m_tool("a.b"), m_tool("c.d")],
+                       [c_function("a_b"), c_function("a_b_" + sha256("a.b")[:8]), c_function("c_d")]),
+    # server tools
+    "search off": ([AC_WEB, m_tool("A")], [c_function("A")]),
+    "others": ([{"type": "web_fetch_20250910", "name": "web_fetch"}, {"type": "computer_toolset_20260401"},
+                {"type": "mcp_toolset", "mcp_server_name": "m"}, m_tool("A")], [c_function("A")]),
+    # deferred ones
+    "AC23 before": ([m_tool("A"), AC_LATER], [c_function("A")]),
+    "AC23 after": ([m_tool("A"), AC_LATER], [c_function("A"), c_function("B")], {"messages": ac_loaded("B")}),
+    "AC23 order": ([AC_THIRD, AC_LATER, m_tool("A"), m_tool("D")], [c_function(n) for n in "ADBC"],
+                   {"messages": ac_loaded("B", "C")}),
+    "AC23 called": ([m_tool("A"), AC_LATER], [c_function("A"), c_function("B")],
+                    {"messages": [AC_Q, ac_asst(m_use("t1", "B")), ac_user(AC_OK)]}),
+    "AC23 found by the server": ([m_tool("A"), AC_LATER], [c_function("A"), c_function("B")],
+        {"messages": [AC_Q, ac_asst({"type": "tool_search_tool_result", "tool_use_id": "s1", "content": {
+            "type": "tool_search_tool_search_result",
+            "tool_references": [{"type": "tool_reference", "tool_name": "B"}]}}), AC_Q]}),
+    "AC23 chosen": ([m_tool("A"), AC_LATER], [c_function("A"), c_function("B")], {"tool_choice": {"type": "tool", "name": "B"}}),
+    "AC23 all deferred": ([AC_LATER, AC_THIRD], [c_function("B"), c_function("C")]),
+    "AC23 switched off": ([AC_LATER, m_tool("A")], [c_function("B"), c_function("A")], {}, "", "local-model",
+                          {"deferred_tools": "all"}),
+    "AC24": ([AC_REGEX, AC_LATER], [c_function("B")]),
+    "AC24 more": ([AC_REGEX, m_tool("A"), AC_LATER], [c_function("A"), c_function("B")]),
+    "added": ([m_tool("A")], [c_function("A"), c_function("C")], ac_change(AC_PLUS_C)),
+    "added by reference": ([m_tool("A"), AC_LATER], [c_function("A"), c_function("B")],
+                           ac_change({"type": "tool_addition", "tool": AC_B})),
+    "removed": ([m_tool("A"), m_tool("B")], [c_function("A")], ac_change({"type": "tool_removal", "tool": AC_B})),
+}, {}, "", "local-model", None)
+def test_ac_tools(tools: Any, expected: Any, more: Any, host: str, model: str, profile: Any) -> None:
+    payload, _ = ac_request({"tools": tools, **more}, host, model, profile)
+    assert payload["tools"] == expected
+
+
+AC_EDIT = {"path": "string", "file_text": "string", "old_str": "string", "new_str": "string",
+           "insert_line": "integer", "insert_text": "string", "view_range": ["integer"]}
+AC_VIEW = ("view", "create", "str_replace", "insert")
+
+
+@cases("kind,name,properties,required", {
+    "AC26": ("bash_20250124", "bash", {"command": "string", "restart": "boolean"}, None),
+    "editor 2024": ("text_editor_20241022", "str_replace_editor",
+                    {"command": (*AC_VIEW, "undo_edit"), **AC_EDIT}, ["command", "path"]),
+    "editor 2025-07": ("text_editor_20250728", "str_replace_based_edit_tool",
+                       {"command": AC_VIEW, **AC_EDIT}, ["command", "path"]),
+    "memory": ("memory_20250818", "memory",
+               {"command": (*AC_VIEW, "delete", "rename"), "old_path": "string", "new_path": "string", **AC_EDIT},
+               ["command"]),
+    "computer": ("computer_20250124", "computer", {
+        "action": ("key", "type", "mouse_move", "left_click", "left_click_drag", "right_click", "middle_click",
+                   "double_click", "triple_click", "left_mouse_down", "left_mouse_up", "scroll", "hold_key", "wait",
+                   "screenshot", "cursor_position", "zoom"),
+        "coordinate": ["integer"], "start_coordinate": ["integer"], "text": "string", "scroll_direction": ...,
+        "scroll_amount": ..., "duration": ..., "region": ...}, None),
+})
+def test_ac_a_tool_that_anthropic_defines(kind: str, name: str, properties: Any, required: Any) -> None:
+    tool = {"type": kind, "name": name, "display_width_px": 1024, "display_height_px": 768}
+    sent = ac_request({"tools": [tool, m_tool("f")]})[0]["tools"]
+    assert [t["type"] for t in sent] == ["function"] * 2 and sent[1] == c_function("f")
+    function = sent[0]["function"]
+    assert function["name"] == name and function["description"]
+    if name == "computer":
+        assert "1024" in function["description"] and "768" in function["description"]
+    schema = function["parameters"]
+    assert (schema["type"], set(schema["properties"])) == ("object", set(properties))
+    for key, value in properties.items():
+        sub = schema["properties"][key]
+        if isinstance(value, tuple):
+            assert (sub["type"], set(sub["enum"])) == ("string", set(value))
+        elif isinstance(value, list):
+            assert (sub["type"], sub["items"]["type"]) == ("array", *value)
+        elif value is not ...:
+            assert sub["type"] == value
+    assert required is None or schema["required"] == required
+
+
+@cases("tools,profile,expected", {
+    "options": ([AC_WEB], "options", {"web_search_options": {}}),
+    "options and a tool": ([AC_WEB, m_tool("A")], "options", {"web_search_options": {}, "tools": [c_function("A")]}),
+    "OpenRouter": ([AC_WEB], "openrouter", {"plugins": [ANY]}),
+})
+def test_ac_web_search(tools: Any, profile: str, expected: Any) -> None:
+    payload, _ = ac_request({"tools": tools}, "", "local-model", {"web_search": profile})
+    assert [p["id"] for p in payload.get("plugins", [])] == ["web"] * ("plugins" in expected)
+    assert payload == {"model": "local-model", "messages": [AC_HI], "max_tokens": 64, **expected}
+
+
+@cases("choice,expected,tools,profile", {
+    "absent": (None, {}),
+    "auto": ({"type": "auto"}, {"tool_choice": "auto"}),
+    "any": ({"type": "any"}, {"tool_choice": "required"}),
+    "none": ({"type": "none"}, {"tool_choice": "none"}),
+    "tool": ({"type": "tool", "name": "A"}, {"tool_choice": {"type": "function", "function": {"name": "A"}}}),
+    "tool with a long name": ({"type": "tool", "name": AC_BROWSER},
+        {"tool_choice": {"type": "function", "function": {"name": AC_BROWSER[:55] + "_" + sha256(AC_BROWSER)[:8]}}},
+        [AC_BROWSER]),
+    "AC28": ({"type": "any", "disable_parallel_tool_use": True},
+             {"tool_choice": "required", "parallel_tool_calls": False}),
+    "auto, one": ({"type": "auto", "disable_parallel_tool_use": True},
+                  {"tool_choice": "auto", "parallel_tool_calls": False}),
+    "auto, several": ({"type": "auto", "disable_parallel_tool_use": False}, {"tool_choice": "auto"}),
+    "no flag": ({"type": "any", "disable_parallel_tool_use": True}, {"tool_choice": "required"}, ["A"],
+                {"parallel_tool_calls": False}),
+    "no tools": ({"type": "auto", "disable_parallel_tool_use": True}, {}, []),
+    "no tools, none": ({"type": "none"}, {}, []),
+}, ["A"], None)
+def test_ac_tool_choice(choice: Any, expected: Any, tools: Any, profile: Any) -> None:
+    payload, _ = ac_request({"tools": [m_tool(n) for n in tools], "tool_choice": choice}, "", "local-model", profile)
+    assert {k: v for k, v in payload.items() if k in ("tool_choice", "parallel_tool_calls")} == expected
+    assert ("tools" in payload) == bool(tools)
+
+
+# -- 3.6 Reasoning: level
+
+AC_OFF = {"thinking": {"type": "disabled"}}
+AC_SWITCH = {"thinking": {"type": "enabled"}}
+AC_ADAPTIVE = {"thinking": {"type": "adaptive"}}
+
+
+def ac_effort(word: str) -> Any:
+    """A wish for an effort."""
+    return {"output_config": {"effort": word}}
+
+
+def ac_budget(tokens: int) -> Any:
+    """A wish for a budget."""
+    return {"thinking": {"type": "enabled", "budget_tokens": tokens}}
+
+
+def ac_kwargs(on: bool) -> Any:
+    """What a chat template is told."""
+    return {"chat_template_kwargs": {"enable_thinking": on}}
+
+
+AC_DIALECTS: dict[str, tuple[str, str, dict[str, tuple[Any, Any]]]] = {  # host, model: wish, and what it becomes
+    "effort gpt-5.2": (OPENAI, "gpt-5.2", {
+        "nothing": ({}, {}), "adaptive": (AC_ADAPTIVE, {}), "off": (AC_OFF, {"reasoning_effort": "none"}),
+        "low": (ac_effort("low"), {"reasoning_effort": "low"}),
+        "xhigh": (ac_effort("xhigh"), {"reasoning_effort": "xhigh"}),
+        "budget 2048": (ac_budget(2048), {"reasoning_effort": "medium"}),
+        "budget 32768": (ac_budget(32768), {"reasoning_effort": "xhigh"})}),
+    "effort o3": (OPENAI, "o3", {"off": (AC_OFF, {}), "high": (ac_effort("high"), {"reasoning_effort": "high"}),
+        "xhigh": (ac_effort("xhigh"), {"reasoning_effort": "high"})}),
+    "AC16": (AC_AZURE, "o9-next", {"max": ({**AC_ADAPTIVE, **ac_effort("max")}, {"reasoning_effort": "high"})}),
+    "AC16 DeepSeek": (DEEPSEEK, "deepseek-chat", {
+        "max": ({**AC_ADAPTIVE, **ac_effort("max")}, {**AC_SWITCH, "reasoning_effort": "max"})}),
+    "basic": (OLLAMA, "qwen3", {"nothing": ({}, {}), "off": (AC_OFF, {"reasoning_effort": "none"}),
+        "medium": (ac_effort("medium"), {"reasoning_effort": "medium"}),
+        "max": (ac_effort("max"), {"reasoning_effort": "high"})}),
+    "xAI": (XAI, "grok-3-mini", {"off": (AC_OFF, {}), "low": (ac_effort("low"), {"reasoning_effort": "low"}),
+        "medium": (ac_effort("medium"), {"reasoning_effort": "high"})}),
+    "xAI grok-4": (XAI, "grok-4", {"high": (ac_effort("high"), {})}),
+    "AC17": (ROUTER, "x/y", {"nothing": ({}, {}), "budget": (ac_budget(10000), {"reasoning": {"max_tokens": 10000}}),
+        "off": (AC_OFF, {"reasoning": {"enabled": False}}), "low": (ac_effort("low"), {"reasoning": {"effort": "low"}}),
+        "max": (ac_effort("max"), {"reasoning": {"effort": "xhigh"}})}),
+    "AC15": (DEEPSEEK, "deepseek-chat", {"off": ({**AC_OFF, **ac_effort("high")}, AC_OFF),
+        "between": ({"thinking": {"type": "between_tools"}, **ac_effort("high")}, AC_OFF),
+        "nothing": ({}, {}), "adaptive": (AC_ADAPTIVE, {}),
+        "low": (ac_effort("low"), {**AC_SWITCH, "reasoning_effort": "high"}),
+        "xhigh": (ac_effort("xhigh"), {**AC_SWITCH, "reasoning_effort": "max"}),
+        "budget": (ac_budget(1024), {**AC_SWITCH, "reasoning_effort": "high"})}),
+    "Kimi": (KIMI, "kimi-k2.5", {
+        "off": (AC_OFF, AC_OFF), "low": (ac_effort("low"), AC_SWITCH), "max": (ac_effort("max"), AC_SWITCH)}),
+    "GLM": (AC_GLM, "glm-4.7", {"off": (AC_OFF, AC_OFF), "high": (ac_effort("high"), {"thinking": {
+            "type": "enabled", "clear_thinking": False}})}),
+    "Qwen": (AC_QWEN, "qwen3-max", {
+        "off": (AC_OFF, {"enable_thinking": False}), "high": (ac_effort("high"), {"enable_thinking": True}),
+        "budget": (ac_budget(5000), {"enable_thinking": True, "thinking_budget": 5000})}),
+    "Groq gpt-oss": (GROQ, "openai/gpt-oss-120b", {"nothing": ({}, {"reasoning_format": "parsed"}),
+        "low": (ac_effort("low"), {"reasoning_effort": "low", "reasoning_format": "parsed"}),
+        "max": (ac_effort("max"), {"reasoning_effort": "high", "reasoning_format": "parsed"})}),
+    "Mistral": (MISTRAL, "magistral-medium-latest", {
+        "off": (AC_OFF, {}), "high": (ac_effort("high"), {"prompt_mode": "reasoning"})}),
+    "template": ("", "local-model", {
+        "nothing": ({}, {}), "adaptive": (AC_ADAPTIVE, {}), "off": (AC_OFF, ac_kwargs(False)),
+        "budget 1024": (ac_budget(1024), {"reasoning_effort": "low", **ac_kwargs(True)}),
+        "budget 8191": (ac_budget(8191), {"reasoning_effort": "medium", **ac_kwargs(True)}),
+        "budget 8192": (ac_budget(8192), {"reasoning_effort": "high", **ac_kwargs(True)}),
+        "effort beats budget": ({**ac_budget(63999), **ac_effort("low")},
+                                {"reasoning_effort": "low", **ac_kwargs(True)}),
+        "max": (ac_effort("max"), {"reasoning_effort": "high", **ac_kwargs(True)})}),
+}
+
+
+@pytest.mark.parametrize("host,model,more,expected", [
+    pytest.param(host, model, more, expected, id=f"{name}: {wish}")
+    for name, (host, model, wishes) in AC_DIALECTS.items() for wish, (more, expected) in wishes.items()])
+def test_ac_effort(host: str, model: str, more: Any, expected: Any) -> None:
+    payload, _ = ac_request(more, host, model)
+    limits = {"max_tokens", "max_completion_tokens"}
+    assert {k: v for k, v in payload.items() if k not in limits} == {"model": model, "messages": [AC_HI], **expected}
+
+
+def test_ac_the_last_effort_of_a_system_message_holds() -> None:
+    payload, _ = ac_request({**ac_effort("high"), "messages": [
+        AC_Q, ac_sys("s", **ac_effort("xhigh")), c_say("assistant", "a"), AC_Q, ac_sys("t", **ac_effort("low"))]},
+        ROUTER)
+    assert payload["reasoning"] == {"effort": "low"}
+
+
+# -- 3.6 Reasoning: replay
+
+AC_NAMED = {"type": "reasoning.encrypted", "data": "ENC", "id": "rs_1", "format": "openai-responses-v1", "index": 0}
+AC_PLAIN = {"type": "reasoning.text", "text": "t", "index": 0}
+AC_RC, AC_RF = "reasoning_content", "reasoning"
+AC_SIG, AC_SIG_R = carrier("cr", AC_RC), carrier("cr", AC_RF)
+
+
+def ac_turn(*blocks: Any) -> list[Any]:
+    """Messages around blocks of the assistant and a call."""
+    return [AC_Q, ac_asst(*blocks, m_use("t1")), ac_user(AC_OK)]
+
+
+def ac_thought(text: str, host: str = "", field: str = AC_RC) -> Any:
+    """A thinking block of our own."""
+    return ac_think(text, carrier("cr", field, host=host))
+
+
+@cases("host,messages,expected,more,model", {
+    "AC18": (DEEPSEEK, ac_turn(ac_thought("t", DEEPSEEK)), {AC_RC: "t"}),
+    "AC18 two": (AC_GLM, ac_turn(ac_thought("t", AC_GLM), ac_thought("u", AC_GLM)), {AC_RC: "t\n\nu"}),
+    "AC18 thinking off": (DEEPSEEK, ac_turn(ac_thought("t", DEEPSEEK)), {AC_RC: "t"}, AC_OFF),
+    "AC19": (DEEPSEEK, ac_turn(), {AC_RC: " "}, ac_effort("high")),
+    "AC19 no call": (DEEPSEEK, [AC_Q, ac_asst("x"), AC_Q], {AC_RC: " "}, ac_effort("high")),
+    "AC19 thinking off": (DEEPSEEK, ac_turn(), {}, AC_OFF),
+    "AC19 Kimi": (KIMI, ac_turn(), {AC_RC: " "}, ac_effort("high")),
+    "AC19 Kimi, no call": (KIMI, [AC_Q, ac_asst("x"), AC_Q], {}, ac_effort("high")),
+    "AC19 GLM": (AC_GLM, ac_turn(), {}, ac_effort("high")),
+    "AC20": (OPENAI, ac_turn(ac_think("t")), {}, {}, "gpt-4.1"),
+    "AC20 Mistral": (MISTRAL, [AC_Q, ac_asst(ac_think("t"), "x"), AC_Q], {}),
+    "real signature": (AC_GLM, ac_turn(ac_think("t")), {AC_RC: "t"}),
+    "Groq": (GROQ, ac_turn(ac_thought("t", GROQ)), {AC_RF: "t"}),
+    "Ollama": (OLLAMA, ac_turn(ac_think("t")), {AC_RF: "t"}),
+    "the host names the field": (AC_GLM, ac_turn(ac_thought("t", AC_GLM, AC_RF)), {AC_RC: "t"}),
+    "auto": ("", ac_turn(ac_thought("t")), {AC_RC: "t"}),
+    "auto, other field": ("", ac_turn(ac_thought("t", field=AC_RF)), {AC_RF: "t"}),
+    "auto, real signature": ("", ac_turn(ac_think("t")), {}),
+    "auto, unsigned": ("", ac_turn(ac_think("t", "")), {}),
+    "auto, details": ("", ac_turn(ac_hidden(carrier("cd", {"d": [AC_NAMED]}))), {"reasoning_details": [AC_NAMED]}),
+    **{f"auto, {name}": ("", ac_turn(ac_think("t", signature)), {}) for name, signature in {
+        "other provider": carrier("cr", AC_RC, host="llm.example"), "cut": AC_SIG[:-1],
+        "edited": AC_SIG[:-1] + "x", "wrong length": carrier("cr", AC_RC, length=3), "two parts": "px1.eyJmIjo",
+        "unknown kind": carrier("zz", AC_RC), "of Responses": carrier("or", "rs_1:ENC")}.items()},
+    "auto, foreign data": ("", ac_turn(ac_hidden("EqQBCkY=")), {}),
+    "details": (ROUTER, ac_turn(ac_hidden(carrier("cd", {"d": [AC_NAMED]}, host=ROUTER))),
+                {"reasoning_details": [AC_NAMED]}, {}, "x/y"),
+    "details with text": (
+        ROUTER, ac_turn(ac_think("t", carrier("cd", {"d": [{"type": "reasoning.text", "signature": "S",
+                                                                 "format": "f", "index": 0}]}, host=ROUTER))),
+        {"reasoning_details": [{"type": "reasoning.text", "signature": "S", "format": "f", "index": 0, "text": "t"}]},
+        {}, "x/y"),
+    "details, plain": (ROUTER, ac_turn(ac_thought("t", ROUTER)), {"reasoning_details": [AC_PLAIN]}, {}, "x/y"),
+    "details, real signature": (ROUTER, ac_turn(ac_think("t", "SIG")), {"reasoning_details": [
+        {**AC_PLAIN, "signature": "SIG", "format": "anthropic-claude-v1"}]}, {}, "anthropic/claude-opus-4.8"),
+    "details, real signature elsewhere": (ROUTER, ac_turn(ac_think("t", "SIG")),
+                                          {"reasoning_details": [AC_PLAIN]}, {}, "x/y"),
+}, {}, "local-model")
+def test_ac_replay(host: str, messages: Any, expected: Any, more: Any, model: str) -> None:
+    payload, _ = ac_request({**more, "messages": messages}, host, model)
+    [asst] = [m for m in payload["messages"] if m["role"] == "assistant"]
+    assert {k: v for k, v in asst.items() if k not in ("role", "content", "tool_calls")} == expected
+
+
+@cases("key,id", {"AC21": ("c1", "c1"), "AC21 encoded": ("functions.f:0", ac_pxid("functions.f:0"))})
+def test_ac_signatures_of_calls(key: str, id: str) -> None:
+    data = carrier("cd", {"t": {key: "SIG"}}, host=GEMINI)
+    messages = ac_messages([AC_Q, ac_asst(ac_hidden(data), m_use(id)), ac_user(m_result(id, "ok"))], GEMINI)
+    assert messages == [AC_KQ, c_asst(None, c_call(key, extra_content={"google": {"thought_signature": "SIG"}})),
+                        c_tool(key)]
+
+
+def test_ac_every_turn_is_replayed_unless_cleared() -> None:
+    """A longer history starts with the shorter one; `clear_thinking` keeps the thoughts of the last turns."""
+    turns = [AC_Q, ac_asst(ac_thought("t"), "x"), AC_Q, ac_asst(ac_thought("u"), "y"), AC_Q]
+    long = [AC_KQ, c_asst("x", reasoning_content="t"), AC_KQ, c_asst("y", reasoning_content="u"), AC_KQ]
+    assert ac_messages(turns) == long and ac_messages(turns[:3]) == long[:3]
+    edit = {"type": "clear_thinking_20251015", "keep": {"type": "thinking_turns", "value": 1}}
+    payload, _ = ac_request({"context_management": {"edits": [edit]}, "messages": turns})
+    assert payload["messages"] == [AC_KQ, c_asst("x"), *long[2:]]
+
+
+@cases("message,replayed", {
+    "field": ({"content": "b", AC_RC: "a"}, c_asst("b", reasoning_content="a")),
+    "AC41 tags": ({"content": "<think>a</think>b"}, c_asst("<think>\na\n</think>\n\nb")),
+    "Mistral": ({"content": [{"type": "thinking", "thinking": [m_text("a")]}, m_text("b")]},
+                c_asst([{"type": "thinking", "thinking": [m_text("a")]}, m_text("b")])),
+    "details": ({"content": "b", "reasoning_details": [AC_NAMED]}, c_asst("b", reasoning_details=[AC_NAMED])),
+    "both": ({"content": "b", AC_RF: "t", "reasoning_details": [{**AC_PLAIN, "signature": "S"}]},
+             c_asst("b", reasoning_details=[{**AC_PLAIN, "signature": "S"}])),
+})
+def test_ac_an_answer_comes_back_as_it_was(message: Any, replayed: Any) -> None:
+    _, ctx = ac_request(AC_ADAPTIVE)
+    answer = proxai.PAIRS[AC].response(ac_body(message), ctx)
+    assert ac_messages([AC_Q, {"role": "assistant", "content": answer["content"]}, AC_Q]) == [AC_KQ, replayed, AC_KQ]
+
+
+# -- 3.8 and 3.9: answers and streams
+
+AC_STOPS = {"stop_sequences": ["</block>"]}
+
+
+def ac_body(message: Any, finish: Any = "stop", usage: Any = None, **choice: Any) -> Any:
+    """An answer of the provider."""
+    return {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "m", "choices": [
+        {"index": 0, "message": {"role": "assistant", **message}, "finish_reason": finish, **choice}],
+        "usage": usage or {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12}}
+
+
+def ac_k(delta: Any, finish: Any = None, **more: Any) -> Any:
+    """A chunk of the provider."""
+    return {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "m",
+            "choices": [{"index": 0, "delta": delta, "finish_reason": finish}], **more}
+
+
+def ac_f(index: Any, arguments: Any = None, id: Any = None, name: Any = None) -> Any:
+    """A fragment of a call."""
+    function = {k: v for k, v in (("name", name), ("arguments", arguments)) if v is not None}
+    return {**({} if index is None else {"index": index}), **({"id": id} if id else {}), "function": function}
+
+
+def ac_ks(*calls: Any, **more: Any) -> Any:
+    """A chunk with fragments of calls."""
+    return ac_k({"tool_calls": list(calls)}, **more)
+
+
+def ac_shown(block: Any) -> Any:
+    """A block of an answer, in short."""
+    kind = block["type"]
+    if kind == "tool_use":
+        return "tool", block["id"], block["name"], block["input"]
+    if kind == "thinking":
+        return kind, block["thinking"], block["signature"]
+    return kind, block["data" if kind == "redacted_thinking" else "text"]
+
+
+def ac_frames(events: Any) -> tuple[list[Any], Any]:
+    """The blocks of a complete stream and its message_delta; checks the grammar of section 3.9."""
+    start, *middle, delta, stop = [e for e in events if e["type"] != "ping"]
+    assert (start["type"], delta["type"], stop["type"]) == ("message_start", "message_delta", "message_stop")
+    assert start["message"]["content"] == [] and delta["usage"]["output_tokens"] is not None
+    blocks: list[Any] = []
+    live = False
+    for event in middle:
+        kind = event["type"].removeprefix("content_block_")
+        assert live == (kind != "start") and event["index"] == len(blocks) - live
+        if kind == "start":
+            blocks.append({k: v for k, v in event["content_block"].items() if v is not None} | {"json": ""})
+            assert blocks[-1].get("text", "") + blocks[-1].get("thinking", "") == "" and not blocks[-1].get("input")
+        elif kind == "delta":
+            key, field = {"text_delta": ("text", "text"), "thinking_delta": ("thinking", "thinking"),
+                          "signature_delta": ("signature", "signature"),
+                          "input_json_delta": ("json", "partial_json")}[event["delta"]["type"]]
+            assert key in blocks[-1] and (key != "json" or blocks[-1]["type"] == "tool_use")
+            blocks[-1][key] += event["delta"][field]
+        live = kind != "stop"
+    for block in blocks:
+        if block["type"] == "tool_use":
+            block["input"] = json.loads(block["json"] or "{}")
+    return [ac_shown(b) for b in blocks], delta
+
+
+def ac_got(source: Any, more: Any = None, host: str = "", profile: Any = None) -> tuple[Any, Any, Any]:
+    """Blocks, stop and usage of an answer, or of a stream if the source is a list."""
+    _, ctx = ac_request({**AC_ADAPTIVE, **(more or {})}, host, "local-model", profile)
+    if isinstance(source, list):
+        events, error = streamed(AC, ctx, source)
+        assert error is None
+        blocks, end = ac_frames(events)
+        return blocks, end["delta"], end["usage"]
+    answer = proxai.PAIRS[AC].response(copy.deepcopy(source), ctx)
+    return [ac_shown(b) for b in answer["content"]], answer, answer["usage"]
+
+
+def ac_fc(arguments: Any = "{}", id: str = "c1", name: str = "f") -> Any:
+    """A call of an answer."""
+    return {"tool_calls": [c_call(id, arguments, name)]}
+
+
+AC_SIGNED = c_call("c1", extra_content={"google": {"thought_signature": "SIG"}})
+AC_END, AC_F1 = [ac_k({}, "stop"), "[DONE]"], ("tool", "c1", "f", {})
+AC_T, AC_R = ("text", "Hi"), ("thinking", "r", AC_SIG)
+AC_A1, AC_A2 = ("tool", "c1", "f", {"x": 1}), ("tool", "c2", "g", {})
+AC_SAID, AC_BOTH = ac_k({"content": "Hi"}), [AC_A1, AC_A2]
+AC_C0, AC_C1 = ac_ks(ac_f(0, "{}", "c1", "f")), ac_ks(ac_f(0, '{"x":1}', "c1", "f"))
+
+
+@cases("source,blocks,stop,more,profile", {
+    # whole answers
+    "AC35": (ac_body({"content": "", AC_RC: "r", **ac_fc()}), [AC_R, AC_F1], "tool_use"),
+    "AC36": (ac_body({"content": "Hi", "tool_calls": []}, "tool_calls"), [AC_T]),
+    "AC36 nothing": (ac_body({"content": None}, "tool_calls"), []),
+    "AC37": (ac_body({"content": None, **ac_fc('{"a":1')}, "length"), [], "max_tokens"),
+    "AC37 complete": (ac_body({"content": None, **ac_fc('{"x":1}')}, "length"), [AC_A1], "max_tokens"),
+    "AC39": (ac_body({"content": None, "refusal": "no"}), [("text", "no")], "refusal"),
+    "AC39 and text": (ac_body({"content": "Hi", "refusal": "no"}), [AC_T, ("text", "no")], "refusal"),
+    "AC40": (ac_body({"content": "Hi"}, stop_reason="</block>"), [AC_T], "stop_sequence", AC_STOPS),
+    "AC40 SGLang": (ac_body({"content": "Hi"}, matched_stop="</block>"), [AC_T], "stop_sequence", AC_STOPS),
+    "AC40 not asked": (ac_body({"content": "Hi"}, stop_reason="x"), [AC_T], "end_turn", AC_STOPS),
+    "AC40 a token": (ac_body({"content": "Hi"}, matched_stop=151645), [AC_T], "end_turn", AC_STOPS),
+    "AC41": (ac_body({"content": "<think>a</think>\n\nHi"}), [("thinking", "a", ANY), AC_T]),
+    "AC41 open": (ac_body({"content": "<think>a"}), [("thinking", "a", ANY)]),
+    "AC41 later": (ac_body({"content": "Hi <think>a</think>"}), [("text", "Hi <think>a</think>")]),
+    "AC41 a field too": (ac_body({"content": "<think>a", AC_RC: "r"}), [AC_R, ("text", "<think>a")]),
+    "AC41 off": (ac_body({"content": "<think>a"}), [("text", "<think>a")], "end_turn", {}, {"think_tags": "off"}),
+    "both fields": (ac_body({"content": "Hi", AC_RC: "r", AC_RF: "r"}), [AC_R, AC_T]),
+    "other field": (ac_body({"content": "Hi", AC_RF: "r"}), [("thinking", "r", AC_SIG_R), AC_T]),
+    "details": (ac_body({"content": "Hi", "reasoning_details": [AC_PLAIN]}), [("thinking", "t", ANY), AC_T]),
+    "parts": (ac_body({"content": [{"type": "thinking", "thinking": [m_text("a")]}, m_text("H"), m_text("i")]}),
+              [("thinking", "a", ANY), AC_T]),
+    "blank next to a call": (ac_body({"content": "\n\n", **ac_fc()}), [AC_F1], "tool_use"),
+    "no arguments": (ac_body(ac_fc("")), [AC_F1], "tool_use"),
+    "arguments list": (ac_body(ac_fc("[1]")), [("tool", "c1", "f", {"value": [1]})], "tool_use"),
+    "arguments bad": (ac_body(ac_fc("{bad")), [("tool", "c1", "f", {"raw_arguments": "{bad"})], "tool_use"),
+    "arguments object": (ac_body(ac_fc({"x": 1})), [AC_A1], "tool_use"),
+    "no name": (ac_body({"content": "Hi", "tool_calls": [{"id": "c1", "function": {"arguments": "{}"}}]}), [AC_T]),
+    "custom": (ac_body({"tool_calls": [{"id": "c1", "type": "custom", "custom": {"name": "f", "input": "a"}}]}),
+               [("tool", "c1", "f", {"input": "a"})], "tool_use"),
+    "legacy": (ac_body({"function_call": {"name": "f", "arguments": "{}"}}, "function_call"),
+               [("tool", ANY, "f", {})], "tool_use"),
+    "AC27": (ac_body(ac_fc(name=AC_BROWSER[:55] + "_" + sha256(AC_BROWSER)[:8])),
+             [("tool", "c1", AC_BROWSER, {})], "tool_use", {"tools": [m_tool(AC_BROWSER)]}),
+    **{f"finish {word}": (ac_body({"content": "Hi"}, word), [AC_T], stop) for word, stop in {
+        "stop": "end_turn", "eos": "end_turn", "tool_use": "end_turn", "COMPLETE": "end_turn", None: "end_turn",
+        "odd": "end_turn", "length": "max_tokens", "max_output_tokens": "max_tokens",
+        "model_length": "model_context_window_exceeded", "content_filter": "refusal", "safety": "refusal"}.items()},
+    # streams
+    "AC43": ([ac_k({"role": "assistant", "content": ""}), ac_k({"content": ""}), AC_SAID, *AC_END], [AC_T]),
+    "AC44": ([ac_k({AC_RC: "a"}), ac_k({AC_RC: "b"}), AC_SAID, *AC_END], [("thinking", "ab", AC_SIG), AC_T]),
+    "AC45": ([ac_ks(ac_f(0, '{"x":', "c1", "f")), ac_ks(ac_f(1, "{}", "c2", "g")), ac_ks(ac_f(0, "1}")), *AC_END],
+             AC_BOTH, "tool_use"),
+    "AC45 starts": ([ac_ks(ac_f(0, "", "c1", "f")), ac_ks(ac_f(1, "", "c2", "g")), ac_ks(ac_f(1, "{}")),
+                     ac_ks(ac_f(0, '{"x":1}')), *AC_END], AC_BOTH, "tool_use"),
+    "AC46": ([ac_ks(ac_f(None, '{"x":1}', "c1", "f"), ac_f(None, "{}", "c2", "g")), *AC_END], AC_BOTH, "tool_use"),
+    "AC46 all index 0": ([AC_C1, ac_ks(ac_f(0, "{}", "c2", "g")), *AC_END], AC_BOTH, "tool_use"),
+    "AC47": ([ac_ks(ac_f(0, '{"x"', "c1", "f")), ac_ks(ac_f(0, ":1}", "c1", "f")), *AC_END], [AC_A1], "tool_use"),
+    "AC48": ([ac_ks(ac_f(0, None, "c1", "Ba")), ac_ks(ac_f(0, None, None, "sh")), ac_ks(ac_f(0, "{}")), *AC_END],
+             [("tool", "c1", "Bash", {})], "tool_use"),
+    "AC49": ([ac_ks(ac_f(0, '{"cmd":"l', "c1", "f")), ac_ks(ac_f(0, '{"cmd":"ls"}')), *AC_END],
+             [("tool", "c1", "f", {"cmd": "ls"})], "tool_use"),
+    "AC50": ([ac_ks(ac_f(0, '{"x":', "c1", "f")), {**ac_ks(ac_f(0, "1}")), "choices": [
+        {"index": 0, "delta": {"tool_calls": [ac_f(0, "1}")]}, "finish_reason": "tool_calls"}]}], [AC_A1], "tool_use"),
+    "AC51": ([AC_C0, AC_SAID, *AC_END], [AC_F1, AC_T], "tool_use"),
+    "AC52": ([ac_k({"content": "\n\n"}), AC_C0, *AC_END], [AC_F1], "tool_use"),
+    "AC52 then text": ([ac_k({"content": "\n\n"}), AC_SAID, *AC_END], [("text", "\n\nHi")]),
+    "AC59": ([ac_k({"content": "<thi"}), ac_k({"content": "nk>a</think"}), ac_k({"content": "> b"}), *AC_END],
+             [("thinking", "a", ANY), ("text", "b")]),
+    "AC59 no tag": ([ac_k({"content": "<thi"}), ac_k({"content": "s"}), *AC_END], [("text", "<this")]),
+    "repeated": ([AC_C1, ac_ks(ac_f(0, '{"x":1}')), *AC_END], [AC_A1], "tool_use"),
+    "late": ([AC_C1, AC_SAID, ac_ks(ac_f(0, " ")), *AC_END], [AC_A1, AC_T], "tool_use"),
+    "buffer": ([ac_ks(ac_f(0, "{b", "c1", "f")), ac_ks(ac_f(0, "ad")), *AC_END],
+               [("tool", "c1", "f", {"raw_arguments": "{bad"})], "tool_use", {}, {"tool_arguments": "buffer"}),
+    "text between thoughts": ([ac_k({AC_RC: "r"}), AC_SAID, ac_k({AC_RC: "r"}), *AC_END], [AC_R, AC_T, AC_R]),
+    "AC54 complete": ([AC_C0, "[DONE]"], [AC_F1], "tool_use"),
+    "no [DONE]": ([AC_SAID, ac_k({}, "length")], [AC_T], "max_tokens"),
+    "tool_calls upgrades stop": ([AC_C0, ac_k({}, "stop"), ac_k({}, "tool_calls")], [AC_F1], "tool_use"),
+    "other choices": ([{**ac_k({}), "choices": [{"index": 1, "delta": {"content": "no"}}]}, AC_SAID, *AC_END], [AC_T]),
+    "no name at all": ([ac_ks(ac_f(0, "{}", "c1")), *AC_END], []),
+    "refusal": ([ac_k({"refusal": "n"}), ac_k({"refusal": "o"}), *AC_END], [("text", "no")], "refusal"),
+}, "end_turn", {}, None)
+def test_ac_answers(source: Any, blocks: Any, stop: str, more: Any, profile: Any) -> None:
+    got, end, _ = ac_got(source, more, profile=profile)
+    assert (got, end["stop_reason"]) == (blocks, stop)
+    assert end["stop_sequence"] == ("</block>" if stop == "stop_sequence" else None)
+    told = "no" if ("text", "no") in blocks else None
+    refused = {"type": "refusal", "category": None, "explanation": told} if stop == "refusal" else None
+    assert end.get("stop_details") == refused
+
+
+@cases("source", {
+    "AC35": (ac_body({"content": "Hi", AC_RC: "r"}),), "AC44": ([ac_k({AC_RC: "r"}), AC_SAID, *AC_END],),
+})
+def test_ac_reasoning_is_shown_unasked(source: Any) -> None:
+    """No row of 3.8 or 3.9 asks for a wish, and the next request needs what the carrier holds (3.6)."""
+    assert ac_got(source, {"thinking": ...})[0] == [AC_R, AC_T]
+
+
+@cases("source", {"N": (ac_body({"tool_calls": [AC_SIGNED]}),), "S": ([ac_ks({**AC_SIGNED, "index": 0}), *AC_END],)})
+def test_ac_signatures_of_calls_stand_before_them(source: Any) -> None:
+    (kind, data), call = ac_got(source, host=GEMINI)[0]
+    assert (kind, ac_unpacked(data, GEMINI), call) == ("redacted_thinking", {"t": {"c1": "SIG"}}, AC_F1)
+
+
+@cases("usage,expected", {
+    "AC38": ({"prompt_tokens": 100, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 100}},
+             (1, 0, 100, 5, None)),
+    "DeepSeek": ({"prompt_tokens": 100, "completion_tokens": 5, "prompt_cache_hit_tokens": 40}, (60, 0, 40, 5, None)),
+    "Kimi": ({"prompt_tokens": 100, "completion_tokens": 5, "cached_tokens": 40}, (60, 0, 40, 5, None)),
+    "write": ({"prompt_tokens": 100, "completion_tokens": 5, "prompt_tokens_details": {
+        "cached_tokens": 10, "cache_write_tokens": 20}}, (70, 20, 10, 5, None)),
+    "Anthropic's names": ({"prompt_tokens": 100, "completion_tokens": 5, "cache_read_input_tokens": 10,
+                           "cache_creation_input_tokens": 20}, (70, 20, 10, 5, None)),
+    "reasoning": ({"prompt_tokens": 9, "completion_tokens": 10, "total_tokens": 19, "completion_tokens_details": {
+        "reasoning_tokens": 4}}, (9, 0, 0, 10, {"thinking_tokens": 4})),
+    "xAI": ({"prompt_tokens": 9, "completion_tokens": 10, "total_tokens": 23, "completion_tokens_details": {
+        "reasoning_tokens": 4}}, (9, 0, 0, 14, {"thinking_tokens": 4})),
+    "AC60": (None, (5, 0, 0, 10, None)),  # "hi" is one token, and four for the message (section 4)
+})
+def test_ac_usage(usage: Any, expected: Any) -> None:
+    keys = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens", "output_tokens",
+            "output_tokens_details")
+    said, end = {"content": "x" * 40}, {**ac_k({}), "choices": [], "usage": usage}
+    for source in ({**ac_body(said), "usage": usage}, [ac_k(said), ac_k({}, "stop"), end, "[DONE]"],
+                   [ac_k(said, usage=usage), *AC_END]):
+        got = ac_got(source)[2]
+        assert tuple(got.get(key) for key in keys) == expected
+
+
+@cases("chunks,status,profile", {
+    "AC53": ([AC_SAID], (502,)), "AC54": ([ac_ks(ac_f(0, '{"x":', "c1", "f")), "[DONE]"], (502,)),
+    "[DONE] at once": (["[DONE]"], (502,)), "strict [DONE]": ([AC_SAID, "[DONE]"], (502,), {"lenient_done": False}),
+    "AC57": ([AC_SAID, ac_k({}, "insufficient_system_resource")], (503, 529)),
+    "finish": ([AC_SAID, ac_k({}, "error"), "[DONE]"], (500, 502)),
+    "error": ([AC_SAID, {"error": {"message": "boom", "type": "server_error"}}], (500, 502)),
+    "object": ([AC_SAID, {"object": "error", "message": "boom", "code": 500}], (500, 502)),
+}, None)
+def test_ac_a_stream_that_fails(chunks: Any, status: Any, profile: Any) -> None:
+    """Nothing is closed and nothing is invented; the transport tells the error."""
+    events, error = streamed(AC, ac_request({}, "", "local-model", profile)[1], chunks)
+    assert error is not None and error.status in status
+    assert [e for e in events if e["type"] in ("content_block_stop", "message_delta", "message_stop", "error")] == []
+
+
+@pytest.mark.parametrize("body", [{**ac_body({}), "choices": []}, {"error": {"message": "boom"}}, ac_body({}, "error")])
+def test_ac_an_answer_that_is_none(body: Any) -> None:
+    with pytest.raises(proxai.UpstreamError) as failed:
+        ac_got(body)
+    assert failed.value.status in (500, 502)
+
+
+def test_ac_an_id_that_was_used_before() -> None:
+    """AC42; a second time in one answer counts too, and an id goes back as it came."""
+    source = ac_body({"tool_calls": [c_call("call_0"), c_call("call_1"), c_call("call_1")]})
+    blocks, _, _ = ac_got(source, {"messages": [AC_Q, ac_asst(m_use("call_0")), ac_user(m_result("call_0", "ok"))]})
+    first, second, third = ids = [block[1] for block in blocks]
+    assert second == "call_1" and len(set(ids)) == 3
+    assert re.fullmatch(r"pxid_[0-9a-f]{8}" + ac_pxid("call_0")[13:], first) and third[13:] == ac_pxid("call_1")[13:]
+
+
+def test_ac_a_whole_answer() -> None:
+    """AC43, AC44, AC58 and the transcript of section 8, every frame; and the same as one body."""
+    ctx = ac_request(AC_ADAPTIVE)[1]
+    stream = proxai.PAIRS[AC].stream(ctx)
+    assert next(stream) == [] and [e["type"] for e in stream.send(proxai.PING)] == ["message_start", "ping"]
+    chunks = [ac_k({"role": "assistant", "content": ""}), ac_k({AC_RC: "r"}), AC_SAID,
+              ac_ks(ac_f(0, "", "functions.f:0", "f")), ac_ks(ac_f(0, '{"x":1}')), ac_k({}, "stop"),
+              {**ac_k({}), "choices": [], "usage": {"prompt_tokens": 100, "completion_tokens": 9, "total_tokens": 109,
+                                                  "prompt_tokens_details": {"cached_tokens": 60}}}, "[DONE]"]
+    assert [e["type"] for e in stream.send(chunks[0])] == []
+    events, error = streamed(AC, ac_request(AC_ADAPTIVE)[1], chunks)
+    assert error is None and ac_frames(events)[0] == [AC_R, AC_T, ("tool", ANY, "f", {"x": 1})]
+    assert [e["type"][:19] + str(e.get("index", "")) for e in events] == [
+        "message_start", "content_block_start0", "content_block_delta0", "content_block_delta0", "content_block_stop0",
+        "content_block_start1", "content_block_delta1", "content_block_stop1", "content_block_start2",
+        "content_block_delta2", "content_block_stop2", "message_delta", "message_stop"]
+    message = events[0]["message"]
+    assert {**message, "usage": {k: v for k, v in message["usage"].items() if v is not None}} == {
+        **message, "id": "msg_1", "type": "message", "role": "assistant", "model": "m", "content": [],
+        "stop_reason": None, "stop_sequence": None, "usage": {"input_tokens": 5, "cache_creation_input_tokens": 0,
+                                                              "cache_read_input_tokens": 0, "output_tokens": 0}}
+    usage = {"input_tokens": 40, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 60, "output_tokens": 9}
+    assert usage.items() <= events[-2]["usage"].items() and events[-2]["delta"]["stop_reason"] == "tool_use"
+    answer = ac_got({**ac_body({"content": "Hi", AC_RC: "r", **ac_fc()}), "model": None})[1]
+    assert {"id": "msg_1", "type": "message", "role": "assistant", "model": AC_ASKED, "stop_reason": "tool_use",
+            "stop_sequence": None, "stop_details": None}.items() <= answer.items()
+
+
+# -- Chat clients on Responses providers (translation-responses.md 5) -----------
+
+# -- shared with the other pairs
+
+
+# -- helpers of this pair
+
+CR = ("chat", "responses")
+CR_ASKED = "my-alias"  # the model that the client named
+CR_SERVED = "gpt-5.5-2026-03-01"  # the model that the provider names in its answers
+
+
+def cr_request(more: Any = None, *, model: str = "gpt-5.5", host: str = OPENAI,
+               profile: Any = None) -> tuple[Any, Any]:
+    """The translation of a small request with `more` in it; `more` may be a list of messages."""
+    if isinstance(more, list):
+        more = {"messages": more}
+    body = {"model": CR_ASKED, "messages": [{"role": "user", "content": "hi"}], **(more or {})}
+    return translated(CR, model, body, host=host, profile=profile)
+
+
+def cr_answer(body: Any, request: Any = None, **options: Any) -> Any:
+    """The client's answer for a provider's body, after a request."""
+    _, ctx = cr_request(request, **options)
+    before = copy.deepcopy(body)
+    answer = proxai.PAIRS[CR].response(body, ctx)
+    assert body == before
+    return answer
+
+
+# -- what a Chat client says
+
+def cr_sys(text: Any, role: str = "system") -> Any:
+    """A system message."""
+    return {"role": role, "content": text}
+
+
+def cr_ask(*parts: Any) -> Any:
+    """A user message; one string is its whole content."""
+    return {"role": "user", "content": parts[0] if isinstance(parts[0], str) else list(parts)}
+
+
+def cr_custom(call_id: str, name: str = "c", text: str = "") -> Any:
+    """A custom call of an assistant message."""
+    return {"id": call_id, "type": "custom", "custom": {"name": name, "input": text}}
+
+
+def cr_detail(body: str, index: int, at: str | None, **more: Any) -> Any:
+    """An entry of reasoning_details."""
+    return {"type": "reasoning.encrypted", "index": index, "id": body.split(":")[0], "format": "openai-responses-v1",
+            "data": or_carrier(body), **({} if at is None else {"x_at": at}), **more}
+
+
+# -- what a Responses provider gets
+
+
+def cr_thought(body: str) -> Any:
+    """A reasoning item of an input, from the body of its carrier."""
+    name, encrypted = body.split(":", 1)
+    return {"type": "reasoning", "id": name, "summary": [], "encrypted_content": encrypted}
+
+
+# -- request: top level (5.1.1)
+
+CR_HI = r_user("hi")
+CR_INCLUDE = ["reasoning.encrypted_content"]
+CR_PLAIN = {"model": "gpt-4.1"}  # a model that does not reason
+CR_ELSEWHERE = {"host": "llm.example"}
+
+
+def cr_check(payload: Any, expected: Any, model: str = "gpt-5.5") -> None:
+    """Compare a payload; `expected` stands beside what all have, reasoning has a table of its own."""
+    wanted = {"model": model, "input": [CR_HI], "store": False, **expected}
+    assert {k: v for k, v in payload.items() if k not in ("reasoning", "include")} == {
+        k: v for k, v in wanted.items() if v is not None}
+
+
+def cr_format(**more: Any) -> Any:
+    """A request for an answer of the schema."""
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": ONE_STRING, **more}}}
+
+
+CR_FLAT_FORMAT = {"type": "json_schema", "name": "n", "schema": ONE_STRING}
+CR_JSON = {"response_format": {"type": "json_object"}}
+CR_JSON_TEXT = {"text": {"format": {"type": "json_object"}}}
+
+
+@cases("body, expected, options", {
+    "nothing but the messages": ({}, {}),
+    "CR14 max_completion_tokens goes before max_tokens": (
+        {"max_tokens": 5, "max_completion_tokens": 50}, {"max_output_tokens": 50}),
+    "CR15 a small max_tokens becomes the least that is allowed": ({"max_tokens": 5}, {"max_output_tokens": 16}),
+    "a host that takes no max_output_tokens": ({"max_tokens": 100}, {}, {"host": "chatgpt.com"}),
+    "sampling of a model that does not reason": (
+        {"temperature": 0.2, "top_p": 0.9}, {"temperature": 0.2, "top_p": 0.9}, CR_PLAIN),
+    "CR19 sampling with effort none": (
+        {"temperature": 0.5, "top_p": 0.9, "reasoning_effort": "none"},
+        {"temperature": 0.5, "top_p": 0.9}),
+    "CR19 no sampling with effort high": ({"temperature": 0.5, "reasoning_effort": "high"}, {}),
+    "no sampling where the model reasons by itself": ({"temperature": 0.5, "top_p": 0.9}, {}),
+    "sampling by profile": ({"temperature": 0.5}, {"temperature": 0.5}, {"profile": {"sampling": True}}),
+    "CR26 log probabilities": (
+        {"logprobs": True, "top_logprobs": 2},
+        {"top_logprobs": 2}, CR_PLAIN),
+    "log probabilities that nobody asked for": ({"logprobs": False}, {}, CR_PLAIN),
+    "log probabilities of a model that reasons": ({"logprobs": True, "top_logprobs": 2}, {}),
+    "verbosity": ({"verbosity": "low"}, {"text": {"verbosity": "low"}}),
+    "CR12 a strict schema": (
+        cr_format(strict=True, description="d"),
+        {"text": {"format": {**CR_FLAT_FORMAT, "strict": True, "description": "d"}}}),
+    "a schema that does not say whether it is strict": (
+        cr_format(), {"text": {"format": {**CR_FLAT_FORMAT, "strict": False}}}),
+    "a schema and verbosity": (
+        {**cr_format(strict=True), "verbosity": "high"},
+        {"text": {"format": {**CR_FLAT_FORMAT, "strict": True}, "verbosity": "high"}}),
+    "CR13 json_object without the word and without a system message": (
+        CR_JSON, {**CR_JSON_TEXT, "instructions": "Answer in JSON."}),
+    "json_object with the word in the system message": (
+        {**CR_JSON, "messages": [cr_sys("Give JSON"), cr_ask("hi")]}, {**CR_JSON_TEXT, "instructions": "Give JSON"}),
+    "json_object with the word in a user message": (
+        {**CR_JSON, "messages": [cr_ask("as json please")]}, {**CR_JSON_TEXT, "input": [r_user("as json please")]}),
+    "stream": ({"stream": True}, {"stream": True}),
+    "stream with obfuscation": (
+        {"stream": True, "stream_options": {"include_obfuscation": False}},
+        {"stream": True, "stream_options": {"include_obfuscation": False}}),
+    "web search": (
+        {"web_search_options": {"search_context_size": "low", "user_location": {
+            "type": "approximate", "approximate": {"country": "DE", "city": "Berlin"}}}},
+        {"tools": [{"type": "web_search", "search_context_size": "low",
+                    "user_location": {"type": "approximate", "country": "DE", "city": "Berlin"}}]}),
+    "web search for an unknown host": ({"web_search_options": {}}, {}, CR_ELSEWHERE),
+    **{name: ({name: value}, {name: value}) for name, value in {
+        "user": "u", "safety_identifier": "s", "prompt_cache_key": "k", "prompt_cache_retention": "24h",
+        "prompt_cache_options": {"mode": "explicit"}, "metadata": {"a": "b"}, "service_tier": "flex"}.items()},
+    **{name + " for an unknown host": ({name: value}, {}, CR_ELSEWHERE) for name, value in {
+        "user": "u", "safety_identifier": "s", "prompt_cache_key": "k", "metadata": {"a": "b"},
+        "service_tier": "flex"}.items()},
+    "service tier scale": ({"service_tier": "scale"}, {}),
+    "null fields are not there": (
+        dict.fromkeys(("max_tokens", "temperature", "top_p", "n", "stop", "logprobs", "reasoning_effort", "tools",
+                       "response_format", "stream", "stream_options", "tool_choice", "metadata", "user")), {}),
+}, {})
+def test_cr_a_top_level_field_becomes(body, expected, options):
+    payload, ctx = cr_request(body, **options)
+    cr_check(payload, expected, options.get("model", "gpt-5.5"))
+    assert ctx.stream is bool(body.get("stream"))
+
+
+CR_LOGPROBS = ["message.output_text.logprobs"]
+CR_SHOWN = {"summary": "auto"}
+CR_LOW, CR_HIGH = ({"effort": word, **CR_SHOWN} for word in ("low", "high"))
+
+
+@cases("body, reasoning, include, options", {
+    "nothing asked": ({}, CR_SHOWN),
+    "effort high": ({"reasoning_effort": "high"}, CR_HIGH),
+    "effort none": ({"reasoning_effort": "none"}, {"effort": "none"}),
+    "CR18 effort minimal where only none is less": ({"reasoning_effort": "minimal"}, CR_LOW),
+    "CR18 effort minimal where low is least": ({"reasoning_effort": "minimal"}, CR_LOW, CR_INCLUDE, {"model": "o3"}),
+    "effort minimal where it is known": (
+        {"reasoning_effort": "minimal"}, {"effort": "minimal", **CR_SHOWN}, CR_INCLUDE, {"model": "gpt-5"}),
+    "effort xhigh where high is the most": ({"reasoning_effort": "xhigh"}, CR_HIGH, CR_INCLUDE, {"model": "gpt-5"}),
+    "effort between two that are known": (
+        {"reasoning_effort": "medium"}, CR_LOW, CR_INCLUDE, {"profile": {"efforts": ["low", "high"]}}),
+    "effort in an object": ({"reasoning": {"effort": "low"}}, CR_LOW),
+    "reasoning_effort goes before the object": ({"reasoning_effort": "high", "reasoning": {"effort": "low"}}, CR_HIGH),
+    "thinking disabled": ({"thinking": {"type": "disabled"}}, {"effort": "none"}),
+    "thinking enabled": ({"thinking": {"type": "enabled"}}, CR_SHOWN),
+    "effort of a model that does not reason": ({"reasoning_effort": "high"}, None, None, CR_PLAIN),
+    "no summary by profile": (
+        {"reasoning_effort": "high"}, {"effort": "high"}, CR_INCLUDE, {"profile": {"reasoning_summary": False}}),
+    "no encrypted reasoning by profile": ({}, CR_SHOWN, None, {"profile": {"encrypted_reasoning": False}}),
+    "reasoning by profile": ({}, CR_SHOWN, CR_INCLUDE, {**CR_PLAIN, "profile": {"reasoning": True}}),
+    "CR26 log probabilities": ({"logprobs": True, "top_logprobs": 2}, None, CR_LOGPROBS, CR_PLAIN),
+    "log probabilities of a model that reasons": ({"logprobs": True, "top_logprobs": 2}, CR_SHOWN),
+}, CR_INCLUDE, {})
+def test_cr_reasoning_is_asked_for(body, reasoning, include, options):
+    payload, _ = cr_request(body, **options)
+    assert (payload.get("reasoning"), payload.get("include")) == (reasoning, include)
+
+
+@cases("path, value", {
+    "CR17 stop": ("stop", ["x"]), "CR17 seed": ("seed", 1), "frequency_penalty": ("frequency_penalty", 0.5),
+    "presence_penalty": ("presence_penalty", 0.5), "logit_bias": ("logit_bias", {"5": 1}),
+    "prediction": ("prediction", {"type": "content", "content": "x"}), "temperature": ("temperature", 0.5),
+    "logprobs of a model that reasons": ("logprobs", True), "store": ("store", True),
+    "service_tier": ("service_tier", "scale"), "top_k": ("top_k", 5), "min_p": ("min_p", 0.1),
+    "chat_template_kwargs": ("chat_template_kwargs", {"enable_thinking": True}), "extra_body": ("extra_body", {"a": 1}),
+    "an unknown field": ("no_such_field", 1),
+})
+def test_cr_a_field_without_a_counterpart_is_left_out_and_told(path, value):
+    payload, ctx = cr_request({path: value})
+    cr_check(payload, {})
+    assert was_dropped(ctx, path), ctx.dropped
+
+
+@cases("name, value", {name: (name, value) for name, value in {
+    "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "seed": None, "prediction": None}.items()})
+def test_cr_an_idle_field_is_left_out_silently(name, value):
+    payload, ctx = cr_request({name: value})
+    cr_check(payload, {})
+    assert ctx.dropped == {}
+
+
+CR_F = {"type": "function", "function": {"name": "f", "parameters": NO_ARGUMENTS}}
+CR_FLAT = {"type": "function", "name": "f", "parameters": NO_ARGUMENTS, "strict": False}
+CR_AUDIO = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}
+
+
+@cases("body, param, message", {
+    "no messages": ({"messages": []}, "messages"),
+    "messages that are missing": ({"messages": None}, "messages"),
+    "CR16 two choices": ({"n": 2}, "n"),
+    "CR16 audio as modality": (
+        {"modalities": ["text", "audio"], "audio": {"voice": "alloy", "format": "wav"}}, "modalities"),
+    "CR21 choice of a function that is not there": (
+        {"tools": [CR_F], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice", "x"),
+    "choice of a custom tool that is not there": (
+        {"tools": [CR_F], "tool_choice": {"type": "custom", "custom": {"name": "x"}}}, "tool_choice", "x"),
+    "legacy choice of a function that is not there": (
+        {"functions": [CR_F["function"]], "function_call": {"name": "x"}}, "", "x"),
+    "audio in the last user message": (
+        {"messages": [cr_sys("A"), cr_ask(m_text("hear"), CR_AUDIO)]}, "messages[1].content[1]"),
+    "an unknown part in the last user message": (
+        {"messages": [cr_ask({"type": "hologram", "hologram": "x"})]}, "messages[0].content[0]"),
+}, "")
+def test_cr_what_cannot_be_expressed_is_refused(body, param, message):
+    with pytest.raises(proxai.RequestError) as caught:
+        cr_request(body)
+    assert (caught.value.status, caught.value.type) == (400, "invalid_request_error")
+    assert str(caught.value.param).startswith(param)
+    assert message in caught.value.message
+
+
+# -- request: messages to instructions and items (5.1.2, 1.3, 1.8)
+
+CR_LONG_ID = "call_" + "x" * 95
+CR_SHORT_ID = CR_LONG_ID[:43] + "_" + hashlib.sha256(CR_LONG_ID.encode()).hexdigest()[:20]
+CR_GO = cr_ask("go")
+CR_WENT = r_user("go")
+CR_X = or_carrier("rs_1:ENC")
+CR_THOUGHT = cr_thought("rs_1:ENC")
+CR_ENCODED_ID = "pxid_" + hashlib.sha256(b"functions.f:0").hexdigest()[:8] + "ZnVuY3Rpb25zLmY6MA"
+CR_CALL, CR_OWN = c_asst(None, c_call("a")), r_called("a")
+CR_REFUSED = {"type": "message", "role": "assistant", "content": [REFUSED]}
+
+
+def cr_image(**more: Any) -> Any:
+    """A picture of a Responses input."""
+    return {"type": "input_image", "image_url": PNG_URL, "detail": "auto", **more}
+
+
+def cr_returned(text: str) -> Any:
+    """The result of a legacy call of f."""
+    return {"role": "function", "name": "f", "content": text}
+
+
+def cr_picture(**more: Any) -> Any:
+    """A picture of a Chat message."""
+    return {"type": "image_url", "image_url": {"url": PNG_URL, **more}}
+
+
+@cases("messages, items, instructions", {
+    "CR01 system, developer, user": ([cr_sys("A"), cr_sys("B", "developer"), cr_ask("hi")], [r_user("hi")], "A\n\nB"),
+    "CR02 a later system message": (
+        [cr_ask("a"), c_asst("b"), cr_sys("C"), cr_ask("d")], [r_user("a"), r_said("b"), r_told("C"), r_user("d")]),
+    "a leading and a later system message": (
+        [cr_sys("A"), CR_GO, cr_sys("C", "developer"), CR_GO], [CR_WENT, r_told("C"), CR_WENT], "A"),
+    "later system message of parts": ([CR_GO, cr_sys([m_text("C")])], [CR_WENT, r_told("C")]),
+    "a system message that is not trimmed": ([cr_sys(" A\n"), CR_GO], [CR_WENT], " A\n"),
+    "CR03 only a system message": ([cr_sys("A")], [r_user(".")], "A"),
+    "CR04 an empty user message": ([cr_ask(""), cr_ask("x")], [r_user("x")]),
+    "an empty part": ([cr_ask(m_text(""), m_text("x"))], [r_user("x")]),
+    "two texts": ([cr_ask(m_text("a"), m_text("b"))], [r_user("a", "b")]),
+    "a name": ([{**CR_GO, "name": "eve"}], [CR_WENT]),
+    "CR24 a picture with its detail": (
+        [cr_ask(m_text("look"), cr_picture(detail="low"))], [r_user("look", cr_image(detail="low"))]),
+    "a picture by url": ([cr_ask(cr_picture(url="https://x/y"))], [r_user(cr_image(image_url="https://x/y"))]),
+    "CR25 a file with data": (
+        [cr_ask({"type": "file", "file": {"filename": "a.pdf", "file_data": PDF_URL}})],
+        [r_user({"type": "input_file", "filename": "a.pdf", "file_data": PDF_URL})]),
+    "a file by id": (
+        [cr_ask({"type": "file", "file": {"file_id": "file-1"}})],
+        [r_user({"type": "input_file", "file_id": "file-1"})]),
+    "audio of an earlier turn": (
+        [cr_ask(m_text("a"), CR_AUDIO), c_asst("b"), CR_GO], [r_user("a", "[audio omitted]"), r_said("b"), CR_WENT]),
+}, None)
+def test_cr_messages_become(messages, items, instructions):
+    payload, _ = cr_request(messages)
+    cr_check(payload, {"input": items, "instructions": instructions})
+
+
+@cases("messages, items", {
+    # -- the assistant
+    "a text": ([c_asst("b"), CR_GO], [r_said("b"), CR_WENT]),
+    "a text part": ([c_asst([m_text("b")]), CR_GO], [r_said("b"), CR_WENT]),
+    "nothing": ([c_asst(""), c_asst(None), CR_GO], [CR_WENT]),
+    "an assistant at the end": ([c_asst("I", prefix=True)], [r_said("I")]),
+    "a refusal": ([c_asst(None, refusal="no"), CR_GO], [CR_REFUSED, CR_WENT]),
+    "a refusal part": ([c_asst([REFUSED]), CR_GO], [CR_REFUSED, CR_WENT]),
+    "audio": ([c_asst("b", audio={"id": "audio_1"}), CR_GO], [r_said("b"), CR_WENT]),
+    "plain reasoning": ([c_asst("b", reasoning_content="hm", reasoning="hm"), CR_GO], [r_said("b"), CR_WENT]),
+    # -- calls and results
+    "CR05 call and result": (
+        [c_asst(None, c_call("a", '{"x": 1}', "f")), c_tool("a", "r")],
+        [r_called("a", "f", '{"x": 1}'), r_output("a", "r")]),
+    "CR06 text and call": (
+        [c_asst("t", c_call("a")), c_tool("a", "r")], [r_said("t"), r_called("a"), r_output("a", "r")]),
+    "arguments that are empty": (
+        [c_asst(None, c_call("a", "", "f")), c_tool("a", "r")], [r_called("a"), r_output("a", "r")]),
+    "arguments that are no JSON": (
+        [c_asst(None, c_call("a", '{"x":', "f")), c_tool("a", "r")],
+        [r_called("a", "f", '{"x":'), r_output("a", "r")]),
+    "CR07 two texts": ([CR_CALL, c_tool("a", [m_text("1"), m_text("2")])], [CR_OWN, r_output("a", "1\n2")]),
+    "a result that is empty": ([CR_CALL, c_tool("a", "")], [CR_OWN, r_output("a", "")]),
+    "a result with a picture": (
+        [CR_CALL, c_tool("a", [m_text("1"), cr_picture()])],
+        [CR_OWN, r_output("a", [{"type": "input_text", "text": "1"}, cr_image()])]),
+    "CR08 a call without a result": ([CR_CALL, CR_GO], [CR_OWN, r_output("a", STUB), CR_WENT]),
+    "a call without a result at the end": ([CR_CALL], [CR_OWN, r_output("a", STUB)]),
+    "results in another order, with others in between": (
+        [c_asst(None, c_call("a"), c_call("b", name="g")), cr_sys("C"), c_tool("b", "rb"), CR_GO, c_tool("a", "ra")],
+        [CR_OWN, r_called("b", "g"), r_output("a", "ra"), r_output("b", "rb"), r_told("C"), CR_WENT]),
+    "a result without a call": ([c_tool("z", "r")], [r_user("[result of unknown tool call z]\nr")]),
+    "a result twice": ([CR_CALL, c_tool("a", "r"), c_tool("a", "r"), CR_GO], [CR_OWN, r_output("a", "r"), CR_WENT]),
+    "two results of a call": (
+        [CR_CALL, c_tool("a", "r"), c_tool("a", "s"), c_asst("b")],
+        [CR_OWN, r_output("a", "r"), r_user("[later result of tool call a]\ns"), r_said("b")]),
+    "an id of two calls": (
+        [CR_CALL, c_tool("a", "r"), CR_CALL, c_tool("a", "s")],
+        [CR_OWN, r_output("a", "r"), r_called("a_2"), r_output("a_2", "s")]),
+    **{name: ([c_asst(None, c_call(before)), c_tool(before, "r")], [r_called(after), r_output(after, "r")])
+       for name, before, after in (
+           ("CR27 a long id", CR_LONG_ID, CR_SHORT_ID), ("an id of 64 characters", "i" * 64, "i" * 64),
+           ("an id that another pair encoded", CR_ENCODED_ID, "functions.f:0"))},
+    "CR09 legacy call and result": (
+        [c_asst(None, function_call={"name": "f", "arguments": "{}"}), cr_returned("r")],
+        [r_called("fc_1"), r_output("fc_1", "r")]),
+    "two legacy calls": (
+        [c_asst("b", function_call={"name": "f", "arguments": ""}), cr_returned("r"),
+         c_asst(None, function_call={"name": "f", "arguments": "{}"}), cr_returned("s")],
+        [r_said("b"), r_called("fc_1"), r_output("fc_1", "r"), r_called("fc_3"), r_output("fc_3", "s")]),
+    "CR10 custom call and result": (
+        [c_asst(None, cr_custom("a", "c", "a b")), c_tool("a", "r")],
+        [{"type": "custom_tool_call", "call_id": "a", "name": "c", "input": "a b"},
+         {"type": "custom_tool_call_output", "call_id": "a", "output": "r"}]),
+    # -- reasoning
+    "CR22 reasoning at its places": (
+        [c_asst("ab", c_call("x"), c_call("y", name="g"), reasoning_content="hm", reasoning_details=[
+            cr_detail("rs_1:ENC", 0, "0:0"), cr_detail("rs_2:MORE", 1, "2:1")]), c_tool("x", "1"), c_tool("y", "2")],
+        [CR_THOUGHT, r_said("ab"), r_called("x"), cr_thought("rs_2:MORE"), r_called("y", "g"),
+         r_output("x", "1"), r_output("y", "2")]),
+    **{"reasoning " + name: ([c_asst(text, reasoning_details=[
+        cr_detail("rs_1:ENC" if index == 0 else "rs_2:MORE", index, at) for index, at in enumerate(places)]), CR_GO],
+        [*items, CR_WENT]) for name, text, places, items in (
+            ("within a text", "ab", ["1:0"], [r_said("a"), CR_THOUGHT, r_said("b")]),
+            ("without a place", "ab", [None], [CR_THOUGHT, r_said("ab")]),
+            ("behind an edited text", "ab", ["0:0", "3:0"], [r_said("ab")]),
+            ("that nothing follows", "ab", ["2:0"], [r_said("ab")]),
+            ("that only reasoning follows", None, ["0:0", "0:0"], []),
+            ("before reasoning", "ab", ["0:0", "0:0"], [CR_THOUGHT, cr_thought("rs_2:MORE"), r_said("ab")]))},
+    "a carrier without an id": (
+        [c_asst("b", reasoning_details=[cr_detail(":ENC", 0, "0:0")])],
+        [{"type": "reasoning", "summary": [], "encrypted_content": "ENC"}, r_said("b")]),
+})
+def test_cr_messages_behind_a_question_become(messages, items):
+    payload, _ = cr_request([CR_GO, *messages])
+    cr_check(payload, {"input": [CR_WENT, *items]})
+
+
+@cases("change", {name: (change,) for name, change in {
+    "edited": {"data": CR_X.replace("ENC", "EMC")}, "cut": {"data": CR_X[:-1]}, "foreign": {"data": "gAAAAABx"},
+    "of a wrong length": {"data": or_carrier("rs_1:ENC", length=9)}, "of two parts": {"data": "px1.eyJmIjoicmMifQ"},
+    "of another provider": {"data": or_carrier("rs_1:ENC", host="llm.example")},
+    "of another kind": {"data": or_carrier("rs_1:ENC", kind="at")}, "missing": {"data": None},
+    "of another format": {"format": "anthropic-claude-v1", "data": "E", "signature": "S"}}.items()})
+def test_cr_a_carrier_that_is_not_ours_is_dropped(change):
+    """CR23."""
+    details = [{**cr_detail("rs_1:ENC", 0, "0:0"), **change}]
+    payload, _ = cr_request([CR_GO, {**CR_CALL, "reasoning_details": details}, c_tool("a", "r")])
+    cr_check(payload, {"input": [CR_WENT, CR_OWN, r_output("a", "r")]})
+
+
+# -- request: tools and choice (5.1.3)
+
+CR_GRAMMAR = {"type": "custom", "custom": {"name": "c", "description": "d", "format": {
+    "type": "grammar", "grammar": {"syntax": "lark", "definition": "start: /a/"}}}}
+CR_FLAT_GRAMMAR = {"type": "custom", "name": "c", "description": "d", "format": {
+    "type": "grammar", "syntax": "lark", "definition": "start: /a/"}}
+CR_TEXT_TOOL = {"type": "custom", "custom": {"name": "c", "format": {"type": "text"}}}
+CR_TWO = {"tools": [CR_F, CR_TEXT_TOOL]}
+CR_FLAT_TWO = [CR_FLAT, {"type": "custom", "name": "c", "format": {"type": "text"}}]
+
+
+@cases("body, tools, more, options", {
+    "CR11 a function that does not say whether it is strict": ({"tools": [CR_F]}, [CR_FLAT]),
+    "a strict function with a description": (
+        {"tools": [{"type": "function", "function": {
+            "name": "f", "description": "d", "parameters": ONE_STRING, "strict": True}}]},
+        [{"type": "function", "name": "f", "description": "d", "parameters": ONE_STRING, "strict": True}]),
+    "a function without parameters": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, [CR_FLAT]),
+    "CR10 a custom tool with a grammar": ({"tools": [CR_GRAMMAR]}, [CR_FLAT_GRAMMAR]),
+    "web search": ({"tools": [CR_F, {"type": "web_search"}]}, [CR_FLAT, {"type": "web_search"}]),
+    "web search of an unknown host": ({"tools": [CR_F, {"type": "web_search"}]}, [CR_FLAT], {}, CR_ELSEWHERE),
+    "a tool that nobody knows": ({"tools": [CR_F, {"type": "hologram"}]}, [CR_FLAT]),
+    **{f"choice {choice}": ({"tools": [CR_F], "tool_choice": choice}, [CR_FLAT], {"tool_choice": choice})
+       for choice in ("auto", "required", "none")},
+    "choice of a function": (
+        {"tools": [CR_F], "tool_choice": {"type": "function", "function": {"name": "f"}}}, [CR_FLAT],
+        {"tool_choice": {"type": "function", "name": "f"}}),
+    "CR20 allowed tools": (
+        {**CR_TWO, "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [
+            {"type": "function", "function": {"name": "f"}}, {"type": "custom", "custom": {"name": "c"}}]}}},
+        CR_FLAT_TWO,
+        {"tool_choice": {"type": "allowed_tools", "mode": "required", "tools": [
+            {"type": "function", "name": "f"}, {"type": "custom", "name": "c"}]}}),
+    "calls at the same time": (
+        {"tools": [CR_F], "parallel_tool_calls": True}, [CR_FLAT], {"parallel_tool_calls": True}),
+    "one call at a time and no tools": ({"parallel_tool_calls": False}, None),
+    "no tools": ({"tools": []}, None),
+}, {}, {})
+def test_cr_tools_become(body, tools, more, options):
+    payload, _ = cr_request(body, **options)
+    cr_check(payload, {"tools": tools, **more})
+
+
+@cases("choice, expected", {
+    "none": ("none", "none"), "auto": ("auto", "auto"), "nothing": (None, None),
+    "a function": ({"name": "f"}, {"type": "function", "name": "f"}),
+})
+def test_cr_functions_become_tools(choice, expected):
+    payload, _ = cr_request({"functions": [CR_F["function"]], "function_call": choice})
+    assert payload["tools"] == [CR_FLAT]
+    assert payload.get("tool_choice") == expected
+
+
+@pytest.mark.parametrize("kind", ["hologram", "file_search"])
+def test_cr_a_tool_that_is_left_out_is_told(kind):
+    _, ctx = cr_request({"tools": [CR_F, {"type": kind}]})
+    assert was_dropped(ctx, "tools[1]"), ctx.dropped
+
+
+# -- answer (5.2)
+
+CR_SPENT = {"input_tokens": 10, "output_tokens": 3, "total_tokens": 13}
+CR_NO_DETAILS = {"prompt_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0}}
+CR_USAGE = {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13, **CR_NO_DETAILS}
+
+
+def cr_body(*items: Any, **more: Any) -> Any:
+    """An answer of a Responses provider."""
+    return {"id": "resp_1", "object": "response", "created_at": NOW - 5, "status": "completed", "error": None,
+            "incomplete_details": None, "model": CR_SERVED, "output": list(items), "usage": CR_SPENT, **more}
+
+
+def cr_part(text: str, *notes: Any, **more: Any) -> Any:
+    """A text part of an answer, with its annotations."""
+    return {"type": "output_text", "text": text, "annotations": list(notes), **more}
+
+
+def cr_msg(*parts: Any, **more: Any) -> Any:
+    """A message of an answer; a string is a text part."""
+    return {"type": "message", "id": "msg_1", "role": "assistant", "status": "completed",
+            "content": [cr_part(p) if isinstance(p, str) else p for p in parts], **more}
+
+
+def cr_ctc(call_id: str = "call_1", name: str = "c", text: str = "a b") -> Any:
+    """A custom call of an answer."""
+    return {"type": "custom_tool_call", "id": "ctc_1", "call_id": call_id, "name": name, "input": text}
+
+
+def cr_url(start: int, end: int, url: str = "https://u.example") -> Any:
+    """A source of an answer, as a Responses provider names it."""
+    return {"type": "url_citation", "start_index": start, "end_index": end, "url": url, "title": "U"}
+
+
+def cr_source(start: int, end: int, url: str = "https://u.example") -> Any:
+    """A source of an answer, as a Chat client reads it."""
+    return {"type": "url_citation", "url_citation": {"start_index": start, "end_index": end, "url": url, "title": "U"}}
+
+
+def cr_incomplete(reason: str | None) -> Any:
+    """The end of an answer that was cut."""
+    return {"status": "incomplete", "incomplete_details": None if reason is None else {"reason": reason}}
+
+
+def cr_failed(code: str, message: str = "it broke") -> Any:
+    """The end of an answer that failed."""
+    return {"status": "failed", "error": {"code": code, "message": message}}
+
+
+CR_ENC = {"encrypted_content": "ENC"}
+CR_MORE = {"id": "rs_2", "encrypted_content": "MORE"}
+CR_LEGACY = {"functions": [CR_F["function"]]}
+CR_SEARCHED = {"type": "web_search_call", "id": "ws_1", "status": "completed", "action": {"type": "search"}}
+CR_LOGPROB = {"token": "Hi", "logprob": -0.5, "bytes": [72, 105], "top_logprobs": [
+    {"token": "Ho", "logprob": -1.5, "bytes": None}]}
+CR_RAW = [{"type": "reasoning_text", "text": "raw"}]
+
+
+def cr_message(content: str | None, refusal: str | None = None, **more: Any) -> Any:
+    """The message of a client's answer."""
+    return {"role": "assistant", "content": content or None, "refusal": refusal, **more}
+
+
+CR_ANSWERS: dict[str, tuple[Any, ...]] = {
+    "a text": (cr_body(cr_msg("Hi")), cr_message("Hi")),
+    "CR28 two parts and two messages": (
+        cr_body(cr_msg("a", "b"), cr_msg("c", id="msg_2")), cr_message("ab\n\nc")),
+    "nothing": (cr_body(), cr_message("")),
+    "an answer that does not say how it ended": (cr_body(cr_msg("Hi"), status=None), cr_message("Hi")),
+    "CR29 a call": (
+        cr_body(r_fc(arguments='{"x":1}')),
+        cr_message(None, tool_calls=[c_call("call_1", '{"x":1}', "f")]), "tool_calls"),
+    "a text and two calls": (
+        cr_body(cr_msg("t"), r_fc("call_1"), r_fc("call_2", "g", id="fc_2")),
+        cr_message("t", tool_calls=[c_call("call_1"), c_call("call_2", name="g")]), "tool_calls"),
+    "a call without arguments": (
+        cr_body(r_fc(arguments="")), cr_message(None, tool_calls=[c_call("call_1")]), "tool_calls"),
+    "a call of a namespace": (
+        cr_body(r_fc(namespace="ns")), cr_message(None, tool_calls=[c_call("call_1", name="ns__f")]), "tool_calls"),
+    "an id of another vendor": (
+        cr_body(r_fc("functions.f:0")), cr_message(None, tool_calls=[c_call("functions.f:0")]), "tool_calls"),
+    "a custom call": (
+        cr_body(cr_ctc()), cr_message(None, tool_calls=[cr_custom("call_1", "c", "a b")]), "tool_calls", CR_TWO),
+    "a call for a client with functions": (
+        cr_body(r_fc()), cr_message(None, function_call={"name": "f", "arguments": "{}"}), "function_call",
+        CR_LEGACY),
+    "CR30 reasoning": (
+        cr_body(r_rs("hm", "so", **CR_ENC), cr_msg("Hi")),
+        cr_message("Hi", reasoning_content="hm\n\nso", reasoning_details=[cr_detail("rs_1:ENC", 0, "0:0")])),
+    "reasoning without a summary": (
+        cr_body(r_rs(**CR_ENC), cr_msg("Hi")),
+        cr_message("Hi", reasoning_details=[cr_detail("rs_1:ENC", 0, "0:0")])),
+    "reasoning that is not encrypted": (
+        cr_body(r_rs("hm"), cr_msg("Hi")), cr_message("Hi", reasoning_content="hm")),
+    "raw reasoning": (
+        cr_body(r_rs(content=CR_RAW), cr_msg("Hi")), cr_message("Hi", reasoning_content="raw")),
+    "raw reasoning beside a summary": (
+        cr_body(r_rs("hm", content=CR_RAW), cr_msg("Hi")), cr_message("Hi", reasoning_content="hm")),
+    "reasoning in several places": (
+        cr_body(r_rs("hm", **CR_ENC), r_rs("plain"), cr_msg("ab"), r_fc("x"), r_rs("so", **CR_MORE),
+                r_fc("y", "g", id="fc_2")),
+        cr_message("ab", reasoning_content="hm\n\nplain\n\nso", reasoning_details=[
+            cr_detail("rs_1:ENC", 0, "0:0"), cr_detail("rs_2:MORE", 1, "2:1")],
+                   tool_calls=[c_call("x"), c_call("y", name="g")]), "tool_calls"),
+    "reasoning between two messages": (
+        cr_body(cr_msg("a"), r_rs(**CR_ENC), cr_msg("c", id="msg_2")),
+        cr_message("a\n\nc", reasoning_details=[cr_detail("rs_1:ENC", 0, "1:0")])),
+    "CR31 content filter": (
+        cr_body(cr_msg("Hi"), **cr_incomplete("content_filter")), cr_message("Hi"), "content_filter"),
+    "CR31 out of tokens": (cr_body(cr_msg("Hi"), **cr_incomplete("max_output_tokens")), cr_message("Hi"), "length"),
+    "out of messages": (cr_body(cr_msg("Hi"), **cr_incomplete("max_messages")), cr_message("Hi"), "length"),
+    "incomplete without a reason": (cr_body(cr_msg("Hi"), **cr_incomplete(None)), cr_message("Hi"), "length"),
+    "steered": (cr_body(cr_msg("Hi"), **cr_incomplete("steered")), cr_message("Hi")),
+    "out of tokens behind a call": (
+        cr_body(r_fc(), **cr_incomplete("max_output_tokens")), cr_message(None, tool_calls=[c_call("call_1")]),
+        "length"),
+    "CR34 a refusal": (cr_body(cr_msg(REFUSED)), cr_message("", "no")),
+    "a text and a refusal": (cr_body(cr_msg("Hi", REFUSED)), cr_message("Hi", "no")),
+    "a prompt that was refused": (cr_body(**cr_failed("invalid_prompt")), cr_message("", "it broke")),
+    "refused in the middle": (
+        cr_body(cr_msg("Hi"), **cr_failed("cyber_policy")), cr_message("Hi", "it broke")),
+    "CR35 a source of a second part": (
+        cr_body(cr_msg("abc", cr_part("de", cr_url(0, 2)))), cr_message("abcde", annotations=[cr_source(3, 5)])),
+    "sources of several messages": (
+        cr_body(cr_msg(cr_part("abc", cr_url(1, 2))), cr_msg(cr_part("de", cr_url(0, 2, "https://v")), id="msg_2")),
+        cr_message("abc\n\nde", annotations=[cr_source(1, 2), cr_source(5, 7, "https://v")])),
+    "a source that is a file": (
+        cr_body(cr_msg(cr_part("abc", {"type": "file_citation", "file_id": "file-1", "filename": "a", "index": 0}))),
+        cr_message("abc")),
+    "what a client cannot read": (
+        cr_body(CR_SEARCHED, {"type": "hologram", "id": "h"}, {"type": "compaction", "id": "c"}, cr_msg("Hi")),
+        cr_message("Hi")),
+}
+
+
+@cases("body, message, finish, asked", CR_ANSWERS, "stop", None)
+def test_cr_an_answer_becomes(body, message, finish, asked):
+    answer = cr_answer(body, asked)
+    assert {k: v for k, v in answer.items() if k != "usage" and (k != "service_tier" or v is not None)} == {
+        "id": "chatcmpl-1", "object": "chat.completion", "created": NOW - 5, "model": CR_SERVED,
+        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": finish}],
+        "system_fingerprint": None}
+    assert answer["usage"]["total_tokens"] == 13
+
+
+@cases("usage, expected", {
+    "CR33 details": (
+        {**CR_SPENT, "input_tokens_details": {"cached_tokens": 3}, "output_tokens_details": {"reasoning_tokens": 4}},
+        {**CR_USAGE, "prompt_tokens_details": {"cached_tokens": 3, "cache_write_tokens": 0},
+         "completion_tokens_details": {"reasoning_tokens": 4}}),
+    "written to the cache": (
+        {**CR_SPENT, "input_tokens_details": {"cached_tokens": 3, "cache_write_tokens": 2}},
+        {**CR_USAGE, "prompt_tokens_details": {"cached_tokens": 3, "cache_write_tokens": 2}}),
+    "without a total": ({"input_tokens": 10, "output_tokens": 3}, CR_USAGE),
+    "missing": (None, None),
+})
+def test_cr_usage_becomes(usage, expected):
+    body = cr_body(cr_msg("Hi"), usage=usage)
+    assert cr_answer(body)["usage"] == expected
+    found, error = streamed(CR, cr_request(CR_STREAMED)[1], cr_split(body))
+    counted = [e["usage"] for e in found[:-1] if not e["choices"]]
+    assert error is None and counted == ([] if expected is None else [expected])
+
+
+def test_cr_a_model_and_a_time_that_are_not_told():
+    body = cr_body(cr_msg("Hi"))
+    del body["model"], body["created_at"]
+    answer = cr_answer(body)
+    assert (answer["model"], answer["created"]) == (CR_ASKED, NOW)
+    assert cr_answer({**body, "created_at": NOW + 0.75})["created"] == NOW
+
+
+def test_cr_the_service_tier_is_told():
+    assert cr_answer(cr_body(cr_msg("Hi"), service_tier="default"))["service_tier"] == "default"
+
+
+def test_cr_log_probabilities_are_told():
+    parts = [cr_part("Hi", logprobs=[CR_LOGPROB]), cr_part("!", logprobs=[{"token": "!", "logprob": -2.0}])]
+    [choice] = cr_answer(cr_body(cr_msg(*parts)), {"logprobs": True}, **CR_PLAIN)["choices"]
+    assert choice["logprobs"] == {"refusal": None, "content": [
+        CR_LOGPROB, {"token": "!", "logprob": -2.0, "bytes": None, "top_logprobs": []}]}
+
+
+@pytest.mark.parametrize("ids", [("call_1", "call_1"), ("", "")], ids=["twice", "missing"])
+def test_cr_calls_of_an_answer_have_ids_of_their_own(ids):
+    body = cr_body(r_fc(ids[0]), r_fc(ids[1], "g", id="fc_2"))
+    found = [call["id"] for call in cr_answer(body)["choices"][0]["message"]["tool_calls"]]
+    assert len(set(found)) == 2 and all(found)
+    assert not ids[0] or found[0] == ids[0]
+    chunks, error = streamed(CR, cr_request({"stream": True})[1], cr_split(body))
+    assert error is None and [c["id"] for c in cr_joined(chunks)["message"]["tool_calls"]] == found
+
+
+def test_cr_an_answer_goes_back_as_it_came():
+    """The way of reasoning, text and calls there and back."""
+    body = cr_body(r_rs("hm", **CR_ENC), cr_msg("ab"), r_fc("x", "f", "{bad"), r_rs(**CR_MORE), cr_ctc("y"))
+    message = cr_answer(body, CR_TWO)["choices"][0]["message"]
+    payload, _ = cr_request({**CR_TWO, "messages": [CR_GO, message, c_tool("x", "1"), c_tool("y", "2")]})
+    assert payload["input"] == [
+        CR_WENT, cr_thought("rs_1:ENC"), r_said("ab"), r_called("x", "f", "{bad"), cr_thought("rs_2:MORE"),
+        {"type": "custom_tool_call", "call_id": "y", "name": "c", "input": "a b"}, r_output("x", "1"),
+        {"type": "custom_tool_call_output", "call_id": "y", "output": "2"}]
+
+
+# -- faults of the provider
+
+CR_FAULTS: dict[str, tuple[Any, ...]] = {
+    "rate limit": ("rate_limit_exceeded", 429, "rate_limit_error"),
+    "overloaded": ("server_is_overloaded", 529, "overloaded_error"),
+    "context": ("context_length_exceeded", 400, "invalid_request_error"),
+    "quota": ("insufficient_quota", 402, "insufficient_quota"),
+    "CR32 server error": ("server_error", 502, "server_error"),
+    "an unknown code": ("vector_store_timeout", 502, "server_error"),
+}
+
+
+def cr_kind(error: Any) -> str:
+    """The type that a Chat client reads of an error."""
+    return proxai.native_error(error, proxai.CHAT)["error"]["type"]
+
+
+@cases("code, status, kind", CR_FAULTS)
+def test_cr_an_answer_that_failed_is_an_error(code, status, kind):
+    body = cr_body(cr_msg("Hi"), **cr_failed(code), usage=None)
+    with pytest.raises(proxai.UpstreamError) as caught:
+        cr_answer(body)
+    for fault in (caught.value, cr_fails([*CR_BROKEN, r_event("failed", response=body)], CR_HEARD)):
+        assert (fault.status, fault.code, cr_kind(fault)) == (status, code, kind)
+        assert fault.message == "it broke" or code == "context_length_exceeded"
+
+
+@cases("body, told, asked", {
+    "failed without an error": (cr_body(status="failed"),),
+    "cancelled": (cr_body(cr_msg("Hi"), status="cancelled"),),
+    "queued": (cr_body(status="queued"),),
+    "in progress": (cr_body(cr_msg("Hi"), status="in_progress"),),
+    "an error and no output": ({"error": {"message": "it broke", "type": "server_error", "code": None}}, "it broke"),
+    "an error that is text": ({"error": "it broke"}, "it broke"),
+    "no answer at all": ([],),
+}, "", None)
+def test_cr_an_answer_that_is_none_is_an_error(body, told, asked):
+    with pytest.raises(proxai.UpstreamError) as caught:
+        cr_answer(body, asked)
+    assert caught.value.status == 502
+    assert told in caught.value.message and caught.value.message
+
+
+# -- stream (5.3)
+
+CR_STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
+CR_ROLE = {"role": "assistant", "content": ""}
+
+
+CR_STREAMS = {"message": ("content_part", ""), "reasoning": ("reasoning_summary_part", "reasoning_summary_text"),
+              "function_call": ("", "function_call_arguments"), "custom_tool_call": ("", "custom_tool_call_input")}
+
+
+def cr_item(index: int, item: Any) -> list[Any]:
+    """An item as a provider streams it, each text in two halves."""
+    part_kind, text_kind = CR_STREAMS.get(item["type"], ("", ""))
+    lists = [key for key in ("summary", "content") if key in item]
+    empty = {key: [] if key in lists else "" for key in (*lists, "arguments", "input") if key in item}
+    out = [r_event("output_item.added", index, item={**item, **empty, "status": "in_progress"})]
+    parts = [(key, place, part) for key in lists for place, part in enumerate(item[key])]
+    for key, place, part in parts or [("", 0, item)] * ("arguments" in item or "input" in item):
+        where = {"item_id": item["id"], **({f"{key}_index": place} if key else {})}
+        kind = text_kind if key in ("summary", "") else part["type"]
+        field = next(f for f in ("text", "refusal", "arguments", "input") if f in part)
+        half = (len(part[field]) + 1) // 2
+        halves = (part[field][:half], part[field][half:])
+        body = [*(r_event(f"{kind}.delta", index, delta=d, **where) for d in halves if d),
+                *(r_event("output_text.annotation.added", index, annotation=note, annotation_index=n, **where)
+                  for n, note in enumerate(part.get("annotations", []))),
+                r_event(f"{kind}.done", index, **{field: part[field]}, **where)]
+        out += body if kind == "reasoning_text" or not key else [
+            r_event(f"{part_kind}.added", index, part={**part, field: ""}, **where), *body,
+            r_event(f"{part_kind}.done", index, part=part, **where)]
+    return [*out, r_event("output_item.done", index, item=item)]
+
+
+CR_CREATED = r_event("created", response=cr_body(status="in_progress", usage=None))
+
+
+def cr_end(body: Any) -> Any:
+    """The terminal event."""
+    return r_event(body["status"] or "completed", response=body)
+
+
+def cr_split(body: Any, how: str = "deltas") -> list[Any]:
+    """A whole answer as the stream of its provider: with all events, only whole items, or only its end."""
+    items = [] if how == "end" else [cr_item(index, item) for index, item in enumerate(body["output"])]
+    return [CR_CREATED, r_event("in_progress", response=CR_CREATED["response"]),
+            *(event for item in items for event in (item if how == "deltas" else item[-1:])), cr_end(body)]
+
+
+def cr_seen(found: list[Any], usage: bool = False) -> list[Any]:
+    """(delta, finish) of each chunk behind the role; texts of a kind joined. Checks what all chunks have."""
+    assert found[-1] == "[DONE]" and "[DONE]" not in found[:-1]
+    chunks = copy.deepcopy(found[:-1])
+    if usage:
+        last = chunks.pop()
+        assert last["choices"] == [] and last["usage"]["total_tokens"] == 13
+        chunks.append({**last, "choices": [], "usage": None})
+    for chunk in chunks:
+        head = {k: v for k, v in chunk.items() if k != "choices"}
+        assert head == {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": NOW - 5, "model": CR_SERVED,
+                        **({"usage": None} if usage else {})}
+    out: list[Any] = []
+    for [choice] in [c["choices"] for c in (chunks[:-1] if usage else chunks)]:
+        delta, finish = choice["delta"], choice["finish_reason"]
+        assert choice == {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+        assert not out or "role" not in delta
+        [key] = delta if len(delta) == 1 else [None]
+        if key in ("content", "reasoning_content", "refusal"):
+            assert delta[key]
+            if out[-1][0].keys() == {key}:
+                out[-1][0][key] += delta[key]
+                continue
+        out.append((delta, finish))
+    assert out[0] == (CR_ROLE, None) and out[-1][0] == {} and all(finish is None for _, finish in out[:-1])
+    return out[1:]
+
+
+def cr_joined(found: list[Any]) -> Any:
+    """The choice that comes of a stream."""
+    [choice] = proxai.collect("chat", found)["choices"]
+    return choice
+
+
+@pytest.mark.parametrize("how", ["deltas", "items", "end"])
+@cases("body, message, finish, asked", CR_ANSWERS, "stop", None)
+def test_cr_a_stream_says_what_the_whole_answer_says(body, message, finish, asked, how):
+    """CR45, and CR41, CR44 and others by way of their whole answers."""
+    found, error = streamed(CR, cr_request({**(asked or {}), **CR_STREAMED})[1], cr_split(body, how))
+    assert error is None and cr_seen(found, usage=True)[-1] == ({}, finish)
+    assert cr_joined(found) == {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
+
+
+def cr_opened(index: int, call_id: str = "call_1", name: str = "f") -> Any:
+    """The delta that begins a call."""
+    return {"tool_calls": [{"index": index, "id": call_id, "type": "function",
+                            "function": {"name": name, "arguments": ""}}]}
+
+
+def cr_more(index: int, arguments: str) -> Any:
+    """A delta of arguments."""
+    return {"tool_calls": [{"index": index, "function": {"arguments": arguments}}]}
+
+
+CR_ENDED = cr_end(cr_body())
+CR_ARGUED = cr_item(0, r_fc(arguments='{"x":1}'))
+CR_SECOND = r_fc("call_2", "g", "[2]", id="fc_2")
+CR_SPOKEN = cr_item(0, cr_msg("Hello"))
+CR_BROKEN = [CR_CREATED, *CR_SPOKEN[:3]]
+CR_HEARD = [CR_ROLE, {"content": "Hel"}]
+
+
+@cases("events, deltas, finish, asked", {
+    "CR37 a text": (CR_SPOKEN, [{"content": "Hello"}]),
+    "CR38 calls that come side by side": (
+        [CR_ARGUED[0], cr_item(1, CR_SECOND)[0], CR_ARGUED[1], cr_item(1, CR_SECOND)[1], CR_ARGUED[2],
+         *cr_item(1, CR_SECOND)[2:], *CR_ARGUED[3:]],
+        {"tool_calls": [c_call("call_1", '{"x":1}', "f"), c_call("call_2", "[2]", "g")]}, "tool_calls"),
+    "a call in fragments": (CR_ARGUED, [cr_opened(0), cr_more(0, '{"x"'), cr_more(0, ":1}")], "tool_calls"),
+    "CR39 arguments only at the end": (
+        [CR_ARGUED[0], *CR_ARGUED[3:]], [cr_opened(0), cr_more(0, '{"x":1}')], "tool_calls"),
+    "arguments whose rest comes at the end": (
+        [*CR_ARGUED[:2], *CR_ARGUED[3:]], [cr_opened(0), cr_more(0, '{"x"'), cr_more(0, ":1}")], "tool_calls"),
+    "CR40 a call without arguments": (cr_item(0, r_fc(arguments="")), [cr_opened(0), cr_more(0, "{}")], "tool_calls"),
+    "a call whose name comes late": (
+        [r_event("output_item.added", 0, item={"type": "function_call", "id": "fc_1"}), *CR_ARGUED[1:]],
+        {"tool_calls": [c_call("call_1", '{"x":1}', "f")]}, "tool_calls"),
+    "CR41 a summary of two parts": (cr_item(0, r_rs("hm", "so")), [{"reasoning_content": "hm\n\nso"}]),
+    "reasoning and its carrier": (
+        [*cr_item(0, r_rs("hm", **CR_ENC)), *cr_item(1, cr_msg("Hi"))],
+        [{"reasoning_content": "hm"}, {"reasoning_details": [cr_detail("rs_1:ENC", 0, "0:0")]}, {"content": "Hi"}]),
+    "CR44 out of tokens": (
+        [*CR_SPOKEN, cr_end(cr_body(cr_msg("Hello"), **cr_incomplete("max_output_tokens")))], [{"content": "Hello"}],
+        "length"),
+    "CR45 a message that was never seen": ([cr_end(cr_body(cr_msg("Hi")))], [{"content": "Hi"}]),
+    "CR45 a message behind one that was seen": (
+        [*CR_SPOKEN, cr_end(cr_body(cr_msg("Hello"), cr_msg("you", id="msg_2")))], [{"content": "Hello\n\nyou"}]),
+    "a text whose rest comes at the end": ([*CR_SPOKEN[:3], *CR_SPOKEN[4:]], [{"content": "Hello"}]),
+    "sources": (
+        [*cr_item(0, cr_msg(cr_part("abc", cr_url(0, 1), cr_url(1, 2)))), *cr_item(1, cr_msg("d", id="msg_2"))],
+        [{"content": "abc\n\nd"}, {"annotations": [cr_source(0, 1), cr_source(1, 2)]}]),
+    "refused in the middle": (
+        [*CR_SPOKEN, cr_end(cr_body(cr_msg("Hello"), **cr_failed("invalid_prompt")))],
+        [{"content": "Hello"}, {"refusal": "it broke"}]),
+    "a custom call": (
+        cr_item(0, cr_ctc()),
+        [{"tool_calls": [{"index": 0, **call}]} for call in (
+            cr_custom("call_1"), {"custom": {"input": "a "}}, {"custom": {"input": "b"}})], "tool_calls", CR_TWO),
+    "a call for a client with functions": (
+        CR_ARGUED,
+        [{"function_call": {"name": "f", "arguments": ""}}, {"function_call": {"arguments": '{"x"'}},
+         {"function_call": {"arguments": ":1}"}}], "function_call", CR_LEGACY),
+    "what a client cannot read": (
+        [*cr_item(0, CR_SEARCHED), r_event("web_search_call.searching", 0), r_event("hologram", 0),
+         {"type": "keepalive"}, *cr_item(1, cr_msg("Hi"))], [{"content": "Hi"}]),
+}, "stop", None)
+def test_cr_a_stream_becomes(events, deltas, finish, asked):
+    """The terminal event stands behind the others, where there is none."""
+    end = [] if events[-1]["type"] in ("response.completed", "response.incomplete", "response.failed") else [CR_ENDED]
+    found, error = streamed(CR, cr_request({**(asked or {}), "stream": True})[1], [CR_CREATED, *events, *end])
+    assert error is None
+    seen = cr_seen(found)
+    if isinstance(deltas, dict):  # the chunks may come in another order
+        assert seen[-1] == ({}, finish) and cr_joined(found)["message"] == cr_message(None, **deltas)
+    else:
+        assert seen == [*((d, None) for d in deltas), ({}, finish)]
+
+
+def test_cr_usage_comes_last():
+    """CR36."""
+    found, error = streamed(CR, cr_request(CR_STREAMED)[1], [CR_CREATED, *CR_SPOKEN, cr_end(cr_body(cr_msg("Hello")))])
+    base = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": NOW - 5, "model": CR_SERVED}
+    assert error is None and found == [
+        *({**base, "usage": None, "choices": [{"index": 0, "delta": d, "logprobs": None, "finish_reason": f}]}
+          for d, f in ((CR_ROLE, None), ({"content": "Hel"}, None), ({"content": "lo"}, None), ({}, "stop"))),
+        {**base, "choices": [], "usage": found[-2]["usage"]}, "[DONE]"]
+    assert found[-2]["usage"]["total_tokens"] == 13
+
+
+def test_cr_events_are_passed_on_as_they_come():
+    stream = proxai.PAIRS[CR].stream(cr_request({"stream": True})[1])
+    assert next(stream) == []
+    two = cr_item(2, CR_SECOND)
+    steps = [(CR_CREATED, [CR_ROLE]), (CR_SPOKEN[2], [{"content": "Hel"}]), (CR_SPOKEN[3], [{"content": "lo"}]),
+             *((e, []) for e in CR_SPOKEN[4:]), (two[0], [cr_opened(0, "call_2", "g")]), (two[1], [cr_more(0, "[2")]),
+             (two[2], [cr_more(0, "]")]), *((e, []) for e in two[3:])]
+    for event, deltas in steps:
+        assert [c["choices"][0]["delta"] for c in stream.send(event)] == deltas, event["type"]
+    with pytest.raises(StopIteration) as end:
+        stream.send(cr_end(cr_body()))
+    assert end.value.value[-1] == "[DONE]" and end.value.value[0]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+@pytest.mark.parametrize("first", ["queued", "in_progress", "output_text.delta"])
+def test_cr_the_role_comes_once_with_the_first_event(first):
+    events = CR_SPOKEN[2:] if "delta" in first else [r_event(first, response=CR_CREATED["response"]), *CR_SPOKEN]
+    found, error = streamed(CR, cr_request({"stream": True})[1], [*events, CR_ENDED])
+    assert [c["choices"][0]["delta"] for c in found[:-1]] == [CR_ROLE, {"content": "Hel"}, {"content": "lo"}, {}]
+    assert error is None and len({(c["id"], c["created"], c["model"]) for c in found[:-1]}) == 1
+
+
+def test_cr_log_probabilities_come_with_their_text():
+    events = copy.deepcopy(CR_SPOKEN)
+    events[2]["logprobs"] = [CR_LOGPROB]
+    found, error = streamed(CR, cr_request({"stream": True, "logprobs": True}, **CR_PLAIN)[1],
+                            [CR_CREATED, *events, CR_ENDED])
+    told = [(c["choices"][0]["delta"], c["choices"][0]["logprobs"]) for c in found[1:-2]]
+    assert error is None and [delta for delta, _ in told] == [{"content": "Hel"}, {"content": "lo"}]
+    assert told[0][1]["content"] == [CR_LOGPROB] and told[1][1] is None
+
+
+# -- streams that fail
+
+def cr_fails(events: list[Any], deltas: list[Any], asked: Any = None) -> Any:
+    """The error that a stream ends with, after chunks with these deltas and nothing else."""
+    found, error = streamed(CR, cr_request({**CR_STREAMED, **(asked or {})})[1], events)
+    assert error is not None
+    assert [(c["choices"][0]["delta"], c["choices"][0]["finish_reason"]) for c in found] == [(d, None) for d in deltas]
+    return error
+
+
+@cases("code, status, kind", CR_FAULTS)
+@pytest.mark.parametrize("shape", ["flat", "nested"])
+def test_cr_an_error_event_ends_the_stream(shape, code, status, kind):
+    told = {"code": code, "message": "it broke", "param": None}
+    event = {"type": "error", "sequence_number": 3, **told} if shape == "flat" else {
+        "type": "error", "error": {"type": "server_error", **told}}
+    for error in (cr_fails([*CR_BROKEN, event], CR_HEARD), cr_fails([event], [])):
+        assert (error.status, error.code, cr_kind(error)) == (status, code, kind)
+        assert error.message == "it broke" or code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("end", [[], ["[DONE]"]], ids=["EOF", "DONE"])
+@cases("events, deltas", {
+    "nothing": ([], []), "behind the beginning": ([CR_CREATED], [CR_ROLE]), "CR43 within a text": (CR_BROKEN, CR_HEARD),
+    "behind a whole text": ([CR_CREATED, *CR_SPOKEN], [*CR_HEARD, {"content": "lo"}]),
+    "within a call": ([CR_CREATED, *CR_ARGUED[:2]], [CR_ROLE, cr_opened(0), cr_more(0, '{"x"')]),
+})
+def test_cr_a_stream_that_breaks_off_is_an_error(events, deltas, end):
+    error = cr_fails([*events, *end], deltas)
+    assert (error.status, error.type) == (502, "stream_translation_error")
+    assert error.message.startswith("upstream stream ended before ")
+
+
+@pytest.mark.parametrize("status", ["cancelled", "failed"])
+def test_cr_a_stream_that_was_given_up_is_an_error(status):
+    """CR42."""
+    error = cr_fails([*CR_BROKEN, cr_end(cr_body(cr_msg("Hello"), status=status))], CR_HEARD)
+    assert (error.status, cr_kind(error)) == (502, "server_error")
+
+
+def test_cr_a_fault_on_the_way_ends_the_stream():
+    error = cr_fails([*CR_BROKEN, proxai.UpstreamError("the line is dead", status=504)], CR_HEARD)
+    assert (error.status, error.message) == (504, "the line is dead")
+
+
+# -- Messages clients on Responses providers (translation-responses.md 3) -------
+
+# -- shared with the other pairs
+
+
+# -- helpers of this pair
+
+AR = ("messages", "responses")
+AR_ASKED = "claude-opus-4-8"  # the model that the client named
+AR_SERVED = "gpt-5.5-2026-03-01"  # the model that the provider names in its answers
+AR_PNG_PART = {"type": "input_image", "image_url": "data:image/png;base64,iVBORw0KGgo=", "detail": "auto"}
+
+
+def ar_request(more: Any = None, *, model: str = "gpt-5.5", host: str = OPENAI,
+               profile: Any = None) -> tuple[Any, Any]:
+    """The translation of a small request with `more` in it; `more` may be a list of messages."""
+    if isinstance(more, list):
+        more = {"messages": more}
+    body = {"model": "claude-opus-4-8", "messages": [{"role": "user", "content": "hi"}], **(more or {})}
+    return translated(AR, model, body, host=host, profile=profile)
+
+
+def ar_answer(body: Any, request: Any = None, **options: Any) -> Any:
+    """The client's message for a provider's body, after a request."""
+    _, ctx = ar_request(request, **options)
+    before = copy.deepcopy(body)
+    message = proxai.PAIRS[AR].response(body, ctx)
+    assert body == before
+    return message
+
+
+def ar_turns(*contents: Any) -> list[Any]:
+    """Messages from contents, an assistant's first; a whole message stays as it is and takes no turn."""
+    out, roles = [], ("assistant", "user")
+    for content in contents:
+        if isinstance(content, dict):
+            out.append(content)
+        else:
+            out.append({"role": roles[0], "content": content})
+            roles = roles[::-1]
+    return out
+
+
+# -- request: top level (3.1.1)
+
+AR_HI = r_user("hi")
+AR_PLAIN_4 = {"model": "gpt-4.1"}
+AR_BILLING = "x-anthropic-billing-header: cc_version=2.1; cch=ab12c;"
+AR_CLAUDE_CODE_USER = '{"device_id":"' + "d" * 60 + '","account_uuid":"' + "a" * 36 + '","session_id":"s1"}'
+
+
+@cases("body, expected, options", {
+    "nothing but the messages": ({}, {}),
+    "AR01 a small max_tokens becomes the least that is allowed": ({"max_tokens": 8}, {"max_output_tokens": 16}),
+    "max_tokens of a cache warm-up": ({"max_tokens": 0}, {"max_output_tokens": 16}),
+    "max_tokens at the floor": ({"max_tokens": 16}, {"max_output_tokens": 16}),
+    "max_tokens above the floor": ({"max_tokens": 17}, {"max_output_tokens": 17}),
+    "a host that takes no max_output_tokens": ({"max_tokens": 100}, {}, {"host": "chatgpt.com"}),
+    "a provider that takes no max_output_tokens": ({"max_tokens": 100}, {}, {"profile": {"max_output_tokens": False}}),
+    "stream": ({"stream": True}, {"stream": True}),
+    "system string": ({"system": "be kind"}, {"instructions": "be kind"}),
+    "empty system": ({"system": ""}, {}),
+    "empty system blocks": ({"system": [m_text("")]}, {}),
+    "no system blocks": ({"system": []}, {}),
+    "AR02 billing header and blocks": (
+        {"system": [m_text(AR_BILLING), m_text("A", cache_control={"type": "ephemeral"}), m_text("B")]},
+        {"instructions": "A\nB"}),
+    "a block with more than the billing header keeps the rest": (
+        {"system": [m_text(AR_BILLING + "You are X"), m_text("B")]}, {"instructions": "You are X\nB"}),
+    "a billing header alone": ({"system": [m_text(AR_BILLING)]}, {}),
+    "blocks that end their line are joined as they are": (
+        {"system": [m_text("A\n"), m_text("B")]}, {"instructions": "A\nB"}),
+    "sampling of a model that does not reason": (
+        {"temperature": 0.2, "top_p": 0.9}, {"temperature": 0.2, "top_p": 0.9}, AR_PLAIN_4),
+    "no temperature is 0 too": ({"temperature": 0}, {"temperature": 0}, AR_PLAIN_4),
+    "sampling by profile": ({"temperature": 0.2}, {"temperature": 0.2}, {"profile": {"sampling": True}}),
+    "sampling off by profile": ({"temperature": 0.2}, {}, {"model": "gpt-4.1", "profile": {"sampling": False}}),
+    "sampling with reasoning off": (
+        {"temperature": 0.2, "top_p": 0.5, "thinking": {"type": "disabled"}},
+        {"temperature": 0.2, "top_p": 0.5, "reasoning": {"effort": "none"}}),
+    "no sampling where reasoning cannot be off": (
+        {"temperature": 0.2, "thinking": {"type": "disabled"}}, {"reasoning": {"effort": "minimal"}},
+        {"model": "gpt-5"}),
+    "user id": (
+        {"metadata": {"user_id": "alice"}},
+        {"safety_identifier": "alice", "prompt_cache_key": hashlib.sha256(b"alice").hexdigest()[:32]}),
+    "user id of 64 characters": (
+        {"metadata": {"user_id": "u" * 64}},
+        {"safety_identifier": "u" * 64, "prompt_cache_key": hashlib.sha256(b"u" * 64).hexdigest()[:32]}),
+    "user id of 65 characters": (
+        {"metadata": {"user_id": "u" * 65}},
+        {"safety_identifier": hashlib.sha256(b"u" * 65).hexdigest(),
+         "prompt_cache_key": hashlib.sha256(b"u" * 65).hexdigest()[:32]}),
+    "short user id that is an object": (
+        {"metadata": {"user_id": '{"a":1}'}},
+        {"safety_identifier": hashlib.sha256(b'{"a":1}').hexdigest(),
+         "prompt_cache_key": hashlib.sha256(b'{"a":1}').hexdigest()[:32]}),
+    "AR29 the user id of Claude Code": (
+        {"metadata": {"user_id": AR_CLAUDE_CODE_USER}},
+        {"safety_identifier": hashlib.sha256(AR_CLAUDE_CODE_USER.encode()).hexdigest(),
+         "prompt_cache_key": hashlib.sha256(AR_CLAUDE_CODE_USER.encode()).hexdigest()[:32]}),
+    "user id for an unknown host": ({"metadata": {"user_id": "alice"}}, {}, {"host": "llm.example"}),
+    "user id off by profile": ({"metadata": {"user_id": "alice"}}, {}, {"profile": {"vendor_fields": False}}),
+    "metadata without user id": ({"metadata": {}}, {}),
+    "service tier auto": ({"service_tier": "auto"}, {"service_tier": "auto"}),
+    "service tier standard_only": ({"service_tier": "standard_only"}, {"service_tier": "default"}),
+    "speed fast": ({"speed": "fast"}, {"service_tier": "priority"}),
+    "speed standard": ({"speed": "standard"}, {}),
+    "service tier for an unknown host": ({"service_tier": "auto", "speed": "fast"}, {}, {"host": "llm.example"}),
+    "service tier for an unknown host by profile": (
+        {"service_tier": "auto"}, {"service_tier": "auto"},
+        {"host": "llm.example", "profile": {"vendor_fields": True}}),
+    "empty list of mcp servers": ({"mcp_servers": []}, {}),
+    "null fields are not there": (
+        {"system": None, "thinking": None, "tools": None, "tool_choice": None, "metadata": None, "output_config": None,
+         "temperature": None, "top_p": None, "service_tier": None, "mcp_servers": None, "thread": None},
+        {}, AR_PLAIN_4),
+    "cache marks": ({"cache_control": {"type": "ephemeral"}}, {}),
+}, {})
+def test_ar_a_top_level_field_becomes(body, expected, options):
+    payload, ctx = ar_request(body, **options)
+    assert payload == {"model": options.get("model", "gpt-5.5"), "input": [AR_HI], "store": False, **expected}
+    assert ctx.stream is bool(body.get("stream"))
+
+
+@cases("path, body", {name: (name, {name: value}) for name, value in {
+    "top_k": 5, "stop_sequences": ["x"], "temperature": 0.5, "top_p": 0.5,
+    "context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}, "container": "c1",
+    "fallbacks": [{"model": "claude-sonnet-5"}], "fallback_credit_token": "t", "inference_geo": "eu",
+    "diagnostics": {"previous_message_id": None}, "user_profile_id": "u", "workspace_id": "w", "betas": ["b"],
+    "no_such_field": 1,
+}.items()} | {"output_config.task_budget": (
+    "output_config.task_budget", {"output_config": {"task_budget": {"type": "tokens", "total": 9000}}})})
+def test_ar_a_field_without_a_counterpart_is_left_out_and_told(path, body):
+    payload, ctx = ar_request(body)
+    assert payload == {"model": "gpt-5.5", "input": [AR_HI], "store": False}
+    assert was_dropped(ctx, path), ctx.dropped
+
+
+AR_ONE_TOOL = {"tools": [{"name": "A", "input_schema": NO_ARGUMENTS}]}
+
+
+@cases("body, param, message, options", {
+    "no messages": ({"messages": []}, "messages"),
+    "messages that are no list": ({"messages": "hi"}, "messages"),
+    "mcp servers": ({"mcp_servers": [{"type": "url", "url": "https://x", "name": "x"}]}, "mcp_servers"),
+    "a thread of the server": ({"thread": {"id": "thr_1"}}, "thread"),
+    "compaction by the server": ({"compaction": {"type": "auto"}}, "compaction"),
+    "AR22 choice of a tool that is not there": (
+        {**AR_ONE_TOOL, "tool_choice": {"type": "tool", "name": "x"}}, "tool_choice", "x"),
+    "choice of a tool that was dropped": (
+        {"tools": [*AR_ONE_TOOL["tools"], {"type": "web_fetch_20250910", "name": "web_fetch"}],
+         "tool_choice": {"type": "tool", "name": "web_fetch"}}, "tool_choice", "web_fetch"),
+    "AR25 only a web search, on a provider without": (
+        {"tools": [{"type": "web_search_20250305", "name": "web_search", "max_uses": 8}]}, "tools",
+        'server tool "web_search_20250305" is not available with this provider', {"profile": {"web_search": "off"}}),
+    "only a web search, on an unknown host": (
+        {"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools",
+        'server tool "web_search_20250305" is not available with this provider', {"host": "llm.example"}),
+    "only another server tool": (
+        {"tools": [{"type": "code_execution_20250825", "name": "code_execution"}]}, "tools",
+        'server tool "code_execution_20250825" is not available with this provider'),
+    "only a toolset": (
+        {"tools": [{"type": "browser_toolset_20260301"}]}, "tools",
+        'server tool "browser_toolset_20260301" is not available with this provider'),
+    "a format that nobody knows": ({"output_config": {"format": {"type": "grammar"}}}, "output_config.format"),
+    "an old format that nobody knows": ({"output_format": {"type": "grammar"}}, "output_format"),
+}, "", {})
+def test_ar_what_cannot_be_expressed_is_refused(body, param, message, options):
+    with pytest.raises(proxai.RequestError) as caught:
+        ar_request(body, **options)
+    assert (caught.value.status, caught.value.type) == (400, "invalid_request_error")
+    assert str(caught.value.param).startswith(param)
+    assert message in caught.value.message
+
+
+# -- request: messages to items (3.1.2, 1.3, 1.6, 1.8)
+
+AR_SIGNED = {"type": "thinking", "thinking": "hm", "signature": or_carrier("rs_1:ENC")}
+AR_REASONING = {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "hm"}],
+                "encrypted_content": "ENC"}
+AR_REDACTED = {"type": "redacted_thinking", "data": or_carrier("rs_2:SECRET")}
+AR_REASONING_2 = {"type": "reasoning", "id": "rs_2", "summary": [], "encrypted_content": "SECRET"}
+AR_LONG_ID = "toolu_" + "x" * 74
+AR_SHORT_ID = AR_LONG_ID[:43] + "_" + hashlib.sha256(AR_LONG_ID.encode()).hexdigest()[:20]
+AR_FOUND = [{"type": "web_search_result", "url": "https://u.example", "title": "t", "encrypted_content": "E"}]
+AR_OUR_SEARCH = [
+    {"type": "server_tool_use", "id": "srvtoolu_px_d3NfMQ", "name": "web_search", "input": {"query": "q"}},
+    {"type": "web_search_tool_result", "tool_use_id": "srvtoolu_px_d3NfMQ", "content": AR_FOUND}]
+AR_FOREIGN_SEARCH = [
+    {"type": "server_tool_use", "id": "srvtoolu_01", "name": "web_search", "input": {"query": "q"}},
+    {"type": "web_search_tool_result", "tool_use_id": "srvtoolu_01", "content": AR_FOUND}]
+AR_SEARCHED = "[web_search \"q\"]\n- t: https://u.example"
+
+
+def ar_of_user(*blocks: Any) -> list[Any]:
+    """Messages: one of the user."""
+    return [{"role": "user", "content": blocks[0] if isinstance(blocks[0], str) else list(blocks)}]
+
+
+@cases("messages, items, options", {
+    # -- the user
+    "user string": (ar_of_user("hi"), [AR_HI]),
+    "user text block": (ar_of_user(m_text("hi", cache_control={"type": "ephemeral"})), [AR_HI]),
+    "AR03 text, image, text": (
+        ar_of_user(m_text("look"), M_PNG, m_text("ok?")), [r_user("look", AR_PNG_PART, "ok?")]),
+    "image by url": (
+        ar_of_user({"type": "image", "source": {"type": "url", "url": "https://x/y.png"}}),
+        [r_user({"type": "input_image", "image_url": "https://x/y.png", "detail": "auto"})]),
+    "image of a file": (
+        ar_of_user({"type": "image", "source": {"type": "file", "file_id": "file_1"}}),
+        [r_user("[file file_1 omitted]")]),
+    "image for a model that sees none": (
+        ar_of_user(M_PNG), [r_user("[image omitted: this model cannot see images]")], {"profile": {"vision": False}}),
+    "document pdf": (
+        ar_of_user({**M_PDF, "title": "a.pdf", "citations": {"enabled": True}}),
+        [r_user({"type": "input_file", "filename": "a.pdf", "file_data": "data:application/pdf;base64,JVBERi0="})]),
+    "document pdf without title": (
+        ar_of_user(M_PDF),
+        [r_user({"type": "input_file", "filename": "document.pdf",
+                  "file_data": "data:application/pdf;base64,JVBERi0="})]),
+    "document by url": (
+        ar_of_user({"type": "document", "source": {"type": "url", "url": "https://x/y.pdf"}}),
+        [r_user({"type": "input_file", "file_url": "https://x/y.pdf"})]),
+    "document text": (
+        ar_of_user({"type": "document", "title": "T",
+                    "source": {"type": "text", "media_type": "text/plain", "data": "abc"}}),
+        [r_user('<document title="T">\nabc\n</document>')]),
+    "document of blocks": (
+        ar_of_user({"type": "document", "source": {"type": "content", "content": [m_text("abc"), M_PNG]}}),
+        [r_user("abc", AR_PNG_PART)]),
+    "document of a file": (
+        ar_of_user({"type": "document", "source": {"type": "file", "file_id": "file_1"}}),
+        [r_user("[file file_1 omitted]")]),
+    "search result": (
+        ar_of_user({"type": "search_result", "title": "T", "source": "https://s", "content": [m_text("x")]}),
+        [r_user("Title: T\nSource: https://s\nx")]),
+    "AR31 container upload": (
+        ar_of_user({"type": "container_upload", "file_id": "file_1"}), [r_user("[container file omitted]")]),
+    "empty text is skipped": (ar_of_user(m_text(""), m_text("go")), [r_user("go")]),
+    "unknown block": (ar_of_user(m_text("go"), {"type": "hologram", "data": "x"}), [r_user("go")]),
+    "nothing left": (ar_of_user(m_text("")), [r_user(".")]),
+    "nothing left of an assistant": (ar_turns("  \n"), [r_user(".")]),
+    # -- the assistant
+    "assistant string": (ar_turns("ok", "go"), [r_said("ok"), r_user("go")]),
+    "adjacent texts are one message": (
+        ar_turns([m_text("a", citations=[{"type": "char_location"}]), m_text(" "), m_text("b")], "go"),
+        [r_said("a", "b"), r_user("go")]),
+    "prefill": ([{"role": "user", "content": "hi"}, *ar_turns("1, 2,")], [AR_HI, r_said("1, 2,")]),
+    "AR04 text, call, result, text": (
+        ar_turns([m_text("a"), m_use("t1", arguments={"x": 1})], [m_result("t1", "r"), m_text("go")]),
+        [r_said("a"), r_called("t1", arguments='{"x":1}'), r_output("t1", "r"), r_user("go")]),
+    "marks on blocks are left out": (
+        ar_turns([{**m_use("t1"), "caller": {"type": "direct"}, "toolset_name": "s",
+                   "cache_control": {"type": "ephemeral"}}],
+                 [m_result("t1", "r", cache_control={"type": "ephemeral"})]),
+        [r_called("t1"), r_output("t1", "r")]),
+    "text behind a call stays there": (
+        ar_turns([m_use("t1"), m_text("b")], [m_result("t1", "r")]),
+        [r_called("t1"), r_said("b"), r_output("t1", "r")]),
+    "arguments are compact and keep their order and letters": (
+        ar_turns([m_use("t1", arguments={"b": [1, {"c": None}], "a": "é"})], [m_result("t1", "r")]),
+        [r_called("t1", arguments='{"b":[1,{"c":null}],"a":"é"}'), r_output("t1", "r")]),
+    "arguments that were no JSON": (
+        ar_turns([m_use("t1", arguments={"raw_arguments": "{bad"})], [m_result("t1", "r")]),
+        [r_called("t1", arguments="{bad"), r_output("t1", "r")]),
+    "raw_arguments next to another key": (
+        ar_turns([m_use("t1", arguments={"raw_arguments": "{bad", "x": 1})], [m_result("t1", "r")]),
+        [r_called("t1", arguments='{"raw_arguments":"{bad","x":1}'), r_output("t1", "r")]),
+    "phases": (
+        ar_turns([m_text("a"), m_use("t1")], [m_result("t1", "r")], "done", "more"),
+        [{**r_said("a"), "phase": "commentary"}, r_called("t1"), r_output("t1", "r"),
+         {**r_said("done"), "phase": "final_answer"}, r_user("more")], {"profile": {"phase": True}}),
+    "fallback and unknown blocks": (
+        ar_turns([{"type": "fallback", "to": {"model": "m"}}, {"type": "hologram"}, m_text("a")], "go"),
+        [r_said("a"), r_user("go")]),
+    "compaction": (
+        ar_turns([{"type": "compaction", "content": "so far"}, m_text("a")], "go"),
+        [r_user("<summary>\nso far\n</summary>"), r_said("a"), r_user("go")]),
+    "failed compaction": (
+        ar_turns([{"type": "compaction", "content": None}, m_text("a")], "go"), [r_said("a"), r_user("go")]),
+    # -- reasoning
+    "AR13 own reasoning in front of a call": (
+        ar_turns([AR_SIGNED, m_use("t1")], [m_result("t1", "r")]),
+        [AR_REASONING, r_called("t1"), r_output("t1", "r")]),
+    "own reasoning in front of text": (ar_turns([AR_SIGNED, m_text("a")], "go"),
+                                       [AR_REASONING, r_said("a"), r_user("go")]),
+    "own reasoning without an id": (
+        ar_turns([{**AR_SIGNED, "signature": or_carrier(":ENC")}, m_text("a")], "go"),
+        [{"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm"}], "encrypted_content": "ENC"},
+         r_said("a"), r_user("go")]),
+    "own reasoning without text": (
+        ar_turns([{**AR_SIGNED, "thinking": ""}, m_text("a")], "go"),
+        [{**AR_REASONING, "summary": []}, r_said("a"), r_user("go")]),
+    "the text is not bound": (
+        ar_turns([{**AR_SIGNED, "thinking": "edited"}, m_text("a")], "go"),
+        [{**AR_REASONING, "summary": [{"type": "summary_text", "text": "edited"}]}, r_said("a"), r_user("go")]),
+    "encrypted content with dots and colons": (
+        ar_turns([{**AR_SIGNED, "signature": or_carrier("rs_1:E.N:C==")}, m_text("a")], "go"),
+        [{**AR_REASONING, "encrypted_content": "E.N:C=="}, r_said("a"), r_user("go")]),
+    "own redacted reasoning": (ar_turns([AR_REDACTED, m_text("a")], "go"),
+                               [AR_REASONING_2, r_said("a"), r_user("go")]),
+    "several in a row": (ar_turns([AR_SIGNED, AR_REDACTED, m_text("a")], "go"),
+                         [AR_REASONING, AR_REASONING_2, r_said("a"), r_user("go")]),
+    "between texts": (ar_turns([m_text("a"), AR_SIGNED, m_text("b")], "go"),
+                      [r_said("a"), AR_REASONING, r_said("b"), r_user("go")]),
+    "AR15 reasoning that nothing follows": (ar_turns([AR_SIGNED], "go"), [r_user("go")]),
+    "reasoning at the end of a message": (
+        ar_turns([m_text("a"), AR_SIGNED, AR_REDACTED], "go"), [r_said("a"), r_user("go")]),
+    "reasoning does not reach into the next message": (
+        ar_turns([AR_SIGNED], "go", "b", "on"), [r_user("go"), r_said("b"), r_user("on")]),
+    "plain reasoning of a server that encrypts nothing": (
+        ar_turns([{**AR_SIGNED, "signature": or_carrier("rs_1:")}, m_text("a")], "go"),
+        [{"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},
+         r_said("a"), r_user("go")], {"profile": {"encrypted_reasoning": False}}),
+    "plain reasoning for a server that wants it encrypted": (
+        ar_turns([{**AR_SIGNED, "signature": or_carrier("rs_1:")}, m_text("a")], "go"), [r_said("a"), r_user("go")]),
+    # -- searches of the server
+    "AR30 the search of another server": (
+        ar_turns(AR_FOREIGN_SEARCH, "go"), [r_said(AR_SEARCHED), r_user("go")]),
+    "our own search": (
+        ar_turns([*AR_OUR_SEARCH, m_text("a")], "go"),
+        [{"type": "web_search_call", "id": "ws_1", "status": "completed",
+          "action": {"type": "search", "query": "q"}}, r_said("a"), r_user("go")]),
+    "our own search on a provider without": (
+        ar_turns(AR_OUR_SEARCH, "go"), [r_said(AR_SEARCHED), r_user("go")], {"profile": {"web_search": "off"}}),
+    # -- system messages
+    "AR27 a system message in between": (
+        [{"role": "user", "content": "hi"}, {"role": "system", "content": "S"}, *ar_turns("a", "go")],
+        [AR_HI, r_told("S"), r_said("a"), r_user("go")]),
+    "a system message of blocks, last of all": (
+        [{"role": "user", "content": "hi"}, {"role": "system", "content": [m_text("S")]}], [AR_HI, r_told("S")]),
+    "a system message never parts a call from its result": (
+        ar_turns([m_use("t1")], {"role": "system", "content": "S"}, [m_result("t1", "r")]),
+        [r_called("t1"), r_output("t1", "r"), r_told("S")]),
+    "a system message for one turn, used up": (
+        [{"role": "user", "content": "hi"}, {"role": "system", "content": "S", "clear_at": "next_user_message"},
+         *ar_turns("a", "go")], [AR_HI, r_said("a"), r_user("go")]),
+    "a system message for one turn, still good": (
+        [{"role": "user", "content": "hi"}, {"role": "system", "content": "S", "clear_at": "next_user_message"}],
+        [AR_HI, r_told("S")]),
+    "a system message for good": (
+        [{"role": "user", "content": "hi"}, {"role": "system", "content": "S", "clear_at": "never"},
+         *ar_turns("a", "go")], [AR_HI, r_told("S"), r_said("a"), r_user("go")]),
+    # -- pairing
+    "AR05 a result behind text": (
+        ar_turns([m_use("t1")], [m_text("go"), m_result("t1", "r")]),
+        [r_called("t1"), r_output("t1", "r"), r_user("go")]),
+    "AR10 a call without a result": (
+        ar_turns([m_use("t1")], "go"), [r_called("t1"), r_output("t1", STUB), r_user("go")]),
+    "results come in the order of the calls": (
+        ar_turns([m_use("t1"), m_use("t2", "g")], [m_result("t2", "b"), m_result("t1", "a")]),
+        [r_called("t1"), r_called("t2", "g"), r_output("t1", "a"), r_output("t2", "b")]),
+    "one of two results is missing": (
+        ar_turns([m_use("t1"), m_use("t2", "g")], [m_result("t2", "b")]),
+        [r_called("t1"), r_called("t2", "g"), r_output("t1", STUB), r_output("t2", "b")]),
+    "a result that comes late is moved up": (
+        [*ar_turns([m_use("t1")], "wait"), *ar_turns("a", [m_result("t1", "r")])],
+        [r_called("t1"), r_output("t1", "r"), r_user("wait"), r_said("a")]),
+    "a result without a call": (
+        ar_of_user(m_result("t9", "r")), [r_user("[result of unknown tool call t9]\nr")]),
+    "the same result twice": (
+        ar_turns([m_use("t1")], [m_result("t1", "r"), m_result("t1", "r")]),
+        [r_called("t1"), r_output("t1", "r")]),
+    "a later result that differs": (
+        ar_turns([m_use("t1")], [m_result("t1", "a"), m_result("t1", "b")]),
+        [r_called("t1"), r_output("t1", "a"), r_user("[later result of tool call t1]\nb")]),
+    # -- ids
+    "AR11 a long id": (
+        ar_turns([m_use(AR_LONG_ID)], [m_result(AR_LONG_ID, "r")]),
+        [r_called(AR_SHORT_ID), r_output(AR_SHORT_ID, "r")]),
+    "an id of 64 characters": (
+        ar_turns([m_use("t" * 64)], [m_result("t" * 64, "r")]), [r_called("t" * 64), r_output("t" * 64, "r")]),
+    "AR12 an id that was encoded": (
+        ar_turns([m_use("pxid_817f150cYy4xOng")], [m_result("pxid_817f150cYy4xOng", "r")]),
+        [r_called("c.1:x"), r_output("c.1:x", "r")]),
+    "an id that was used before": (
+        ar_turns([m_use("t1")], [m_result("t1", "a")], [m_use("t1")], [m_result("t1", "b")]),
+        [r_called("t1"), r_output("t1", "a"), r_called("t1_2"), r_output("t1_2", "b")]),
+}, {})
+def test_ar_messages_become_items(messages, items, options):
+    payload, _ = ar_request(messages, **options)
+    assert payload == {"model": "gpt-5.5", "input": items, "store": False}
+
+
+@cases("signature", {
+    "AR14 of Anthropic": ("EqQBCkYIBxgCKkD=",),
+    "none": ("",),
+    "of another kind": (or_carrier("rs_1:ENC", kind="at"),),
+    "of another kind, text bound": (or_carrier("rs_1:ENC", kind="at", text="hm"),),
+    "of another provider": (or_carrier("rs_1:ENC", host="llm.example"),),
+    "of another version": ("px2" + or_carrier("rs_1:ENC")[3:],),
+    "cut at its end": (or_carrier("rs_1:ENC")[:-1],),
+    "with a wrong length": (or_carrier("rs_1:ENC", length=7),),
+    "edited": (or_carrier("rs_1:ENC")[:-1] + "D",),
+    "of an unknown kind": (or_carrier("rs_1:ENC", kind="zz"),),
+    "of the two-part family": ("px1.eyJmIjoicmMifQ",),
+    "without id and colon": (or_carrier("ENC"),),
+})
+def test_ar_the_reasoning_of_others_is_left_out(signature):
+    thought = {"type": "thinking", "thinking": "hm", "signature": signature}
+    hidden = {"type": "redacted_thinking", "data": signature}
+    for block in (thought, hidden):
+        payload, _ = ar_request(ar_turns([block, m_text("a"), m_use("t1")], [m_result("t1", "r")]))
+        assert payload["input"] == [r_said("a"), r_called("t1"), r_output("t1", "r")]
+
+
+@cases("blocks, texts", {
+    "web search that failed": (
+        [AR_FOREIGN_SEARCH[0],
+         {"type": "web_search_tool_result", "tool_use_id": "srvtoolu_01",
+          "content": {"type": "web_search_tool_result_error", "error_code": "max_uses_exceeded"}}],
+        ['[web_search "q"]', "failed: max_uses_exceeded"]),
+    "web fetch": (
+        [{"type": "server_tool_use", "id": "srvtoolu_01", "name": "web_fetch", "input": {"url": "https://u.example"}},
+         {"type": "web_fetch_tool_result", "tool_use_id": "srvtoolu_01",
+          "content": {"type": "web_fetch_result", "url": "https://u.example", "content": {
+              "type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "page text"}}}}],
+        ["https://u.example", "page text"]),
+    "code execution": (
+        [{"type": "server_tool_use", "id": "srvtoolu_01", "name": "code_execution", "input": {"code": "print(1)"}},
+         {"type": "code_execution_tool_result", "tool_use_id": "srvtoolu_01",
+          "content": {"type": "code_execution_result", "stdout": "out-1", "stderr": "err-1", "return_code": 0,
+                      "content": []}}],
+        ["out-1", "err-1"]),
+    "bash of the server": (
+        [{"type": "server_tool_use", "id": "srvtoolu_01", "name": "bash_code_execution", "input": {"command": "ls"}},
+         {"type": "bash_code_execution_tool_result", "tool_use_id": "srvtoolu_01",
+          "content": {"type": "bash_code_execution_result", "stdout": "out-1", "stderr": "", "return_code": 0,
+                      "content": []}}],
+        ["out-1"]),
+    "tool search": (
+        [{"type": "server_tool_use", "id": "srvtoolu_01", "name": "tool_search_tool_regex", "input": {"query": "w"}},
+         {"type": "tool_search_tool_result", "tool_use_id": "srvtoolu_01",
+          "content": {"type": "tool_search_tool_search_result",
+                      "tool_references": [{"type": "tool_reference", "tool_name": "get_weather"}]}}],
+        ["get_weather"]),
+    "mcp": (
+        [{"type": "mcp_tool_use", "id": "mcptoolu_01", "name": "lookup", "server_name": "s", "input": {"k": "v-1"}},
+         {"type": "mcp_tool_result", "tool_use_id": "mcptoolu_01", "is_error": False,
+          "content": [m_text("found it")]}],
+        ["lookup", "found it"]),
+})
+def test_ar_what_a_server_tool_did_is_told_as_text(blocks, texts):
+    payload, _ = ar_request(ar_turns(blocks, "go"))
+    *told, last = payload["input"]
+    assert last == r_user("go")
+    assert told and all(item["type"] == "message" and item["role"] == "assistant" for item in told)
+    whole = "\n".join(part["text"] for item in told for part in item["content"])
+    assert [t for t in texts if t not in whole] == []
+
+
+def test_ar_a_fetched_page_is_cut():
+    payload, _ = ar_request(ar_turns([{"type": "web_fetch_tool_result", "tool_use_id": "s1", "content": {
+        "type": "web_fetch_result", "url": "https://u.example", "content": {
+            "type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "p" * 20_000}}}}], "go"))
+    told = "".join(part["text"] for part in payload["input"][0]["content"])
+    assert 4_000 < told.count("p") <= 8_300
+
+
+@cases("messages, path", {
+    "fallback": (ar_turns([m_text("a"), {"type": "fallback", "to": {"model": "m"}}], "go"), "messages[0].content[1]"),
+    "unknown block": (ar_of_user(m_text("go"), {"type": "hologram"}), "messages[0].content[1]"),
+})
+def test_ar_a_block_that_is_left_out_is_told(messages, path):
+    assert was_dropped(ar_request(messages)[1], path)
+
+
+def test_ar_leading_system_messages_become_the_instructions():
+    """README section 4: leading ones become the system text, later ones stay in place."""
+    payload, _ = ar_request({"system": "A", "messages": [
+        {"role": "system", "content": "B"}, {"role": "user", "content": "hi"}, {"role": "system", "content": "C"}]})
+    assert (payload["instructions"], payload["input"]) == ("A\nB", [AR_HI, r_told("C")])
+
+
+def test_ar_calls_and_results_without_ids_find_each_other():
+    payload, _ = ar_request(ar_turns([m_use("", "f"), m_use("", "g")], [m_result("", "a"), m_result("", "b")]))
+    first, second, *outputs = payload["input"]
+    assert re.fullmatch(r"call_px_\d+", first["call_id"]) and re.fullmatch(r"call_px_\d+", second["call_id"])
+    assert first["call_id"] != second["call_id"]
+    assert outputs == [r_output(first["call_id"], "a"), r_output(second["call_id"], "b")]
+
+
+def test_ar_a_longer_history_starts_with_the_shorter_one():
+    turns = ar_turns([AR_SIGNED, m_text("a"), m_use("t1")], [m_result("t1", [m_text("x"), M_PNG]), m_text("go")],
+                     {"role": "system", "content": "S"}, [AR_REDACTED, m_use("t1")], [m_result("t1", "y")], "b", "on")
+    histories = [ar_request({"messages": turns[:n], "system": "s", "metadata": {"user_id": AR_CLAUDE_CODE_USER}})[0]
+                 for n in (2, 3, 5, 7)]
+    for shorter, longer in itertools.pairwise(histories):
+        assert len(longer["input"]) > len(shorter["input"])
+        assert longer == {**shorter, "input": shorter["input"] + longer["input"][len(shorter["input"]):]}
+
+
+# -- request: tool results (3.1.3)
+
+@cases("result, output", {
+    "no content": (m_result("t1"), ""),
+    "empty string": (m_result("t1", ""), ""),
+    "empty list": (m_result("t1", []), ""),
+    "string": (m_result("t1", "r"), "r"),
+    "one text": (m_result("t1", [m_text("r")]), "r"),
+    "texts": (m_result("t1", [m_text("a"), m_text("b")]), "a\nb"),
+    "AR06 text and image": (
+        m_result("t1", [m_text("p"), M_PNG]), [{"type": "input_text", "text": "p"}, AR_PNG_PART]),
+    "image alone": (m_result("t1", [M_PNG]), [AR_PNG_PART]),
+    "document": (
+        m_result("t1", [m_text("p"), M_PDF]),
+        [{"type": "input_text", "text": "p"},
+         {"type": "input_file", "filename": "document.pdf", "file_data": "data:application/pdf;base64,JVBERi0="}]),
+    "tool reference": (m_result("t1", [{"type": "tool_reference", "tool_name": "B"}]), "Tool loaded: B"),
+    "tool references": (
+        m_result("t1", [{"type": "tool_reference", "tool_name": n} for n in "BC"]), "Tool loaded: B\nTool loaded: C"),
+    "search result": (
+        m_result("t1", [{"type": "search_result", "title": "T", "source": "https://s", "content": [m_text("x")]}]),
+        "Title: T\nSource: https://s\nx"),
+    "browser state": (
+        m_result("t1", [{"type": "browser_state", "tabs": [{"active": True}]}]),
+        '{"type":"browser_state","tabs":[{"active":true}]}'),
+    "unknown child": (
+        m_result("t1", [m_text("a"), {"type": "hologram", "x": 1}]), 'a\n{"type":"hologram","x":1}'),
+    "AR08 error": (m_result("t1", "boom", is_error=True), "Error: boom"),
+    "error in a text block": (m_result("t1", [m_text("boom")], is_error=True), "Error: boom"),
+    "error with an image": (
+        m_result("t1", [m_text("boom"), M_PNG], is_error=True),
+        [{"type": "input_text", "text": "Error: boom"}, AR_PNG_PART]),
+    "AR09 error that says so": (
+        m_result("t1", "<tool_use_error>Error: x", is_error=True), "<tool_use_error>Error: x"),
+    "error that says so in capitals": (m_result("t1", "FATAL ERROR", is_error=True), "FATAL ERROR"),
+    "error that says so within 200 characters": (
+        m_result("t1", "x" * 195 + "error", is_error=True), "x" * 195 + "error"),
+    "error that says so too late": (
+        m_result("t1", "x" * 200 + "error", is_error=True), "Error: " + "x" * 200 + "error"),
+    "no error": (m_result("t1", "boom", is_error=False), "boom"),
+})
+def test_ar_the_output_of_a_tool_result(result, output):
+    payload, _ = ar_request(ar_turns([m_use("t1")], [result]))
+    assert payload["input"] == [r_called("t1"), r_output("t1", output)]
+
+
+def test_ar_an_unknown_child_of_a_result_is_cut():
+    payload, _ = ar_request(ar_turns([m_use("t1")], [m_result("t1", [{"type": "hologram", "x": "y" * 9000}])]))
+    output = payload["input"][1]["output"]
+    assert output.startswith('{"type":"hologram","x":"yyy') and len(output) <= 2_100
+
+
+@pytest.mark.parametrize("options", [{"profile": {"output_lists": False}}, {"host": "llm.example"}],
+                         ids=["AR07 by profile", "unknown host"])
+def test_ar_pictures_of_results_follow_all_outputs_where_an_output_is_text(options):
+    payload, _ = ar_request(ar_turns(
+        [m_use("t1"), m_use("t2", "g"), m_use("t3", "h")],
+        [m_result("t1", [m_text("look"), M_PNG]), m_result("t2", "r"), m_result("t3", [m_text("see"), M_PNG])]),
+        **options)
+    *calls, first, second, third, last = payload["input"]
+    assert calls == [r_called("t1"), r_called("t2", "g"), r_called("t3", "h")]
+    # the line that points to the picture is a matter of S§3.4
+    assert r_output("t1", first["output"].split("\n")[0]) == r_output("t1", "look")
+    assert second == r_output("t2", "r")
+    assert r_output("t3", third["output"].split("\n")[0]) == r_output("t3", "see")
+    assert [o["call_id"] for o in (first, second, third)] == ["t1", "t2", "t3"]
+    assert last == r_user("Images from tool result t1:", AR_PNG_PART, "Images from tool result t3:", AR_PNG_PART)
+
+
+# -- request: tools and choice (3.1.4, S§1.4, S§1.7, S§3.5)
+
+AR_CLEAN = {"type": "object", "properties": {"x": {"type": "string"}}, "required": ["x"], "additionalProperties": False}
+AR_OPTIONAL = {"type": "object", "properties": {"x": {"type": "string"}}, "additionalProperties": False}
+AR_OPEN_INSIDE = {"type": "object", "properties": {"o": {"type": "object", "properties": {}}}, "required": ["o"],
+                  "additionalProperties": False}
+
+
+def ar_function(name: str, schema: Any = None, **more: Any) -> Any:
+    """A function of a Responses request."""
+    return {"type": "function", "name": name, "parameters": schema or NO_ARGUMENTS, "strict": False, **more}
+
+
+@cases("tools, expected, options", {
+    "plain": ([m_tool("A")], [ar_function("A")]),
+    "custom by name": ([m_tool("A", type="custom", description="D")], [ar_function("A", description="D")]),
+    "several keep their order": ([m_tool("B"), m_tool("A")], [ar_function("B"), ar_function("A")]),
+    "marks": (
+        [m_tool("A", cache_control={"type": "ephemeral"}, allowed_callers=["direct"], eager_input_streaming=True,
+                 defer_loading=False)], [ar_function("A")]),
+    "examples": (
+        [m_tool("A", description="D", input_examples=[{"x": 1}])],
+        [ar_function("A", description='D\n\nExamples: [{"x":1}]')]),
+    "strict and clean": ([m_tool("A", AR_CLEAN, strict=True)], [ar_function("A", AR_CLEAN, strict=True)]),
+    "clean, not asked": ([m_tool("A", AR_CLEAN)], [ar_function("A", AR_CLEAN)]),
+    "strict with an optional property": ([m_tool("A", AR_OPTIONAL, strict=True)], [ar_function("A", AR_OPTIONAL)]),
+    "strict with an open object": (
+        [m_tool("A", {**AR_CLEAN, "additionalProperties": True}, strict=True)],
+        [ar_function("A", {**AR_CLEAN, "additionalProperties": True})]),
+    "strict with an open object inside": (
+        [m_tool("A", AR_OPEN_INSIDE, strict=True)], [ar_function("A", AR_OPEN_INSIDE)]),
+    "strict on a provider that has none": (
+        [m_tool("A", AR_CLEAN, strict=True)], [ar_function("A", AR_CLEAN)], {"profile": {"strict_tools": False}}),
+    "objects without properties": (
+        [m_tool("A", {"type": "object", "properties": {"o": {"type": "object"}}})],
+        [ar_function("A", {"type": "object", "properties": {"o": {"type": "object", "properties": {}}}})]),
+    "schema is kept as it is": (
+        [m_tool("A", {"type": "object", "properties": {"x": {"$ref": "#/$defs/X"}}, "required": ["x"],
+                       "$defs": {"X": {"enum": [1, None]}}})],
+        [ar_function("A", {"type": "object", "properties": {"x": {"$ref": "#/$defs/X"}}, "required": ["x"],
+                           "$defs": {"X": {"enum": [1, None]}}})]),
+    "web search": ([M_SEARCH], [{"type": "web_search"}]),
+    "web search with its settings": (
+        [m_tool("A"), {**M_SEARCH, "max_uses": 3, "allowed_domains": ["a.example"],
+                        "user_location": {"type": "approximate", "city": "Bern"}}],
+        [ar_function("A"), {"type": "web_search", "filters": {"allowed_domains": ["a.example"]},
+                            "user_location": {"type": "approximate", "city": "Bern"}}]),
+    "web search with blocked domains": (
+        [{**M_SEARCH, "type": "web_search_20260209", "blocked_domains": ["b.example"]}],
+        [{"type": "web_search"}]),
+    "web search on a provider without": ([M_SEARCH, m_tool("A")], [ar_function("A")],
+                                         {"profile": {"web_search": "off"}}),
+    "web search on an unknown host by profile": (
+        [M_SEARCH], [{"type": "web_search"}], {"host": "llm.example", "profile": {"web_search": "native"}}),
+    "server tools": (
+        [m_tool("A"), {"type": "web_fetch_20250910", "name": "web_fetch"},
+         {"type": "code_execution_20250825", "name": "code_execution"},
+         {"type": "tool_search_tool_bm25_20251119", "name": "tool_search_tool_bm25"},
+         {"type": "mcp_toolset", "mcp_server_name": "s"}, {"type": "computer_toolset_20260301"},
+         {"type": "no_such_tool_20990101", "name": "x"}], [ar_function("A")]),
+    "no tools": ([], None),
+}, {})
+def test_ar_tools_become(tools, expected, options):
+    payload, _ = ar_request({"tools": tools}, **options)
+    more = {"tools": expected} if expected else {}
+    if any(t["type"] == "web_search" for t in expected or []):
+        more["include"] = ["web_search_call.action.sources"]
+    assert payload == {"model": "gpt-5.5", "input": [AR_HI], "store": False, **more}
+
+
+@pytest.mark.parametrize("kind", ["web_fetch_20250910", "code_execution_20250825", "tool_search_tool_regex_20251119",
+                                  "mcp_toolset", "browser_toolset_20260301", "no_such_tool_20990101"])
+def test_ar_a_tool_that_is_left_out_is_told(kind):
+    payload, ctx = ar_request({"tools": [m_tool("A"), {"type": kind, "name": "x"}]})
+    assert payload["tools"] == [ar_function("A")]
+    assert was_dropped(ctx, "tools[1]"), ctx.dropped
+
+
+AR_EDITOR = {"command": ["view", "create", "str_replace", "insert"], "path": "string", "file_text": "string",
+             "old_str": "string", "new_str": "string", "insert_line": "integer", "insert_text": "string",
+             "view_range": ["integer"]}
+AR_OLD_EDITOR = {**AR_EDITOR, "command": [*AR_EDITOR["command"], "undo_edit"]}
+AR_MEMORY = {**AR_EDITOR, "command": ["view", "create", "str_replace", "insert", "delete", "rename"],
+             "old_path": "string", "new_path": "string"}
+
+
+@cases("kind, name, properties, required", {
+    "AR26 bash": ("bash_20250124", "bash", {"command": "string", "restart": "boolean"}, None),
+    "old bash": ("bash_20241022", "bash", {"command": "string", "restart": "boolean"}, None),
+    "editor of 2024": ("text_editor_20241022", "str_replace_editor", AR_OLD_EDITOR, ["command", "path"]),
+    "editor of January 2025": ("text_editor_20250124", "str_replace_editor", AR_OLD_EDITOR, ["command", "path"]),
+    "editor of April 2025": ("text_editor_20250429", "str_replace_based_edit_tool", AR_EDITOR, ["command", "path"]),
+    "editor of July 2025": ("text_editor_20250728", "str_replace_based_edit_tool", AR_EDITOR, ["command", "path"]),
+    "memory": ("memory_20250818", "memory", AR_MEMORY, ["command"]),
+})
+def test_ar_a_tool_that_anthropic_defines_becomes_a_function(kind, name, properties, required):
+    payload, _ = ar_request({"tools": [{"type": kind, "name": name}], "tool_choice": {"type": "tool", "name": name}})
+    [function] = payload["tools"]
+    assert (function["type"], function["name"], function["strict"]) == ("function", name, False)
+    schema = function["parameters"]
+    assert schema["type"] == "object"
+    assert {n: p.get("enum") or ([p["items"]["type"]] if p["type"] == "array" else p["type"])
+            for n, p in schema["properties"].items()} == properties
+    assert required is None or schema["required"] == required
+    assert "restart" not in schema.get("required", [])
+    assert payload["tool_choice"] == {"type": "function", "name": name}
+
+
+def test_ar_the_computer_becomes_a_function_that_knows_its_display():
+    payload, _ = ar_request({"tools": [{"type": "computer_20250124", "name": "computer", "display_width_px": 1024,
+                                        "display_height_px": 768}]})
+    [function] = payload["tools"]
+    assert (function["type"], function["name"], function["strict"]) == ("function", "computer", False)
+    assert "1024" in function["description"] and "768" in function["description"]
+    properties = function["parameters"]["properties"]
+    assert set(properties) == {"action", "coordinate", "start_coordinate", "text", "scroll_direction", "scroll_amount",
+                               "duration", "region"}
+    assert properties["action"]["enum"] == [
+        "key", "type", "mouse_move", "left_click", "left_click_drag", "right_click", "middle_click", "double_click",
+        "triple_click", "left_mouse_down", "left_mouse_up", "scroll", "hold_key", "wait", "screenshot",
+        "cursor_position", "zoom"]
+    for name in ("coordinate", "start_coordinate"):
+        assert (properties[name]["type"], properties[name]["items"]["type"]) == ("array", "integer")
+
+
+AR_LATER = m_tool("B", defer_loading=True)
+AR_THIRD = m_tool("C", defer_loading=True)
+
+
+def ar_loaded(*names: str) -> list[Any]:
+    """Messages: a search of the client's own finds tools."""
+    return [{"role": "user", "content": "hi"},
+            *ar_turns([m_use("t1", "A")],
+                      [m_result("t1", [{"type": "tool_reference", "tool_name": n} for n in names])])]
+
+
+def ar_system_block(*blocks: Any) -> list[Any]:
+    """Messages: a system message of blocks in between."""
+    return [{"role": "user", "content": "hi"}, {"role": "system", "content": list(blocks)}, *ar_turns("a", "go")]
+
+
+AR_REFERENCE_B = {"type": "tool_reference", "name": "B"}
+AR_NEW_C = {"type": "tool_definition", "definition": m_tool("C")}
+
+
+@cases("tools, messages, names, more, options", {
+    "AR23 deferred and not referenced": ([m_tool("A"), AR_LATER], None, "A"),
+    "AR24 deferred and referenced": ([m_tool("A"), AR_LATER], ar_loaded("B"), "AB"),
+    "in the order of the references, behind the others": (
+        [AR_THIRD, AR_LATER, m_tool("A"), m_tool("D")], ar_loaded("B", "C"), "ADBC"),
+    "referenced by the search of a server": (
+        [m_tool("A"), AR_LATER],
+        ar_turns([{"type": "tool_search_tool_result", "tool_use_id": "s1",
+                   "content": {"type": "tool_search_tool_search_result",
+                               "tool_references": [{"type": "tool_reference", "tool_name": "B"}]}}], "go"), "AB"),
+    "called before": (
+        [m_tool("A"), AR_LATER], ar_turns([m_use("t1", "B")], [m_result("t1", "r")]), "AB"),
+    "chosen": ([m_tool("A"), AR_LATER], None, "AB", {"tool_choice": {"type": "tool", "name": "B"}}),
+    "all with the search of a server": (
+        [{"type": "tool_search_tool_regex_20251119", "name": "tool_search_tool_regex"}, AR_LATER, AR_THIRD], None,
+        "BC"),
+    "all by profile": ([m_tool("A"), AR_LATER], None, "AB", {}, {"profile": {"deferred_tools": "all"}}),
+    "all if nothing else is there": ([AR_LATER, AR_THIRD], None, "BC"),
+    "added by reference": (
+        [m_tool("A"), AR_LATER], ar_system_block({"type": "tool_addition", "tool": AR_REFERENCE_B}), "AB"),
+    "added by definition": (
+        [m_tool("A")], ar_system_block({"type": "tool_addition", "tool": AR_NEW_C}), "AC"),
+    "removed": (
+        [m_tool("A"), m_tool("B")], ar_system_block({"type": "tool_removal", "tool": AR_REFERENCE_B}), "A"),
+    "added and removed": (
+        [m_tool("A")],
+        ar_system_block({"type": "tool_addition", "tool": AR_NEW_C},
+                        {"type": "tool_removal", "tool": {"type": "tool_reference", "name": "C"}}), "A"),
+}, {}, {})
+def test_ar_which_tools_are_sent(tools, messages, names, more, options):
+    body = {"tools": tools, **({"messages": messages} if messages else {}), **more}
+    payload, _ = ar_request(body, **options)
+    assert payload["tools"] == [ar_function(n) for n in names]
+    assert [i for i in payload["input"] if i.get("role") == "developer"] == []
+
+
+def test_ar_a_loaded_tool_is_named_in_the_result():
+    """AR24, the other half."""
+    payload, _ = ar_request({"tools": [m_tool("A"), AR_LATER], "messages": ar_loaded("B")})
+    assert payload["input"] == [AR_HI, r_called("t1", "A"), r_output("t1", "Tool loaded: B")]
+
+
+@cases("choice, expected", {
+    "auto": ({"type": "auto"}, {"tool_choice": "auto"}),
+    "any": ({"type": "any"}, {"tool_choice": "required"}),
+    "none": ({"type": "none"}, {"tool_choice": "none"}),
+    "tool": ({"type": "tool", "name": "A"}, {"tool_choice": {"type": "function", "name": "A"}}),
+    "web search": ({"type": "tool", "name": "web_search"}, {"tool_choice": {"type": "web_search"}}),
+    "AR21 any, not in parallel": ({"type": "any", "disable_parallel_tool_use": True},
+                                  {"tool_choice": "required", "parallel_tool_calls": False}),
+    "auto, not in parallel": ({"type": "auto", "disable_parallel_tool_use": True},
+                              {"tool_choice": "auto", "parallel_tool_calls": False}),
+    "auto, in parallel": ({"type": "auto", "disable_parallel_tool_use": False}, {"tool_choice": "auto"}),
+    "absent": (None, {}),
+})
+def test_ar_the_choice_of_a_tool_becomes(choice, expected):
+    payload, _ = ar_request({"tools": [m_tool("A"), M_SEARCH], "tool_choice": choice})
+    assert payload == {"model": "gpt-5.5", "input": [AR_HI], "store": False,
+                       "tools": [ar_function("A"), {"type": "web_search"}],
+                       "include": ["web_search_call.action.sources"], **expected}
+
+
+@pytest.mark.parametrize("tools", [{}, {"tools": []}], ids=["absent", "empty"])
+@pytest.mark.parametrize("kind", ["auto", "none"])
+def test_ar_without_tools_there_is_no_choice(tools, kind):
+    payload, _ = ar_request({**tools, "tool_choice": {"type": kind, "disable_parallel_tool_use": True}})
+    assert payload == {"model": "gpt-5.5", "input": [AR_HI], "store": False}
+
+
+def test_ar_a_long_tool_name_is_short_on_the_wire_only():
+    long = "mcp__server__" + "x" * 77
+    wire = long[:55] + "_" + hashlib.sha256(long.encode()).hexdigest()[:8]
+    payload, ctx = ar_request({"tools": [m_tool(long), m_tool("A")], "tool_choice": {"type": "tool", "name": long},
+                               "messages": ar_turns([m_use("t1", long)], [m_result("t1", "r")])})
+    assert (len(long), len(wire)) == (90, 64)
+    assert payload["tools"] == [ar_function(wire), ar_function("A")]
+    assert payload["tool_choice"] == {"type": "function", "name": wire}
+    assert payload["input"] == [r_called("t1", wire), r_output("t1", "r")]
+    message = proxai.PAIRS[AR].response(ar_body(r_fc("call_1", wire)), ctx)
+    assert message["content"] == [{"type": "tool_use", "id": "call_1", "name": long, "input": {}}]
+
+
+# -- request: reasoning and format (3.1.5, 1.2)
+
+AR_INCLUDE = {"include": ["reasoning.encrypted_content"]}
+AR_ADAPTIVE = {"thinking": {"type": "adaptive"}}
+AR_SHOWN = {"reasoning": {"summary": "auto"}, **AR_INCLUDE}
+
+
+def ar_enabled(budget: int, **more: Any) -> Any:
+    """Thinking with a budget."""
+    return {"thinking": {"type": "enabled", "budget_tokens": budget, **more}}
+
+
+def ar_effort(effort: str) -> Any:
+    """The effort of an output_config."""
+    return {"output_config": {"effort": effort}}
+
+
+@cases("body, expected, options", {
+    "nothing": ({}, {}),
+    "disabled": ({"thinking": {"type": "disabled"}}, {"reasoning": {"effort": "none"}}),
+    "disabled with effort": (
+        {"thinking": {"type": "disabled"}, **ar_effort("high")}, {"reasoning": {"effort": "none"}}),
+    "between tools": (
+        {"thinking": {"type": "between_tools"}, **ar_effort("high")}, {"reasoning": {"effort": "none"}}),
+    "AR18 disabled where none is unknown": (
+        {"thinking": {"type": "disabled"}}, {"reasoning": {"effort": "minimal"}}, {"model": "gpt-5"}),
+    "disabled where minimal is unknown too": (
+        {"thinking": {"type": "disabled"}}, {"reasoning": {"effort": "low"}}, {"model": "o3"}),
+    "disabled on a model that does not reason": ({"thinking": {"type": "disabled"}}, {}, AR_PLAIN_4),
+    "AR16 enabled": (ar_enabled(10000), {"reasoning": {"effort": "high", "summary": "auto"}, **AR_INCLUDE}),
+    "enabled 1024": (ar_enabled(1024), {"reasoning": {"effort": "low", "summary": "auto"}, **AR_INCLUDE}),
+    "enabled 2047": (ar_enabled(2047), {"reasoning": {"effort": "low", "summary": "auto"}, **AR_INCLUDE}),
+    "enabled 2048": (ar_enabled(2048), {"reasoning": {"effort": "medium", "summary": "auto"}, **AR_INCLUDE}),
+    "enabled 8191": (ar_enabled(8191), {"reasoning": {"effort": "medium", "summary": "auto"}, **AR_INCLUDE}),
+    "enabled 8192": (ar_enabled(8192), {"reasoning": {"effort": "high", "summary": "auto"}, **AR_INCLUDE}),
+    "enabled 32767": (ar_enabled(32767), {"reasoning": {"effort": "high", "summary": "auto"}, **AR_INCLUDE}),
+    "enabled 32768": (ar_enabled(32768), {"reasoning": {"effort": "xhigh", "summary": "auto"}, **AR_INCLUDE}),
+    "enabled 1023 where minimal is known": (
+        ar_enabled(1023), {"reasoning": {"effort": "minimal", "summary": "auto"}, **AR_INCLUDE}, {"model": "gpt-5"}),
+    "enabled 32768 where xhigh is unknown": (
+        ar_enabled(32768), {"reasoning": {"effort": "high", "summary": "auto"}, **AR_INCLUDE}, {"model": "gpt-5"}),
+    "enabled and not shown": (
+        ar_enabled(4096, display="omitted"), {"reasoning": {"effort": "medium"}, **AR_INCLUDE}),
+    "enabled and shown": (
+        ar_enabled(4096, display="updates"), {"reasoning": {"effort": "medium", "summary": "auto"}, **AR_INCLUDE}),
+    "AR17 enabled with effort": (
+        {**ar_enabled(1024), **ar_effort("max")}, {"reasoning": {"effort": "xhigh", "summary": "auto"}, **AR_INCLUDE}),
+    "adaptive": (AR_ADAPTIVE, AR_SHOWN),
+    "adaptive with effort": (
+        {**AR_ADAPTIVE, **ar_effort("low")}, {"reasoning": {"effort": "low", "summary": "auto"}, **AR_INCLUDE}),
+    "AR19 adaptive and not shown": ({"thinking": {"type": "adaptive", "display": "omitted"}}, AR_INCLUDE),
+    "AR20 adaptive on a model that does not reason": (
+        {**AR_ADAPTIVE, "temperature": 0.2}, {"temperature": 0.2}, AR_PLAIN_4),
+    "effort alone": (ar_effort("high"), {"reasoning": {"effort": "high"}}),
+    "effort low": (ar_effort("low"), {"reasoning": {"effort": "low"}}),
+    "effort medium": (ar_effort("medium"), {"reasoning": {"effort": "medium"}}),
+    "effort xhigh": (ar_effort("xhigh"), {"reasoning": {"effort": "xhigh"}}),
+    "effort max": (ar_effort("max"), {"reasoning": {"effort": "xhigh"}}),
+    "effort max where it is known": (
+        ar_effort("max"), {"reasoning": {"effort": "max"}}, {"profile": {"efforts": ["low", "high", "max"]}}),
+    "effort between two that are known": (
+        ar_effort("medium"), {"reasoning": {"effort": "low"}}, {"profile": {"efforts": ["low", "high"]}}),
+    "effort below all that are known": (
+        ar_effort("low"), {"reasoning": {"effort": "medium"}}, {"profile": {"efforts": ["medium", "high"]}}),
+    "effort of a system message": (
+        {**ar_effort("high"), "messages": [
+            {"role": "user", "content": "hi"}, {"role": "system", "output_config": {"effort": "low"}},
+            {"role": "system", "output_config": {"effort": "medium"}}]}, {"reasoning": {"effort": "medium"}}),
+    "effort of a system message does not beat disabled": (
+        {"thinking": {"type": "disabled"}, "messages": [
+            {"role": "user", "content": "hi"}, {"role": "system", "output_config": {"effort": "low"}}]},
+        {"reasoning": {"effort": "none"}}),
+    "no summary by profile": (AR_ADAPTIVE, AR_INCLUDE, {"profile": {"reasoning_summary": False}}),
+    "no encrypted reasoning by profile": (
+        AR_ADAPTIVE, {"reasoning": {"summary": "auto"}}, {"profile": {"encrypted_reasoning": False}}),
+    "no reasoning by profile": ({**AR_ADAPTIVE, **ar_effort("high")}, {}, {"profile": {"reasoning": False}}),
+    "reasoning by profile": (
+        ar_effort("high"), {"reasoning": {"effort": "high"}}, {"model": "my-model", "profile": {"reasoning": True}}),
+    "the model of unknown name does not reason": (ar_effort("high"), {}, {"model": "my-model"}),
+    "o3 reasons": (ar_effort("xhigh"), {"reasoning": {"effort": "high"}}, {"model": "o3"}),
+    "gpt-5-chat-latest does not": (ar_effort("high"), {}, {"model": "gpt-5-chat-latest"}),
+    "gpt-5-mini reasons": (ar_effort("xhigh"), {"reasoning": {"effort": "high"}}, {"model": "gpt-5-mini"}),
+    "gpt-5.1-codex reasons": (ar_effort("max"), {"reasoning": {"effort": "xhigh"}}, {"model": "gpt-5.1-codex"}),
+    "codex-mini-latest reasons": (ar_effort("max"), {"reasoning": {"effort": "high"}}, {"model": "codex-mini-latest"}),
+    "gpt-oss-120b reasons": (ar_effort("max"), {"reasoning": {"effort": "high"}}, {"model": "gpt-oss-120b"}),
+    "with a web search": (
+        {**AR_ADAPTIVE, "tools": [M_SEARCH]},
+        {"reasoning": {"summary": "auto"}, "tools": [{"type": "web_search"}],
+         "include": ["reasoning.encrypted_content", "web_search_call.action.sources"]}),
+}, {})
+def test_ar_thinking_and_effort_become(body, expected, options):
+    payload, _ = ar_request(body, **options)
+    assert payload == {"model": options.get("model", "gpt-5.5"), "input": [AR_HI], "store": False, **expected}
+
+
+@cases("body, schema, strict, options", {
+    "AR28 with an optional property": ({"output_config": {"format": {"type": "json_schema", "schema": AR_OPTIONAL}}},
+                                       AR_OPTIONAL, False),
+    "AR28 all required and closed": ({"output_config": {"format": {"type": "json_schema", "schema": AR_CLEAN}}},
+                                     AR_CLEAN, True),
+    "open inside": ({"output_config": {"format": {"type": "json_schema", "schema": AR_OPEN_INSIDE}}},
+                    AR_OPEN_INSIDE, False),
+    "the old field": ({"output_format": {"type": "json_schema", "schema": AR_CLEAN}}, AR_CLEAN, True),
+    "the new field beats the old one": (
+        {"output_config": {"format": {"type": "json_schema", "schema": AR_CLEAN}},
+         "output_format": {"type": "json_schema", "schema": AR_OPTIONAL}}, AR_CLEAN, True),
+    "clean, on a provider that has no strict": (
+        {"output_config": {"format": {"type": "json_schema", "schema": AR_CLEAN}}}, AR_CLEAN, False,
+        {"profile": {"strict_tools": False}}),
+}, {})
+def test_ar_a_schema_for_the_answer_becomes(body, schema, strict, options):
+    payload, _ = ar_request(body, **options)
+    assert payload == {"model": "gpt-5.5", "input": [AR_HI], "store": False, "text": {
+        "format": {"type": "json_schema", "name": "anthropic_json_schema", "schema": schema, "strict": strict}}}
+
+
+# -- answer (3.2)
+
+AR_WANT = {"thinking": {"type": "enabled", "budget_tokens": 4096}}
+AR_SEARCH = {"tools": [M_SEARCH]}
+AR_USAGE = {"input_tokens": 10, "cache_read_input_tokens": 0, "cache_creation_input_tokens": 0, "output_tokens": 3}
+
+
+def ar_body(*items: Any, **more: Any) -> Any:
+    """An answer of a Responses provider."""
+    return {"id": "resp_1", "object": "response", "created_at": NOW, "status": "completed", "error": None,
+            "incomplete_details": None, "model": AR_SERVED, "output": list(items),
+            "usage": {"input_tokens": 10, "output_tokens": 3, "total_tokens": 13}, **more}
+
+
+def ar_msg(*parts: Any, **more: Any) -> Any:
+    """A message of an answer; a string is a text part."""
+    content = [{"type": "output_text", "text": p, "annotations": []} if isinstance(p, str) else p for p in parts]
+    return {"type": "message", "id": "msg_1", "role": "assistant", "status": "completed", "content": content, **more}
+
+
+def ar_block(text: str) -> Any:
+    """A text block of an answer."""
+    return {"type": "text", "text": text, "citations": None}
+
+
+def ar_stopped(category: str | None, explanation: str | None) -> Any:
+    """The details of a refusal."""
+    return {"type": "refusal", "category": category, "explanation": explanation}
+
+
+AR_CALLED = r_fc(arguments='{"x":1}')
+AR_TOOL_USE = {"type": "tool_use", "id": "call_1", "name": "f", "input": {"x": 1}}
+AR_ENC = {"encrypted_content": "ENC"}
+AR_SEARCH_CALL = {"type": "web_search_call", "id": "ws_1", "status": "completed",
+                  "action": {"type": "search", "query": "q", "sources": [{"type": "url", "url": "https://u.example"}]}}
+AR_SEARCH_USE = {"type": "server_tool_use", "id": "srvtoolu_px_d3NfMQ", "name": "web_search", "input": {"query": "q"}}
+AR_SEARCH_RESULT = {"type": "web_search_tool_result", "tool_use_id": "srvtoolu_px_d3NfMQ", "content": [
+    {"type": "web_search_result", "url": "https://u.example", "title": "https://u.example", "encrypted_content": "",
+     "page_age": None}]}
+AR_SEARCH_ERROR = {**AR_SEARCH_RESULT,
+                   "content": {"type": "web_search_tool_result_error", "error_code": "unavailable"}}
+AR_CITED = {"type": "output_text", "text": "Hi there", "annotations": [
+    {"type": "url_citation", "start_index": 0, "end_index": 2, "url": "https://u.example", "title": "U"}]}
+AR_CITATION = {"type": "web_search_result_location", "url": "https://u.example", "title": "U", "cited_text": "Hi",
+               "encrypted_index": ""}
+AR_INCOMPLETE = {"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}}
+
+
+def ar_thought(text: str, body: str) -> Any:
+    """A thinking block of an answer."""
+    return {"type": "thinking", "thinking": text, "signature": or_carrier(body)}
+
+
+def test_ar_a_whole_message():
+    """AR32, with every field."""
+    body = ar_body(r_rs("a", "b", **AR_ENC), ar_msg("Hi"), AR_CALLED, service_tier="default")
+    message = ar_answer(body, AR_WANT)
+    usage = message.pop("usage")
+    assert {"stop_details": None, **message} == {
+        "id": "resp_1", "type": "message", "role": "assistant", "model": AR_SERVED, "container": None,
+        "content": [ar_thought("a\n\nb", "rs_1:ENC"), ar_block("Hi"), AR_TOOL_USE],
+        "stop_reason": "tool_use", "stop_sequence": None, "stop_details": None}
+    assert {k: v for k, v in usage.items() if v is not None} == {**AR_USAGE, "service_tier": "standard"}
+
+
+@cases("body, content, reason, details, asked", {
+    # -- blocks
+    "text": (ar_body(ar_msg("Hi")), [ar_block("Hi")]),
+    "several parts and messages": (
+        ar_body(ar_msg("a", "", "b"), ar_msg("c")), [ar_block("a"), ar_block("b"), ar_block("c")]),
+    "nothing": (ar_body(), []),
+    "AR33 reasoning that nobody asked for": (
+        ar_body(r_rs("a", "b", **AR_ENC), ar_msg("Hi"), AR_CALLED), [ar_block("Hi"), AR_TOOL_USE], "tool_use"),
+    "reasoning switched off": (
+        ar_body(r_rs("a", **AR_ENC), ar_msg("Hi")), [ar_block("Hi")], "end_turn", None,
+        {"thinking": {"type": "disabled"}}),
+    "reasoning of an adaptive request": (
+        ar_body(r_rs("a", **AR_ENC), ar_msg("Hi")), [ar_thought("a", "rs_1:ENC"), ar_block("Hi")], "end_turn", None,
+        AR_ADAPTIVE),
+    "reasoning without encrypted content": (
+        ar_body(r_rs("a"), ar_msg("Hi")), [ar_thought("a", "rs_1:"), ar_block("Hi")], "end_turn", None, AR_WANT),
+    "reasoning text": (
+        ar_body(r_rs(content=[{"type": "reasoning_text", "text": "raw"}]), ar_msg("Hi")),
+        [ar_thought("raw", "rs_1:"), ar_block("Hi")], "end_turn", None, AR_WANT),
+    "the summary beats the reasoning text": (
+        ar_body(r_rs("a", content=[{"type": "reasoning_text", "text": "raw"}], **AR_ENC), ar_msg("Hi")),
+        [ar_thought("a", "rs_1:ENC"), ar_block("Hi")], "end_turn", None, AR_WANT),
+    "reasoning without text": (
+        ar_body(r_rs(**AR_ENC), ar_msg("Hi")),
+        [{"type": "redacted_thinking", "data": or_carrier("rs_1:ENC")}, ar_block("Hi")], "end_turn", None, AR_WANT),
+    "reasoning with nothing in it": (ar_body(r_rs(), ar_msg("Hi")), [ar_block("Hi")], "end_turn", None, AR_WANT),
+    "order is kept": (
+        ar_body(AR_CALLED, ar_msg("Hi"), r_fc("call_2", "g")),
+        [AR_TOOL_USE, ar_block("Hi"), {"type": "tool_use", "id": "call_2", "name": "g", "input": {}}], "tool_use"),
+    "call without arguments": (
+        ar_body(r_fc(arguments="")), [{"type": "tool_use", "id": "call_1", "name": "f", "input": {}}], "tool_use"),
+    "AR34 arguments that are a list": (
+        ar_body(r_fc(arguments="[1]")), [{**AR_TOOL_USE, "input": {"value": [1]}}], "tool_use"),
+    "AR34 arguments that are no JSON": (
+        ar_body(r_fc(arguments="{bad")), [{**AR_TOOL_USE, "input": {"raw_arguments": "{bad"}}], "tool_use"),
+    "call in a namespace": (
+        ar_body(r_fc(name="find", namespace="crm")), [{**AR_TOOL_USE, "name": "crm__find", "input": {}}], "tool_use"),
+    "custom call": (
+        ar_body({"type": "custom_tool_call", "id": "ctc_1", "call_id": "call_1", "name": "f", "input": 'a "b"\n'}),
+        [{**AR_TOOL_USE, "input": {"input": 'a "b"\n'}}], "tool_use"),
+    "web search": (
+        ar_body(AR_SEARCH_CALL, ar_msg(AR_CITED)),
+        [AR_SEARCH_USE, AR_SEARCH_RESULT, {"type": "text", "text": "Hi there", "citations": [AR_CITATION]}],
+        "end_turn", None, AR_SEARCH),
+    "web search that failed": (
+        ar_body({**AR_SEARCH_CALL, "status": "failed"}, ar_msg("Hi")),
+        [AR_SEARCH_USE, AR_SEARCH_ERROR, ar_block("Hi")], "end_turn", None, AR_SEARCH),
+    "pages that a search opened": (
+        ar_body({**AR_SEARCH_CALL, "action": {"type": "open_page", "url": "https://u.example"}},
+                {**AR_SEARCH_CALL, "action": {"type": "find_in_page", "url": "https://u.example", "pattern": "p"}},
+                ar_msg("Hi")), [ar_block("Hi")], "end_turn", None, AR_SEARCH),
+    "web search that nobody asked for": (ar_body(AR_SEARCH_CALL, ar_msg(AR_CITED)), [ar_block("Hi there")]),
+    "items that a client cannot read": (
+        ar_body({"type": "mcp_call", "id": "i"}, {"type": "mcp_list_tools", "id": "i"},
+                {"type": "file_search_call", "id": "i"}, {"type": "code_interpreter_call", "id": "i"},
+                {"type": "image_generation_call", "id": "i"}, {"type": "computer_call", "id": "i"},
+                {"type": "local_shell_call", "id": "i"}, {"type": "compaction", "id": "i"},
+                {"type": "hologram", "id": "i"}, ar_msg("Hi")), [ar_block("Hi")]),
+    # -- status
+    "refusal": (ar_body(ar_msg(REFUSED)), [ar_block("no")], "refusal", ar_stopped(None, "no")),
+    "refusal behind text": (
+        ar_body(ar_msg("Hm", REFUSED)), [ar_block("Hm"), ar_block("no")], "refusal", ar_stopped(None, "no")),
+    "refusal next to a call": (ar_body(ar_msg(REFUSED), AR_CALLED), [ar_block("no"), AR_TOOL_USE], "tool_use"),
+    "the turn goes on": (ar_body(ar_msg("Hi"), end_turn=False), [ar_block("Hi")], "pause_turn"),
+    "the turn goes on with a call": (
+        ar_body(ar_msg("Hi"), AR_CALLED, end_turn=False), [ar_block("Hi"), AR_TOOL_USE], "tool_use"),
+    "the turn is over": (ar_body(ar_msg("Hi"), end_turn=True), [ar_block("Hi")], "end_turn"),
+    "max_output_tokens": (ar_body(ar_msg("Hi"), **AR_INCOMPLETE), [ar_block("Hi")], "max_tokens"),
+    "max_messages": (
+        ar_body(ar_msg("Hi"), status="incomplete", incomplete_details={"reason": "max_messages"}),
+        [ar_block("Hi")], "max_tokens"),
+    "incomplete without details": (ar_body(ar_msg("Hi"), status="incomplete"), [ar_block("Hi")], "max_tokens"),
+    "incomplete for a new reason": (
+        ar_body(ar_msg("Hi"), status="incomplete", incomplete_details={"reason": "tea_time"}),
+        [ar_block("Hi")], "max_tokens"),
+    "incomplete with a whole call": (
+        ar_body(ar_msg("Hi"), AR_CALLED, **AR_INCOMPLETE), [ar_block("Hi"), AR_TOOL_USE], "max_tokens"),
+    "incomplete with a call that is cut": (
+        ar_body(ar_msg("Hi"), r_fc(arguments='{"x":', status="incomplete"), **AR_INCOMPLETE),
+        [ar_block("Hi")], "max_tokens"),
+    "AR36 content filter": (
+        ar_body(ar_msg("Hi"), status="incomplete", incomplete_details={"reason": "content_filter"}),
+        [ar_block("Hi")], "refusal", ar_stopped(None, None)),
+    "steered": (
+        ar_body(ar_msg("Hi"), status="incomplete", incomplete_details={"reason": "steered"}),
+        [ar_block("Hi")], "end_turn"),
+    "AR38 failed for its prompt": (
+        ar_body(status="failed", error={"code": "invalid_prompt", "message": "x"}), [],
+        "refusal", ar_stopped(None, "x")),
+    "failed for its prompt, with content": (
+        ar_body(ar_msg("Hi"), status="failed", error={"code": "cyber_policy", "message": "x"}),
+        [ar_block("Hi")], "refusal", ar_stopped("cyber", "x")),
+    "no status": ({k: v for k, v in ar_body(ar_msg("Hi")).items() if k != "status"}, [ar_block("Hi")]),
+    "no status, with a call": (
+        {k: v for k, v in ar_body(AR_CALLED).items() if k != "status"}, [AR_TOOL_USE], "tool_use"),
+    "no status, with a refusal": (
+        {k: v for k, v in ar_body(ar_msg(REFUSED)).items() if k != "status"}, [ar_block("no")], "refusal",
+        ar_stopped(None, "no")),
+}, "end_turn", None, {})
+def test_ar_an_answer_becomes(body, content, reason, details, asked):
+    message = ar_answer(body, asked)
+    assert message["content"] == content
+    assert (message["stop_reason"], message.get("stop_details")) == (reason, details)
+    assert message["stop_sequence"] is None and message["container"] is None
+    assert "context_management" not in message
+
+
+AR_FEW = {"input_tokens": 10, "output_tokens": 3}
+
+
+@cases("usage, expected, more", {
+    "plain": (AR_FEW, AR_USAGE),
+    "AR35 cached and written": (
+        {"input_tokens": 100, "input_tokens_details": {"cached_tokens": 80, "cache_write_tokens": 5},
+         "output_tokens": 7},
+        {"input_tokens": 15, "cache_read_input_tokens": 80, "cache_creation_input_tokens": 5, "output_tokens": 7}),
+    "all cached": (
+        {"input_tokens": 100, "input_tokens_details": {"cached_tokens": 100}, "output_tokens": 7},
+        {"input_tokens": 1, "cache_read_input_tokens": 100, "cache_creation_input_tokens": 0, "output_tokens": 7}),
+    "reasoning": (
+        {**AR_FEW, "output_tokens_details": {"reasoning_tokens": 2}},
+        {**AR_USAGE, "output_tokens_details": {"thinking_tokens": 2}}),
+    "details that are null": ({**AR_FEW, "input_tokens_details": None, "output_tokens_details": None}, AR_USAGE),
+    "tier default": (AR_FEW, {**AR_USAGE, "service_tier": "standard"}, {"service_tier": "default"}),
+    "tier priority": (AR_FEW, {**AR_USAGE, "service_tier": "priority"}, {"service_tier": "priority"}),
+    "tier of another name": (AR_FEW, AR_USAGE, {"service_tier": "flex"}),
+}, {})
+def test_ar_usage_becomes(usage, expected, more):
+    for whole in (True, False):
+        body = ar_body(ar_msg("Hi"), usage=usage, **more)
+        if whole:
+            found = ar_answer(body)["usage"]
+        else:
+            events, error = streamed(AR, ar_request()[1], [AR_CREATED, r_event("completed", response=body)])
+            assert error is None
+            found = events[-2]["usage"]
+        assert {k: v for k, v in found.items() if v is not None} == expected
+
+
+def test_ar_searches_are_counted():
+    found = ar_answer(ar_body(AR_SEARCH_CALL, {**AR_SEARCH_CALL, "id": "ws_2"}, ar_msg("Hi")), AR_SEARCH)["usage"]
+    assert found["server_tool_use"] == {"web_search_requests": 2, "web_fetch_requests": 0}
+    assert ar_answer(ar_body(ar_msg("Hi")), AR_SEARCH)["usage"].get("server_tool_use") is None
+
+
+@pytest.mark.parametrize("usage", [{"usage": None}, {}], ids=["null", "absent"])
+def test_ar_usage_that_is_missing_is_estimated(usage):
+    body = {k: v for k, v in ar_body(ar_msg("x" * 40)).items() if k != "usage"} | usage
+    found = ar_answer(body)["usage"]
+    assert type(found["input_tokens"]) is int and found["input_tokens"] >= 1
+    assert found["output_tokens"] == 10
+
+
+def test_ar_a_model_that_is_not_named_is_the_one_that_was_asked():
+    body = ar_body(ar_msg("Hi"))
+    del body["model"]
+    assert ar_answer(body)["model"] == AR_ASKED
+
+
+@cases("body, asked", {
+    "AR39 an id that a client cannot take": (ar_body(r_fc("functions.f:0")), None),
+    "an id of the history": (
+        ar_body(r_fc("t1")), ar_turns([m_use("t1")], [m_result("t1", "r")])),
+})
+def test_ar_an_id_is_encoded_and_finds_its_way_back(body, asked):
+    before = body["output"][0]["call_id"]
+    [block] = ar_answer(body, asked)["content"]
+    assert re.fullmatch(r"pxid_[0-9a-f]{8}[A-Za-z0-9_-]+", block["id"])
+    tail = block["id"][13:]
+    assert base64.urlsafe_b64decode(tail + "=" * (-len(tail) % 4)).decode() == before
+    assert ar_answer(body, asked)["content"] == [block]
+    payload, _ = ar_request(ar_turns([block], [m_result(block["id"], "r")]))
+    assert payload["input"] == [r_called(before), r_output(before, "r")]
+
+
+@pytest.mark.parametrize("ids", [("call_1", "call_1"), ("", "")], ids=["twice", "missing"])
+def test_ar_calls_of_an_answer_have_ids_of_their_own(ids):
+    content = ar_answer(ar_body(r_fc(ids[0]), r_fc(ids[1], "g")))["content"]
+    found = [block["id"] for block in content]
+    assert len(set(found)) == 2 and all(re.fullmatch("[A-Za-z0-9_-]+", i) for i in found)
+    assert not ids[0] or found[0] == ids[0]
+
+
+def test_ar_an_answer_goes_back_as_it_came():
+    """AR34, and the way of reasoning there and back."""
+    body = ar_body(r_rs("a", "b", **AR_ENC), r_rs(encrypted_content="MORE", id="rs_2"), ar_msg("Hi"),
+                   r_fc("call_1", "f", "{bad"), r_fc("functions.g:1", "g", '{"x":1}'))
+    message = ar_answer(body, AR_WANT)
+    calls = [b["id"] for b in message["content"] if b["type"] == "tool_use"]
+    payload, _ = ar_request(ar_turns(message["content"], [m_result(i, "r") for i in calls]))
+    assert payload["input"] == [
+        {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "a\n\nb"}],
+         "encrypted_content": "ENC"},
+        {"type": "reasoning", "id": "rs_2", "summary": [], "encrypted_content": "MORE"},
+        r_said("Hi"), r_called("call_1", "f", "{bad"), r_called("functions.g:1", "g", '{"x":1}'),
+        r_output("call_1", "r"), r_output("functions.g:1", "r")]
+
+
+# -- faults of the provider
+
+def ar_kind(error: Any) -> str:
+    """The type that a Messages client reads of an error."""
+    return proxai.native_error(error, proxai.MESSAGES)["error"]["type"]
+
+
+AR_FAULTS: dict[str, tuple[Any, ...]] = {
+    "AR37 rate limit": ("rate_limit_exceeded", 429, "rate_limit_error"),
+    "overloaded": ("server_is_overloaded", 529, "overloaded_error"),
+    "context": ("context_length_exceeded", 400, "invalid_request_error"),
+    "quota": ("insufficient_quota", 402, "billing_error"),
+    "AR48 server error": ("server_error", 502, "api_error"),
+    "an unknown code": ("vector_store_timeout", 502, "api_error"),
+}
+
+
+@cases("code, status, kind", AR_FAULTS)
+def test_ar_an_answer_that_failed_is_an_error(code, status, kind):
+    body = ar_body(ar_msg("Hi"), status="failed", error={"code": code, "message": "it broke"}, usage=None)
+    with pytest.raises(proxai.UpstreamError) as caught:
+        ar_answer(body)
+    events, error = streamed(AR, ar_request()[1], [AR_CREATED, r_event("failed", response=body)])
+    assert [e["type"] for e in events] == ["message_start"]
+    for fault in (caught.value, error):
+        assert (fault.status, fault.code, ar_kind(fault)) == (status, code, kind)
+        assert fault.message == "it broke" or code == "context_length_exceeded"
+
+
+@cases("body, told", {
+    "failed without an error": (ar_body(status="failed"), ""),
+    "cancelled": (ar_body(ar_msg("Hi"), status="cancelled"), ""),
+    "queued": (ar_body(status="queued"), ""),
+    "in progress": (ar_body(ar_msg("Hi"), status="in_progress"), ""),
+    "an error and no output": ({"error": {"message": "it broke", "type": "server_error", "code": None}}, "it broke"),
+    "an error that is text": ({"error": "it broke"}, "it broke"),
+    "only what a client cannot read": (ar_body({"type": "mcp_call", "id": "m"}), ""),
+    "only a search that nobody asked for": (ar_body(AR_SEARCH_CALL), ""),
+})
+def test_ar_an_answer_that_is_none_is_an_error(body, told):
+    with pytest.raises(proxai.UpstreamError) as caught:
+        ar_answer(body)
+    assert (caught.value.status, ar_kind(caught.value)) == (502, "api_error")
+    assert told in caught.value.message and caught.value.message
+
+
+# -- stream (3.3)
+
+
+def ar_added(index: int, item: Any) -> Any:
+    """An item begins."""
+    return r_event("output_item.added", index, item=item)
+
+
+def ar_done(index: int, item: Any) -> Any:
+    """An item is complete."""
+    return r_event("output_item.done", index, item=item)
+
+
+def ar_deltas(kind: str, index: int, *deltas: str, **where: Any) -> list[Any]:
+    """Deltas of one kind."""
+    return [r_event(f"{kind}.delta", index, delta=d, **where) for d in deltas]
+
+
+def ar_end(*items: Any, status: str = "completed", **more: Any) -> Any:
+    """The terminal event."""
+    return r_event(status, response=ar_body(*items, status=status, **more))
+
+
+AR_CREATED = r_event("created", response=ar_body(status="in_progress", usage=None))
+AR_PART = {"type": "output_text", "text": "", "annotations": []}
+AR_ARGS = "function_call_arguments"
+AR_SUMMARY = "reasoning_summary_text"
+AR_EMPTY_CALL = r_fc(arguments="", status="in_progress")
+AR_CUSTOM = {"type": "custom_tool_call", "id": "ctc_1", "call_id": "call_1", "name": "f", "input": ""}
+
+
+def ar_spoken(index: int, *deltas: str) -> list[Any]:
+    """A message with one text, as providers stream it."""
+    name = f"msg_{index}"
+    where = {"item_id": name, "content_index": 0}
+    return [ar_added(index, ar_msg(status="in_progress", id=name)),
+            r_event("content_part.added", index, part=AR_PART, **where),
+            *ar_deltas("output_text", index, *deltas, **where),
+            r_event("output_text.done", index, text="".join(deltas), **where),
+            r_event("content_part.done", index, part={**AR_PART, "text": "".join(deltas)}, **where),
+            ar_done(index, ar_msg("".join(deltas), id=name))]
+
+
+def ar_asked(index: int, call: Any, *deltas: str) -> list[Any]:
+    """A function call, as providers stream it."""
+    whole = {**call, "arguments": "".join(deltas)}
+    return [ar_added(index, {**call, "arguments": ""}), *ar_deltas(AR_ARGS, index, *deltas),
+            r_event(f"{AR_ARGS}.done", index, arguments=whole["arguments"]), ar_done(index, whole)]
+
+
+def ar_start(message: Any) -> None:
+    """Check the first event of a client's stream."""
+    assert message["type"] == "message_start"
+    found = {"stop_details": None, "container": None, **message["message"]}
+    usage = found.pop("usage")
+    assert type(usage["input_tokens"]) is int and usage["input_tokens"] >= 1
+    assert usage == {"input_tokens": usage["input_tokens"], "output_tokens": 0, "cache_creation_input_tokens": 0,
+                     "cache_read_input_tokens": 0}
+    assert isinstance(found.pop("id"), str) and isinstance(found.pop("model"), str)
+    assert found == {"type": "message", "role": "assistant", "content": [], "stop_reason": None, "stop_sequence": None,
+                     "stop_details": None, "container": None}
+
+
+AR_JOINED = {"text_delta": "text", "thinking_delta": "thinking", "input_json_delta": "partial_json"}
+
+
+def ar_seen(events: list[Any]) -> list[Any]:
+    """A client's events behind the first, for comparison: deltas of a kind joined, no null settings."""
+    ar_start(events[0])
+    out: list[Any] = []
+    for event in copy.deepcopy(events[1:]):
+        if event["type"] == "content_block_start" and event["content_block"].get("citations", 0) is None:
+            del event["content_block"]["citations"]
+        if event["type"] == "message_delta":
+            event["delta"].setdefault("stop_details", None)
+            event["usage"] = {k: v for k, v in event["usage"].items() if v is not None}
+        if event["type"] == "content_block_delta":
+            delta, last = event["delta"], out[-1]
+            key = AR_JOINED.get(delta["type"])
+            assert key is None or delta[key]
+            if key and last.get("delta", {}).get("type") == delta["type"] and last.get("index") == event["index"]:
+                last["delta"][key] += delta[key]
+                continue
+        out.append(event)
+    return out
+
+
+def ar_frames(blocks: Any, reason: str, details: Any = None, usage: Any = None) -> list[Any]:
+    """The events behind the first: blocks, each its start and its deltas, and the end."""
+    out: list[Any] = []
+    for index, (start, *deltas) in enumerate(blocks):
+        out += [{"type": "content_block_start", "index": index, "content_block": start},
+                *({"type": "content_block_delta", "index": index, "delta": d} for d in deltas),
+                {"type": "content_block_stop", "index": index}]
+    return [*out, {"type": "message_delta", "usage": {**AR_USAGE, **(usage or {})},
+                   "delta": {"stop_reason": reason, "stop_sequence": None, "stop_details": details}},
+            {"type": "message_stop"}]
+
+
+def ar_texts(text: str) -> tuple[Any, ...]:
+    """A text block in a stream."""
+    return {"type": "text", "text": ""}, {"type": "text_delta", "text": text}
+
+
+def ar_uses(call_id: str, name: str, arguments: str = "") -> tuple[Any, ...]:
+    """A tool_use block in a stream."""
+    start = {"type": "tool_use", "id": call_id, "name": name, "input": {}}
+    return (start, {"type": "input_json_delta", "partial_json": arguments}) if arguments else (start,)
+
+
+def ar_thinks(text: str, body: str) -> tuple[Any, ...]:
+    """A thinking block in a stream."""
+    return ({"type": "thinking", "thinking": "", "signature": ""}, {"type": "thinking_delta", "thinking": text},
+            {"type": "signature_delta", "signature": or_carrier(body)})
+
+
+AR_BUFFERED = {"profile": {"tool_arguments": "buffer"}}
+AR_HIDDEN = ({"type": "redacted_thinking", "data": or_carrier("rs_1:ENC")},)
+AR_EMPTY_RS = r_rs(encrypted_content="")
+AR_SEARCH_FRAMES = [
+    ({**AR_SEARCH_USE, "input": {}}, {"type": "input_json_delta", "partial_json": '{"query":"q"}'}),
+    (AR_SEARCH_RESULT,)]
+AR_SEARCHES = {"server_tool_use": {"web_search_requests": 1, "web_fetch_requests": 0}}
+
+
+@cases("events, blocks, reason, more", {
+    # -- text
+    "text": ([*ar_spoken(0, "H", "", "i"), ar_end(ar_msg("Hi"))], [ar_texts("Hi")]),
+    "nothing": ([ar_end()], []),
+    "text without the frames around it": (
+        [*ar_deltas("output_text", 0, "H", "i", content_index=0), ar_end(ar_msg("Hi"))], [ar_texts("Hi")]),
+    "AR50 only the text at the end": (
+        [ar_added(0, ar_msg()), r_event("output_text.done", 0, content_index=0, text="Hi"), ar_done(0, ar_msg("Hi")),
+         ar_end(ar_msg("Hi"))], [ar_texts("Hi")]),
+    "the rest of a text at its end": (
+        [ar_added(0, ar_msg()), *ar_deltas("output_text", 0, "H", content_index=0),
+         r_event("output_text.done", 0, content_index=0, text="Hi"), ar_done(0, ar_msg("Hi")), ar_end(ar_msg("Hi"))],
+        [ar_texts("Hi")]),
+    "another text at its end": (
+        [ar_added(0, ar_msg()), *ar_deltas("output_text", 0, "Hi", content_index=0),
+         r_event("output_text.done", 0, content_index=0, text="Ho!"), ar_done(0, ar_msg("Ho!")),
+         ar_end(ar_msg("Ho!"))], [ar_texts("Hi")]),
+    "only the part at its end": (
+        [ar_added(0, ar_msg()), r_event("content_part.done", 0, content_index=0, part={**AR_PART, "text": "Hi"}),
+         ar_done(0, ar_msg("Hi")), ar_end(ar_msg("Hi"))], [ar_texts("Hi")]),
+    "only the item at its end": (
+        [ar_added(0, ar_msg()), ar_done(0, ar_msg("Hi")), ar_end(ar_msg("Hi"))], [ar_texts("Hi")]),
+    "an item that never began": ([ar_done(0, ar_msg("Hi")), ar_end(ar_msg("Hi"))], [ar_texts("Hi")]),
+    "an item that begins twice": (
+        [ar_added(0, ar_msg()), ar_added(0, ar_msg()), *ar_spoken(0, "Hi")[1:], ar_end(ar_msg("Hi"))],
+        [ar_texts("Hi")]),
+    "two parts of a message": (
+        [ar_added(0, ar_msg()), *ar_deltas("output_text", 0, "a", content_index=0),
+         r_event("content_part.done", 0, content_index=0, part={**AR_PART, "text": "a"}),
+         *ar_deltas("output_text", 0, "b", content_index=1),
+         r_event("content_part.done", 0, content_index=1, part={**AR_PART, "text": "b"}),
+         ar_done(0, ar_msg("a", "b")), ar_end(ar_msg("a", "b"))], [ar_texts("a"), ar_texts("b")]),
+    "two messages that take turns": (
+        [*ar_spoken(0, "a")[:3], *ar_spoken(1, "x", "y")[:3], *ar_deltas("output_text", 0, "b", content_index=0),
+         *ar_spoken(0, "ab")[-3:], *ar_spoken(1, "x", "y")[3:], ar_end(ar_msg("ab"), ar_msg("xy"))],
+        [ar_texts("ab"), ar_texts("xy")]),
+    "a text that is open at the end is closed": (
+        [*ar_spoken(0, "Hi")[:3], ar_end(ar_msg("Hi"))], [ar_texts("Hi")]),
+    "refusal": (
+        [ar_added(0, ar_msg()), *ar_deltas("refusal", 0, "n", "o", content_index=0),
+         r_event("refusal.done", 0, content_index=0, refusal="no"), ar_done(0, ar_msg(REFUSED)), ar_end(ar_msg(REFUSED))],
+        [ar_texts("no")], "refusal", {"details": ar_stopped(None, "no")}),
+    "refusal only at its end": (
+        [ar_added(0, ar_msg()), r_event("refusal.done", 0, content_index=0, refusal="no"), ar_done(0, ar_msg(REFUSED)),
+         ar_end(ar_msg(REFUSED))], [ar_texts("no")], "refusal", {"details": ar_stopped(None, "no")}),
+    "text that is only in the last event": ([ar_end(ar_msg("Hi"))], [ar_texts("Hi")]),
+    # -- reasoning
+    "AR40 reasoning that nobody asked for": (
+        [ar_added(0, AR_EMPTY_RS), r_event("reasoning_summary_part.added", 0, summary_index=0),
+         *ar_deltas(AR_SUMMARY, 0, "a", summary_index=0), r_event(f"{AR_SUMMARY}.done", 0, summary_index=0, text="a"),
+         ar_done(0, r_rs("a", **AR_ENC)), *ar_spoken(1, "Hi"), ar_end(r_rs("a", **AR_ENC), ar_msg("Hi"))],
+        [ar_texts("Hi")]),
+    "AR41 reasoning in two parts": (
+        [ar_added(0, AR_EMPTY_RS), r_event("reasoning_summary_part.added", 0, summary_index=0),
+         *ar_deltas(AR_SUMMARY, 0, "a", "", "b", summary_index=0),
+         r_event(f"{AR_SUMMARY}.done", 0, summary_index=0, text="ab"),
+         r_event("reasoning_summary_part.added", 0, summary_index=1), *ar_deltas(AR_SUMMARY, 0, "c", summary_index=1),
+         ar_done(0, r_rs("ab", "c", **AR_ENC)), *ar_spoken(1, "Hi"), ar_end(r_rs("ab", "c", **AR_ENC), ar_msg("Hi"))],
+        [ar_thinks("ab\n\nc", "rs_1:ENC"), ar_texts("Hi")], "end_turn", {"request": AR_WANT}),
+    "the rest of a summary at its end": (
+        [ar_added(0, AR_EMPTY_RS), *ar_deltas(AR_SUMMARY, 0, "a", summary_index=0),
+         r_event(f"{AR_SUMMARY}.done", 0, summary_index=0, text="ab"), ar_done(0, r_rs("ab", **AR_ENC)),
+         ar_end(r_rs("ab", **AR_ENC))], [ar_thinks("ab", "rs_1:ENC")], "end_turn", {"request": AR_WANT}),
+    "AR42 reasoning without text": (
+        [ar_added(0, AR_EMPTY_RS), ar_done(0, r_rs(**AR_ENC)), *ar_spoken(1, "Hi"),
+         ar_end(r_rs(**AR_ENC), ar_msg("Hi"))], [AR_HIDDEN, ar_texts("Hi")], "end_turn", {"request": AR_WANT}),
+    "reasoning with its text only at the end": (
+        [ar_added(0, AR_EMPTY_RS), ar_done(0, r_rs("a", "b", **AR_ENC)), ar_end(r_rs("a", "b", **AR_ENC))],
+        [ar_thinks("a\n\nb", "rs_1:ENC")], "end_turn", {"request": AR_WANT}),
+    "reasoning with nothing in it": (
+        [ar_added(0, r_rs()), ar_done(0, r_rs()), *ar_spoken(1, "Hi"), ar_end(r_rs(), ar_msg("Hi"))],
+        [ar_texts("Hi")], "end_turn", {"request": AR_WANT}),
+    "reasoning text": (
+        [ar_added(0, r_rs()), *ar_deltas("reasoning_text", 0, "r", "aw", content_index=0),
+         r_event("reasoning_text.done", 0, content_index=0, text="raw!"),
+         ar_done(0, r_rs(content=[{"type": "reasoning_text", "text": "raw!"}])), *ar_spoken(1, "Hi"),
+         ar_end(r_rs(content=[{"type": "reasoning_text", "text": "raw!"}]), ar_msg("Hi"))],
+        [ar_thinks("raw!", "rs_1:"), ar_texts("Hi")], "end_turn", {"request": AR_WANT}),
+    "reasoning text by its old name": (
+        [ar_added(0, r_rs()), *ar_deltas("reasoning", 0, "raw", content_index=0),
+         ar_done(0, r_rs(content=[{"type": "reasoning_text", "text": "raw"}])),
+         ar_end(r_rs(content=[{"type": "reasoning_text", "text": "raw"}]))],
+        [ar_thinks("raw", "rs_1:")], "end_turn", {"request": AR_WANT}),
+    "reasoning text behind a summary": (
+        [ar_added(0, AR_EMPTY_RS), *ar_deltas(AR_SUMMARY, 0, "a", summary_index=0),
+         *ar_deltas("reasoning_text", 0, "raw", content_index=0),
+         ar_done(0, r_rs("a", content=[{"type": "reasoning_text", "text": "raw"}], **AR_ENC)),
+         ar_end(r_rs("a", content=[{"type": "reasoning_text", "text": "raw"}], **AR_ENC))],
+        [ar_thinks("a", "rs_1:ENC")], "end_turn", {"request": AR_WANT}),
+    "reasoning that never began": (
+        [ar_done(0, r_rs("a", **AR_ENC)), *ar_spoken(1, "Hi"), ar_end(r_rs("a", **AR_ENC), ar_msg("Hi"))],
+        [ar_thinks("a", "rs_1:ENC"), ar_texts("Hi")], "end_turn", {"request": AR_WANT}),
+    # -- calls
+    "call": (
+        [*ar_asked(0, r_fc(), '{"a"', "", ":1}"), ar_end(r_fc(arguments='{"a":1}'))],
+        [ar_uses("call_1", "f", '{"a":1}')], "tool_use"),
+    "call without arguments": (
+        [*ar_asked(0, r_fc()), ar_end(r_fc(arguments=""))], [ar_uses("call_1", "f")], "tool_use"),
+    "AR43 arguments only at their end": (
+        [ar_added(0, AR_EMPTY_CALL), r_event(f"{AR_ARGS}.done", 0, arguments='{"a":1}'),
+         ar_done(0, r_fc(arguments='{"a":1}')), ar_end(r_fc(arguments='{"a":1}'))],
+        [ar_uses("call_1", "f", '{"a":1}')], "tool_use"),
+    "arguments only in the item": (
+        [ar_added(0, AR_EMPTY_CALL), ar_done(0, r_fc(arguments='{"a":1}')), ar_end(r_fc(arguments='{"a":1}'))],
+        [ar_uses("call_1", "f", '{"a":1}')], "tool_use"),
+    "empty arguments at their end": (
+        [ar_added(0, AR_EMPTY_CALL), r_event(f"{AR_ARGS}.done", 0, arguments="{}"), ar_done(0, r_fc()),
+         ar_end(r_fc())], [ar_uses("call_1", "f")], "tool_use"),
+    "the rest of the arguments at their end": (
+        [ar_added(0, AR_EMPTY_CALL), *ar_deltas(AR_ARGS, 0, '{"a":'),
+         r_event(f"{AR_ARGS}.done", 0, arguments='{"a":1}'), ar_done(0, r_fc(arguments='{"a":1}')),
+         ar_end(r_fc(arguments='{"a":1}'))], [ar_uses("call_1", "f", '{"a":1}')], "tool_use"),
+    "a call whose name comes last": (
+        [ar_added(0, r_fc("", "", "")), *ar_deltas(AR_ARGS, 0, '{"a":', "1}"), ar_done(0, r_fc(arguments='{"a":1}')),
+         ar_end(r_fc(arguments='{"a":1}'))], [ar_uses("call_1", "f", '{"a":1}')], "tool_use"),
+    "a call that never began": (
+        [ar_done(0, r_fc(arguments='{"a":1}')), ar_end(r_fc(arguments='{"a":1}'))],
+        [ar_uses("call_1", "f", '{"a":1}')], "tool_use"),
+    "a call in a namespace": (
+        [*ar_asked(0, r_fc(name="find", namespace="crm"), "{}"), ar_end(r_fc(name="find", namespace="crm"))],
+        [ar_uses("call_1", "crm__find", "{}")], "tool_use"),
+    "AR44 calls that take turns": (
+        [ar_added(0, AR_EMPTY_CALL), ar_added(1, r_fc("call_2", "g", "")), *ar_deltas(AR_ARGS, 1, '{"b":'),
+         *ar_deltas(AR_ARGS, 0, '{"a":1}'), *ar_deltas(AR_ARGS, 1, "2}"),
+         ar_done(1, r_fc("call_2", "g", '{"b":2}')), ar_done(0, r_fc(arguments='{"a":1}')),
+         ar_end(r_fc(arguments='{"a":1}'), r_fc("call_2", "g", '{"b":2}'))],
+        [ar_uses("call_1", "f", '{"a":1}'), ar_uses("call_2", "g", '{"b":2}')], "tool_use"),
+    "a call that begins within a text": (
+        [*ar_spoken(0, "H")[:3], ar_added(1, AR_EMPTY_CALL), *ar_deltas(AR_ARGS, 1, "{}"),
+         *ar_deltas("output_text", 0, "i", content_index=0), *ar_spoken(0, "Hi")[-3:], ar_done(1, r_fc()),
+         ar_end(ar_msg("Hi"), r_fc())], [ar_texts("Hi"), ar_uses("call_1", "f", "{}")], "tool_use"),
+    "AR45 a call that is only in the last event": (
+        [*ar_spoken(0, "Hi"), ar_end(ar_msg("Hi"), r_fc(arguments='{"a":1}'))],
+        [ar_texts("Hi"), ar_uses("call_1", "f", '{"a":1}')], "tool_use"),
+    "the last event lists nothing": ([*ar_spoken(0, "Hi"), *ar_asked(1, r_fc(), "{}"), ar_end()],
+                                     [ar_texts("Hi"), ar_uses("call_1", "f", "{}")], "tool_use"),
+    "AR46 arguments that are no JSON": (
+        [*ar_asked(0, r_fc(), "{b", "ad"), ar_end(r_fc(arguments="{bad"))], [ar_uses("call_1", "f", "{bad")],
+        "tool_use"),
+    "AR46 arguments that are no JSON, buffered": (
+        [*ar_asked(0, r_fc(), "{b", "ad"), ar_end(r_fc(arguments="{bad"))],
+        [ar_uses("call_1", "f", '{"raw_arguments":"{bad"}')], "tool_use", AR_BUFFERED),
+    "good arguments, buffered": (
+        [*ar_asked(0, r_fc(), '{"a": ', "1}"), ar_end(r_fc(arguments='{"a": 1}'))],
+        [ar_uses("call_1", "f", '{"a":1}')], "tool_use", AR_BUFFERED),
+    "AR47 the end comes within arguments": (
+        [ar_added(0, AR_EMPTY_CALL), *ar_deltas(AR_ARGS, 0, '{"a":'),
+         ar_end(r_fc(arguments='{"a":', status="incomplete"), **AR_INCOMPLETE)],
+        [ar_uses("call_1", "f", '{"a":')], "max_tokens"),
+    "custom call": (
+        [ar_added(0, AR_CUSTOM), *ar_deltas("custom_tool_call_input", 0, 'a"', "", "b\n"),
+         r_event("custom_tool_call_input.done", 0, input='a"b\n'), ar_done(0, {**AR_CUSTOM, "input": 'a"b\n'}),
+         ar_end({**AR_CUSTOM, "input": 'a"b\n'})], [ar_uses("call_1", "f", '{"input":"a\\"b\\n"}')], "tool_use"),
+    "custom call with its input only at the end": (
+        [ar_added(0, AR_CUSTOM), ar_done(0, {**AR_CUSTOM, "input": "x"}), ar_end({**AR_CUSTOM, "input": "x"})],
+        [ar_uses("call_1", "f", '{"input":"x"}')], "tool_use"),
+    "custom call without input": (
+        [ar_added(0, AR_CUSTOM), ar_done(0, AR_CUSTOM), ar_end(AR_CUSTOM)], [ar_uses("call_1", "f", '{"input":""}')],
+        "tool_use"),
+    # -- searches
+    "web search": (
+        [ar_added(0, {**AR_SEARCH_CALL, "status": "in_progress"}), r_event("web_search_call.in_progress", 0),
+         r_event("web_search_call.searching", 0), r_event("web_search_call.completed", 0), ar_done(0, AR_SEARCH_CALL),
+         *ar_spoken(1, "Hi there")[:3],
+         r_event("output_text.annotation.added", 1, content_index=0, annotation_index=0,
+                  annotation=AR_CITED["annotations"][0]),
+         *ar_spoken(1, "Hi there")[3:], ar_end(AR_SEARCH_CALL, ar_msg(AR_CITED))],
+        [*AR_SEARCH_FRAMES, (*ar_texts("Hi there"), {"type": "citations_delta", "citation": AR_CITATION})], "end_turn",
+        {"request": AR_SEARCH, "usage": AR_SEARCHES}),
+    "web search that nobody asked for": (
+        [ar_added(0, AR_SEARCH_CALL), r_event("web_search_call.completed", 0), ar_done(0, AR_SEARCH_CALL),
+         *ar_spoken(1, "Hi there")[:3],
+         r_event("output_text.annotation.added", 1, content_index=0, annotation_index=0,
+                  annotation=AR_CITED["annotations"][0]),
+         *ar_spoken(1, "Hi there")[3:], ar_end(AR_SEARCH_CALL, ar_msg(AR_CITED))], [ar_texts("Hi there")]),
+    # -- what is ignored
+    "other items and events": (
+        [r_event("in_progress", response=ar_body(status="in_progress")), ar_added(0, {"type": "mcp_call", "id": "m"}),
+         r_event("mcp_call_arguments.delta", 0, delta="{}"), r_event("mcp_call.completed", 0),
+         ar_done(0, {"type": "mcp_call", "id": "m"}), r_event("image_generation_call.partial_image", 0),
+         {"type": "response.hologram"}, {"type": "ping"}, *ar_spoken(1, "Hi"),
+         ar_end({"type": "mcp_call", "id": "m"}, ar_msg("Hi"))], [ar_texts("Hi")]),
+    # -- ends
+    "max_output_tokens": (
+        [*ar_spoken(0, "Hi")[:3], ar_end(ar_msg("Hi"), **AR_INCOMPLETE)], [ar_texts("Hi")], "max_tokens"),
+    "content filter": (
+        [*ar_spoken(0, "Hi"),
+         ar_end(ar_msg("Hi"), status="incomplete", incomplete_details={"reason": "content_filter"})],
+        [ar_texts("Hi")], "refusal", {"details": ar_stopped(None, None)}),
+    "the turn goes on": ([*ar_spoken(0, "Hi"), ar_end(ar_msg("Hi"), end_turn=False)], [ar_texts("Hi")], "pause_turn"),
+    "failed for its prompt": (
+        [*ar_spoken(0, "Hi")[:3], ar_end(status="failed", error={"code": "invalid_prompt", "message": "x"})],
+        [ar_texts("Hi")], "refusal", {"details": ar_stopped(None, "x")}),
+    "failed for a policy": (
+        [ar_end(status="failed", error={"code": "cyber_policy", "message": "x"})], [], "refusal",
+        {"details": ar_stopped("cyber", "x")}),
+    "AR51 the usage comes at the end": (
+        [*ar_spoken(0, "Hi"), ar_end(ar_msg("Hi"), usage={
+            "input_tokens": 100, "input_tokens_details": {"cached_tokens": 80, "cache_write_tokens": 5},
+            "output_tokens": 7, "output_tokens_details": {"reasoning_tokens": 4}})], [ar_texts("Hi")], "end_turn",
+        {"usage": {"input_tokens": 15, "cache_read_input_tokens": 80, "cache_creation_input_tokens": 5,
+                   "output_tokens": 7, "output_tokens_details": {"thinking_tokens": 4}}}),
+}, "end_turn", {})
+def test_ar_a_stream_becomes(events, blocks, reason, more):
+    _, ctx = ar_request(more.get("request"), profile=more.get("profile"))
+    found, error = streamed(AR, ctx, [AR_CREATED, *events, "[DONE]"])
+    assert error is None
+    assert ar_seen(found) == ar_frames(blocks, reason, more.get("details"), more.get("usage"))
+
+
+@cases("first, message_id", {
+    "created": ([AR_CREATED], "resp_1"),
+    "queued": ([r_event("queued", response=ar_body(status="queued", usage=None)), AR_CREATED], "resp_1"),
+    "in progress": ([r_event("in_progress", response=ar_body(status="in_progress", usage=None))], "resp_1"),
+    "all three": ([AR_CREATED, r_event("queued", response=ar_body(status="queued")),
+                   r_event("in_progress", response=ar_body(status="in_progress"))], "resp_1"),
+    "an item": ([], None),
+})
+def test_ar_a_message_starts_once_with_the_first_event(first, message_id):
+    found, error = streamed(AR, ar_request()[1], [*first, *ar_spoken(0, "Hi"), ar_end(ar_msg("Hi"))])
+    assert error is None and ar_seen(found) == ar_frames([ar_texts("Hi")], "end_turn")
+    message = found[0]["message"]
+    assert message["id"] == message_id if message_id else message["id"]
+    assert message["model"] == (AR_SERVED if first else AR_ASKED)
+
+
+def test_ar_a_stream_of_only_its_last_event_has_its_id():
+    found, error = streamed(AR, ar_request()[1], [ar_end(ar_msg("Hi"))])
+    assert error is None and ar_seen(found) == ar_frames([ar_texts("Hi")], "end_turn")
+    assert (found[0]["message"]["id"], found[0]["message"]["model"]) == ("resp_1", AR_SERVED)
+
+
+AR_OPEN_0 = {"type": "content_block_start", "index": 0}
+AR_CLOSE_0 = {"type": "content_block_stop", "index": 0}
+
+
+@cases("asked, steps", {
+    "text": ({}, [
+        (AR_CREATED, ["message_start"]),
+        (r_event("in_progress", response=ar_body(status="in_progress")), []),
+        (ar_spoken(0, "H")[0], []),
+        (ar_spoken(0, "H")[1], ["start text"]),
+        (ar_spoken(0, "H")[2], [{"type": "text_delta", "text": "H"}]),
+        (ar_spoken(0, "")[2], []),
+        (ar_spoken(0, "i")[2], [{"type": "text_delta", "text": "i"}]),
+        (ar_spoken(0, "Hi")[3], []),
+        (ar_spoken(0, "Hi")[4], ["stop"]),
+        (ar_spoken(0, "Hi")[5], []),
+        (ar_end(ar_msg("Hi")), ["message_delta", "message_stop"])]),
+    "call": ({}, [
+        (AR_CREATED, ["message_start"]),
+        (ar_added(0, AR_EMPTY_CALL), ["start tool_use"]),
+        (ar_deltas(AR_ARGS, 0, '{"a":')[0], [{"type": "input_json_delta", "partial_json": '{"a":'}]),
+        (ar_deltas(AR_ARGS, 0, "1}")[0], [{"type": "input_json_delta", "partial_json": "1}"}]),
+        (r_event(f"{AR_ARGS}.done", 0, arguments='{"a":1}'), []),
+        (ar_done(0, r_fc(arguments='{"a":1}')), ["stop"]),
+        (ar_end(r_fc(arguments='{"a":1}')), ["message_delta", "message_stop"])]),
+    "thinking": (AR_WANT, [
+        (AR_CREATED, ["message_start"]),
+        (ar_added(0, AR_EMPTY_RS), []),
+        (r_event("reasoning_summary_part.added", 0, summary_index=0), []),
+        (ar_deltas(AR_SUMMARY, 0, "a", summary_index=0)[0],
+         ["start thinking", {"type": "thinking_delta", "thinking": "a"}]),
+        (ar_deltas(AR_SUMMARY, 0, "b", summary_index=0)[0], [{"type": "thinking_delta", "thinking": "b"}]),
+        (r_event(f"{AR_SUMMARY}.done", 0, summary_index=0, text="ab"), []),
+        (r_event("reasoning_summary_part.added", 0, summary_index=1),
+         [{"type": "thinking_delta", "thinking": "\n\n"}]),
+        (ar_done(0, r_rs("ab", **AR_ENC)),
+         [{"type": "signature_delta", "signature": or_carrier("rs_1:ENC")}, "stop"]),
+        (ar_end(r_rs("ab", **AR_ENC)), ["message_delta", "message_stop"])]),
+})
+def test_ar_events_are_passed_on_as_they_come(asked, steps):
+    stream = proxai.PAIRS[AR].stream(ar_request(asked)[1])
+    assert next(stream) == []
+    for number, (event, expected) in enumerate(steps, 1):
+        ended = False
+        try:
+            found = stream.send(event)
+        except StopIteration as end:
+            found, ended = end.value, True
+        told: list[Any] = []
+        for e in found:
+            kind = e["type"].removeprefix("content_block_")
+            assert e.get("index", 0) == 0
+            if kind == "start":
+                kind = f"start {e['content_block']['type']}"
+            told.append(e["delta"] if kind == "delta" else kind)
+        assert (told, ended) == (expected, number == len(steps)), event["type"]
+
+
+def test_ar_a_long_tool_name_is_whole_again_in_a_stream():
+    long = "mcp__server__" + "x" * 77
+    payload, ctx = ar_request({"tools": [m_tool(long)]})
+    wire = payload["tools"][0]["name"]
+    found, error = streamed(AR, ctx, [AR_CREATED, *ar_asked(0, r_fc(name=wire), "{}"), ar_end(r_fc(name=wire))])
+    assert error is None and ar_seen(found) == ar_frames([ar_uses("call_1", long, "{}")], "tool_use")
+
+
+def test_ar_an_id_in_a_stream_is_the_one_of_the_whole_answer():
+    call = r_fc("functions.f:0")
+    found, error = streamed(AR, ar_request()[1], [AR_CREATED, *ar_asked(0, call, "{}"), ar_end(call)])
+    [block] = ar_answer(ar_body(call))["content"]
+    assert error is None and block["id"].startswith("pxid_")
+    assert ar_seen(found) == ar_frames([ar_uses(block["id"], "f", "{}")], "tool_use")
+
+
+AR_BROKEN_TEXT = [AR_CREATED, *ar_spoken(0, "Hi")[:3]]
+AR_BROKEN_CALL = [AR_CREATED, ar_added(0, AR_EMPTY_CALL), *ar_deltas(AR_ARGS, 0, '{"a":')]
+
+
+def ar_fails(events: list[Any], shown: list[str]) -> Any:
+    """The error that a stream ends with, after events of the given types and no more."""
+    found, error = streamed(AR, ar_request()[1], events)
+    assert error is not None and [e["type"] for e in found] == shown
+    return error
+
+
+@cases("code, status, kind", AR_FAULTS)
+@pytest.mark.parametrize("shape", ["flat", "nested"])
+def test_ar_an_error_event_ends_the_stream(shape, code, status, kind):
+    told = {"code": code, "message": "it broke", "param": None}
+    event = {"type": "error", "sequence_number": 3, **told} if shape == "flat" else {
+        "type": "error", "error": {"type": "server_error", **told}}
+    shown = ["message_start", "content_block_start", "content_block_delta"]
+    for error in (ar_fails([*AR_BROKEN_TEXT, event], shown), ar_fails([*AR_BROKEN_CALL, event], shown),
+                  ar_fails([event], [])):
+        assert (error.status, error.code, ar_kind(error)) == (status, code, kind)
+        assert error.message == "it broke" or code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("end", [[], ["[DONE]"]], ids=["EOF", "DONE"])
+@cases("events, shown", {
+    "AR49 nothing": ([], []),
+    "AR49 behind the beginning": ([AR_CREATED], ["message_start"]),
+    "AR49 within a text": (AR_BROKEN_TEXT, ["message_start", "content_block_start", "content_block_delta"]),
+    "AR49 within a call": (AR_BROKEN_CALL, ["message_start", "content_block_start", "content_block_delta"]),
+    "AR49 behind a whole text": (
+        [AR_CREATED, *ar_spoken(0, "Hi")],
+        ["message_start", "content_block_start", "content_block_delta", "content_block_stop"]),
+})
+def test_ar_a_stream_that_breaks_off_is_an_error(events, shown, end):
+    error = ar_fails([*events, *end], shown)
+    assert (error.status, error.type, ar_kind(error)) == (502, "stream_translation_error", "api_error")
+    assert error.message.startswith("upstream stream ended before ")
+
+
+@pytest.mark.parametrize("kind", ["cancelled", "failed"])
+def test_ar_a_stream_that_was_given_up_is_an_error(kind):
+    error = ar_fails([*AR_BROKEN_TEXT, ar_end(ar_msg("Hi"), status=kind)],
+                     ["message_start", "content_block_start", "content_block_delta"])
+    assert (error.status, ar_kind(error)) == (502, "api_error")
+
+
+def test_ar_a_fault_on_the_way_ends_the_stream():
+    fault = proxai.UpstreamError("the line is dead", status=504)
+    error = ar_fails([*AR_BROKEN_TEXT, fault], ["message_start", "content_block_start", "content_block_delta"])
+    assert (error.status, error.message) == (504, "the line is dead")
+
+
+def test_ar_a_ping_starts_the_message_and_stays_a_ping_afterwards():
+    stream = proxai.PAIRS[AR].stream(ar_request()[1])
+    assert next(stream) == []
+    first, ping = stream.send(proxai.PING)
+    ar_start(first)
+    assert ping == {"type": "ping"}
+    assert stream.send(AR_CREATED) == []
+    assert stream.send(proxai.PING) == [{"type": "ping"}]
+    out = [first, *(e for event in ar_spoken(0, "Hi") for e in stream.send(event))]
+    with pytest.raises(StopIteration) as end:
+        stream.send(ar_end(ar_msg("Hi")))
+    assert ar_seen(out + end.value.value) == ar_frames([ar_texts("Hi")], "end_turn")
+
+
+# -- what holds for every pair (translation-responses.md 6) ---------------------
+
+FUZZ = int(os.environ.get("PROXAI_FUZZ", "400"))  # swaps per pair and kind of payload; a large number tries all
+Json = dict[str, Any]
+Pair = tuple[str, str]
+Setup = tuple[Pair, str, str]  # pair, upstream model, provider's host
+
+SETUPS: list[Setup] = [  # another pair is another line; the first line of a pair is what most tests use
+    (("responses", "messages"), "claude-opus-4-8", "api.anthropic.com"),
+    (("responses", "messages"), "claude-opus-4-6", "llm.example"),
+    (("responses", "messages"), "deepseek-chat", "api.deepseek.com"),
+    (("responses", "chat"), "qwen3-32b", "llm.example"),
+    (("responses", "chat"), "gpt-4.1", "api.openai.com"),
+    (("responses", "chat"), "kimi-k2-thinking", "api.moonshot.ai"),
+    (("chat", "messages"), "claude-opus-4-8", "api.anthropic.com"),
+    (("chat", "messages"), "claude-opus-4-6", "llm.example"),
+    (("chat", "messages"), "deepseek-chat", "api.deepseek.com"),
+    (("messages", "responses"), "gpt-5.1", "api.openai.com"),
+    (("messages", "responses"), "gpt-oss-120b", "llm.example"),
+    (("messages", "chat"), "qwen3-32b", "llm.example"),
+    (("chat", "responses"), "gpt-5.1", "api.openai.com"),
+]
+KEEPS_SYSTEM = {"api.openai.com"}  # Chat hosts that take a system message anywhere
+P_MAIN = list({setup[0]: setup for setup in reversed(SETUPS)}.values())[::-1]
+every_pair = pytest.mark.parametrize("setup", P_MAIN, ids=["-".join(pair) for pair, _, _ in P_MAIN])
+every_setup = pytest.mark.parametrize("setup", SETUPS, ids=["-".join((*pair, model)) for pair, model, _ in SETUPS])
+
+
+# -- helpers
+
+
+def compact(value: Any) -> str:
+    """JSON as providers write it."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def walk(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Every path into a JSON value with what is there, itself included."""
+    yield at, value
+    for key, child in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from walk(child, (*at, key))
+
+
+def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    """A copy with another value at the path; what is off the path is shared."""
+    if not path:
+        return new
+    out = value.copy()
+    out[path[0]] = replaced(value[path[0]], path[1:], new)
+    return out
+
+
+def without(value: Any, path: tuple[Any, ...]) -> Any:
+    """A copy without the list entry at the path."""
+    *above, index = path
+    parent = value
+    for key in above:
+        parent = parent[key]
+    return replaced(value, tuple(above), parent[:index] + parent[index + 1:])
+
+
+def bare(value: Any) -> Any:
+    """Without nulls, empty Chat content, and what only streams or the SDKs add."""
+    if isinstance(value, dict):
+        return {k: bare(v) for k, v in value.items()
+                if not (v is None or (k == "content" and v == "")
+                        or k in ("index", "parsed", "parsed_arguments", "parsed_output"))}
+    return [bare(v) for v in value] if isinstance(value, list) else value
+
+
+# -- what clients ask
+
+P_PDF = "JVBERi0xLjQK"
+P_SCHEMA = {"type": "object", "properties": {"cmd": {"type": "string"}}, "required": ["cmd"],
+          "additionalProperties": False}
+P_KEY = {"responses": "input", "chat": "messages", "messages": "messages"}
+P_HELLO = [{"role": "user", "content": "hello"}]
+P_ASK: dict[str, Json] = {
+    "responses": {
+        "model": "m", "instructions": "Be brief.", "reasoning": {"effort": "high", "summary": "auto"}, "stream": True,
+        "store": False, "include": ["reasoning.encrypted_content"], "tools": [
+            {"type": "function", "name": "exec", "description": "Runs.", "parameters": P_SCHEMA, "strict": False},
+            {"type": "function", "name": "Read", "parameters": P_SCHEMA},
+            {"type": "custom", "name": "apply_patch", "description": "Patches.",
+             "format": {"type": "grammar", "syntax": "lark", "definition": "start: /.+/"}},
+            {"type": "local_shell"}, {"type": "web_search"},
+            {"type": "namespace", "name": "mcp__docs", "description": "Documents.",
+             "tools": [{"type": "function", "name": "find", "parameters": P_SCHEMA}]}]},
+    "chat": {
+        "model": "m", "reasoning_effort": "high", "stream": True, "stream_options": {"include_usage": True}, "tools": [
+            {"type": "function", "function": {"name": "exec", "description": "Runs.", "parameters": P_SCHEMA}},
+            {"type": "function", "function": {"name": "Read", "parameters": P_SCHEMA}},
+            {"type": "custom", "custom": {"name": "apply_patch", "description": "Patches."}}]},
+    "messages": {
+        "model": "m", "max_tokens": 32000, "system": "Be brief.", "thinking": {"type": "adaptive"}, "stream": True,
+        "tools": [{"name": "exec", "description": "Runs.", "input_schema": P_SCHEMA},
+                  {"name": "Read", "input_schema": P_SCHEMA},
+                  {"type": "web_search_20250305", "name": "web_search", "max_uses": 3}]},
+}
+
+
+def p_asking(inbound: str, history: list[Json], **more: Any) -> Json:
+    """A realistic request with this history."""
+    return {**P_ASK[inbound], P_KEY[inbound]: history, **more}
+
+
+def p_sent(setup: Setup, body: Json) -> Json:
+    """What the provider gets."""
+    pair, model, host = setup
+    return translated(pair, model, body, host=host)[0]
+
+
+def p_begun(setup: Setup) -> Any:
+    """The context of an exchange whose answer is to come."""
+    pair, model, host = setup
+    return translated(pair, model, p_asking(pair[0], P_HELLO), host=host)[1]
+
+
+P_FULL: dict[str, Json] = {  # something of everything, for what must hold whatever is sent
+    "responses": {
+        **P_ASK["responses"], "tools": [*P_ASK["responses"]["tools"], {"type": "tool_search", "execution": "client"}],
+        "tool_choice": "auto", "parallel_tool_calls": False, "max_output_tokens": 9000, "temperature": 0.5,
+        "top_p": 0.9, "user": "u-1", "metadata": {"user_id": "u-2"}, "service_tier": "auto", "truncation": "disabled",
+        "prompt_cache_key": "k", "top_logprobs": 0, "stream_options": {"include_obfuscation": False},
+        "client_metadata": {"session": "s"}, "text": {"verbosity": "low", "format": {
+            "type": "json_schema", "name": "out", "strict": True, "schema": {
+                "type": "object", "properties": {"a": {"type": "string", "minLength": 3}, "b": {"type": "integer"}},
+                "required": ["a"]}}},
+        "input": [
+            {"type": "additional_tools", "role": "developer",
+             "tools": [{"type": "function", "name": "more", "parameters": P_SCHEMA}]},
+            {"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "Leading."}]},
+            {"type": "message", "role": "user", "content": [
+                {"type": "input_text", "text": "Look:", "prompt_cache_breakpoint": {"mode": "explicit"}},
+                {"type": "input_image", "image_url": f"data:image/png;base64,{PNG}", "detail": "high"},
+                {"type": "input_image", "image_url": "https://a.example/i.jpg"},
+                {"type": "input_file", "filename": "a.pdf", "file_data": f"data:application/pdf;base64,{P_PDF}"},
+                {"type": "input_file", "file_url": "https://a.example/b.pdf"},
+                {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}]},
+            {"type": "reasoning", "id": "rs_0", "summary": [{"type": "summary_text", "text": "Hm."}],
+             "content": None, "encrypted_content": "gAAAAABforeign"},
+            {"type": "message", "id": "msg_0", "role": "assistant", "status": "completed", "phase": "commentary",
+             "content": [{"type": "output_text", "text": "Working.", "logprobs": [], "annotations": [
+                 {"type": "url_citation", "url": "https://a.example/", "title": "A", "start_index": 0,
+                  "end_index": 8}]}, {"type": "refusal", "refusal": "Not that."}]},
+            {"type": "function_call", "id": "fc_0", "call_id": "c.1:x", "name": "exec", "arguments": '{"cmd":"ls"}',
+             "status": "completed"},
+            {"type": "function_call", "call_id": "call_ns", "namespace": "mcp__docs", "name": "find",
+             "arguments": "{bad"},
+            {"type": "custom_tool_call", "call_id": "call_cu", "name": "apply_patch", "input": "*** Begin"},
+            {"type": "local_shell_call", "id": "lsh_0", "call_id": "call_sh", "status": "completed", "action": {
+                "type": "exec", "command": ["ls"], "env": {"A": "b"}, "timeout_ms": 9, "working_directory": "/w",
+                "user": None}},
+            {"type": "shell_call", "call_id": "call_s2", "status": "completed",
+             "action": {"commands": ["ls"], "timeout_ms": 9, "max_output_length": 99}},
+            {"type": "apply_patch_call", "call_id": "call_ap", "status": "completed",
+             "operation": {"type": "update_file", "path": "a.py", "diff": "@@"}},
+            {"type": "tool_search_call", "call_id": "call_ts", "execution": "client", "status": "completed",
+             "arguments": {"query": "q"}},
+            {"type": "function_call_output", "call_id": "call_ns", "output": [
+                {"type": "input_text", "text": "found"},
+                {"type": "input_image", "image_url": f"data:image/png;base64,{PNG}"}]},
+            {"type": "function_call_output", "call_id": "c.1:x", "output": "a.py", "status": "incomplete"},
+            {"type": "custom_tool_call_output", "call_id": "call_cu", "output": "Done"},
+            {"type": "local_shell_call_output", "id": "lso_0", "call_id": "call_sh", "output": "a.py"},
+            {"type": "shell_call_output", "call_id": "call_s2", "output": [
+                {"stdout": "a", "stderr": "b", "outcome": {"type": "exit", "exit_code": 1}}]},
+            {"type": "apply_patch_call_output", "call_id": "call_ap", "status": "failed", "output": "no such file"},
+            {"type": "tool_search_output", "call_id": "call_ts", "execution": "client", "status": "completed",
+             "tools": [{"type": "function", "name": "late", "parameters": P_SCHEMA, "defer_loading": True}]},
+            {"type": "web_search_call", "id": "ws_0", "status": "completed",
+             "action": {"type": "search", "query": "q", "sources": [{"type": "url", "url": "https://a.example/"}]}},
+            {"type": "compaction", "id": "cmp_0", "encrypted_content": "xyz"},
+            {"role": "developer", "content": "Later."},
+            {"role": "user", "content": "Go on."}]},
+    "chat": {
+        **P_ASK["chat"], "max_completion_tokens": 9000, "temperature": 0.5, "top_p": 0.9, "stop": ["", "END"], "n": 1,
+        "parallel_tool_calls": False, "user": "u-1", "metadata": {"a": "b"}, "seed": 1, "verbosity": "low",
+        "service_tier": "auto", "prompt_cache_key": "k", "web_search_options": {"search_context_size": "low"},
+        "logprobs": False, "store": True, "modalities": ["text"],
+        "tool_choice": {"type": "allowed_tools", "allowed_tools": {
+            "mode": "auto", "tools": [{"type": "function", "function": {"name": "exec"}}]}},
+        "response_format": {"type": "json_schema", "json_schema": {"name": "out", "strict": True, "schema": {
+            "type": "object", "properties": {"a": {"type": "string", "minLength": 3}}, "required": ["a"]}}},
+        "messages": [
+            {"role": "system", "content": [{"type": "text", "text": "Leading.",
+                                            "cache_control": {"type": "ephemeral", "ttl": "1h"}}]},
+            {"role": "developer", "content": "Too."},
+            {"role": "user", "name": "bob", "content": [
+                {"type": "text", "text": "Look:"},
+                {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}", "detail": "low"}},
+                {"type": "file", "file": {"filename": "a.pdf", "file_data": f"data:application/pdf;base64,{P_PDF}"}}]},
+            {"role": "assistant", "content": "Working.", "refusal": None, "reasoning_content": "Hm.",
+             "reasoning_details": [{"type": "reasoning.text", "text": "Hm.", "signature": "EqQBs+/=",
+                                    "format": "anthropic-claude-v1", "index": 0, "x_at": "0:0"}],
+             "tool_calls": [
+                 {"id": "functions.exec:0", "type": "function",
+                  "function": {"name": "exec", "arguments": '{"cmd":"ls"}'}},
+                 {"id": "call_cu", "type": "custom", "custom": {"name": "apply_patch", "input": "*** Begin"}}]},
+            {"role": "tool", "tool_call_id": "call_cu", "content": [{"type": "text", "text": "Done"}]},
+            {"role": "tool", "tool_call_id": "functions.exec:0", "content": "a.py"},
+            {"role": "assistant", "content": None, "function_call": {"name": "Read", "arguments": "{bad"}},
+            {"role": "function", "name": "Read", "content": "x"},
+            {"role": "assistant", "content": [{"type": "refusal", "refusal": "Not that."}]},
+            {"role": "developer", "content": "Later."},
+            {"role": "user", "content": "Go on."}]},
+    "messages": {
+        **P_ASK["messages"], "temperature": 0.5, "top_p": 0.9, "top_k": 5, "stop_sequences": ["END"],
+        "metadata": {"user_id": "u-1"}, "service_tier": "auto", "context_management": {"edits": []},
+        "tool_choice": {"type": "tool", "name": "exec", "disable_parallel_tool_use": True},
+        "output_config": {"effort": "high", "format": {"type": "json_schema", "schema": {
+            "type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"],
+            "additionalProperties": False}}},
+        "system": [{"type": "text", "text": "x-anthropic-billing-header: v=1"},
+                   {"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}],
+        "messages": [
+            {"role": "user", "content": [
+                {"type": "text", "text": "Look:", "cache_control": {"type": "ephemeral"}},
+                {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PNG}},
+                {"type": "document", "title": "a.pdf",
+                 "source": {"type": "base64", "media_type": "application/pdf", "data": P_PDF}},
+                {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "words"}}]},
+            {"role": "assistant", "content": [
+                {"type": "thinking", "thinking": "Hm.", "signature": "EqQBforeign"},
+                {"type": "redacted_thinking", "data": "EmwKforeign"},
+                {"type": "text", "text": "Working.", "citations": None},
+                {"type": "tool_use", "id": "toolu_1", "name": "exec", "input": {"cmd": "ls"},
+                 "caller": {"type": "direct"}},
+                {"type": "tool_use", "id": "toolu_2", "name": "Read", "input": {}}]},
+            {"role": "user", "content": [
+                {"type": "tool_result", "tool_use_id": "toolu_2", "is_error": True, "content": "boom"},
+                {"type": "tool_result", "tool_use_id": "toolu_1", "content": [
+                    {"type": "text", "text": "a.py"},
+                    {"type": "image", "source": {"type": "url", "url": "https://a.example/i.png"}},
+                    {"type": "tool_reference", "tool_name": "Read"}]},
+                {"type": "text", "text": "More."}]},
+            {"role": "system", "content": "Later."},
+            {"role": "assistant", "content": [
+                {"type": "server_tool_use", "id": "srvtoolu_1", "name": "web_search", "input": {"query": "q"}},
+                {"type": "web_search_tool_result", "tool_use_id": "srvtoolu_1", "content": [
+                    {"type": "web_search_result", "url": "https://a.example/", "title": "A",
+                     "encrypted_content": "Eq", "page_age": None}]},
+                {"type": "text", "text": "It is so.", "citations": [
+                    {"type": "web_search_result_location", "url": "https://a.example/", "title": "A",
+                     "cited_text": "so", "encrypted_index": "Eo"}]}]},
+            {"role": "user", "content": "Go on."}]},
+}
+
+
+def p_everything(setup: Setup) -> Json:
+    """FULL, and behind it a turn of this provider, with whatever it hides in the client's history."""
+    inbound, provider = setup[0]
+    answer = proxai.PAIRS[setup[0]].response(p_answering(provider, 1, "Why?", "So.", [("call_9", {"cmd": "x"})]),
+                                             p_begun(setup))
+    entries = p_remembered(inbound, answer)
+    more = [*entries, *p_results(inbound, [(kind, call, "ok") for kind, call in p_calls_of(inbound, entries)])]
+    return {**P_FULL[inbound], P_KEY[inbound]: [*P_FULL[inbound][P_KEY[inbound]], *more]}
+
+
+# -- what providers answer
+
+P_TEXT = 'Hello, wörld 😀!\n\tA "second" line \\ here.'
+P_SIGNATURE = "EqQBCkYIBxgCKkBz+/x9Q=="
+P_ARGS = {"cmd": "echo \"é😀\" \\\n  | wc", "n": [1, 2.5, None, True, {}]}
+
+
+def p_claude(content: list[Json], stop: str = "end_turn", **more: Any) -> Json:
+    """A whole answer of a Messages provider."""
+    return {"id": "msg_01Ab", "type": "message", "role": "assistant", "model": "claude-opus-4-8", "content": content,
+            "stop_reason": stop, "stop_sequence": None, "usage": {
+                "input_tokens": 10, "cache_creation_input_tokens": 5, "cache_read_input_tokens": 100,
+                "output_tokens": 70, "service_tier": "standard"}, **more}
+
+
+def p_used(call: str, name: str, arguments: Json) -> Json:
+    """A tool_use block."""
+    return {"type": "tool_use", "id": call, "name": name, "input": arguments}
+
+
+def p_completion(finish: str, **message: Any) -> Json:
+    """A whole answer of a Chat provider."""
+    return {"id": "chatcmpl-7", "object": "chat.completion", "created": NOW - 5, "model": "m-1", "choices": [
+        {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": None, **message}}],
+        "usage": {"prompt_tokens": 115, "completion_tokens": 70, "total_tokens": 185,
+                  "prompt_tokens_details": {"cached_tokens": 100},
+                  "completion_tokens_details": {"reasoning_tokens": 20}}}
+
+
+def p_function(call: str, name: str, arguments: str, **more: Any) -> Json:
+    """An entry of a Chat message's tool_calls."""
+    return {"id": call, "type": "function", "function": {"name": name, "arguments": arguments}, **more}
+
+
+def p_response(output: list[Json], status: str = "completed", **more: Any) -> Json:
+    """A whole answer of a Responses provider."""
+    return {"id": "resp_1", "object": "response", "created_at": NOW - 5, "status": status, "error": None,
+            "incomplete_details": None, "model": "gpt-5.1-2026", "output": output, "usage": {
+                "input_tokens": 115, "input_tokens_details": {"cached_tokens": 100, "cache_write_tokens": 5},
+                "output_tokens": 70, "output_tokens_details": {"reasoning_tokens": 20}, "total_tokens": 185}, **more}
+
+
+def p_reasoned(number: int, *summary: str) -> Json:
+    """A reasoning item."""
+    return {"type": "reasoning", "id": f"rs_{number}", "status": "completed",
+            "summary": [{"type": "summary_text", "text": s} for s in summary],
+            "encrypted_content": f"gAAAAAB-{number}_{P_SIGNATURE}"}
+
+
+def p_spoken(number: int, *parts: Any, status: str = "completed") -> Json:
+    """A message item; parts are texts or whole parts."""
+    return {"type": "message", "id": f"msg_{number}", "role": "assistant", "status": status, "content": [
+        p if isinstance(p, dict) else {"type": "output_text", "text": p, "annotations": [], "logprobs": []}
+        for p in parts]}
+
+
+def p_calling(number: int, call: str, name: str, arguments: str, **more: Any) -> Json:
+    """A function_call item."""
+    return {"type": "function_call", "id": f"fc_{number}", "call_id": call, "name": name, "arguments": arguments,
+            "status": "completed", **more}
+
+
+P_SEARCH = {"type": "server_tool_use", "id": "srvtoolu_1", "name": "web_search", "input": {"query": "wörld news"}}
+P_FOUND = {"type": "web_search_tool_result", "tool_use_id": "srvtoolu_1", "content": [
+    {"type": "web_search_result", "url": f"https://{k}.example/", "title": k, "encrypted_content": f"E{k}",
+     "page_age": None} for k in "ab"]}
+P_CITED = {"type": "web_search_result_location", "url": "https://a.example/", "title": "A", "cited_text": "is so",
+         "encrypted_index": "Eo"}
+P_DETAILS = [{"type": "reasoning.text", "index": 0, "format": "other-v1", "text": "First so,\nthen thus.",
+            "signature": P_SIGNATURE},
+           {"type": "reasoning.encrypted", "index": 1, "format": "other-v1", "data": "AbC+/=="}]
+P_ANSWERS: dict[str, dict[str, Json]] = {
+    "messages": {
+        "text": p_claude([m_text(P_TEXT)]),
+        "thought": p_claude([
+            {"type": "thinking", "thinking": "First so,\nthen thus.", "signature": P_SIGNATURE},
+            {"type": "redacted_thinking", "data": "EmwKAhgB+/=="}, m_text("Let me see."),
+            p_used("toolu_1", "exec", P_ARGS), p_used("toolu_2", "Read", {"cmd": "b"})], "tool_use",
+            usage={"input_tokens": 10, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0,
+                   "output_tokens": 70, "output_tokens_details": {"thinking_tokens": 20}}),
+        "interleaved": p_claude([
+            {"type": "thinking", "thinking": "One.", "signature": P_SIGNATURE}, m_text("First."),
+            {"type": "thinking", "thinking": "Two.", "signature": P_SIGNATURE[::-1]},
+            p_used("toolu_1", "exec", {"cmd": "a"}), p_used("toolu_2", "exec", {})], "tool_use"),
+        "silent": p_claude([{"type": "thinking", "thinking": "", "signature": P_SIGNATURE}, m_text("Yes.")]),
+        "cited": p_claude([m_text("Let me look. "), P_SEARCH, P_FOUND, m_text("It "), m_text("is so", citations=[P_CITED]),
+                         m_text(", they say.")]),
+        "special": p_claude([
+            p_used("toolu_1", "apply_patch", {"input": "*** Begin\né😀\t\"q\" \\ \n*** End"}),
+            p_used("toolu_2", "local_shell", {"command": ["ls", "-l"], "workdir": "/w"}),
+            p_used("toolu_3", "mcp__docs__find", {"cmd": "x"}), p_used("toolu_4", "exec", {})], "tool_use"),
+        "truncated": p_claude([{"type": "thinking", "thinking": "Long.", "signature": P_SIGNATURE}, m_text("It was a")],
+                            "max_tokens"),
+        "refused": p_claude([m_text("I ")], "refusal",
+                          stop_details={"type": "refusal", "category": "cyber", "explanation": "No."}),
+        "refused-mute": p_claude([], "refusal"),
+        "stop-sequence": p_claude([m_text("Until ")], "stop_sequence", stop_sequence="END"),
+        "paused": p_claude([m_text("Searching."), P_SEARCH], "pause_turn"),
+        "empty": p_claude([]),
+    },
+    "chat": {
+        "text": p_completion("stop", content=P_TEXT),
+        "thought": p_completion("tool_calls", reasoning_content="First so,\nthen thus.", content="Let me see.",
+                              tool_calls=[p_function("functions.exec:0", "exec", compact(P_ARGS)),
+                                          p_function("call_2", "Read", '{"cmd":"b"}'), p_function("call_3", "exec", "{}")]),
+        "details": p_completion("tool_calls", reasoning="First so,\nthen thus.", reasoning_details=P_DETAILS,
+                              tool_calls=[p_function("call_1", "exec", '{"cmd":"a"}')]),
+        "tagged": p_completion("stop", content="<think>First so,\nthen < thus.</think>\n\nIt is <b>so</b>."),
+        "signed": p_completion("tool_calls", tool_calls=[p_function(
+            "call_1", "exec", '{"cmd":"a"}', extra_content={"google": {"thought_signature": "CuQB+/=="}})]),
+        "cited": p_completion("stop", content="It is so, they say.", annotations=[
+            {"type": "url_citation", "url_citation": {"url": "https://a.example/", "title": "A", "start_index": 3,
+                                                      "end_index": 8}}]),
+        "special": p_completion("tool_calls", tool_calls=[
+            p_function("call_1", "apply_patch", compact({"input": "*** Begin\né😀\t\"q\" \\ \n*** End"})),
+            p_function("call_2", "local_shell", '{"command":["ls","-l"],"workdir":"/w"}'),
+            p_function("call_3", "mcp__docs__find", '{"cmd":"x"}')]),
+        "refused": p_completion("stop", refusal="I will not."),
+        "truncated": p_completion("length", reasoning_content="Long.", content="It was a"),
+        "filtered": p_completion("content_filter", content="It was"),
+        "empty": p_completion("stop", content=""),
+    },
+    "responses": {
+        "text": p_response([p_spoken(1, P_TEXT, "And more."), p_spoken(2, "Bye.")]),
+        "thought": p_response([p_reasoned(1, "First so,", "then thus."), p_spoken(2, "Let me see."),
+                             p_calling(3, "call_1", "exec", compact(P_ARGS)), p_calling(4, "call_2", "Read", '{"cmd":"b"}'),
+                             p_calling(5, "call_3", "exec", "{}")]),
+        "interleaved": p_response([p_reasoned(1, "One."), p_calling(2, "call_1", "exec", '{"cmd":"a"}'),
+                                 p_reasoned(3, "Two."), p_calling(4, "functions.exec:1", "exec", '{"cmd":"b"}')]),
+        "sealed": p_response([p_reasoned(1), p_spoken(2, "Yes.")]),
+        "cited": p_response([
+            {"type": "web_search_call", "id": "ws_1", "status": "completed", "action": {
+                "type": "search", "query": "wörld", "sources": [{"type": "url", "url": "https://a.example/"}]}},
+            p_spoken(2, {"type": "output_text", "text": "It is so, they say.", "logprobs": [], "annotations": [
+                {"type": "url_citation", "url": "https://a.example/", "title": "A", "start_index": 3,
+                 "end_index": 8}]})]),
+        "special": p_response([
+            {"type": "custom_tool_call", "id": "ctc_1", "call_id": "call_1", "name": "apply_patch",
+             "input": "*** Begin\né😀\t\"q\" \\ \n*** End", "status": "completed"},
+            p_calling(2, "call_2", "find", '{"cmd":"x"}', namespace="mcp__docs")]),
+        "refused": p_response([p_spoken(1, {"type": "refusal", "refusal": "I will not."})]),
+        "truncated": p_response([p_spoken(1, "It was a", status="incomplete")], "incomplete",
+                              incomplete_details={"reason": "max_output_tokens"}),
+        "filtered": p_response([p_spoken(1, "It was", status="incomplete")], "incomplete",
+                             incomplete_details={"reason": "content_filter"}),
+        "refused-late": p_response([], "failed", error={"code": "invalid_prompt", "message": "Not that."}, usage=None),
+        "overloaded": p_response([], "failed", error={"code": "server_is_overloaded", "message": "Busy."}, usage=None),
+        "empty": p_response([]),
+    },
+}
+
+
+def p_answering(provider: str, number: int, thought: str, text: str, calls: list[tuple[str, Json]]) -> Json:
+    """A provider's answer made of these; calls are ids with arguments of `exec`."""
+    if provider == "messages":
+        thinking = {"type": "thinking", "thinking": thought, "signature": f"{P_SIGNATURE}{number}"}
+        return p_claude([*([thinking] * bool(thought)), *([m_text(text)] * bool(text)),
+                       *(p_used(call, "exec", arguments) for call, arguments in calls)],
+                      "tool_use" if calls else "end_turn", id=f"msg_{number}")
+    if provider == "chat":
+        message: Json = {"content": text or None}
+        if thought:
+            message["reasoning_content"] = thought
+        if calls:
+            message["tool_calls"] = [p_function(call, "exec", compact(arguments)) for call, arguments in calls]
+        return p_completion("tool_calls" if calls else "stop", **message) | {"id": f"chatcmpl-{number}"}
+    return p_response([*([p_reasoned(number, thought)] * bool(thought)), *([p_spoken(number, text)] * bool(text)),
+                     *(p_calling(number * 10 + k, call, "exec", compact(arguments))
+                       for k, (call, arguments) in enumerate(calls))], id=f"resp_{number}")
+
+
+# -- whole answers as streams
+# `size` is the longest fragment; calls side by side come interleaved where the protocol can.
+
+def p_fragments(rng: random.Random, text: str, size: int) -> list[str]:
+    """A text in random pieces, none of them empty."""
+    out, at = [], 0
+    while at < len(text):
+        step = rng.randint(1, size)
+        out.append(text[at:at + step])
+        at += step
+    return out
+
+
+def p_mixed(rng: random.Random | None, queues: list[list[Any]]) -> list[Any]:
+    """Queues merged at random, each in its own order, their first elements in the order of the queues."""
+    if rng is None:
+        return [x for queue in queues for x in queue]
+    queues, out, begun_ones = [list(q) for q in queues if q], [], 0
+    while queues:
+        k = rng.randrange(min(begun_ones + 1, len(queues)))
+        begun_ones = max(begun_ones, k + 1)
+        out.append(queues[k].pop(0))
+        if not queues[k]:
+            del queues[k]
+            begun_ones -= 1
+    return out
+
+
+def p_split_messages(body: Json, rng: random.Random, size: int = 9, mix: bool = True) -> list[Any]:
+    """The events of a Messages provider that stream this answer."""
+    usage = {k: v for k, v in body["usage"].items() if k != "output_tokens_details"}
+    start = {k: v for k, v in body.items() if k != "stop_details"}
+    out: list[Any] = [{"type": "message_start", "message": {
+        **start, "content": [], "stop_reason": None, "stop_sequence": None, "usage": {**usage, "output_tokens": 1}}}]
+    waiting: list[list[Json]] = []
+    for i, block in enumerate(body["content"]):
+        deltas: list[Json] = []
+        kind = block["type"]
+        if kind == "text":
+            first = {"type": "text", "text": ""}
+            deltas = [{"type": "text_delta", "text": t} for t in p_fragments(rng, block["text"], size)]
+            for citation in block.get("citations") or []:
+                deltas.insert(rng.randint(0, len(deltas)), {"type": "citations_delta", "citation": citation})
+        elif kind == "thinking":
+            first = {"type": "thinking", "thinking": "", "signature": ""}
+            deltas = [{"type": "thinking_delta", "thinking": t} for t in p_fragments(rng, block["thinking"], size)]
+            deltas.append({"type": "signature_delta", "signature": block["signature"]})
+        elif kind in ("tool_use", "server_tool_use"):
+            first = {**block, "input": {}}
+            text = compact(block["input"]) if block["input"] else rng.choice(("", "{}"))
+            deltas = [{"type": "input_json_delta", "partial_json": t} for t in ["", *p_fragments(rng, text, size)]]
+        else:
+            first = block
+        queue = [{"type": "content_block_start", "index": i, "content_block": first},
+                 *({"type": "content_block_delta", "index": i, "delta": d} for d in deltas),
+                 {"type": "content_block_stop", "index": i}]
+        if rng.random() < 0.2:
+            queue.append({"type": "ping"})
+        if kind == "tool_use":
+            waiting.append(queue)
+        else:
+            out += [*p_mixed(rng if mix else None, waiting), *queue]
+            waiting = []
+    out += p_mixed(rng if mix else None, waiting)
+    details = {k: v for k, v in body["usage"].items() if k in ("output_tokens", "output_tokens_details")}
+    delta = {k: body[k] for k in ("stop_reason", "stop_sequence", "stop_details") if k in body}
+    return [*out, {"type": "message_delta", "delta": delta, "usage": details}, {"type": "message_stop"}]
+
+
+def p_split_chat(body: Json, rng: random.Random, size: int = 9, mix: bool = True) -> list[Any]:
+    """The chunks of a Chat provider that stream this answer."""
+    choice, = body["choices"]
+    message = choice["message"]
+    deltas: list[Json] = [{"role": "assistant", "content": ""}]
+    text = message.get("reasoning_content") or ""
+    deltas += [{"reasoning_content": t} for t in p_fragments(rng, text, size)]
+    for detail in message.get("reasoning_details") or []:
+        if detail["type"] == "reasoning.text":  # as OpenRouter does it: the text twice, the signature behind it
+            head = {k: v for k, v in detail.items() if k not in ("text", "signature")}
+            deltas += [{"reasoning": t, "reasoning_details": [{**head, "text": t}]}
+                       for t in p_fragments(rng, detail["text"], size)]
+            head["signature"] = detail["signature"]
+            deltas.append({"reasoning_details": [head]})
+        else:
+            deltas.append({"reasoning_details": [detail]})
+    for field in ("content", "refusal"):
+        deltas += [{field: t} for t in p_fragments(rng, message.get(field) or "", size)]
+    deltas += [{"annotations": [a]} for a in message.get("annotations") or []]
+    queues: list[list[Json]] = []
+    for k, call in enumerate(message.get("tool_calls") or []):
+        kind, inner = call["type"], "arguments" if call["type"] == "function" else "input"
+        first = {"index": k, **call, kind: {**call[kind], inner: ""}}
+        queues.append([{"tool_calls": [first]}, *({"tool_calls": [{"index": k, kind: {inner: t}}]}
+                                                  for t in p_fragments(rng, call[kind][inner], size))])
+    deltas += p_mixed(rng if mix else None, queues)
+    head = {"id": body["id"], "object": "chat.completion.chunk", "created": body["created"], "model": body["model"]}
+    out: list[Any] = [{**head, "choices": [{"index": 0, "delta": d, "logprobs": None, "finish_reason": None}],
+                       "usage": None} for d in [*deltas, {}]]
+    out[-1]["choices"][0]["finish_reason"] = choice["finish_reason"]
+    return [*out, {**head, "choices": [], "usage": body["usage"]}, "[DONE]"]
+
+
+def p_split_responses(body: Json, rng: random.Random, size: int = 9, mix: bool = True) -> list[Any]:
+    """The events of a Responses provider that stream this answer."""
+    early = {**body, "status": "in_progress", "output": [], "usage": None, "error": None, "incomplete_details": None}
+    out: list[Any] = [{"type": f"response.{k}", "response": early} for k in ("created", "in_progress")]
+    waiting: list[list[Json]] = []
+    for i, item in enumerate(body["output"]):
+        where = {"item_id": item["id"], "output_index": i}
+        kind, opened, queue = item["type"], {**item, "status": "in_progress"}, []
+        if kind == "message":
+            opened["content"] = []
+            for c, part in enumerate(item["content"]):
+                at = {**where, "content_index": c}
+                field, name = ("refusal", "refusal") if part["type"] == "refusal" else ("text", "output_text")
+                queue.append({"type": "response.content_part.added", **at, "part": {
+                    **part, field: "", **({"annotations": []} if "annotations" in part else {})}})
+                queue += [{"type": f"response.{name}.delta", **at, "delta": t}
+                          for t in p_fragments(rng, part[field], size)]
+                queue += [{"type": "response.output_text.annotation.added", **at, "annotation_index": k,
+                           "annotation": a} for k, a in enumerate(part.get("annotations") or [])]
+                queue += [{"type": f"response.{name}.done", **at, field: part[field]},
+                          {"type": "response.content_part.done", **at, "part": part}]
+        elif kind == "reasoning":
+            opened["summary"] = []
+            opened.pop("encrypted_content")
+            for c, part in enumerate(item["summary"]):
+                at = {**where, "summary_index": c}
+                queue.append({"type": "response.reasoning_summary_part.added", **at, "part": {**part, "text": ""}})
+                queue += [{"type": "response.reasoning_summary_text.delta", **at, "delta": t}
+                          for t in p_fragments(rng, part["text"], size)]
+                queue += [{"type": "response.reasoning_summary_text.done", **at, "text": part["text"]},
+                          {"type": "response.reasoning_summary_part.done", **at, "part": part}]
+        elif kind in ("function_call", "custom_tool_call"):
+            field, name = (("arguments", "function_call_arguments") if kind == "function_call"
+                           else ("input", "custom_tool_call_input"))
+            opened[field] = ""
+            queue += [{"type": f"response.{name}.delta", **where, "delta": t}
+                      for t in p_fragments(rng, item[field], size)]
+            queue.append({"type": f"response.{name}.done", **where, field: item[field]})
+        else:
+            queue += [{"type": f"response.{kind}.{k}", **where} for k in ("in_progress", "searching", "completed")]
+        queue = [{"type": "response.output_item.added", "output_index": i, "item": opened}, *queue,
+                 {"type": "response.output_item.done", "output_index": i, "item": item}]
+        if kind not in ("function_call", "custom_tool_call"):
+            out += [*p_mixed(rng if mix else None, waiting), *queue]
+            waiting = []
+        else:
+            waiting.append(queue)
+    out += [*p_mixed(rng if mix else None, waiting), {"type": f"response.{body['status']}", "response": body}]
+    return [{**event, "sequence_number": n} for n, event in enumerate(out)]
+
+
+P_SPLIT: dict[str, Callable[..., list[Any]]] = {
+    "messages": p_split_messages, "chat": p_split_chat, "responses": p_split_responses}
+
+
+# -- what clients make of streams
+# Each checks the grammar, and gives the whole answer, or None where the stream has no end.
+
+def p_read_responses(events: list[Any]) -> Json | None:
+    """As Codex and the openai package read: one open item at a time, done items as their deltas made them."""
+    body = live = None
+    items: list[Json] = []
+    open_part = False
+    for n, event in enumerate(events):
+        assert body is None, "an event behind the end"
+        assert event["sequence_number"] == n
+        kind = event["type"].removeprefix("response.")
+        what, _, verb = kind.rpartition(".")
+        if n < 2:
+            assert kind == ("created", "in_progress")[n]
+            assert [event["response"][k] for k in ("status", "output", "usage")] == ["in_progress", [], None]
+            assert event["response"]["id"] == events[0]["response"]["id"]
+            assert isinstance(event["response"]["id"], str)
+        elif kind in ("completed", "incomplete", "failed"):
+            body = event["response"]
+            assert (body["status"], body["id"]) == (kind, events[0]["response"]["id"])
+            assert all(body[k] == v for k, v in events[0]["response"].items() if k not in (
+                "status", "output", "usage", "error", "incomplete_details", "completed_at", "service_tier", "model"))
+        elif kind == "output_item.added":
+            assert live is None, "a second open item"
+            assert event["output_index"] == len(items)
+            live = copy.deepcopy(event["item"])
+            assert live["id"] not in [i["id"] for i in items]
+            items.append(live)
+        elif kind == "output_item.done":
+            assert live is not None and not open_part and event["output_index"] == len(items) - 1
+            for field in ("type", "id", "call_id", "name", "namespace", "arguments", "input", "summary", "role"):
+                assert event["item"].get(field) == live.get(field), field
+            if live["type"] == "message":
+                assert [p_alike(p) for p in event["item"]["content"]] == [p_alike(p) for p in live["content"]]
+            items[-1], live = event["item"], None
+        else:
+            assert live is not None and event["output_index"] == len(items) - 1
+            assert event["item_id"] == live["id"]
+            if what in ("function_call_arguments", "custom_tool_call_input"):
+                field = "arguments" if live["type"] == "function_call" else "input"
+                assert what == f"{live['type']}_{field}"
+                if verb == "delta":
+                    assert event["delta"]
+                    live[field] += event["delta"]
+                else:
+                    assert verb == "done" and event[field] == live[field]
+                continue
+            if what == "web_search_call":
+                assert live["type"] == what and verb in ("in_progress", "searching", "completed")
+                continue
+            place, index = (("content", "content_index") if live["type"] == "message" else ("summary", "summary_index"))
+            parts = live[place]
+            if what in ("content_part", "reasoning_summary_part"):
+                assert what == ("content_part" if place == "content" else "reasoning_summary_part")
+                if verb == "added":
+                    assert not open_part and event[index] == len(parts)
+                    parts.append(copy.deepcopy(event["part"]))
+                else:
+                    assert verb == "done" and open_part and event[index] == len(parts) - 1
+                    assert p_alike(event["part"]) == p_alike(parts[-1])
+                open_part = verb == "added"
+                continue
+            assert open_part and event[index] == len(parts) - 1
+            if kind == "output_text.annotation.added":
+                assert event["annotation_index"] == len(parts[-1]["annotations"])
+                parts[-1]["annotations"].append(event["annotation"])
+                continue
+            assert what in (("output_text", "refusal") if place == "content" else ("reasoning_summary_text",)), kind
+            field = "refusal" if what == "refusal" else "text"
+            assert parts[-1]["type"] == ("summary_text" if place == "summary" else what)
+            if verb == "delta":
+                assert event["delta"]
+                parts[-1][field] += event["delta"]
+            else:
+                assert verb == "done" and event[field] == parts[-1][field]
+    if body is None:
+        return None
+    output = body["output"]
+    done = items if live is None else items[:-1]
+    assert output[:len(done)] == done
+    assert [i["id"] for i in output[:len(items)]] == [i["id"] for i in items]
+    assert all(i["status"] == "incomplete" for i in output[len(done):])
+    assert body["status"] != "completed" or len(output) == len(done)
+    return body
+
+
+def p_alike(part: Json) -> Json:
+    """What of a content part both its streamed form and its whole one must have."""
+    return {k: part.get(k) for k in ("type", "text", "refusal", "annotations")}
+
+
+P_DELTAS = {"text": {"text_delta": "text", "citations_delta": ""}, "tool_use": {"input_json_delta": "partial_json"},
+          "server_tool_use": {"input_json_delta": "partial_json"},
+          "thinking": {"thinking_delta": "thinking", "signature_delta": ""}}
+
+
+def p_read_messages(events: list[Any]) -> Json | None:
+    """As the anthropic package reads: blocks one behind the other, indexes without gaps."""
+    message: Json = {}
+    live: Json | None = None
+    ended, arguments = False, ""
+    for event in events:
+        kind = event["type"]
+        assert not ended, "an event behind the end"
+        assert (kind == "message_start") == (not message)
+        if kind == "message_start":
+            message = copy.deepcopy(event["message"])
+            assert (message["content"], message["stop_reason"], message["role"]) == ([], None, "assistant")
+            assert all(isinstance(message["usage"][k], int) for k in ("input_tokens", "output_tokens"))
+            assert isinstance(message["id"], str)
+        elif kind == "content_block_start":
+            assert live is None, "a second open block"
+            assert event["index"] == len(message["content"]) and message["stop_reason"] is None
+            live, arguments = copy.deepcopy(event["content_block"]), ""
+            message["content"].append(live)
+        elif kind == "content_block_delta":
+            assert live is not None and event["index"] == len(message["content"]) - 1
+            delta = event["delta"]
+            field = P_DELTAS[live["type"]][delta["type"]]
+            if delta["type"] == "citations_delta":
+                live["citations"] = [*(live.get("citations") or []), delta["citation"]]
+            elif delta["type"] == "signature_delta":
+                live["signature"] = delta["signature"]
+            elif field == "partial_json":
+                arguments += delta[field]
+            else:
+                live[field] += delta[field]
+            assert not field or delta[field], "an empty fragment"
+        elif kind == "content_block_stop":
+            assert live is not None and event["index"] == len(message["content"]) - 1
+            assert live["type"] != "thinking" or live["signature"]
+            if arguments:
+                try:
+                    live["input"] = json.loads(arguments)
+                except ValueError:
+                    live["input"] = arguments
+            live = None
+        elif kind == "message_delta":
+            assert live is None and message["stop_reason"] is None and isinstance(event["delta"]["stop_reason"], str)
+            assert isinstance(event["usage"]["output_tokens"], int)
+            message.update(event["delta"])
+            message["usage"].update({k: v for k, v in event["usage"].items() if v is not None})
+        elif kind == "message_stop":
+            assert message["stop_reason"]
+            ended = True
+        else:
+            assert kind == "ping"
+    return message if ended else None
+
+
+def p_read_chat(events: list[Any]) -> Json | None:
+    """As the openai package reads: role once, tool indexes without gaps, the counts last."""
+    message: Json = {}
+    calls: list[Json] = []
+    finish, usage, ended = None, None, False
+    for n, event in enumerate(events):
+        assert not ended, "an event behind the end"
+        if event == "[DONE]":
+            assert finish
+            ended = True
+            continue
+        assert event["object"] == "chat.completion.chunk" and isinstance(event["id"], str)
+        assert all(event[k] == events[0][k] for k in ("id", "created", "model"))
+        assert "usage" in event and usage is None, "include_usage: null on every chunk, the counts on the last"
+        if not event["choices"]:
+            assert finish
+            usage = event["usage"]
+            continue
+        assert finish is None and event["usage"] is None, "a chunk behind the finish_reason"
+        choice, = event["choices"]
+        assert choice["index"] == 0
+        assert ("role" in choice["delta"]) == (n == 0), "role once, first"
+        for key, value in choice["delta"].items():
+            if key == "role":
+                message[key] = value
+            elif key in ("content", "refusal", "reasoning_content"):
+                message[key] = (message.get(key) or "") + (value or "")
+            elif key == "annotations":
+                assert key not in message, "the SDK cannot merge a second list"
+                message[key] = value
+            elif key == "reasoning_details":
+                for detail in value:
+                    assert detail["index"] == len(message.setdefault(key, []))
+                    message[key].append(detail)
+            else:
+                assert key == "tool_calls", key
+                for call in value:
+                    kind = "custom" if "custom" in call else "function"
+                    inner = "input" if kind == "custom" else "arguments"
+                    if call["index"] == len(calls):
+                        assert isinstance(call["id"], str) and isinstance(call[kind]["name"], str)
+                        assert call["type"] == kind
+                        calls.append(copy.deepcopy(call))
+                    else:
+                        assert 0 <= call["index"] < len(calls), "a gap in the tool indexes"
+                        assert set(call) == {"index", kind} and set(call[kind]) == {inner}
+                        calls[call["index"]][kind][inner] += call[kind][inner]
+        finish = choice["finish_reason"]
+    if not ended:
+        return None
+    if calls:
+        message["tool_calls"] = calls
+    return {"id": events[0]["id"], "object": "chat.completion", "created": events[0]["created"],
+            "model": events[0]["model"], "choices": [{"index": 0, "message": message, "finish_reason": finish}],
+            "usage": usage}
+
+
+P_READ: dict[str, Callable[[list[Any]], Json | None]] = {
+    "messages": p_read_messages, "chat": p_read_chat, "responses": p_read_responses}
+
+
+def p_no_success(inbound: str, events: list[Any]) -> bool:
+    """Whether nothing in a broken stream tells the client of an end that was not there."""
+    if inbound == "chat":
+        return not any(e == "[DONE]" or any(c["finish_reason"] for c in e["choices"]) for e in events)
+    return not any(e["type"] in ("message_delta", "message_stop", "response.completed", "response.incomplete")
+                   for e in events)
+
+
+@pytest.mark.parametrize("mix", [False, True], ids=["in-turn", "interleaved"])
+@pytest.mark.parametrize("word", list(P_SPLIT))
+def test_tools_of_this_file_agree(word, mix):
+    """A whole answer split and read again is the answer: what the other tests compare with is sound."""
+    for name, body in P_ANSWERS[word].items():
+        for seed in range(5):
+            events = P_SPLIT[word](body, random.Random(seed), 4, mix)
+            if word != "chat" and mix:  # as clients these want one open item at a time
+                key = "output_index" if word == "responses" else "index"
+                events = sorted((e for e in events if key in e), key=lambda e: e[key])
+                whole = P_SPLIT[word](body, random.Random(seed), 999, False)
+                assert [e["type"] for e in events if "delta" not in e] == [
+                    e["type"] for e in whole if key in e and "delta" not in e], name
+                continue
+            if (word, name) == ("chat", "details"):  # OpenRouter's way, which only providers have
+                continue
+            got = P_READ[word]([e for e in events if '"partial_json": ""' not in json.dumps(e)])
+            assert got == body if word == "responses" else bare(got) == bare(body), name
+
+
+# -- what providers accept
+
+P_NAME = re.compile(r"[a-zA-Z0-9_-]+\Z")
+P_MESSAGES_FIELDS = {"model", "max_tokens", "messages", "system", "stream", "stop_sequences", "temperature", "top_p",
+                   "top_k", "tools", "tool_choice", "thinking", "output_config", "metadata", "service_tier"}
+
+
+def p_check_texts(blocks: Any) -> None:
+    """No content is empty, and no text blank."""
+    assert blocks and isinstance(blocks, list | str)
+    for block in [m_text(blocks)] if isinstance(blocks, str) else blocks:
+        assert block["type"] != "text" or block["text"].strip(), "a blank text"
+        if block["type"] == "tool_result" and isinstance(block.get("content"), list):
+            p_check_texts(block["content"])
+
+
+def p_check_messages(body: Json, host: str) -> None:
+    """translation-chat.md, section 2.8."""
+    assert set(body) <= P_MESSAGES_FIELDS
+    assert body["max_tokens"] >= 1 and body["max_tokens"] > (body.get("thinking") or {}).get("budget_tokens", 0)
+    turn, before, waiting, ids = "assistant", "", [], []
+    for i, message in enumerate(body["messages"]):
+        role, content = message["role"], message["content"]
+        p_check_texts(content)
+        if role == "system":
+            assert before == "user", "a system message not behind a user turn"
+            assert i + 1 == len(body["messages"]) or body["messages"][i + 1]["role"] == "assistant"
+            before = role
+            continue
+        assert role in ("user", "assistant") and role != turn, "roles do not alternate"
+        blocks = [m_text(content)] if isinstance(content, str) else content
+        answered = [b["tool_use_id"] for b in blocks if b["type"] == "tool_result"]
+        if role == "user":
+            assert answered == waiting, "results that are not those of the calls before"
+            assert all(b["type"] == "tool_result" for b in blocks[:len(answered)]), "results are not first"
+        else:
+            assert not answered
+        waiting = [b["id"] for b in blocks if b["type"] == "tool_use"]
+        assert not waiting or role == "assistant"
+        assert all(P_NAME.match(b["name"]) and len(b["name"]) <= 128 and isinstance(b["input"], dict)
+                   for b in blocks if b["type"] == "tool_use")
+        ids += waiting
+        turn = before = role
+    assert body["messages"] and not waiting, "a call without a result"
+    assert all(P_NAME.match(i) for i in ids) and len(set(ids)) == len(ids)
+    assert not ids or body["tools"], "calls without tools"
+    assert "tool_choice" not in body or body["tools"]
+    assert "system" not in body or body["system"]
+    assert all(s["text"].strip() for s in body.get("system", []) if isinstance(s, dict))
+    marks = [v for k, v in walk(body) if k and k[-1] == "cache_control"]
+    assert len(marks) <= 4 and all(m["type"] == "ephemeral" for m in marks)
+    for tool in body.get("tools", []):
+        assert P_NAME.match(tool["name"]) and len(tool["name"]) <= 128
+        assert "input_schema" not in tool or tool["input_schema"]["type"] == "object"
+
+
+def p_check_chat(body: Json, host: str) -> None:
+    """translation-responses.md, sections 1.8 and 4.1."""
+    waiting: list[str] = []
+    ids: list[str] = []
+    assert any(m["role"] != "system" for m in body["messages"])
+    for i, message in enumerate(body["messages"]):
+        role, content = message["role"], message.get("content")
+        if waiting:
+            assert (role, message["tool_call_id"]) == ("tool", waiting.pop(0)), "not the result of the call before"
+            assert isinstance(content, str | list)
+            continue
+        assert role in ("system", "developer", "user", "assistant"), "a result without a call"
+        assert role not in ("system", "developer") or i == 0 or host in KEEPS_SYSTEM, "a late system message"
+        if role == "assistant":
+            waiting = [c["id"] for c in message.get("tool_calls", [])]
+            assert waiting or content or message.get("refusal")
+            assert "tool_calls" not in message or waiting
+            for call in message.get("tool_calls", []):
+                inner = call[call["type"]]
+                assert P_NAME.match(inner["name"]) and len(inner["name"]) <= 64
+                assert isinstance(inner["arguments" if call["type"] == "function" else "input"], str)
+                if call["type"] == "function" and host != "api.openai.com":
+                    assert isinstance(json.loads(inner["arguments"]), dict)
+            ids += waiting
+        else:
+            assert content and isinstance(content, str | list), "an empty message"
+    assert not waiting and len(set(ids)) == len(ids) and all(isinstance(i, str) and i for i in ids)
+    assert host != "api.openai.com" or all(len(i) <= 40 for i in ids)
+    assert "tools" not in body or body["tools"]
+    assert "tool_choice" not in body or body["tools"]
+    assert all(P_NAME.match(t[t["type"]]["name"]) and len(t[t["type"]]["name"]) <= 64 for t in body.get("tools", [])
+               if t["type"] in ("function", "custom"))
+
+
+P_CALLS = {"function_call", "custom_tool_call"}
+
+
+def p_check_responses(body: Json, host: str) -> None:
+    """translation-responses.md, sections 1.8 and 3.1."""
+    assert body["input"] and body["store"] is False
+    waiting: list[tuple[str, str]] = []
+    ids: list[str] = []
+    outputs = False  # whether the results of the run have begun
+    for i, item in enumerate(body["input"]):
+        kind = item["type"]
+        if kind.endswith("_output"):
+            assert waiting and (kind.removesuffix("_output"), item["call_id"]) == waiting.pop(0)
+            assert isinstance(item["output"], str | list)
+            outputs = bool(waiting)
+            continue
+        assert not outputs, "something between results"
+        if kind in P_CALLS:
+            waiting.append((kind, item["call_id"]))
+            ids.append(item["call_id"])
+            assert P_NAME.match(item["name"]) and "id" not in item
+            assert isinstance(item["arguments" if kind == "function_call" else "input"], str)
+        elif kind == "reasoning":
+            behind = next((x for x in body["input"][i + 1:] if x["type"] != "reasoning"), {"type": "", "role": ""})
+            assert behind["type"] in P_CALLS | {"web_search_call"} or behind.get("role") == "assistant"
+        elif kind == "message":
+            assert item["role"] in ("user", "assistant", "developer") and item["content"]
+            assert item["role"] == "assistant" or not waiting, "something between a call and its result"
+            assert all(p.get("text", "x") != "" for p in item["content"])
+        else:
+            assert kind == "web_search_call"
+    assert not waiting and len(set(ids)) == len(ids) and all(0 < len(i) <= 64 for i in ids)
+    assert "tools" not in body or body["tools"]
+    assert "tool_choice" not in body or body["tools"]
+    assert all(P_NAME.match(t["name"]) and len(t["name"]) <= 64 for t in body.get("tools", []) if "name" in t)
+
+
+P_CHECK: dict[str, Callable[[Json, str], None]] = {
+    "messages": p_check_messages, "chat": p_check_chat, "responses": p_check_responses}
+
+
+# -- conversations
+
+def p_remembered(inbound: str, answer: Json) -> list[Json]:
+    """What a client puts into its history of an answer."""
+    if inbound == "responses":
+        return list(answer["output"])
+    if inbound == "chat":
+        return [answer["choices"][0]["message"]]
+    return [{"role": "assistant", "content": answer["content"]}]
+
+
+def p_calls_of(inbound: str, entries: list[Json]) -> list[tuple[str, str]]:
+    """Kind and id of the calls in history entries."""
+    if inbound == "responses":
+        return [(e["type"], e["call_id"]) for e in entries if e.get("type", "").endswith("_call") and "call_id" in e]
+    if inbound == "chat":
+        return [(c["type"], c["id"]) for e in entries for c in e.get("tool_calls") or []]
+    return [(b["type"], b["id"]) for e in entries if isinstance(e["content"], list) for b in e["content"]
+            if b["type"] == "tool_use"]
+
+
+def p_results(inbound: str, answered: list[tuple[str, str, Any]]) -> list[Json]:
+    """The entries that answer calls, in this order; an output that is None has an image in it."""
+    if inbound == "responses":
+        picture = [{"type": "input_text", "text": "see"},
+                   {"type": "input_image", "image_url": f"data:image/png;base64,{PNG}", "detail": "auto"}]
+        return [{"type": f"{kind}_output", "call_id": call, "output": picture if output is None else output}
+                for kind, call, output in answered]
+    if inbound == "chat":
+        parts = [{"type": "text", "text": "see"},
+                 {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}"}}]
+        return [{"role": "tool", "tool_call_id": call, "content": parts if output is None else output}
+                for _, call, output in answered]
+    blocks = [{"type": "text", "text": "see"},
+              {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PNG}}]
+    return [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": call,
+                                          "content": blocks if output is None else output}
+                                         for _, call, output in answered]}] if answered else []
+
+
+def p_asks(rng: random.Random, inbound: str, text: str) -> list[Json]:
+    """A user's words, with a picture now and then."""
+    if rng.random() < 0.7:
+        return [{"role": "user", "content": text}]
+    url = f"data:image/png;base64,{PNG}"
+    parts: dict[str, list[Json]] = {
+        "responses": [{"type": "input_text", "text": text}, {"type": "input_image", "image_url": url}],
+        "chat": [{"type": "text", "text": text}, {"type": "image_url", "image_url": {"url": url}}],
+        "messages": [m_text(text), {"type": "image", "source": {"type": "url", "url": "https://a.example/i.png"}}]}
+    return [{"type": "message", "role": "user", "content": parts[inbound]} if inbound == "responses"
+            else {"role": "user", "content": parts[inbound]}]
+
+
+def p_orders(rng: random.Random, inbound: str, text: str) -> list[Json]:
+    """A system or developer entry."""
+    role = "system" if inbound == "messages" else rng.choice(("system", "developer"))
+    return [{"role": role, "content": text}]
+
+
+def p_replies(rng: random.Random, setup: Setup, number: int, calls: int, reuse: bool) -> list[Json]:
+    """The entries of an assistant's turn: half of them came from this provider, the others from elsewhere."""
+    inbound, provider = setup[0]
+    here = rng.random() < 0.5
+    tame = reuse or (provider if here else inbound) == "messages"
+    ids = [f"call_{k}" if reuse else rng.choice((f"call_{number}_{k}", f"toolu_{number}_{k}{'x' * 60}") if tame else
+                                                (f"call_{number}_{k}", f"fn.exec:{number}{k}", f"é{number}.{k}"))
+           for k in range(calls)]
+    text = f"Answer {number}." if not calls or rng.random() < 0.5 else ""
+    thought = f"Thought {number}." if rng.random() < 0.7 else ""
+    if here:
+        body = p_answering(provider, number, thought, text, [(i, {"cmd": f"{number} {i}"}) for i in ids])
+        return p_remembered(inbound, proxai.PAIRS[setup[0]].response(body, p_begun(setup)))
+    arguments = rng.choice(('{"cmd":"ls"}', "", "{bad", "[1]"))
+    if inbound == "chat":
+        return [{"role": "assistant", "content": text or None, **({"reasoning_content": thought} if thought else {}),
+                 **({"tool_calls": [p_function(i, "exec", arguments) for i in ids]} if ids else {})}]
+    if inbound == "messages":
+        return [{"role": "assistant", "content": [
+            *([{"type": "thinking", "thinking": thought, "signature": "EqQBelsewhere"}] * bool(thought)),
+            *([m_text(text)] * bool(text)), *(p_used(i, "exec", {"cmd": "ls"}) for i in ids)]}]
+    entries = []
+    for k, i in enumerate(ids):
+        entries.append(rng.choice((
+            p_calling(number * 10 + k, i, "exec", arguments),
+            {"type": "custom_tool_call", "call_id": i, "name": "apply_patch", "input": "*** Begin"},
+            {"type": "local_shell_call", "id": f"lsh_{number}_{k}", "call_id": i, "status": "completed", "action": {
+                "type": "exec", "command": ["ls"], "env": {}, "timeout_ms": None, "working_directory": None,
+                "user": None}})))
+    if text:
+        entries.insert(rng.randint(0, len(entries)), p_spoken(number, text))
+    return [*([{"type": "reasoning", "id": f"rs_{number}", "summary": [{"type": "summary_text", "text": thought}],
+                "encrypted_content": "gAAAAABelsewhere"}] * bool(thought)), *entries]
+
+
+Step = tuple[str, list[Json], bool]  # who, history entries, whether no call is left open that gets its result later
+
+
+def p_conversation(rng: random.Random, setup: Setup) -> list[Step]:
+    """A random conversation; never two assistant turns in a row."""
+    inbound = setup[0][0]
+    number = itertools.count(1)
+    reuse = rng.random() < 0.2  # a provider that starts its ids at call_0 in every turn
+    steps: list[Step] = []
+    if inbound != "messages" and rng.random() < 0.7:
+        steps.append(("system", p_orders(rng, inbound, "Leading."), True))
+    for _ in range(rng.randint(2, 4)):
+        n = next(number)
+        steps.append(("user", p_asks(rng, inbound, f"Question {n}"), True))
+        if rng.random() < 0.2:
+            steps.append(("system", p_orders(rng, inbound, f"Note {n}"), True))
+        if rng.random() < 0.15:
+            steps.append(("user", p_asks(rng, inbound, f"Also {n}"), True))
+        for _ in range(rng.randint(0, 3)):
+            n = next(number)
+            entries = p_replies(rng, setup, n, rng.randint(1, 3), reuse)
+            calls = p_calls_of(inbound, entries)
+            rng.shuffle(calls)
+            answered: list[tuple[str, str, Any]] = []
+            for kind, call in calls:
+                if reuse or rng.random() < 0.9:
+                    picture = kind in ("function_call", "function", "tool_use") and rng.random() < 0.2
+                    answered.append((kind, call, None if picture else f"output {call}"))
+                    if not reuse and rng.random() < 0.1:
+                        answered.append((kind, call, rng.choice((f"output {call}", "another"))))
+            steps.append(("assistant", entries, not answered))
+            if rng.random() < 0.15:
+                steps.append(rng.choice((("user", p_asks(rng, inbound, f"Wait {n}"), not answered),
+                                         ("system", p_orders(rng, inbound, f"Hint {n}"), not answered))))
+            if answered:
+                steps.append(("results", p_results(inbound, answered), True))
+            else:
+                steps.append(("user", p_asks(rng, inbound, f"Well {n}"), True))
+            if inbound == "responses" and rng.random() < 0.1:
+                steps.append(("tools", [{"type": "additional_tools", "role": "developer", "tools": [
+                    {"type": "function", "name": f"more_{n}", "parameters": P_SCHEMA}]}], True))
+        steps.append(("assistant", p_replies(rng, setup, next(number), 0, reuse), True))
+    return [*steps, ("user", p_asks(rng, inbound, "Thanks."), True)]
+
+
+def p_flat(steps: list[Step]) -> list[Json]:
+    """The history entries of steps."""
+    return [entry for _, entries, _ in steps for entry in entries]
+
+
+# -- 1: the same again, and nothing changed
+
+@every_pair
+def test_requests_are_deterministic_and_leave_the_input_alone(setup):
+    pair, model, host = setup
+    body = p_everything(setup)
+    before = json.dumps(body)
+    first, ctx = translated(pair, model, body, host=host)
+    assert json.dumps(body) == before
+    again, other = translated(pair, model, copy.deepcopy(body), host=host)
+    assert json.dumps(first) == json.dumps(again)
+    assert ctx.dropped == other.dropped
+    assert ctx.stream is True
+    assert first["model"] == model
+    P_CHECK[pair[1]](first, host)
+
+
+@every_pair
+def test_answers_are_deterministic_and_leave_the_input_alone(setup):
+    pair = setup[0]
+    for name, body in P_ANSWERS[pair[1]].items():
+        events = P_SPLIT[pair[1]](body, random.Random(1))
+        before = json.dumps([body, events])
+        got = [(p_outcome(pair, p_begun(setup), body), streamed(pair, p_begun(setup), events)[0]) for _ in range(2)]
+        assert json.dumps(got[0]) == json.dumps(got[1]), name
+        assert json.dumps([body, events]) == before, name
+
+
+@every_pair
+def test_an_event_stays_as_it_was_sent(setup):
+    """The transport may hold events back before it writes them."""
+    pair = setup[0]
+    for name, body in P_ANSWERS[pair[1]].items():
+        stream = proxai.PAIRS[pair].stream(p_begun(setup))
+        given: list[tuple[Any, str]] = []
+        try:
+            for event in [None, *P_SPLIT[pair[1]](body, random.Random(1), 99)]:
+                given += [(e, json.dumps(e)) for e in stream.send(event)]
+        except (StopIteration, proxai.ProxyError):
+            pass
+        assert given, name
+        for event, text in given:
+            assert json.dumps(event) == text, name
+
+
+def p_outcome(pair: Pair, ctx: Any, body: Any) -> Any:
+    """The client's whole answer, or the status it fails with."""
+    try:
+        return proxai.PAIRS[pair].response(body, ctx)
+    except proxai.UpstreamError as error:
+        return f"error {error.status}"
+
+
+# -- 2 and 3: prefixes and pairs of calls and results
+
+def p_uncached(value: Any) -> Any:
+    """Without cache marks, and with every content as a list of blocks."""
+    if isinstance(value, dict):
+        return {k: [m_text(v)] if k == "content" and isinstance(v, str) and "role" in value else p_uncached(v)
+                for k, v in value.items() if k != "cache_control"}
+    return [p_uncached(v) for v in value] if isinstance(value, list) else value
+
+
+def p_fixed(body: Json) -> list[list[Any]]:
+    """The lists before the conversation; each may only grow at its end."""
+    system = body.get("system", [])
+    return [[m_text(system)] if isinstance(system, str) else p_uncached(system), p_uncached(body.get("tools", [])),
+            list(body.get("instructions") or "")]
+
+
+def p_turns(provider: str, body: Json) -> list[Any]:
+    """The conversation, entry by entry."""
+    return [p_uncached(m) for m in body["input" if provider == "responses" else "messages"]]
+
+
+def p_pieces(provider: str, body: Json) -> list[Any]:
+    """The conversation, part by part: what a turn gets when the next entry belongs to it too."""
+    out: list[Any] = []
+    for entry in p_turns(provider, body):
+        if "content" not in entry:
+            out.append(entry)
+            continue
+        rest = {k: v for k, v in entry.items() if k not in ("content", "tool_calls")}
+        out += [(rest, part) for part in entry["content"] or []]
+        out += [(rest, call) for call in entry.get("tool_calls") or []]
+    return out
+
+
+def p_grown(short: list[Any], long: list[Any]) -> bool:
+    """Whether the second starts with the first, whose last text may have grown."""
+    if not short:
+        return True
+    *head, tail = short
+    if long[:len(head)] != head or len(long) < len(short):
+        return False
+    now = long[len(head)]
+    if isinstance(tail, tuple) and isinstance(now, tuple) and tail[0] == now[0] and "text" in tail[1]:
+        return {**now[1], "text": ""} == {**tail[1], "text": ""} and now[1]["text"].startswith(tail[1]["text"])
+    return bool(now == tail)
+
+
+def p_words(steps: list[Step]) -> set[str]:
+    """What was said and what tools gave; not what was only thought."""
+    return {value for _, entries, _ in steps for path, value in walk(entries)
+            if isinstance(value, str) and path[-1] in ("content", "text", "output") and not value.startswith("Thought")}
+
+
+@every_setup
+def test_a_longer_history_starts_with_the_shorter_one_and_loses_no_word(setup):
+    (inbound, provider), _, host = setup
+    for seed in range(8):
+        rng = random.Random(seed)
+        steps = p_conversation(rng, setup)
+        with_tools = rng.random() < 0.7
+        if not with_tools:
+            steps = [s for s in steps if s[0] != "tools"]
+        bodies = {}
+        for at in range(1, len(steps) + 1):
+            body = p_asking(inbound, p_flat(steps[:at]))
+            if not with_tools:
+                del body["tools"]
+            bodies[at] = p_sent(setup, body)
+            P_CHECK[provider](bodies[at], host)
+        whole = bodies[len(steps)]
+        everywhere = json.dumps(whole, ensure_ascii=False)
+        assert [t for t in p_words(steps) if t not in everywhere] == [], f"seed {seed}: lost"
+        since: list[str] = []  # who spoke since the assistant did
+        for at, (who, _, closed) in enumerate(steps[:-1], 1):
+            since = [] if who == "assistant" else [*since, who]
+            if not closed or who == "system":
+                continue
+            where = f"seed {seed}, after step {at} of {[s[0] for s in steps]}"
+            for before, after in zip(p_fixed(bodies[at]), p_fixed(whole), strict=True):
+                assert after[:len(before)] == before, where
+            if steps[at][0] == "assistant":  # what a client sends when it is the model's turn
+                before = p_turns(provider, bodies[at])
+                assert p_turns(provider, whole)[:len(before)] == before, where
+            elif "system" not in since[1 if at == len(since) else 0:]:
+                before = p_pieces(provider, bodies[at])
+                if who == "assistant" and before[-1] == ({"role": "user"}, m_text("Continue.")):
+                    before.pop()
+                assert p_grown(before, p_pieces(provider, whole)), where
+
+
+@every_setup
+def test_at_most_four_cache_marks(setup):
+    (inbound, provider), _, host = setup
+    mark = {"prompt_cache_breakpoint": {"mode": "explicit"}} if inbound == "responses" else {
+        "cache_control": {"type": "ephemeral"}}
+    kind = "input_text" if inbound == "responses" else "text"
+    history = [entry for n in range(9) for entry in (
+        {"role": "user", "content": [{"type": kind, "text": f"{n}", **mark}, {"type": kind, "text": "b", **mark}]},
+        {"role": "assistant", "content": f"Answer {n}"})]
+    body = p_sent(setup, p_asking(inbound, [*history, *P_HELLO], tools=[{**t, **mark} for t in P_ASK[inbound]["tools"]]))
+    P_CHECK[provider](body, host)
+    if host == "api.anthropic.com":
+        assert json.dumps(body).count('"cache_control"') == 4
+
+
+P_IDS = ("", "c.1:x", "functions.exec:0", "call_0", "a" * 80, "é", "pxid_", "pxid_817f150cYy4xOng", "a_2", "a")
+
+
+P_ONLY_THOUGHT: dict[str, Json] = {  # a turn that was cut before it said anything
+    "responses": {"type": "reasoning", "id": "rs_x", "summary": [], "encrypted_content": "gAAAAABelsewhere"},
+    "chat": {"role": "assistant", "content": None, "reasoning_content": "Hm."},
+    "messages": {"role": "assistant", "content": [
+        {"type": "thinking", "thinking": "Hm.", "signature": "EqQBelsewhere"}]},
+}
+
+
+def p_disturbed(rng: random.Random, inbound: str, history: list[Json]) -> list[Json]:
+    """A history with entries lost, repeated, moved, emptied, put between, and ids that are new or shared."""
+    history = copy.deepcopy(history)
+    for _ in range(rng.randint(1, 8)):
+        i, j, what = rng.randrange(len(history)), rng.randrange(len(history)), rng.randrange(7)
+        if what == 0 and len(history) > 1:
+            del history[i]
+        elif what == 1:
+            history.insert(j, copy.deepcopy(history[i]))
+        elif what == 2:
+            history[i], history[j] = history[j], history[i]
+        elif what == 3 and "content" in history[i]:
+            history[i]["content"] = rng.choice(("", " \n", []))
+        elif what == 4:
+            history.insert(j, copy.deepcopy(rng.choice((P_ONLY_THOUGHT[inbound], *p_orders(rng, inbound, "Hint.")))))
+        else:
+            holders = [(value, key) for _, value in walk(history) if isinstance(value, dict)
+                       for key in ("call_id", "tool_call_id", "tool_use_id", "id")
+                       if key in value and (key != "id" or value.get("type") in ("function", "custom", "tool_use"))]
+            if holders:
+                old, new = rng.choice([value[key] for value, key in holders]), rng.choice(P_IDS)
+                for value, key in holders:
+                    if value[key] == old and (what == 5 or rng.random() < 0.5):
+                        value[key] = new
+    return history
+
+
+@every_setup
+def test_calls_and_results_stay_paired_in_disturbed_histories(setup):
+    (inbound, provider), _, host = setup
+    for seed in range(40):
+        rng = random.Random(seed)
+        history = p_disturbed(rng, inbound, p_flat(p_conversation(rng, setup)))
+        try:
+            P_CHECK[provider](p_sent(setup, p_asking(inbound, history)), host)
+        except Exception as error:
+            raise AssertionError(f"seed {seed}: {history}") from error
+
+
+@pytest.mark.parametrize("content", [
+    pytest.param([{"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}], id="audio"),
+    pytest.param([{"type": "file", "file": {"file_id": "file_1"}}], id="file-id"),
+    pytest.param([{"type": "input_file", "file_id": "file_1"}], id="input-file-id"),
+    pytest.param([{"type": "image_url", "image_url": {"url": "data:image/tiff;base64,AAAA"}}], id="tiff"),
+    pytest.param([{"type": "input_image", "image_url": "data:image/tiff;base64,AAAA"}], id="input-tiff"),
+    pytest.param([{"type": "image", "source": {"type": "file", "file_id": "file_1"}}], id="image-file"),
+    pytest.param([{"type": "resource", "uri": "x://y"}], id="unknown"),
+    pytest.param([{"no": "type"}], id="no-type"),
+    pytest.param([], id="nothing"),
+])
+@every_pair
+def test_no_tool_result_makes_a_request_fail(setup, content):
+    """What a tool gave is sent again in every turn: refused once, refused forever."""
+    (inbound, provider), _, host = setup
+    history = [*P_HELLO, *p_exchange(inbound, ["call_1"], {"cmd": "x"}),
+               *p_results(inbound, [(P_KIND[inbound], "call_1", content)])]
+    P_CHECK[provider](p_sent(setup, p_asking(inbound, history)), host)
+
+
+# -- 4: streams that end too early
+
+def p_finished(provider: str, events: list[Any]) -> bool:
+    """Whether the provider said that its answer is over, and not that it failed."""
+    if provider == "messages":
+        return any(e["type"] == "message_delta" for e in events)
+    if provider == "chat":
+        return any(c["finish_reason"] for e in events if e != "[DONE]" for c in e["choices"])
+    return any(e["type"] in ("response.completed", "response.incomplete") or
+               (e["type"] == "response.failed" and e["response"]["error"]["code"] == "invalid_prompt") for e in events)
+
+
+@every_pair
+def test_a_stream_that_is_cut_never_looks_complete(setup):
+    pair = setup[0]
+    for name, body in P_ANSWERS[pair[1]].items():
+        events = P_SPLIT[pair[1]](body, random.Random(2), 12)
+        for cut in range(len(events) + 1):
+            complete = p_finished(pair[1], events[:cut])
+            for end in (None, proxai.UpstreamError("the connection was lost")):
+                where = f"{name}, cut after {cut} of {len(events)}, {end!r}"
+                out, error = streamed(pair, p_begun(setup), events[:cut], end)
+                got = P_READ[pair[0]](out)
+                if complete and error is None:
+                    assert got is not None, where
+                    assert got.get("status") != "failed" or name.startswith("refused"), where
+                elif complete:  # whether the answer is still whole when the transport fails behind it is not settled
+                    assert end is not None, where
+                else:
+                    assert error is not None, where
+                    assert p_no_success(pair[0], out), where
+                    assert out or not cut or pair[0] != "responses", where
+                    if pair[0] == "responses" and out:
+                        assert got is not None and got["status"] == "failed", where
+                if not cut:
+                    assert out == [], "before the provider's first event a failure is an HTTP error"
+
+
+def p_cut_call(provider: str) -> list[Any]:
+    """A provider's stream in which the token limit cut the second of two calls."""
+    rng = random.Random(3)
+    if provider == "messages":
+        body = p_claude([p_used("call_1", "exec", {"cmd": "a"}), p_used("call_2", "exec", {"cmd": "rm -r b"})], "max_tokens")
+        events = p_split_messages(body, rng, 4, False)
+        cut = max(n for n, e in enumerate(events) if e["type"] == "content_block_delta")
+        return events[:cut] + events[cut + 1:]
+    return P_SPLIT[provider](p_cut_answer(provider), rng, 4)
+
+
+def p_cut_answer(provider: str) -> Json:
+    """The same as one body, of a provider whose arguments are text."""
+    if provider == "chat":
+        return p_completion("length", tool_calls=[p_function("call_1", "exec", '{"cmd":"a"}'),
+                                                p_function("call_2", "exec", '{"cmd":"rm -r')])
+    return p_response([p_calling(1, "call_1", "exec", '{"cmd":"a"}'),
+                     p_calling(2, "call_2", "exec", '{"cmd":"rm -r') | {"status": "incomplete"}],
+                    "incomplete", incomplete_details={"reason": "max_output_tokens"})
+
+
+@every_pair
+def test_a_call_that_was_cut_never_looks_complete(setup):
+    pair = setup[0]
+    inbound, provider = pair
+    out, error = streamed(pair, p_begun(setup), p_cut_call(provider))
+    assert error is None
+    got = P_READ[inbound](out)
+    assert got is not None
+    ends = [got]
+    if provider != "messages":  # whose whole answers have arguments that are JSON already
+        ends.append(proxai.PAIRS[pair].response(p_cut_answer(provider), p_begun(setup)))
+    for end in ends:
+        if inbound == "responses":
+            assert (end["status"], end["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+            assert end["output"][0]["status"] == "completed"
+            assert all(i["status"] == "incomplete" for i in end["output"][1:])
+            assert [e["item"]["call_id"] for e in out if e["type"] == "response.output_item.done"] == ["call_1"]
+        elif inbound == "messages":
+            assert end["stop_reason"] == "max_tokens"
+            assert end is got or [b["id"] for b in end["content"]] == ["call_1"]
+        else:
+            assert end["choices"][0]["finish_reason"] == "length"
+
+
+# -- 5: streamed is what whole is
+
+def p_settled(body: Any) -> Any:
+    """A client's answer as bare() has it. A custom call reaches Chat clients when it is whole, and those beside it
+    may come first: then the calls are in the order of their ids."""
+    out = bare(body)
+    for choice in out.get("choices", []):
+        if any(c["type"] == "custom" for c in choice["message"].get("tool_calls", [])):
+            choice["message"]["tool_calls"].sort(key=lambda c: c["id"])
+    return out
+
+
+@every_pair
+def test_streamed_equals_whole(setup):
+    pair = setup[0]
+    for name, body in P_ANSWERS[pair[1]].items():
+        expected = p_outcome(pair, p_begun(setup), body)
+        for seed in range(8):
+            where = f"{name}, seed {seed}"
+            events = P_SPLIT[pair[1]](body, random.Random(seed), (1, 3, 9, 99)[seed % 4])
+            out, error = streamed(pair, p_begun(setup), events)
+            got = P_READ[pair[0]](out)
+            if isinstance(expected, str):
+                assert error is not None and f"error {error.status}" == expected, where
+                continue
+            assert error is None, where
+            assert got == expected if pair[0] == "responses" else p_settled(got) == p_settled(expected), where
+            assert p_settled(proxai.collect(pair[0], out)) == p_settled(expected), where
+        if not isinstance(expected, str):
+            out, error = streamed(pair, p_begun(setup), proxai.explode(pair[1], body))
+            assert error is None, name
+            assert bare(P_READ[pair[0]](out)) == bare(expected), name
+
+
+@every_pair
+def test_streamed_equals_whole_for_random_answers(setup):
+    pair = setup[0]
+    for seed in range(40):
+        rng = random.Random(seed)
+        body = p_answering(pair[1], seed, rng.choice(("", "Hm. " * 5)), rng.choice(("", P_TEXT)),
+                         [(f"call_{seed}_{k}", rng.choice((P_ARGS, {}, {"cmd": "x"}))) for k in range(rng.randint(0, 4))])
+        whole = proxai.PAIRS[pair].response(body, p_begun(setup))
+        out, error = streamed(pair, p_begun(setup), P_SPLIT[pair[1]](body, rng, rng.choice((2, 20))))
+        assert error is None
+        assert bare(P_READ[pair[0]](out)) == bare(whole), f"seed {seed}"
+
+
+def p_replayed(inbound: str, events: list[Any]) -> Json:
+    """What the official package makes of a client's events."""
+    package = pytest.importorskip("anthropic" if inbound == "messages" else "openai")
+    http = sys.modules.get("httpx2") or sys.modules["httpx"]
+    frames = [("" if inbound == "chat" else f"event: {e['type']}\n") +
+              f"data: {e if isinstance(e, str) else json.dumps(e)}\n\n" for e in events]
+    transport = http.MockTransport(lambda request: http.Response(
+        200, headers={"content-type": "text/event-stream"}, content="".join(frames).encode()))
+    with http.Client(transport=transport, trust_env=False) as connection:
+        more = {"api_key": "k", "base_url": "http://127.0.0.1:9/v1", "http_client": connection, "max_retries": 0}
+        if inbound == "messages":
+            with package.Anthropic(**more).messages.stream(model="m", max_tokens=9, messages=P_HELLO) as stream:
+                return stream.get_final_message().to_dict()
+        if inbound == "chat":
+            with package.OpenAI(**more).chat.completions.stream(model="m", messages=P_HELLO) as stream:
+                return stream.get_final_completion().to_dict()
+        with package.OpenAI(**more).responses.stream(model="m", input="hello") as stream:
+            return stream.get_final_response().to_dict()
+
+
+def p_digestible(inbound: str, events: list[Any]) -> bool:
+    """Whether the helper of the official package gives an answer: only for these ends, and no streamed custom call."""
+    if inbound == "chat":
+        return (any(c["finish_reason"] in ("stop", "tool_calls") for e in events if e != "[DONE]" for c in e["choices"])
+                and not any("custom" in call for e in events if e != "[DONE]" for c in e["choices"]
+                            for call in c["delta"].get("tool_calls", [])))
+    return inbound == "messages" or events[-1]["type"] == "response.completed"
+
+
+@every_pair
+def test_official_packages_read_the_streams(setup):
+    pair = setup[0]
+    count = 0
+    for name, body in P_ANSWERS[pair[1]].items():
+        expected = p_outcome(pair, p_begun(setup), body)
+        out, error = streamed(pair, p_begun(setup), P_SPLIT[pair[1]](body, random.Random(4)))
+        if error is None and p_digestible(pair[0], out):
+            got = p_replayed(pair[0], out)
+            count += 1
+            if pair[0] == "responses":
+                assert bare(got["output"]) == bare(expected["output"]), name
+                assert bare(got["usage"]) == bare(expected["usage"]), name
+            elif pair[0] == "chat":
+                assert bare(got["choices"]) == bare(expected["choices"]), name
+                assert bare(got["usage"]) == bare(expected["usage"]), name
+            else:
+                assert bare(got) == bare(expected), name
+    assert count >= 5
+
+
+@pytest.mark.parametrize("word", list(P_SPLIT))
+def test_official_packages_read_the_splits_of_this_file(word):
+    for name in ("text", "thought", "special"):
+        body = P_ANSWERS[word][name]
+        got = bare(p_replayed(word, P_SPLIT[word](body, random.Random(4), 5, False)))
+        assert got == {**bare(body), **{k: got[k] for k in got if k not in body}}, name
+
+
+# -- 6: reasoning goes to the client and back
+
+P_ROUND_TRIPS = {"messages": ("thought", "interleaved"), "chat": ("thought", "details", "signed"),
+               "responses": ("thought-once", "interleaved", "sealed-call")}
+P_ANSWERED_ONCE: dict[str, Json] = {
+    "thought-once": p_response([p_reasoned(1, "First so."), p_spoken(2, "Let me see."), p_calling(3, "call_1", "exec", "{}")]),
+    "sealed-call": p_response([p_reasoned(1), p_calling(2, "call_1", "exec", "{}")]),
+}
+every_round_trip = pytest.mark.parametrize("setup, name", [
+    pytest.param(setup, name, id=f"{'-'.join(setup[0])}-{name}")
+    for setup in P_MAIN for name in P_ROUND_TRIPS[setup[0][1]]])
+
+
+def p_carried(setup: Setup, name: str, by_stream: bool = False) -> tuple[Json, list[Json]]:
+    """A provider's answer, and the client's history with it and the results of its calls."""
+    pair = setup[0]
+    inbound, provider = pair
+    body = P_ANSWERED_ONCE[name] if name in P_ANSWERED_ONCE else P_ANSWERS[provider][name]
+    if by_stream:
+        answer = P_READ[inbound](streamed(pair, p_begun(setup), P_SPLIT[provider](body, random.Random(5)))[0])
+        assert answer is not None
+    else:
+        answer = proxai.PAIRS[pair].response(body, p_begun(setup))
+    entries = p_remembered(inbound, answer)
+    return body, json.loads(json.dumps(  # over the wire
+        [*P_HELLO, *entries, *p_results(inbound, [(k, c, "ok") for k, c in p_calls_of(inbound, entries)])]))
+
+
+@pytest.mark.parametrize("by_stream", [False, True], ids=["whole", "streamed"])
+@every_round_trip
+def test_reasoning_comes_back_as_it_was(setup, name, by_stream):
+    inbound, provider = setup[0]
+    answer, history = p_carried(setup, name, by_stream)
+    body = p_sent(setup, p_asking(inbound, history))
+    if provider == "messages":
+        assert body["messages"][1] == {"role": "assistant", "content": answer["content"]}
+    elif provider == "chat":
+        was, now = answer["choices"][0]["message"], next(m for m in body["messages"] if m["role"] == "assistant")
+        kept = {"thought": ("reasoning_content", "content"), "details": ("reasoning_details",), "signed": ()}[name]
+        assert {k: now[k] for k in kept} == {k: was[k] for k in kept}
+        for key in ("id", "extra_content"):
+            assert [c.get(key) for c in now["tool_calls"]] == [c.get(key) for c in was["tool_calls"]]
+    else:
+        assert [bare(i) for i in body["input"] if i["type"] == "reasoning"] == [
+            {"type": "reasoning", "id": i["id"], "summary": i["summary"] if inbound == "messages" else [],
+             "encrypted_content": i["encrypted_content"]} for i in answer["output"] if i["type"] == "reasoning"]
+        assert ([i["type"] for i in body["input"]][1:1 + len(answer["output"])] == [i["type"] for i in answer["output"]]
+                or inbound == "chat")
+        assert ([i["call_id"] for i in body["input"] if i["type"] == "function_call"]
+                == [i["call_id"] for i in answer["output"] if i["type"] == "function_call"])
+    P_CHECK[provider](body, setup[2])
+
+
+def p_carriers(history: list[Json]) -> list[tuple[Any, ...]]:
+    """The paths of the carriers in a client's history."""
+    return [path for path, value in walk(history) if isinstance(value, str) and value.startswith("px1.")]
+
+
+def p_carrier_cases() -> list[Any]:
+    """Where Claude's own signatures go through Chat fields, there is no carrier (translation-chat.md, 1.5a)."""
+    return [pytest.param(setup, name, id=f"{'-'.join(setup[0])}-{name}") for setup in P_MAIN
+            for name in P_ROUND_TRIPS[setup[0][1]] if setup[0] != ("chat", "messages")]
+
+
+@pytest.mark.parametrize("setup, name", p_carrier_cases())
+def test_a_damaged_carrier_is_dropped(setup, name):
+    inbound = setup[0][0]
+    history = p_carried(setup, name)[1]
+    found = p_carriers(history)
+    assert found
+    for path in found:
+        expected = p_sent(setup, p_asking(inbound, without(history, path[:-1])))
+        assert p_sent(setup, p_asking(inbound, history)) != expected
+        value = history
+        for key in path:
+            value = value[key]
+        text = str(value)
+        places = sorted({*range(min(40, len(text))), *range(0, len(text), max(1, len(text) // 40))})
+        damaged = [text[:n] + new + text[n + 1:] for n in places for new in ("A" if text[n] != "A" else "B", "²", ".")
+                   if text[n] != new]
+        damaged += [text[:n] for n in places] + [text + "A", text + "=", text + " ", text.upper(), "px1.....", "gAAAAA"]
+        for new in damaged:
+            assert p_sent(setup, p_asking(inbound, replaced(history, path, new))) == expected, new
+
+
+@pytest.mark.parametrize("setup, name", p_carrier_cases())
+def test_a_carrier_of_another_provider_is_dropped(setup, name):
+    pair, model, _ = setup
+    history = p_carried(setup, name)[1]
+    other = (pair, model, "other.example")
+    stripped = history
+    for path in reversed(p_carriers(history)):
+        stripped = without(stripped, path[:-1])
+    assert p_sent(other, p_asking(pair[0], history)) == p_sent(other, p_asking(pair[0], stripped))
+
+
+@pytest.mark.parametrize("name", P_ROUND_TRIPS["messages"])
+def test_thinking_whose_text_was_edited_is_dropped(name):
+    setup = P_MAIN[0]
+    assert setup[0] == ("responses", "messages")
+    history = p_carried(setup, name)[1]
+    edited = [path for path, value in walk(history) if path[-1:] == ("text",) and "summary" in path]
+    assert edited
+    for path in edited:
+        assert (p_sent(setup, p_asking("responses", replaced(history, path, "Edited.")))
+                == p_sent(setup, p_asking("responses", without(history, path[:1]))))
+
+
+@pytest.mark.parametrize("change, kept", [
+    pytest.param({}, ["thinking", "text", "thinking", "tool_use", "tool_use"], id="nothing"),
+    pytest.param({"content": "Fir"}, ["text", "tool_use", "tool_use"], id="text-cut"),
+    pytest.param({"reasoning_details": None}, ["text", "tool_use", "tool_use"], id="details-lost"),
+    pytest.param({"reasoning_details": [{"type": "reasoning.encrypted", "data": "px1.or.a.b.c.d", "index": 0,
+                                         "format": "openai-responses-v1", "x_at": "0:0"}]},
+                 ["text", "tool_use", "tool_use"], id="details-of-another-provider"),
+    pytest.param({"reasoning_details": [7, None, {}, {"x_at": 7}]}, ["text", "tool_use", "tool_use"], id="nonsense"),
+])
+def test_thinking_in_chat_fields_survives_only_whole(change, kept):
+    setup = next(s for s in P_MAIN if s[0] == ("chat", "messages"))
+    history = p_carried(setup, "interleaved")[1]
+    assert history[1]["content"] == "First."
+    history[1] |= change
+    content = p_sent(setup, p_asking("chat", history))["messages"][1]["content"]
+    assert [b["type"] for b in content] == kept
+
+
+# -- 7: whatever is in a field
+
+P_SWAPS: list[Any] = [None, True, 7, -1, 1.5, "", "x", [], {}, [None], [[]], {"type": 7}]
+
+
+def p_swaps(values: list[Any], root: bool) -> Iterator[tuple[int, tuple[Any, ...], Any, Any]]:
+    """Number, path, new value and the changed copy, FUZZ of them evenly over the paths (the root only if asked)."""
+    rng = random.Random(6)
+    places = [(n, path) for n, value in enumerate(values) for path, _ in walk(value) if path or root]
+    each = min(len(P_SWAPS), max(1, FUZZ // len(places)))
+    if len(places) > FUZZ:
+        places = rng.sample(places, FUZZ)
+    for n, path in places:
+        for new in rng.sample(P_SWAPS, each):
+            yield n, path, new, replaced(values[n], path, copy.deepcopy(new))
+
+
+def p_complain(faults: list[str]) -> None:
+    """Fail with the first faults."""
+    assert not faults, f"{len(faults)} faults:\n" + "\n".join(faults[:12])
+
+
+@every_pair
+def test_any_value_in_a_request_is_translated_or_refused(setup):
+    pair, model, host = setup
+    faults, refused = [], 0
+    for _, path, new, body in p_swaps([p_everything(setup)], False):
+        try:
+            got = translated(pair, model, body, host=host)[0]
+            json.dumps(got, allow_nan=False)
+            P_CHECK[pair[1]](got, host)
+        except proxai.RequestError as error:
+            refused += 1
+            if error.status != 400 or not isinstance(error.param, str) or not error.param:
+                faults.append(f"{path} = {new!r}: {error.status} with param {error.param!r}")
+        except Exception as error:
+            faults.append(f"{path} = {new!r}: {error!r}")
+    p_complain(faults)
+    assert refused, "at least the wrong type of the whole history is refused"
+
+
+@every_pair
+def test_any_value_in_a_whole_answer_is_translated_or_an_upstream_error(setup):
+    pair = setup[0]
+    answers = list(P_ANSWERS[pair[1]].values())
+    faults = []
+    for _, path, new, body in p_swaps(answers, True):
+        try:
+            got = proxai.PAIRS[pair].response(body, p_begun(setup))
+            json.dumps(got, allow_nan=False)
+            assert isinstance(got, dict)
+        except proxai.UpstreamError as error:
+            if not 400 <= error.status <= 599:
+                faults.append(f"{path} = {new!r}: status {error.status}")
+        except Exception as error:
+            faults.append(f"{path} = {new!r}: {error!r}")
+    p_complain(faults)
+
+
+@every_pair
+def test_any_value_in_a_stream_event_leaves_a_well_formed_stream(setup):
+    pair = setup[0]
+    streams = [P_SPLIT[pair[1]](body, random.Random(7), 99) for body in P_ANSWERS[pair[1]].values()]
+    events = [(s, i) for s, stream in enumerate(streams) for i, e in enumerate(stream) if isinstance(e, dict)]
+    faults = []
+    for n, path, new, event in p_swaps([streams[s][i] for s, i in events], False):
+        s, i = events[n]
+        try:
+            out, error = streamed(pair, p_begun(setup), [*streams[s][:i], event, *streams[s][i + 1:]])
+            json.dumps(out, allow_nan=False)
+            got = P_READ[pair[0]](out)
+            assert error is not None or got is not None, "neither an end nor an error"
+            assert error is None or p_no_success(pair[0], out), "an end and an error"
+            assert error is None or 400 <= error.status <= 599
+        except Exception as error:
+            faults.append(f"event {i} ({streams[s][i].get('type')}) {path} = {new!r}: {error!r}")
+    p_complain(faults)
+
+
+P_OPEN = {"parameters", "input_schema", "schema", "input", "env", "metadata", "client_metadata", "arguments",
+        "reasoning_details", "extra_content"}  # whose keys are data: of schemas, arguments, or the provider's own
+P_OPAQUE = {"server_tool_use", "web_search_tool_result"}
+
+
+def p_with_unknown_keys(value: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Copies, each with a key in one of the objects that no protocol knows."""
+    for path, inner in walk(value):
+        if not isinstance(inner, dict):
+            continue
+        above, free = value, False
+        for key in path:
+            above = above[key]
+            free = free or (key in P_OPEN and isinstance(above, dict | list) and above is not value.get("input"))
+            free = free or (isinstance(above, dict) and above.get("type") in P_OPAQUE)
+        if not free:
+            yield path, replaced(value, path, {**inner, "x_unknown": {"type": "x", "id": [1]}})
+
+
+@every_pair
+def test_unknown_keys_in_a_request_are_only_noted(setup):
+    pair, model, host = setup
+    expected, plain = translated(pair, model, p_everything(setup), host=host)
+    for path, body in p_with_unknown_keys(p_everything(setup)):
+        got, ctx = translated(pair, model, body, host=host)
+        assert got == expected, path
+        assert set(ctx.dropped) >= set(plain.dropped), path
+        if not path:
+            assert set(ctx.dropped) - set(plain.dropped) == {"x_unknown"}
+
+
+@every_pair
+def test_unknown_keys_in_answers_change_nothing(setup):
+    pair = setup[0]
+    for name, body in P_ANSWERS[pair[1]].items():
+        expected = p_outcome(pair, p_begun(setup), body)
+        for path, more in p_with_unknown_keys(body):
+            assert p_outcome(pair, p_begun(setup), more) == expected, (name, path)
+        events = P_SPLIT[pair[1]](body, random.Random(8), 99)
+        out, error = streamed(pair, p_begun(setup), events)
+        for n, event in enumerate(events):
+            for path, more in p_with_unknown_keys(event) if isinstance(event, dict) else ():
+                got, fault = streamed(pair, p_begun(setup), [*events[:n], more, *events[n + 1:]])
+                assert (got, type(fault)) == (out, type(error)), (name, n, path)
+
+
+# -- 8: much, and deep
+
+def p_exchange(inbound: str, calls: list[str], arguments: Any) -> list[Json]:
+    """An assistant's turn with these calls of `exec`."""
+    if inbound == "responses":
+        return [p_calling(n, c, "exec", compact(arguments)) for n, c in enumerate(calls)]
+    if inbound == "chat":
+        return [{"role": "assistant", "content": None,
+                 "tool_calls": [p_function(c, "exec", compact(arguments)) for c in calls]}]
+    return [{"role": "assistant", "content": [p_used(c, "exec", arguments) for c in calls]}]
+
+
+P_KIND = {"responses": "function_call", "chat": "function", "messages": "tool_use"}
+
+
+def p_long_history(inbound: str, size: int) -> list[Json]:
+    """Rounds of four entries each."""
+    return [entry for n in range(size // 4) for entry in (
+        {"role": "user", "content": f"Question {n}"}, *p_exchange(inbound, [f"call_{n}"], {"cmd": "x"}),
+        *p_results(inbound, [(P_KIND[inbound], f"call_{n}", "ok")]), {"role": "assistant", "content": f"Answer {n}"})]
+
+
+def p_wide_history(inbound: str, size: int) -> list[Json]:
+    """Calls at once, answered from the last to the first."""
+    ids = [f"call_{n}" for n in range(size // 2)]
+    return [*P_HELLO, *p_exchange(inbound, ids, {"cmd": "x"}),
+            *p_results(inbound, [(P_KIND[inbound], i, "ok") for i in reversed(ids)])]
+
+
+def p_same_id_history(inbound: str, size: int) -> list[Json]:
+    """Rounds that all use one call id, as some providers do."""
+    return [entry for n in range(size // 2) for entry in (
+        *p_exchange(inbound, ["call_0"], {"cmd": f"{n}"}), *p_results(inbound, [(P_KIND[inbound], "call_0", f"{n}")]))]
+
+
+def p_effort(run: Callable[[], Any]) -> int:
+    """How many functions are called: no clock, but it grows with the square where the work does."""
+    count = 0
+
+    def called(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(called)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+@pytest.mark.parametrize("history", [p_long_history, p_wide_history], ids=["long", "wide"])
+@every_pair
+def test_thousands_of_entries(setup, history):
+    inbound, provider = setup[0]
+    body = p_sent(setup, p_asking(inbound, [*history(inbound, 4000), {"role": "user", "content": "Last"}]))
+    P_CHECK[provider](body, setup[2])
+    text = json.dumps(body)
+    assert text.count("no result was recorded") == text.count("unknown tool call") == 0
+    assert "Last" in text
+
+
+@pytest.mark.parametrize("history", [p_long_history, p_wide_history, p_same_id_history], ids=["long", "wide", "same-id"])
+@every_pair
+def test_twice_the_history_is_twice_the_work(setup, history):
+    bodies = [p_asking(setup[0][0], history(setup[0][0], size)) for size in (300, 600)]
+    small, large = (p_effort(lambda b=b: p_sent(setup, b)) for b in bodies)
+    assert large < 2.5 * small
+
+
+@every_pair
+def test_twice_the_fragments_are_twice_the_work(setup):
+    pair = setup[0]
+    counts = []
+    for size in (400, 800):
+        body = p_answering(pair[1], 1, "t" * size, "s" * size, [(f"call_{k}", {"cmd": "x" * size}) for k in range(2)])
+        events, ctx = P_SPLIT[pair[1]](body, random.Random(9), 1), p_begun(setup)
+        counts.append(p_effort(lambda e=events, c=ctx: streamed(pair, c, e)))
+    assert counts[1] < 2.5 * counts[0]
+
+
+@every_pair
+def test_thousands_of_fragments(setup):
+    pair = setup[0]
+    body = p_answering(pair[1], 1, "Hm. " * 1000, "So. " * 1000,
+                     [(f"call_{k}", {"cmd": "x" * 3000}) for k in range(2)])
+    events = P_SPLIT[pair[1]](body, random.Random(9), 1)
+    assert len(events) > 12_000
+    out, error = streamed(pair, p_begun(setup), events)
+    assert error is None
+    assert bare(P_READ[pair[0]](out)) == bare(proxai.PAIRS[pair].response(body, p_begun(setup)))
+
+
+def p_nested(levels: int) -> Json:
+    """An object that is `levels` deep, lists and objects in turn."""
+    value: Any = "x"
+    for n in range(levels):
+        value = {"a": value} if n % 2 else [value]
+    return value
+
+
+def p_nested_schema(levels: int) -> Json:
+    """A schema of objects in objects; each takes two levels of JSON."""
+    schema: Json = {"type": "string"}
+    for _ in range(levels):
+        schema = {"type": "object", "properties": {"a": schema}, "required": ["a"], "additionalProperties": False}
+    return schema
+
+
+@every_pair
+def test_deep_nesting(setup):
+    pair = setup[0]
+    inbound, provider = pair
+    deep, schema = p_nested(90), p_nested_schema(40)
+    tools, shape = {
+        "responses": ([{"type": "function", "name": "exec", "parameters": schema}],
+                      {"text": {"format": {"type": "json_schema", "name": "o", "schema": schema}}}),
+        "chat": ([{"type": "function", "function": {"name": "exec", "parameters": schema}}],
+                 {"response_format": {"type": "json_schema", "json_schema": {"name": "o", "schema": schema}}}),
+        "messages": ([{"name": "exec", "input_schema": schema}],
+                     {"output_config": {"format": {"type": "json_schema", "schema": schema}}}),
+    }[inbound]
+    body = p_sent(setup, p_asking(inbound, [
+        *P_HELLO, *p_exchange(inbound, ["call_1"], deep),
+        *p_results(inbound, [(P_KIND[inbound], "call_1", compact(deep) if inbound == "chat" else [deep])])],
+        tools=tools, **shape))
+    P_CHECK[provider](body, setup[2])
+    if provider == "messages":
+        assert body["messages"][1]["content"][0]["input"] == deep
+        assert body["tools"][0]["input_schema"] == schema
+        assert body["output_config"]["format"]["schema"] == schema
+    elif provider == "chat":
+        call, = (m for m in body["messages"] if m["role"] == "assistant")
+        assert json.loads(call["tool_calls"][0]["function"]["arguments"]) == deep
+        assert body["tools"][0]["function"]["parameters"] == schema
+        assert body["response_format"]["json_schema"]["schema"] == schema
+    else:
+        call, = (i for i in body["input"] if i["type"] == "function_call")
+        assert json.loads(call["arguments"]) == deep
+        assert body["tools"][0]["parameters"] == schema
+        assert body["text"]["format"]["schema"] == schema
+    answer = p_answering(provider, 1, "", "", [("call_1", deep)])
+    out, error = streamed(pair, p_begun(setup), P_SPLIT[provider](answer, random.Random(10)))
+    assert error is None
+    for got in (proxai.PAIRS[pair].response(answer, p_begun(setup)), P_READ[inbound](out)):
+        if inbound == "messages":
+            assert got["content"][0]["input"] == deep
+        else:
+            call = (got["output"][0] if inbound == "responses"
+                    else got["choices"][0]["message"]["tool_calls"][0]["function"])
+            assert json.loads(call["arguments"]) == deep
 
 
 
 # ============================================================================
-#  10  Observation
+#  14  Observation
 # ============================================================================
 
 ID = 1778228311188  # `wn82ac` in base 36
@@ -5085,9 +15611,80 @@ def iter_frames():
         frame = frame.f_back
 
 
+# -- what a translation gets of a stream ----------------------------------------
+
+def payloads(protocol: Any, *pieces: bytes, limit: int = 1 << 20) -> tuple[list[Any], Any]:
+    """What a translation gets of a stream that comes in these pieces, and what was seen of it."""
+    observer = proxai.StreamObserver(protocol, limit)
+    return [item for piece in pieces for item in observer.payloads(piece, 1.0)], observer.seen
+
+
+def event_stream(protocol: Any) -> tuple[bytes, list[Any]]:
+    """A stream with all that may stand between events, and its payloads."""
+    named = b"" if protocol is CHAT else b"event: a\n"
+    raw = (b"\xef\xbb\xbf: hello\n\n" + named + b'data: {"x": "\xc3\xa9\xf0\x9f\x98\x80",\ndata: "type": "t"}\n\n'
+           b"retry: 5\n\nid: 3\n\ndata:\n\ndata:   \n\n"
+           b"event: b.c\r\ndata:{\"y\":NaN,\"z\":[-Infinity]}\r\n\r\nevent: message\ndata: {\"w\":1}\n\n"
+           b'event: d\ndata: {"type":"e"}\n\ndata: [DONE]\n\n: bye\n\n')
+    expected: list[Any] = [{"x": "é😀", "type": "t"}, {"y": None, "z": [None], "type": "b.c"}, {"w": 1},
+                           {"type": "e"}]
+    return raw, expected + (["[DONE]"] if protocol is CHAT else [])
+
+
+@pytest.mark.parametrize("protocol", [CHAT, RESPONSES, MESSAGES], ids=lambda p: p.word)
+def test_a_stream_becomes_payloads_at_any_split(protocol):
+    raw, expected = event_stream(protocol)
+    assert payloads(protocol, raw)[0] == expected
+    assert payloads(protocol, *(raw[i:i + 1] for i in range(len(raw))))[0] == expected
+    for at in range(len(raw)):
+        assert payloads(protocol, raw[:at], raw[at:])[0] == expected
+    assert payloads(protocol, raw)[1].terminal is (protocol is CHAT)
+
+
+@pytest.mark.parametrize("raw, said", [
+    (b"data: {\n\n", "is not JSON"), (b"event: x\ndata: oops\n\n", "`x`"), (b"data: 17\n\n", "not a JSON object"),
+    (b'data: ["a"]\n\n', "not a JSON object"), (b"data: " + b"[" * 200_000 + b"\n\n", "is not JSON"),
+    (b"data: [DONE]x\n\n", "is not JSON"), (b"data: " + b"x" * 3000, "max_sse_event_bytes"),
+])
+def test_what_cannot_be_translated_is_a_failure_of_the_stream(raw, said):
+    observer = proxai.StreamObserver(CHAT, 2000 if len(raw) < 10_000 else 1 << 20)
+    taken = []
+    with pytest.raises(proxai.UpstreamError) as caught:
+        for item in observer.payloads(b'data: {"a":1}\n\n' if b"x" * 9 in raw else b'data: {"a":1}\n\n' + raw, 1.0):
+            taken.append(item)
+        for item in observer.payloads(raw, 1.0):
+            taken.append(item)
+    assert taken == [{"a": 1}]
+    assert (caught.value.type, caught.value.status) == ("stream_translation_error", 502)
+    assert said in caught.value.message and len(caught.value.message) < 300
+
+
+def test_a_failure_at_an_event_holds_nothing_of_it():
+    with pytest.raises(proxai.UpstreamError) as caught:
+        payloads(CHAT, b'event: sk-secret name\ndata: {"secret": sk-1}\n\n')
+    assert "secret" not in caught.value.message
+
+
+def test_what_a_translated_stream_tells_is_seen_once():
+    usage = {"prompt_tokens": 10, "completion_tokens": 4, "total_tokens": 14,
+             "prompt_tokens_details": {"cached_tokens": 3}}
+    call = {"index": 0, "id": "c", "function": {"name": "f", "arguments": "{"}}
+    events = [{"id": "chatcmpl-1", "model": "m", "choices": [{"index": 0, "delta": {"role": "assistant"},
+                                                              "finish_reason": None}]},
+              {"choices": [{"index": 0, "delta": {"tool_calls": [call]}, "finish_reason": None}]},
+              {"choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]},
+              {"choices": [], "usage": usage}]
+    frames = [sse(CHAT, event, separators=(",", ":")) for event in events]
+    _, seen = payloads(CHAT, *frames[:2])
+    assert (seen.response_id, seen.model, seen.calls, list(seen.pending)) == ("chatcmpl-1", "m", {"f": 1}, [(0, 0)])
+    _, seen = payloads(CHAT, *frames)
+    assert (seen.finish, seen.pending, seen.input, seen.cached, seen.output) == ({"tool_calls": 1}, {}, 7, 3, 4)
+    assert not seen.terminal
+
+
 
 # ============================================================================
-#  11  Logs
+#  15  Logs
 # ============================================================================
 
 @pytest.fixture
@@ -5734,7 +16331,7 @@ def test_words_of_libraries_are_told_as_events(loggers):
 
 
 # ============================================================================
-#  12  Upstream
+#  16  Upstream
 # ============================================================================
 
 # -- time limits and places: plain values ------------------------------------
@@ -6847,7 +17444,7 @@ def test_a_provider_whose_tls_is_not_right_gets_no_request(ways, model, name, wo
 
 
 # ============================================================================
-#  13  Server
+#  17  Server
 # ============================================================================
 
 class Tape(io.BytesIO):
@@ -8009,7 +18606,7 @@ def test_changed_bytes_never_hang_a_connection_nor_break_the_program(programs):
 
 
 # ============================================================================
-#  14  Pipeline
+#  18  Pipeline
 # ============================================================================
 
 # -- admission: methods, paths and health
@@ -8019,13 +18616,14 @@ MODEL_TARGETS = ("/v1/responses", "/responses", "/v1/chat/completions", "/chat/c
 
 
 @pytest.mark.parametrize("method, target, expected, allow", [
-    *[("GET", target, 405, {"POST"}) for target in MODEL_TARGETS],
+    *[("GET", target, 405, {"POST"}) for target in (*MODEL_TARGETS, *proxai.COUNT_PATHS)],
     *[(method, "/v1/messages", 405, {"POST"}) for method in (
         "HEAD", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "post", "X-ODD")],
     ("GET", "/v1/chat/completions?a=b", 405, {"POST"}),
     *[(method, "/healthz", 405, {"GET", "HEAD"}) for method in ("POST", "PUT", "OPTIONS", "get")],
     *[("POST", target, 404, None) for target in (
-        "/", "/health", "/healthz/", "/v1", "/v1/models", "/v1/messages/", "/v1/messages/count_tokens",
+        "/", "/health", "/healthz/", "/v1", "/v1/models", "/v1/messages/", "/v1/chat/completions/count_tokens",
+        "/v1/responses/input_tokens", "/v1/messages/count_tokens/",
         "/V1/messages", "//v1/messages", "/v1/%6dessages", "/v1/./messages", "/x/../v1/messages",
         "/v1/messages;x", "/v2/messages", "/?/v1/messages")],
     ("GET", "/nothing", 404, None), ("HEAD", "/nothing", 404, None), ("PUT", "/nothing", 404, None),
@@ -9983,9 +20581,900 @@ def test_no_line_about_a_provider_that_cannot_be_reached_holds_its_address(ways,
         assert secret not in written, secret
 
 
+# -- translated exchanges -------------------------------------------------------
+
+EACH_PAIR = pytest.mark.parametrize("pair", list(proxai.PAIRS), ids="->".join)
+WORDS = {p.word: p for p in proxai.PROTOCOLS.values()}
+
+TOKENS = {"messages": {"input_tokens": 11, "output_tokens": 5},
+         "chat": {"prompt_tokens": 11, "completion_tokens": 5, "total_tokens": 16},
+         "responses": {"input_tokens": 11, "output_tokens": 5, "total_tokens": 16,
+                       "input_tokens_details": {"cached_tokens": 0}, "output_tokens_details": {"reasoning_tokens": 0}}}
+ITEM = {"type": "message", "id": "msg_1", "role": "assistant", "status": "completed",
+        "content": [{"type": "output_text", "text": "Hello", "annotations": []}]}
+WHOLE: dict[str, dict[str, Any]] = {  # the answer `Hello` of each provider, in one piece
+    "messages": {"id": "msg_1", "type": "message", "role": "assistant", "model": "up", "stop_reason": "end_turn",
+                 "stop_sequence": None, "content": [{"type": "text", "text": "Hello"}], "usage": TOKENS["messages"]},
+    "chat": {"id": "chatcmpl-1", "object": "chat.completion", "created": NOW, "model": "up", "usage": TOKENS["chat"],
+             "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Hello"}}]},
+    "responses": {"id": "resp_1", "object": "response", "created_at": NOW, "model": "up", "status": "completed",
+                  "output": [ITEM], "usage": TOKENS["responses"], "error": None, "incomplete_details": None},
+}
+
+
+def chat_piece(delta: Any, finish: str | None = None) -> Any:
+    """A chunk of a Chat stream."""
+    return {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": NOW, "model": "up",
+            "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+
+
+def text_event(kind: str, **more: Any) -> Any:
+    """An event of a Responses stream about its one text."""
+    return {"type": f"response.{kind}", "item_id": "msg_1", "output_index": 0, "content_index": 0, **more}
+
+
+def events_of(word: str) -> list[Any]:
+    """The same answer as a stream: what opens it, two pieces of text, what ends it."""
+    if word == "chat":
+        return [chat_piece({"role": "assistant", "content": ""}), chat_piece({"content": "Hel"}),
+                chat_piece({"content": "lo"}), chat_piece({}, "stop"),
+                {**chat_piece({}), "choices": [], "usage": TOKENS["chat"]}, "[DONE]"]
+    if word == "messages":
+        start = {**WHOLE["messages"], "content": [], "stop_reason": None}
+        return [{"type": "message_start", "message": start},
+                {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+                *({"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": text}}
+                  for text in ("Hel", "lo")),
+                {"type": "content_block_stop", "index": 0},
+                {"type": "message_delta", "delta": {"stop_reason": "end_turn", "stop_sequence": None},
+                 "usage": {"output_tokens": 5}}, {"type": "message_stop"}]
+    begun = {**WHOLE["responses"], "status": "in_progress", "output": [], "usage": None}
+    return [{"type": "response.created", "response": begun},
+            {"type": "response.output_item.added", "output_index": 0,
+             "item": {**ITEM, "status": "in_progress", "content": []}},
+            text_event("content_part.added", part={"type": "output_text", "text": "", "annotations": []}),
+            text_event("output_text.delta", delta="Hel"), text_event("output_text.delta", delta="lo"),
+            text_event("output_text.done", text="Hello"),
+            text_event("content_part.done", part=ITEM["content"][0]),
+            {"type": "response.output_item.done", "output_index": 0, "item": ITEM},
+            {"type": "response.completed", "response": WHOLE["responses"]}]
+
+
+OPENING = {"chat": 2, "messages": 3, "responses": 4}  # events of a stream up to its first piece of text
+
+
+def wire(word: str, *events: Any) -> list[bytes]:
+    """Events as a provider writes them."""
+    return [b"data: [DONE]\n\n" if event == "[DONE]" else sse(WORDS[word], event) for event in events]
+
+
+def tool_wire(word: str) -> list[bytes]:
+    """The beginning of a stream that is within the arguments of a tool call."""
+    if word == "chat":
+        call = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a'}}
+        return wire(word, chat_piece({"role": "assistant", "tool_calls": [call]}))
+    if word == "messages":
+        block = {"type": "tool_use", "id": "toolu_1", "name": "f", "input": {}}
+        return wire(word, events_of(word)[0], {"type": "content_block_start", "index": 0, "content_block": block},
+                    {"type": "content_block_delta", "index": 0,
+                     "delta": {"type": "input_json_delta", "partial_json": '{"a'}})
+    item = {"type": "function_call", "id": "fc_1", "call_id": "call_1", "name": "f", "arguments": "",
+            "status": "in_progress"}
+    return wire(word, events_of(word)[0], {"type": "response.output_item.added", "output_index": 0, "item": item},
+                {"type": "response.function_call_arguments.delta", "item_id": "fc_1", "output_index": 0, "delta": '{"a'})
+
+
+def got_events(body: bytes) -> list[tuple[str | None, Any]]:
+    """The events of a client's stream as (name, payload); comments are (":", text)."""
+    out: list[tuple[str | None, Any]] = []
+    assert body.endswith(b"\n\n") or not body
+    for block in body.decode().split("\n\n")[:-1]:
+        if block.startswith(":"):
+            out.append((":", block))
+            continue
+        *name, data = block.split("\n")
+        value = data.removeprefix("data: ")
+        out.append((name[0].removeprefix("event: ") if name else None,
+                    value if value == "[DONE]" else json.loads(value)))
+    return out
+
+
+def text_got(inbound: str, reply: Reply, stream: bool) -> str:
+    """The text that a client was told, and that its answer is whole by the rules of its protocol."""
+    assert (reply.status, reply.broken) == (200, False), reply
+    if not stream:
+        assert reply.headers["content-type"] == "application/json"
+        if inbound == "chat":
+            assert reply.json["choices"][0]["finish_reason"] == "stop"
+            return reply.json["choices"][0]["message"]["content"]
+        if inbound == "messages":
+            assert reply.json["stop_reason"] == "end_turn"
+            return "".join(b["text"] for b in reply.json["content"])
+        assert reply.json["status"] == "completed"
+        return "".join(p["text"] for item in reply.json["output"] for p in item["content"])
+    assert reply.headers["content-type"] == "text/event-stream"
+    events = [(name, event) for name, event in got_events(reply.body) if name != ":"]
+    if inbound == "chat":
+        assert {name for name, _ in events} == {None} and events[-1] == (None, "[DONE]")
+        return "".join(c["delta"].get("content") or "" for _, e in events[:-1] for c in e["choices"])
+    assert all(name == event["type"] for name, event in events)
+    if inbound == "messages":
+        assert events[-1][0] == "message_stop"
+        return "".join(e["delta"]["text"] for name, e in events if name == "content_block_delta")
+    assert events[-1][0] == "response.completed"
+    assert [e["sequence_number"] for _, e in events] == list(range(len(events)))
+    return "".join(e["delta"] for name, e in events if name == "response.output_text.delta")
+
+
+def pairs_config(url: str, *more: str, style: str = "native", server: str = "", provider: str = "") -> str:
+    """A configuration that sends a model named `to-<word>-...` to a provider of that protocol."""
+    routes = [f'[[routing.routes]]\nname = "{word}"\nmodel_pattern = "to-{word}-*"\nprovider = "{word}_default"'
+              for word in WORDS]
+    return config_for(url, *routes, f'[error_responses]\nformat = "{style}"', "[translation]\nextended_pairs = true",
+                      *more, server=server, provider=provider)
+
+
+@pytest.fixture
+def crossing(programs: Any, upstream: Upstream) -> Running:
+    """The program with all pairs, errors in the clients' own shapes."""
+    return programs(pairs_config(upstream.url))
+
+
+@pytest.fixture
+def lively(programs: Any, upstream: Upstream) -> Running:
+    """The same, quick to answer, to show signs of life, and to give a silent provider up."""
+    return programs(pairs_config(upstream.url, "[tool_calls]\ntimeout_secs = 0.4", provider="read_idle_timeout_secs = 1",
+                                 server="first_event_hold_secs = 0.15\nsse_keepalive_secs = 0.2"))
+
+
+@pytest.fixture
+def strict(programs: Any, upstream: Upstream) -> Running:
+    """The same, that gives a provider up before its answer begins, and takes small events only."""
+    return programs(pairs_config(upstream.url, "[tool_calls]\ntimeout_secs = 0.2",
+                                 provider="read_idle_timeout_secs = 0.4", server="max_sse_event_bytes = 5000"))
+
+
+def cross(program: Running, pair: tuple[str, str], model: str, *headers: str, query: str = "", **more: Any) -> Reply:
+    """A request of a pair; `more` goes into its body."""
+    protocol = WORDS[pair[0]]
+    return program.post(protocol.path + query, body_for(protocol, f"to-{pair[1]}-{model}", **more), *headers)
+
+
+def serve(upstream: Upstream, pair: tuple[str, str], model: str, *scripts: Any) -> None:
+    """What the provider of a pair answers."""
+    upstream.on(f"to-{pair[1]}-{model}", *scripts)
+
+
+def got(upstream: Upstream, pair: tuple[str, str], model: str) -> list[Received]:
+    """The requests that the provider of a pair got."""
+    return upstream.got(f"to-{pair[1]}-{model}")
+
+
+def log_of(program: Running, reply: Reply) -> list[dict[str, Any]]:
+    """The log lines about the exchange of a reply, `recv` left out."""
+    return [line for line in program.events(reply.headers["x-proxai-request-id"]) if line["event"] != "recv"]
+
+
+# -- the request
+
+@EACH_PAIR
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_translated_request_is_one_of_the_providers_protocol(crossing, upstream, model, pair, stream):
+    serve(upstream, pair, model, answer_json(WHOLE[pair[1]]))
+    lines = [line.decode() for line in FOREIGN_LINES if not line.startswith((b"origin", b"content-"))]
+    cross(crossing, pair, model, *lines, "user-agent: me/1", "traceparent: 00-1", query="?beta=true&x=1", stream=stream)
+    [request] = got(upstream, pair, model)
+    assert request.target == WORDS[pair[1]].path
+    assert request.json["model"] == f"to-{pair[1]}-{model}"
+    assert request.json[WORDS[pair[1]].wants] and bool(request.json.get("stream")) is stream
+    if pair[1] == "messages":
+        expected = {"x-api-key": "test-upstream-key", "anthropic-version": "2023-06-01"}
+    else:
+        expected = {"authorization": "Bearer test-upstream-key"}
+    expected |= {"host": f"127.0.0.1:{upstream.port}", "content-length": str(len(request.body)),
+                 "content-type": "application/json", "user-agent": "me/1", "traceparent": "00-1",
+                 "accept": "text/event-stream" if stream else "application/json", "accept-encoding": "identity"}
+    assert sorted((n.lower(), v) for n, v in request.headers) == sorted(expected.items())
+
+
+@pytest.mark.parametrize("pair, more, param", [
+    (("chat", "messages"), {"n": 2}, "n"),
+    (("responses", "messages"), {"previous_response_id": "resp_1"}, "previous_response_id"),
+    (("responses", "chat"), {"background": True}, "background"),
+    (("messages", "responses"), {"mcp_servers": [{"type": "url", "url": "http://h", "name": "x"}]}, "mcp_servers"),
+], ids=lambda v: "->".join(v) if isinstance(v, tuple) else "")
+def test_what_a_provider_cannot_be_told_is_refused_and_nothing_is_sent(programs, upstream, model, pair, more, param):
+    program = programs(pairs_config(upstream.url, style="json"))
+    serve(upstream, pair, model, answer_json(WHOLE[pair[1]]))
+    reply = cross(program, pair, model, **more)
+    assert (reply.status, reply.json["error"]["type"], reply.json["error"]["param"]) == (
+        400, "invalid_request_error", param)
+    assert got(upstream, pair, model) == []
+    assert log_of(program, reply)[-1]["event"] == "request-failed"
+
+
+def test_what_is_left_out_is_named_to_the_client_and_explained_in_the_log(crossing, upstream, model):
+    pair = ("chat", "messages")
+    scripts = [answer_json(WHOLE["messages"]), answer_stream(*wire("messages", *events_of("messages"))),
+               answer_json({"type": "error", "error": {"type": "rate_limit_error", "message": "slow"}}, 429)]
+    serve(upstream, pair, model, *scripts)
+    for stream, status in ((False, 200), (True, 200), (False, 429)):
+        reply = cross(crossing, pair, model, stream=stream, seed=4711, logit_bias={"50256": -100})
+        assert (reply.status, reply.headers["x-proxai-dropped"]) == (status, "seed, logit_bias")
+        [line] = [line for line in log_of(crossing, reply) if line["event"] == "dropped"]
+        assert line["level"] == "debug" and set(line["dropped"]) == {"seed", "logit_bias"}
+        assert "4711" not in json.dumps(line) and "50256" not in json.dumps(line)
+    assert "x-proxai-dropped" not in cross(crossing, pair, model).headers
+
+
+# -- whole answers and streams, asked for and given
+
+@EACH_PAIR
+@pytest.mark.parametrize("sent", ["whole", "stream"])
+@pytest.mark.parametrize("wanted", ["whole", "stream"])
+def test_a_client_gets_what_it_asked_for_whatever_the_provider_sends(crossing, upstream, model, pair, wanted, sent):
+    serve(upstream, pair, model, answer_json(WHOLE[pair[1]]) if sent == "whole"
+          else answer_stream(*wire(pair[1], *events_of(pair[1]))))
+    reply = cross(crossing, pair, model, stream=wanted == "stream")
+    assert text_got(pair[0], reply, wanted == "stream") == "Hello"
+    *_, fwd, hdr, end = log_of(crossing, reply)
+    assert [fwd["event"], hdr["event"], end["event"]] == ["fwd", "hdr", "end"]
+    crossed = f"{WORDS[pair[0]].name}->{WORDS[pair[1]].name}"
+    assert fwd["translation"] == end["translation"] == crossed
+    assert (end["status"], end["sse"], end["input"], end["output"]) == (200, sent == "stream", 11, 5)
+    assert end["down"] > 0 and end["response_id"] == WHOLE[pair[1]]["id"][-8:]
+
+
+@EACH_PAIR
+def test_a_stream_is_translated_at_any_split_of_its_bytes(crossing, upstream, model, pair):
+    raw = b"".join(wire(pair[1], *events_of(pair[1])))
+    bodies = []
+    for size in (1, 7, len(raw)):
+        serve(upstream, pair, f"{model}{size}", answer_stream(*(raw[i:i + size] for i in range(0, len(raw), size))))
+        reply = cross(crossing, pair, f"{model}{size}", stream=True)
+        assert text_got(pair[0], reply, True) == "Hello"
+        bodies.append([name for name, _ in got_events(reply.body)])
+    assert bodies[0] == bodies[1] == bodies[2]
+
+
+@EACH_PAIR
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("body", [b"<html>", b"", b"[]", b'"text"', b"{}", b'{"error":{"message":"m"}}'],
+                         ids=["html", "empty", "list", "text", "object", "error"])
+def test_an_answer_that_is_none_is_the_providers_fault(crossing, upstream, model, pair, stream, body):
+    serve(upstream, pair, model, answer(200, body, "content-type: application/json"))
+    reply = cross(crossing, pair, model, stream=stream)
+    assert (reply.status, reply.headers["content-type"]) == (502, "application/json")
+    assert reply.json["error"]["type"] == ("api_error" if pair[0] == "messages" else "server_error")
+
+
+def test_a_whole_answer_above_the_limit_is_not_translated(strict, upstream, model):
+    pair = ("chat", "messages")
+    long = {**WHOLE["messages"], "content": [{"type": "text", "text": "x" * 300_000}]}
+    serve(upstream, pair, model, answer_json(long))
+    assert cross(strict, pair, model).status == 502
+
+
+# -- errors of the provider
+
+def test_an_overflow_reaches_claude_code_in_the_form_that_it_acts_on(crossing, upstream, model):
+    pair = ("messages", "responses")
+    serve(upstream, pair, model, answer_json({"error": {
+        "message": "Your input exceeds the context window of this model. Please adjust your input and try again.",
+        "type": "invalid_request_error", "param": "input", "code": "context_length_exceeded"}}, 400))
+    reply = cross(crossing, pair, model, messages=[{"role": "user", "content": "word " * 3000}])
+    assert reply.status == 400
+    error = reply.json["error"]
+    assert error["type"] == "invalid_request_error"
+    match = re.fullmatch(r"prompt is too long: (\d+) tokens > (\d+) maximum", error["message"])
+    assert match
+    tokens, limit = match.groups()
+    assert int(limit) == int(tokens) - 1 and 3000 < int(tokens) < 8000  # 15 000 characters, 3.6 to a token
+
+
+@pytest.mark.parametrize("style", ["text", "json", "native"])
+@pytest.mark.parametrize("pair", [("chat", "messages"), ("responses", "messages")], ids="->".join)
+def test_an_overflow_has_the_words_of_openai_in_every_format(programs, upstream, model, style, pair):
+    serve(upstream, pair, model, answer_json({"type": "error", "error": {
+        "type": "invalid_request_error", "message": "prompt is too long: 210000 tokens > 200000 maximum"}}, 400))
+    reply = cross(programs(pairs_config(upstream.url, style=style)), pair, model, stream=True)
+    message = OPENAI_WORDS.format(200000, 210000)
+    assert reply.status == 400
+    if style == "text":
+        assert reply.body.decode() == message
+    else:
+        error = {"message": message, "type": "upstream_error", "code": "context_length_exceeded", "status": 400}
+        if style == "native":
+            error = {"message": message, "type": "invalid_request_error", "param": None,
+                     "code": "context_length_exceeded", "status": 400}
+        assert reply.json == {"error": error}
+
+
+@pytest.mark.parametrize("pair, status, error, kind, code, retry", [
+    (("messages", "responses"), 429, {"message": "m", "code": "insufficient_quota"}, "billing_error", None, "false"),
+    (("messages", "responses"), 429, {"message": "m", "code": "rate_limit_exceeded"}, "rate_limit_error", None, None),
+    (("messages", "responses"), 503, {"message": "m"}, "overloaded_error", None, None),
+    (("messages", "responses"), 401, {"message": "m"}, "authentication_error", None, None),
+    (("responses", "messages"), 529, {"message": "m", "type": "overloaded_error"}, "overloaded_error",
+     "server_is_overloaded", None),
+    (("responses", "chat"), 402, {"message": "m"}, "insufficient_quota", "insufficient_quota", "false"),
+    (("chat", "messages"), 529, {"message": "m", "type": "overloaded_error"}, "overloaded_error", "overloaded", None),
+    (("chat", "messages"), 404, {"message": "model: m"}, "invalid_request_error", "model_not_found", None),
+], ids=lambda v: "->".join(v) if isinstance(v, tuple) else None)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_an_error_crosses_with_its_status_and_its_header_lines(crossing, upstream, model, pair, status, error, kind,
+                                                               code, retry, stream):
+    lines = ["retry-after: 7", "retry-after-ms: 7000", "server: cloud",
+             "request-id: req_1" if pair[1] == "messages" else "x-request-id: req_1"]
+    serve(upstream, pair, model, answer_json({"type": "error", "error": error}, status, *lines))
+    reply = cross(crossing, pair, model, stream=stream)
+    assert (reply.status, reply.headers["content-type"]) == (status, "application/json")
+    assert (reply.json["error"]["type"], reply.json["error"].get("code")) == (kind, code)
+    assert ("type" in reply.json) is (pair[0] == "messages")
+    assert (reply.headers["retry-after"], reply.headers["retry-after-ms"]) == ("7", "7000")
+    assert reply.headers["request-id" if pair[0] == "messages" else "x-request-id"] == "req_1"
+    assert reply.headers.get("x-should-retry") == retry and reply.headers.get("server") != "cloud"
+    assert log_of(crossing, reply)[-1]["event"] == "hdr-error"
+
+
+def test_the_rate_limits_of_a_good_answer_have_the_names_of_the_clients_vendor(crossing, upstream, model):
+    pair = ("chat", "messages")
+    lines = ["request-id: req_1", "anthropic-ratelimit-requests-remaining: 3", "anthropic-organization-id: o",
+             "set-cookie: a=b"]
+    serve(upstream, pair, model, answer_json(WHOLE["messages"], 200, *lines),
+          answer(200, b"".join(wire("messages", *events_of("messages"))), "content-type: text/event-stream", *lines))
+    for stream in (False, True):
+        reply = cross(crossing, pair, model, stream=stream)
+        text_got("chat", reply, stream)
+        assert (reply.headers["x-request-id"], reply.headers["x-ratelimit-remaining-requests"]) == ("req_1", "3")
+        assert not {"request-id", "anthropic-organization-id", "set-cookie"} & set(reply.headers)
+
+
+# -- streams that fail
+
+def reset_after(*frames: bytes) -> Any:
+    """A script: a chunked stream whose connection breaks."""
+    def script(peer: Peer, request: Received) -> None:
+        peer.send(SSE_HEAD + b"".join(map(chunk, frames)))
+        time.sleep(0.15)  # for the frames to arrive: a reset overtakes what was not read
+        peer.reset()
+    return script
+
+
+def bad_chunk_after(*frames: bytes) -> Any:
+    """A script: a chunked stream that stops to be one."""
+    def script(peer: Peer, request: Received) -> None:
+        peer.send(SSE_HEAD + b"".join(map(chunk, frames)))
+        time.sleep(0.15)  # for the frames to be read: what is read together stands or falls together
+        peer.send(b"nonsense\r\n\r\n")
+    return script
+
+
+ERROR_EVENTS = {"chat": {"error": {"message": "The engine is overloaded", "code": "server_is_overloaded"}},
+                "messages": {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}},
+                "responses": {"type": "error", "code": "server_is_overloaded", "message": "overloaded", "param": None}}
+# how a stream fails: the script behind the frames, status and type in the json format, log event, words of the log
+FAILURES = {
+    "not json": (lambda word, frames: answer_stream(*frames, b"data: {oops\n\n"), 502, "stream_translation_error",
+                 "stream-error", "not JSON"),
+    "end": (lambda word, frames: answer_stream(*frames), 502, "stream_translation_error", "closed", "ended before"),
+    "broken": (lambda word, frames: reset_after(*frames), 502, "upstream_response_body_read_error", "stream-error",
+               "broke"),
+    "framing": (lambda word, frames: bad_chunk_after(*frames), 502, "upstream_response_body_read_error",
+                "stream-error", "chunk size"),
+    "error event": (lambda word, frames: answer_stream(*frames, *wire(word, ERROR_EVENTS[word])), 529,
+                    "upstream_error", "stream-error", "verloaded"),
+    "too large": (lambda word, frames: answer_stream(*frames, b"data: " + b"x" * 900_000), 502,
+                  "stream_translation_error", "stream-error", "max_sse_event_bytes"),
+    "silence": (lambda word, frames: answer_stream(*frames, end=False), 504, "upstream_response_body_read_error",
+                "timeout", "read_idle_timeout_secs"),
+}
+FAILED = {502: ("api_error", "server_error", None), 504: ("timeout_error", "server_error", "timeout")}
+
+
+def native_parts(pair: tuple[str, str], status: int) -> tuple[str, str | None]:
+    """Type and code of a failure in the native format of a client; a code that the provider gave stays."""
+    if status == 529:
+        own = "overloaded" if pair == ("chat", "messages") else "server_is_overloaded"
+        return "overloaded_error", None if pair[0] == "messages" else own
+    messages, openai, code = FAILED[status]
+    return (messages, None) if pair[0] == "messages" else (openai, code)
+
+
+@EACH_PAIR
+@pytest.mark.parametrize("how", FAILURES)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_stream_that_fails_before_its_first_event_is_an_http_error(strict, upstream, model, pair, how, stream):
+    script, status, _, event, said = FAILURES[how]
+    frames = [] if stream else wire(pair[1], *events_of(pair[1])[:OPENING[pair[1]]])
+    serve(upstream, pair, model, script(pair[1], [b": hello\n\n", *frames]))
+    reply = cross(strict, pair, model, stream=stream)
+    assert (reply.status, reply.broken, reply.headers["content-type"]) == (status, False, "application/json")
+    kind, code = native_parts(pair, status)
+    assert (reply.json["error"]["type"], reply.json["error"].get("code")) == (kind, code)
+    line = log_of(strict, reply)[-1]
+    assert (line["event"], line["status"], line["level"]) == (event, status, "warn")
+    assert said in line["err"]
+
+
+@EACH_PAIR
+@pytest.mark.parametrize("how", FAILURES)
+def test_a_stream_that_fails_ends_with_the_error_event_of_the_clients_protocol(strict, upstream, model, pair, how):
+    script, status, _, event, said = FAILURES[how]
+    begun = events_of(pair[1])[:OPENING[pair[1]]]
+    serve(upstream, pair, model, script(pair[1], wire(pair[1], *begun)))
+    reply = cross(strict, pair, model, stream=True)
+    assert (reply.status, reply.broken, reply.headers["content-type"]) == (200, False, "text/event-stream")
+    *before, (name, last) = got_events(reply.body)
+    kind, code = native_parts(pair, status)
+    message = last.get("message") or last["error"]["message"]
+    if pair[0] == "chat":
+        assert name is None and last == {"error": {
+            "message": message, "type": kind, "param": None, "code": code, "status": status}}
+        assert before[-1][1]["choices"][0]["delta"]["content"] == "Hel"
+    elif pair[0] == "messages":
+        assert (name, last) == ("error", {"type": "error", "error": {"type": kind, "message": message}})
+        assert before[-1][1]["delta"]["text"] == "Hel"
+    else:
+        assert name == "error" and last["error"] == {
+            "message": message, "type": kind, "code": code, "status": status}
+        assert {k: last[k] for k in ("type", "sequence_number", "param")} == {
+            "type": "error", "sequence_number": len(before), "param": None}
+        failed_name, failed = before[-1]
+        assert (failed_name, failed["response"]["status"]) == ("response.failed", "failed")
+        assert failed["response"]["error"] == {"code": code or "server_error", "message": message}
+        assert before[-2][1]["delta"] == "Hel"
+    line = log_of(strict, reply)[-1]
+    assert (line["event"], line["status"]) == (event, 200) and said in line["err"]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_provider_that_ends_its_stream_within_a_tool_call_has_failed(crossing, upstream, model, stream):
+    pair = ("responses", "chat")
+    serve(upstream, pair, model, answer_stream(*tool_wire("chat"), b"data: [DONE]\n\n"))
+    reply = cross(crossing, pair, model, stream=stream)
+    assert (reply.status, reply.broken) == (200 if stream else 502, False)
+    told = got_events(reply.body)[-1][1] if stream else reply.json
+    assert told["error"]["status"] == 502
+    line = log_of(crossing, reply)[-1]
+    assert (line["event"], line["err"]) == ("stream-error", told["error"]["message"])
+
+
+@pytest.mark.parametrize("style", ["text", "json"])
+@pytest.mark.parametrize("how", ["not json", "silence", "broken"])
+def test_a_failed_stream_has_the_generic_event_in_the_other_formats(programs, upstream, model, style, how):
+    pair, (script, status, kind, _, _) = ("chat", "messages"), FAILURES[how]
+    program = programs(pairs_config(upstream.url, style=style, provider="read_idle_timeout_secs = 0.4"))
+    serve(upstream, pair, model, script("messages", wire("messages", *events_of("messages")[:3])))
+    reply = cross(program, pair, model, stream=True)
+    name, last = got_events(reply.body)[-1]
+    assert (name, last["type"]) == ("error", "error") and not reply.broken
+    assert (last["error"]["type"], last["error"]["status"]) == (kind, status)
+
+
+@EACH_PAIR
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_tool_call_that_stalls_ends_a_translated_stream(strict, upstream, model, pair, stream):
+    serve(upstream, pair, model, answer_stream(*tool_wire(pair[1]), end=False))
+    reply = cross(strict, pair, model, stream=stream)
+    line = log_of(strict, reply)[-1]
+    assert (line["event"], line["level"]) == ("stream-error", "warn")
+    assert "upstream SSE stalled while streaming tool arguments" in line["err"]
+    assert reply.status == (200 if stream else 504)
+    told = got_events(reply.body)[-1][1] if stream else reply.json
+    assert "stalled" in told["error"]["message"]
+    assert told["error"]["type"] == ("timeout_error" if pair[0] == "messages" else "server_error")
+
+
+def test_other_traffic_does_not_hide_a_stalled_call_of_a_translated_stream(strict, upstream, model):
+    pair = ("chat", "messages")
+
+    def script(peer: Peer, request: Received) -> None:
+        peer.send(SSE_HEAD + b"".join(map(chunk, tool_wire("messages"))))
+        with contextlib.suppress(OSError):
+            while True:
+                peer.send(chunk(b'event: ping\ndata: {"type": "ping"}\n\n'))
+                time.sleep(0.02)
+
+    serve(upstream, pair, model, script)
+    reply = cross(strict, pair, model, stream=True)
+    assert "stalled" in got_events(reply.body)[-1][1]["error"]["message"]
+
+
+# -- the 200 that is held back, and signs of life
+
+class Client:
+    """A client that reads its answer as it comes."""
+
+    def __init__(self, program: Running, pair: tuple[str, str], model: str, version: str = "1.1", **more: Any) -> None:
+        protocol = WORDS[pair[0]]
+        raw = json.dumps(body_for(protocol, f"to-{pair[1]}-{model}", **more)).encode()
+        self.sock, self.data = program.connect(), b""
+        self.sock.sendall(f"POST {protocol.path} HTTP/{version}\r\nhost: 127.0.0.1\r\ncontent-length: {len(raw)}\r\n"
+                          "connection: close\r\n\r\n".encode() + raw)
+
+    def read_until(self, wanted: bytes) -> bytes:
+        """All bytes so far, once `wanted` is among them; fails when it does not come."""
+        while wanted not in self.data:
+            more = self.sock.recv(1 << 16)
+            assert more, f"no {wanted!r} in {self.data!r}"
+            self.data += more
+        return self.data
+
+    def silent_for(self, secs: float) -> bool:
+        """Whether nothing comes for a while."""
+        self.sock.settimeout(secs)
+        try:
+            self.data += self.sock.recv(1 << 16)
+            return False
+        except TimeoutError:
+            return True
+        finally:
+            self.sock.settimeout(PATIENCE)
+
+    def rest(self) -> Reply:
+        """The answer, once it is over."""
+        deadline = time.monotonic() + PATIENCE
+        while more := self.sock.recv(1 << 16):
+            self.data += more
+            assert time.monotonic() < deadline, "the answer has no end"
+        self.sock.close()
+        return read_reply(self.data)
+
+
+class Held:
+    """A script that sends what a test tells it to, when it tells it to."""
+
+    def __init__(self) -> None:
+        self.peer: Peer | None = None
+        self.begun, self.over = threading.Event(), threading.Event()
+
+    def __call__(self, peer: Peer, request: Received) -> None:
+        self.peer = peer
+        self.begun.set()
+        self.over.wait(4 * PATIENCE)
+
+    def send(self, data: bytes) -> None:
+        """Send bytes once there is a request."""
+        assert self.begun.wait(PATIENCE) and self.peer
+        self.peer.send(data)
+
+    def gone(self) -> bool:
+        """Whether the proxy lets go of the connection."""
+        assert self.begun.wait(PATIENCE) and self.peer
+        return self.peer.gone()
+
+
+@EACH_PAIR
+def test_the_200_is_held_back_for_the_first_event(crossing, upstream, model, pair):
+    held = Held()
+    serve(upstream, pair, model, held)
+    client = Client(crossing, pair, model, stream=True)
+    held.send(SSE_HEAD + chunk(b": hello\n\n"))
+    assert client.silent_for(0.2)
+    frames = wire(pair[1], *events_of(pair[1]))
+    held.send(chunk(b"".join(frames[:OPENING[pair[1]]])))
+    client.read_until(b"Hel")
+    held.send(chunk(b"".join(frames[OPENING[pair[1]]:])) + b"0\r\n\r\n")
+    assert text_got(pair[0], client.rest(), True) == "Hello"
+    held.over.set()
+
+
+@EACH_PAIR
+def test_signs_of_life_cost_no_byte_of_the_stream(lively, upstream, model, pair):
+    raw = b"".join(wire(pair[1], *events_of(pair[1])))
+    sign = b"ping" if pair[0] == "messages" else b": keepalive\n\n"
+    held = Held()
+    serve(upstream, pair, model, held)
+    client = Client(lively, pair, model, stream=True)
+    held.send(SSE_HEAD)
+    client.read_until(b"\r\n\r\n")  # the head, when the hold has passed
+    client.read_until(sign)
+    for at in range(0, len(raw), len(raw) // 4):  # cut within events, with signs in between
+        client.data = client.data.replace(sign, b"_" * len(sign))
+        held.send(chunk(raw[at:at + len(raw) // 4]))
+        if b"completed" not in raw[:at + len(raw) // 4][-20:] and at + len(raw) // 4 < len(raw) * 0.8:
+            client.read_until(sign)
+    held.send(b"0\r\n\r\n")
+    client.data = client.data.replace(b"_" * len(sign), sign)
+    reply = client.rest()
+    held.over.set()
+    if pair[0] == "messages":
+        events = [(name, event) for name, event in got_events(reply.body) if name != "ping"]
+        assert [name for name, _ in events].count("message_start") == 1
+        assert [name for name, _ in got_events(reply.body)[:2]] == ["message_start", "ping"]
+        reply = reply._replace(body=b"".join(b"event: %b\ndata: %b\n\n" % (n.encode(), json.dumps(e).encode())
+                                             for n, e in events))
+    assert text_got(pair[0], reply, True) == "Hello"
+
+
+@EACH_PAIR
+def test_signs_of_life_do_not_keep_a_silent_provider(lively, upstream, model, pair):
+    held = Held()
+    serve(upstream, pair, model, held)
+    client = Client(lively, pair, model, stream=True)
+    held.send(SSE_HEAD)
+    reply = client.rest()
+    names = [name for name, _ in got_events(reply.body)]
+    assert reply.status == 200 and not reply.broken
+    assert names.count("ping" if pair[0] == "messages" else ":") >= 2
+    last = got_events(reply.body)[-1][1]
+    assert last["error"]["type"] == ("timeout_error" if pair[0] == "messages" else "server_error")
+    assert log_of(lively, reply)[-1]["event"] == "timeout"
+    held.over.set()
+
+
+def test_a_client_that_wants_one_piece_gets_no_signs(lively, upstream, model):
+    pair, held = ("chat", "messages"), Held()
+    serve(upstream, pair, model, held)
+    client = Client(lively, pair, model)
+    held.send(SSE_HEAD)
+    assert client.silent_for(0.6)
+    held.send(chunk(b"".join(wire("messages", *events_of("messages")))) + b"0\r\n\r\n")
+    assert text_got("chat", client.rest(), False) == "Hello"
+    held.over.set()
+
+
+# -- the end of a stream
+
+@EACH_PAIR
+def test_a_client_has_its_end_before_the_provider_whose_connection_is_used_again(crossing, upstream, model, pair):
+    held = Held()
+    serve(upstream, pair, model, held, answer_json(WHOLE[pair[1]]))
+    client = Client(crossing, pair, model, stream=True)
+    held.send(SSE_HEAD + chunk(b"".join(wire(pair[1], *events_of(pair[1])))))
+    client.read_until(b"\r\n0\r\n\r\n")
+    held.send(chunk(b": bye\n\n") + b"0\r\n\r\n")
+    assert text_got(pair[0], client.rest(), True) == "Hello"
+    held.over.set()
+    assert text_got(pair[0], cross(crossing, pair, model), False) == "Hello"
+    first, second = got(upstream, pair, model)
+    assert first.connection == second.connection
+
+
+def test_a_provider_that_goes_on_after_the_end_is_left(crossing, upstream, model):
+    pair, held = ("chat", "messages"), Held()
+    serve(upstream, pair, model, held)
+    client = Client(crossing, pair, model, stream=True)
+    held.send(SSE_HEAD + chunk(b"".join(wire("messages", *events_of("messages")))))
+    client.read_until(b"\r\n0\r\n\r\n")
+    assert held.gone()  # AFTER_TERMINAL_SECS
+    assert text_got("chat", client.rest(), True) == "Hello"
+    held.over.set()
+
+
+def test_a_chat_provider_that_falls_silent_after_its_finish_reason_has_finished(crossing, upstream, model):
+    pair, held = ("responses", "chat"), Held()
+    serve(upstream, pair, model, held)
+    client = Client(crossing, pair, model, stream=True)
+    held.send(SSE_HEAD + chunk(b"".join(wire("chat", *events_of("chat")[:4]))))
+    began = time.monotonic()
+    reply = client.rest()
+    assert 4 < time.monotonic() - began < 9
+    assert text_got("responses", reply, True) == "Hello"
+    assert log_of(crossing, reply)[-1]["event"] == "end"
+    assert held.gone()
+    held.over.set()
+
+
+@EACH_PAIR
+@pytest.mark.parametrize("begun", [False, True], ids=["before the 200", "within the stream"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_client_that_goes_away_ends_the_providers_call(crossing, upstream, model, pair, begun, stream):
+    held = Held()
+    serve(upstream, pair, model, held)
+    client = Client(crossing, pair, model, stream=stream)
+    frames = wire(pair[1], *events_of(pair[1])[:OPENING[pair[1]]]) if begun else []
+    held.send(SSE_HEAD + b"".join(map(chunk, frames)))
+    if begun and stream:
+        client.read_until(b"Hel")
+    fwd = json.loads(crossing.wait_line(rf'^.*"event":"fwd".*"model":"to-{pair[1]}-{model}".*$')[0])
+    client.sock.close()
+    assert held.gone()
+    assert crossing.events(fwd["request_id"])[-1]["event"] == "closed"
+    held.over.set()
+
+
+@EACH_PAIR
+def test_what_is_read_together_is_written_together(crossing, upstream, model, pair):
+    serve(upstream, pair, model, answer(200, b"".join(wire(pair[1], *events_of(pair[1]))),
+                                        "content-type: text/event-stream"))
+    client = Client(crossing, pair, model, stream=True)
+    assert text_got(pair[0], client.rest(), True) == "Hello"
+    body = client.data.partition(b"\r\n\r\n")[2]
+    size, _, rest = body.partition(b"\r\n")
+    assert rest[int(size, 16):] == b"\r\n0\r\n\r\n"  # one chunk and the last
+
+
+def test_an_old_client_gets_a_translated_stream_that_ends_with_the_connection(crossing, upstream, model):
+    pair = ("chat", "messages")
+    serve(upstream, pair, model, answer_stream(*wire("messages", *events_of("messages"))))
+    reply = Client(crossing, pair, model, version="1.0", stream=True).rest()
+    assert "transfer-encoding" not in reply.headers
+    assert text_got("chat", reply, True) == "Hello"
+
+
+def test_a_connection_serves_translated_requests_one_after_another(crossing, upstream, model):
+    pair = ("chat", "messages")
+    serve(upstream, pair, model, answer_stream(*wire("messages", *events_of("messages"))))
+    raw = json.dumps(body_for(CHAT, f"to-messages-{model}", stream=True)).encode()
+    request = b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: %d\r\n%b\r\n" % (
+        len(raw), b"%b") + raw
+    data = crossing.talk(request.replace(b"%b", b"") * 2 + request.replace(b"%b", b"connection: close\r\n"))
+    assert data.count(b"HTTP/1.1 200") == 3 and data.count(b"data: [DONE]") == 3
+
+
+@pytest.mark.parametrize("hidden", ["sk-secret-prompt"])
+def test_no_content_of_a_translated_exchange_reaches_the_log(crossing, upstream, model, hidden):
+    pair = ("chat", "messages")
+    block = {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": hidden}}
+    events = events_of("messages")
+    serve(upstream, pair, model, answer_stream(*wire("messages", *events[:2], block, *events[3:])),
+          answer_stream(*wire("messages", *events[:2], block), b'data: {"x": sk-secret-prompt}\n\n'))
+    for _ in range(2):
+        reply = cross(crossing, pair, model, stream=True, seed=hidden,
+                    messages=[{"role": "user", "content": hidden, "name": hidden}])
+        assert reply.status == 200
+        assert hidden not in json.dumps(log_of(crossing, reply))
+
+
+# -- count_tokens ------------------------------------------------------------
+
+COUNT_TARGETS = ("/v1/messages/count_tokens", "/messages/count_tokens")
+ESTIMATED = "x-proxai-token-count"
+
+
+@pytest.fixture
+def counting(programs, upstream):
+    """The program with all pairs, where the model `count-<n>` is `real-<n>` at Anthropic's."""
+    return programs(pairs_config(upstream.url, (
+        '[[routing.routes]]\nname = "count"\nmatch_kind = "regex"\nmodel_pattern = "^count-(?<n>.+)$"\n'
+        'provider = "messages_default"\nupstream_model = "real-$n"\n')))
+
+
+@pytest.fixture
+def counting_natively(programs, upstream):
+    """The program with all pairs, where Chat and Responses providers count, too."""
+    return programs(pairs_config(upstream.url, "[providers.chat_default.profile]\ncount_native = true\n",
+                                 "[providers.responses_default.profile]\ncount_native = true\n"))
+
+
+def count(program: Running, model: str, *headers: str, target: str = COUNT_TARGETS[0], **more: Any) -> Reply:
+    """A question for the number of tokens."""
+    return program.post(target, body_for(MESSAGES, model, **more), *headers)
+
+
+def estimate_of(word: str, model: str, **more: Any) -> int:
+    """The estimate for what a provider of that protocol would get."""
+    body = body_for(MESSAGES, model, **more)
+    if word != "messages":
+        body = proxai.PAIRS["messages", word].request(body, proxai.Context("messages", word, model))
+    return proxai.estimate_tokens(body)
+
+
+@pytest.mark.parametrize("query", ["", "?beta=true"])
+@pytest.mark.parametrize("target", COUNT_TARGETS)
+def test_anthropic_counts_tokens_itself(counting, upstream, model, target, query):
+    told = b'{ "input_tokens" : 14 , "x": [] }'
+    upstream.on(f"real-{model}", answer(200, told, "content-type: application/json", "request-id: r1"))
+    tools = [{"name": "f", "input_schema": {"type": "object"}}]
+    reply = count(counting, f"count-{model}", "anthropic-beta: b1", target=target + query, stream=True, tools=tools)
+    assert (reply.status, reply.body, reply.headers["request-id"]) == (200, told, "r1")
+    assert ESTIMATED not in reply.headers
+    request, = upstream.got(f"real-{model}")
+    assert (request.method, request.target) == ("POST", COUNT_TARGETS[0] + query)
+    assert request.header("anthropic-beta") == "b1" and request.header("x-api-key") == "test-upstream-key"
+    assert request.json == {"model": f"real-{model}", "messages": [{"role": "user", "content": "hi"}], "tools": tools}
+
+
+@pytest.mark.parametrize("status", [404, 405, 501])
+def test_a_messages_provider_that_cannot_count_gets_an_estimate(counting, upstream, model, status):
+    upstream.on(f"real-{model}", answer_json({"detail": "Not Found"}, status))
+    reply = count(counting, f"count-{model}", system="be kind")
+    assert (reply.status, reply.headers[ESTIMATED]) == (200, "estimate")
+    assert reply.headers["content-type"] == "application/json"
+    assert reply.json == {"input_tokens": estimate_of("messages", model, system="be kind")}
+    assert len(upstream.got(f"real-{model}")) == 1
+
+
+@pytest.mark.parametrize("status, kind", [
+    (400, "invalid_request_error"), (401, "authentication_error"), (429, "rate_limit_error"), (500, "api_error"),
+    (529, "overloaded_error")])
+def test_another_error_of_a_provider_that_counts_is_an_error(counting, upstream, model, status, kind):
+    told = {"type": "error", "error": {"type": kind, "message": "no"}, "request_id": "r1"}
+    upstream.on(f"real-{model}", answer_json(told, status, "retry-after: 7"))
+    reply = count(counting, f"count-{model}")
+    assert (reply.status, reply.json, reply.headers.get("retry-after")) == (status, told, "7")
+    assert ESTIMATED not in reply.headers
+
+
+@pytest.mark.parametrize("word", ["chat", "responses"])
+@pytest.mark.parametrize("target", COUNT_TARGETS)
+def test_other_providers_are_not_asked(crossing, upstream, model, target, word):
+    name = f"to-{word}-{model}"
+    more = {"system": "be kind", "tools": [{"name": "f", "description": "x" * 360, "input_schema": {"type": "object"}}]}
+    reply = count(crossing, name, target=target, **more)
+    assert (reply.status, reply.headers[ESTIMATED]) == (200, "estimate")
+    assert reply.json == {"input_tokens": estimate_of(word, name, **more)}
+    assert 350 < reply.json["input_tokens"] < 450 and upstream.got(name) == []
+
+
+@pytest.mark.parametrize("word", ["chat", "responses"])
+def test_tools_that_are_not_loaded_yet_do_not_count(crossing, model, word):
+    tools = [{"name": "f", "input_schema": {}}]
+    late = {"name": "late", "description": "x" * 3600, "input_schema": {}, "defer_loading": True}
+    counts = [count(crossing, f"to-{word}-{model}", tools=t).json["input_tokens"] for t in (tools, [*tools, late])]
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("word, target, told", [
+    ("chat", "/v1/messages/count_tokens", {"input_tokens": 14}),
+    ("responses", "/v1/responses/input_tokens", {"object": "response.input_tokens", "input_tokens": 14})],
+    ids=["chat", "responses"])
+def test_other_providers_count_where_their_profile_says_so(counting_natively, upstream, model, word, target, told):
+    name = f"to-{word}-{model}"
+    upstream.on(name, answer_json(told))
+    reply = count(counting_natively, name, target=COUNT_TARGETS[0] + "?beta=true", stream=True, system="be kind")
+    assert (reply.status, reply.json) == (200, {"input_tokens": 14}) and ESTIMATED not in reply.headers
+    request, = upstream.got(name)
+    assert (request.method, request.target) == ("POST", target)
+    assert request.header("authorization") == "Bearer test-upstream-key" and request.header("x-api-key") is None
+    if word == "chat":
+        assert request.json == {"model": name, "system": "be kind", "messages": [{"role": "user", "content": "hi"}]}
+    else:
+        assert request.json == {"model": name, "instructions": "be kind", "input": [
+            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]}]}
+
+
+@pytest.mark.parametrize("word", ["chat", "responses"])
+@pytest.mark.parametrize("script", [
+    answer_json({"error": {"message": "no such path"}}, 404), answer_json({"error": {"message": "broken"}}, 500),
+    answer_json({"error": {"message": "no key"}}, 401), answer(200, b"<html>"), answer_json({"tokens": 14}),
+    answer_json({"input_tokens": "14"}), answer_json([14]), answer(200, b"")],
+    ids=["404", "500", "401", "no JSON", "another answer", "a string", "a list", "nothing"])
+def test_what_such_a_provider_cannot_count_is_estimated(counting_natively, upstream, model, word, script):
+    name = f"to-{word}-{model}"
+    upstream.on(name, script)
+    reply = count(counting_natively, name)
+    assert (reply.status, reply.headers[ESTIMATED]) == (200, "estimate")
+    assert reply.json == {"input_tokens": estimate_of(word, name)} and len(upstream.got(name)) == 1
+
+
+@pytest.mark.parametrize("word", ["messages", "chat", "responses"])
+@pytest.mark.parametrize("change", [
+    {"model": None}, {"model": 5}, {"messages": None}, {"messages": "hi"}, None], ids=[
+    "no model", "a number as model", "no messages", "messages as text", "no object"])
+def test_what_no_messages_request_is_cannot_be_counted(crossing, upstream, model, word, change):
+    name = f"to-{word}-{model}"
+    body = b"[1]" if change is None else {
+        k: v for k, v in {**body_for(MESSAGES, name), **change}.items() if v is not None}
+    reply = crossing.post(COUNT_TARGETS[0], body)
+    assert reply.status == 400
+    assert reply.json["type"] == "error" and reply.json["error"]["type"] == "invalid_request_error"
+    assert upstream.got(name) == []
+
+
+@pytest.mark.parametrize("target", [COUNT_TARGETS[0], MESSAGES.path])
+def test_an_extended_pair_that_is_switched_off_is_told_with_the_line_to_add(programs, upstream, model, target):
+    running = programs(config_for(upstream.url, (
+        '[[routing.routes]]\nname = "chat"\nmodel_pattern = "to-chat-*"\nprovider = "chat_default"'),
+        '[error_responses]\nformat = "native"'))
+    reply = running.post(target, body_for(MESSAGES, f"to-chat-{model}"))
+    assert (reply.status, reply.headers["x-should-retry"]) == (500, "false")
+    message = reply.json["error"]["message"]
+    assert "anthropic_messages -> openai_chat_completions" in message and "`extended_pairs = true`" in message
+    assert upstream.got(f"to-chat-{model}") == []
+
+
+def test_a_count_is_logged_like_any_exchange(crossing, model):
+    reply = count(crossing, f"to-chat-{model}")
+    end = log_of(crossing, reply)[-1]
+    assert (end["event"], end["status"]) == ("end", 200)
+
+
 
 # ============================================================================
-#  15  Demo provider
+#  19  Demo provider
 # ============================================================================
 
 WEATHER_SCHEMA = {
@@ -10417,7 +21906,7 @@ def test_the_demo_needs_no_configuration_and_leaves_none(tmp_path):
 
 
 # ============================================================================
-#  16  Command line
+#  20  Command line
 # ============================================================================
 
 NO_TRACEBACK = "Traceback (most recent call last)"
@@ -10802,8 +22291,10 @@ def test_check_tells_which_protocols_a_route_cannot_serve(provider, guard, check
     line = next(line for line in out.splitlines() if " claude" in line)
     names = [name for name in proxai.PROTOCOLS if guard in (None, name) and missing(name)]
     assert status == 0
-    assert ("not translated" in line) is bool(names)
-    assert not names or f"not for {' and '.join(names)}" in line
+    assert ("extended_pairs" in line) is bool(names)
+    assert not names or f"not for {' and '.join(names)}: needs translation.extended_pairs" in line
+    status, out, _ = check(text + "[translation]\nextended_pairs = true\n")
+    assert status == 0 and "not for" not in out
 
 
 @pytest.mark.parametrize("key", ["replace-me", "your-api-key", "<key>"])
@@ -10944,6 +22435,200 @@ def test_check_never_shows_a_secret(old, new, check):
 def test_a_fault_in_a_flag_never_shows_a_secret(flags, check):
     status, out, err = check(TWO_PROVIDERS, *flags)
     assert status == 1 and flags[0] in err and "s3cr3t" not in out + err
+
+
+# -- translate ---------------------------------------------------------------
+
+@pytest.fixture
+def translate(tmp_path, capsys, monkeypatch):
+    """Runs `translate` within this process, with the given files by name and standard input; returns status, output
+    and errors."""
+    def run(*arguments: str, stdin: bytes = b"", **files: Any) -> tuple[int, str, str]:
+        for name, content in files.items():
+            (tmp_path / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8"))
+        monkeypatch.chdir(tmp_path)
+        status = proxai.main(["translate", *arguments])
+        return status, *capsys.readouterr()
+    return run
+
+
+TO_MESSAGES = ("--from", "openai_responses", "--to", "anthropic_messages")
+FROM_MESSAGES = ("--from", "anthropic_messages", "--to", "openai_responses")
+ASKED_IN_WORDS = {"model": "gpt-5.5", "instructions": "Be kind.", "input": "hé"}
+BECOMES_OF_IT = {"model": "gpt-5.5", "max_tokens": 8192, "system": "Be kind.",
+                 "messages": [{"role": "user", "content": "hé"}]}
+TOLD_BY_CLAUDE = {"id": "msg_1", "type": "message", "role": "assistant", "model": "claude-opus-4-8",
+                  "content": [{"type": "text", "text": "Hé!"}], "stop_reason": "end_turn", "stop_sequence": None,
+                  "usage": {"input_tokens": 3, "output_tokens": 2}}
+
+
+@pytest.mark.parametrize("kind", [(), ("--request",)], ids=["no word of it", "--request"])
+@pytest.mark.parametrize("names", [TO_MESSAGES, ("--from", "responses", "--to", "messages"),
+                                   ("--to", "Anthropic_Messages", "--from", "RESPONSES")],
+                         ids=["long names", "words", "any case"])
+def test_translate_prints_what_a_request_becomes(translate, names, kind):
+    status, out, err = translate(*names, *kind, "a.json", **{"a.json": ASKED_IN_WORDS})
+    assert (status, json.loads(out), err) == (0, BECOMES_OF_IT, "")
+    assert "hé" in out and out.count("\n") > 5  # for people
+
+
+def test_translate_reads_standard_input(translate):
+    status, out, err = translate(*TO_MESSAGES, "-", stdin=json.dumps(ASKED_IN_WORDS).encode())
+    assert (status, json.loads(out), err) == (0, BECOMES_OF_IT, "")
+
+
+def test_translate_as_a_program_reads_standard_input(tmp_path):
+    done = subprocess.run([sys.executable, str(PROGRAM), "translate", *TO_MESSAGES, "-"], cwd=tmp_path,
+                          input=json.dumps(ASKED_IN_WORDS, ensure_ascii=False).encode(), capture_output=True,
+                          timeout=PATIENCE * 3, env={**os.environ, "HOME": str(tmp_path), "PYTHONIOENCODING": "utf-8"})
+    assert (done.returncode, json.loads(done.stdout), done.stderr) == (0, BECOMES_OF_IT, b"")
+    assert list(tmp_path.iterdir()) == []  # nothing is made
+
+
+def test_translate_takes_the_model_and_the_host_of_the_provider(translate):
+    body = {**ASKED_IN_WORDS, "service_tier": "auto"}
+    status, out, err = translate(*TO_MESSAGES, "--model", "claude-opus-4-8", "--host", "api.anthropic.com", "a.json",
+                                 **{"a.json": body})
+    assert status == 0 and err == ""
+    found = json.loads(out)
+    assert (found["model"], found["max_tokens"], found["service_tier"]) == ("claude-opus-4-8", 32000, "auto")
+
+
+def test_translate_tells_on_stderr_what_is_left_out(translate):
+    body = {**ASKED_IN_WORDS, "truncation": "auto", "top_logprobs": 3}
+    status, out, err = translate(*TO_MESSAGES, "a.json", **{"a.json": body})
+    assert (status, json.loads(out)) == (0, BECOMES_OF_IT)
+    assert sorted(re.findall(r"(?m)^dropped: (\w+): \S", err)) == ["top_logprobs", "truncation"]
+    assert len(err.splitlines()) == 2
+
+
+@pytest.mark.parametrize("inbound, provider", list(itertools.permutations(["responses", "chat", "messages"], 2)))
+def test_translate_knows_every_pair(translate, inbound, provider):
+    body = body_for(WORDS[inbound], "m")
+    status, out, _ = translate("--from", inbound, "--to", provider, "a.json", **{"a.json": body})
+    assert status == 0 and json.loads(out)["model"] == "m" and WORDS[provider].wants in json.loads(out)
+
+
+def test_translate_prints_what_an_answer_becomes(translate):
+    status, out, err = translate(*FROM_MESSAGES, "--response", "a.json", **{"a.json": TOLD_BY_CLAUDE})
+    answer = json.loads(out)
+    assert (status, err) == (0, "") and (answer["object"], answer["status"]) == ("response", "completed")
+    assert [part["text"] for item in answer["output"] for part in item["content"]] == ["Hé!"]
+
+
+def test_translate_takes_an_answer_for_the_one_to_the_request_that_was_asked(translate):
+    tool = {"type": "custom", "name": "patch"}
+    called = {**TOLD_BY_CLAUDE, "stop_reason": "tool_use", "content": [
+        {"type": "tool_use", "id": "toolu_1", "name": "patch", "input": {"input": "*** Begin"}}]}
+    files = {"a.json": called, "q.json": {**ASKED_IN_WORDS, "tools": [tool], "truncation": "auto"}}
+    status, out, err = translate(*FROM_MESSAGES, "--response", "--asked", "q.json", "a.json", **files)
+    item, = json.loads(out)["output"]
+    assert (status, item["type"], item["name"], item["input"]) == (0, "custom_tool_call", "patch", "*** Begin")
+    assert err.startswith("dropped: truncation: ")
+    assert json.loads(translate(*FROM_MESSAGES, "--response", "a.json", **files)[1])["output"][0]["type"] == "function_call"
+
+
+def test_translate_prints_what_a_stream_becomes(translate):
+    raw = b"".join(wire("messages", *events_of("messages")))
+    for ends in (raw, raw.replace(b"\n", b"\r\n"), raw.rstrip(b"\n")):
+        status, out, err = translate(*FROM_MESSAGES, "--stream", "a.sse", **{"a.sse": ends})
+        assert (status, err) == (0, "")
+        names = [name for name, _ in got_events(out.encode())]
+        assert names[:2] == ["response.created", "response.in_progress"] and names[-1] == "response.completed"
+        deltas = [e["delta"] for name, e in got_events(out.encode()) if name == "response.output_text.delta"]
+        assert deltas == ["Hel", "lo"]
+
+
+def test_translate_prints_a_stream_of_chat_from_standard_input(translate):
+    raw = b"".join(wire("chat", *events_of("chat")))
+    status, out, err = translate("--from", "chat", "--to", "messages", "--stream", "-", stdin=raw)
+    assert (status, err) == (0, "")
+    assert got_events(out.encode())[-1] == ("message_stop", {"type": "message_stop"})
+
+
+def test_a_stream_that_fails_is_printed_up_to_its_error(translate):
+    raw = b"".join(wire("messages", *events_of("messages")[:4]))
+    status, out, err = translate(*FROM_MESSAGES, "--stream", "a.sse", **{"a.sse": raw})
+    names = [name for name, _ in got_events(out.encode())]
+    assert status == 1 and names[-2:] == ["response.failed", "error"] and "response.output_text.delta" in names
+    assert err.startswith("Error: ") and "ended before" in err
+
+
+@pytest.mark.parametrize("kind, content, said", [
+    (["--request"], {"model": "m", "input": "hi", "previous_response_id": "resp_1"}, "(previous_response_id)"),
+    (["--request"], {"model": "m", "input": [{"type": "item_reference", "id": "rs_1"}]}, "(input[0])"),
+    (["--request"], b"{", "a.json is not JSON"),
+    (["--request"], b"[1]", "a.json is not a JSON object"),
+    (["--request"], b"\xff", "UTF-8"),
+    (["--request"], b'{"model":"m","input":"a","input":NaN}', "a.json is not JSON"),
+], ids=["refused", "refused in the input", "no JSON", "a list", "not UTF-8", "NaN"])
+def test_what_cannot_be_translated_ends_with_1(translate, kind, content, said):
+    status, out, err = translate(*TO_MESSAGES, *kind, "a.json", **{"a.json": content})
+    assert (status, out) == (1, "")
+    assert err.startswith("Error: ") and said in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("content, said", [
+    ({"type": "error", "error": {"type": "overloaded_error", "message": "too busy"}}, "too busy"),
+    ({"error": {"message": "no such model"}}, "no such model"),
+    ({"object": "list", "data": []}, "content"),
+], ids=["an error", "another error", "no answer"])
+def test_an_answer_that_is_an_error_ends_with_1(translate, content, said):
+    status, out, err = translate(*FROM_MESSAGES, "--response", "a.json", **{"a.json": content})
+    assert (status, out) == (1, "")
+    assert err.startswith("Error: ") and said in err
+
+
+@pytest.mark.parametrize("files, arguments, said", [
+    ({}, ("none.json",), "none.json"),
+    ({"a.json": TOLD_BY_CLAUDE}, ("--response", "--asked", "none.json", "a.json"), "none.json"),
+    ({"a.json": TOLD_BY_CLAUDE, "q.json": b"{"}, ("--response", "--asked", "q.json", "a.json"), "q.json is not JSON"),
+    ({"a.json": TOLD_BY_CLAUDE, "q.json": b"[1]"}, ("--response", "--asked", "q.json", "a.json"),
+     "q.json is not a JSON object"),
+    ({"a.json": TOLD_BY_CLAUDE, "q.json": {"model": "m", "input": "hi", "background": True}},
+     ("--response", "--asked", "q.json", "a.json"), "(background)"),
+], ids=["no file", "no request", "request is no JSON", "request is a list", "request is refused"])
+def test_a_file_that_cannot_be_used_is_named(translate, files, arguments, said):
+    status, out, err = translate(*FROM_MESSAGES, *arguments, **files)
+    assert (status, out) == (1, "")
+    assert err.startswith("Error: ") and said in err
+
+
+@pytest.mark.parametrize("protocol", [name for p in proxai.PROTOCOLS.values() for name in (p.name, p.word)])
+def test_translate_says_that_the_same_protocol_passes_through(translate, protocol):
+    status, out, err = translate("--from", protocol, "--to", protocol, "a.json", **{"a.json": ASKED_IN_WORDS})
+    assert (status, out) == (1, "")
+    assert err.startswith("Error: ") and "same protocol" in err
+
+
+@pytest.mark.parametrize("arguments", [
+    (), ("a.json",), ("--from", "chat", "a.json"), ("--to", "chat", "a.json"), ("--from", "chat", "--to", "messages"),
+    ("--from", "soap", "--to", "chat", "a.json"), ("--from", "chat", "--to", "", "a.json"),
+    (*TO_MESSAGES, "--request", "--stream", "a.json"), (*TO_MESSAGES, "a.json", "b.json"),
+    (*TO_MESSAGES, "--no-such-flag", "a.json"), (*TO_MESSAGES, "--mod", "m", "a.json"),
+], ids=" ".join)
+def test_a_usage_error_of_translate_ends_with_2(translate, capsys, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        translate(*arguments)
+    out, err = capsys.readouterr()
+    assert (stopped.value.code, out) == (2, "") and "usage: proxai.py translate" in err
+
+
+def test_an_unknown_protocol_is_told_with_those_there_are(translate, capsys):
+    with pytest.raises(SystemExit):
+        translate("--from", "soap", "--to", "chat", "a.json")
+    err = capsys.readouterr().err
+    assert "'soap'" in err and all(name in err for name in proxai.PROTOCOLS)
+
+
+def test_help_of_translate_names_its_flags(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        proxai.main(["translate", "--help"])
+    out = capsys.readouterr().out
+    assert stopped.value.code == 0
+    for flag in ("--from", "--to", "--request", "--response", "--stream", "--model", "--host", "--asked"):
+        assert re.search(rf"(?<![\w-]){flag}(?![\w-])", out), flag
 
 
 # -- running -----------------------------------------------------------------
@@ -11789,6 +23474,2081 @@ def test_a_tool_call_that_stalls_is_an_error_of_the_sdks(oai, ant, upstream, mod
         list(messages_stream(ant, f"{model}-a"))
     *_, last = responses_stream(oai, f"{model}-r")
     assert last.type == "error" and "stalled" in last.message and last.sequence_number == 2
+
+
+# -- over translated pairs ------------------------------------------------------
+
+# -- what a vendor takes
+
+
+class Refused(Exception):
+    """What a vendor answers 400 to; it begins with the place."""
+
+
+def must(holds: Any, path: str, why: str) -> None:
+    """Refuse what does not hold."""
+    if not holds:
+        raise Refused(f"{path}: {why}")
+
+
+NUMBER, NULL = (int, float), type(None)
+OR_NULL = {kind: (kind, NULL) for kind in (str, int, bool, dict, list)}
+NAME_64, NAME_128 = re.compile(r"[a-zA-Z0-9_-]{1,64}"), re.compile(r"[a-zA-Z0-9_-]{1,128}")
+CLAUDE_ID = re.compile(r"[a-zA-Z0-9_-]+")
+CALL_ID_40, CALL_ID_64 = re.compile(r"(?s).{1,40}"), re.compile(r"(?s).{1,64}")
+SOMETHING = re.compile(r"(?s).*\S.*")  # text with more than white space
+MEDIA = {"image/jpeg", "image/png", "image/gif", "image/webp"}
+
+
+def follows(value: Any, rule: Any, path: str) -> None:
+    """A value follows its rule: types, a set of words, a pattern, or a function of value and path."""
+    if isinstance(rule, (type, tuple)):
+        must(type(value) in (rule if isinstance(rule, tuple) else (rule,)), path,
+             f"a {type(value).__name__} is the wrong type")
+    elif isinstance(rule, set):
+        must(isinstance(value, (str, NULL)) and value in rule, path, f"{value!r} is not a value for this")
+    elif isinstance(rule, re.Pattern):
+        must(isinstance(value, str) and rule.fullmatch(value), path, f"{value!r} does not match {rule.pattern}")
+    else:
+        rule(value, path)
+
+
+def record(value: Any, path: str, need: str, may: dict[str, Any]) -> None:
+    """An object has what it needs, nothing that is unknown, and each member follows its rule."""
+    must(isinstance(value, dict), path, "not an object")
+    for name in value:
+        must(name in may, f"{path}.{name}", "unknown field")
+    for name in need.split():
+        must(name in value, f"{path}.{name}", "missing field")
+    for name in value:
+        follows(value[name], may[name], f"{path}.{name}")
+
+
+def an_object(need: str, **may: Any) -> Callable[[Any, str], None]:
+    """The rule of an object."""
+    return lambda value, path: record(value, path, need, may)
+
+
+def many(rule: Any) -> Callable[[Any, str], None]:
+    """The rule of a list with at least one member."""
+    def check(value: Any, path: str) -> None:
+        must(isinstance(value, list) and value, path, "not a list with something in it")
+        for i, one in enumerate(value):
+            follows(one, rule, f"{path}[{i}]")
+    return check
+
+
+def either(*rules: Any) -> Callable[[Any, str], None]:
+    """The rule of what may follow one of several; the last one's complaint is told."""
+    def check(value: Any, path: str) -> None:
+        for rule in rules[:-1]:
+            try:
+                return follows(value, rule, path)
+            except Refused:
+                pass
+        return follows(value, rules[-1], path)
+    return check
+
+
+def kinds(**rules: tuple[str, dict[str, Any]]) -> Callable[[Any, str], None]:
+    """The rule of objects told apart by their type: what each needs, and the rules of its members."""
+    def check(value: Any, path: str) -> None:
+        must(isinstance(value, dict), path, "not an object")
+        must(value.get("type") in rules, f"{path}.type", f"{value.get('type')!r} is no type for this")
+        need, may = rules[value["type"]]
+        record(value, path, need, {"type": str, **may})
+    return check
+
+
+def schema(value: Any, path: str) -> None:
+    """A JSON schema for a tool: an object at its root, told without alternatives."""
+    must(isinstance(value, dict), path, "not an object")
+    must(value.get("type") == "object", path, "the root of a schema must be of type object")
+    for word in ("anyOf", "oneOf", "allOf"):
+        must(word not in value, path, f"{word} is not allowed at the root")
+
+
+def closed(value: Any, path: str, refused: set[str], every: bool) -> None:
+    """A strict schema: closed objects, with `every` all members required, and no word of `refused`."""
+    if isinstance(value, list):
+        for i, one in enumerate(value):
+            closed(one, f"{path}[{i}]", refused, every)
+    if not isinstance(value, dict):
+        return
+    for word in value:
+        must(word not in refused, f"{path}.{word}", "not allowed in a strict schema")
+    if value.get("type") == "object" or "properties" in value:
+        must(value.get("additionalProperties") is False, path, "additionalProperties must be false")
+        if every:
+            must(set(value.get("required", [])) == set(value.get("properties", {})), path,
+                 "required must name every property")
+    for word in ("properties", "$defs"):
+        for name, one in value.get(word, {}).items():
+            closed(one, f"{path}.{word}.{name}", refused, every)
+    for word in ("items", "anyOf", "allOf"):
+        closed(value.get(word), f"{path}.{word}", refused, every)
+
+
+def unique(values: list[Any], path: str) -> None:
+    """Nothing is there twice."""
+    for i, value in enumerate(values):
+        must(value not in values[:i], path, f"{value!r} is there twice")
+
+
+# -- Anthropic Messages
+
+class Claude(NamedTuple):
+    """What a class of Claude models takes."""
+
+    thinking: set[str]
+    sampling: bool
+    forced: bool
+    prefill: bool
+    late_system: bool
+    efforts: set[str]
+    most: int
+
+
+CLAUDES = {  # translation-chat.md 1.2: K1 (with schemas), K2, K4, K5
+    "sonnet-4-5": Claude({"enabled", "disabled"}, True, True, True, False, set(), 64000),
+    "opus-4-6": Claude({"enabled", "adaptive", "disabled"}, True, True, False, False,
+                       {"low", "medium", "high", "max"}, 128000),
+    "opus-4-8": Claude({"adaptive", "disabled"}, False, True, False, True,
+                       {"low", "medium", "high", "xhigh", "max"}, 128000),
+    "opus-5-5": Claude({"adaptive"}, False, False, False, True,
+                       {"low", "medium", "high", "xhigh", "max"}, 128000),
+}
+NO_GRAMMAR = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength", "maxLength",
+              "pattern", "maxItems", "uniqueItems", "oneOf", "not", "default", "examples"}
+MARK_RULE = an_object("type", type={"ephemeral"}, ttl={"5m", "1h"})
+A_TEXT = ("text", {"text": SOMETHING, "cache_control": MARK_RULE, "citations": OR_NULL[list]})
+A_IMAGE = ("source", {"cache_control": MARK_RULE, "source": kinds(
+    base64=("media_type data", {"media_type": MEDIA, "data": SOMETHING}), url=("url", {"url": SOMETHING}))})
+A_DOCUMENT = ("source", {"cache_control": MARK_RULE, "title": OR_NULL[str], "context": OR_NULL[str], "source": kinds(
+    base64=("media_type data", {"media_type": {"application/pdf"}, "data": SOMETHING}),
+    text=("media_type data", {"media_type": {"text/plain"}, "data": SOMETHING}), url=("url", {"url": SOMETHING}))})
+A_RESULT = ("tool_use_id", {"tool_use_id": CLAUDE_ID, "is_error": bool, "cache_control": MARK_RULE, "content": either(
+    str, many(kinds(text=A_TEXT, image=A_IMAGE, document=A_DOCUMENT)))})
+A_BLOCKS = {
+    "user": kinds(text=A_TEXT, image=A_IMAGE, document=A_DOCUMENT, tool_result=A_RESULT),
+    "system": kinds(text=A_TEXT),
+    "assistant": kinds(
+        text=A_TEXT, thinking=("thinking signature", {"thinking": str, "signature": SOMETHING}),
+        redacted_thinking=("data", {"data": SOMETHING}),
+        tool_use=("id name input", {"id": CLAUDE_ID, "name": NAME_128, "input": dict, "cache_control": MARK_RULE})),
+}
+A_TOOL = an_object(
+    "name input_schema", name=NAME_128, input_schema=schema, description=str, strict=bool, type={"custom", None},
+    cache_control=MARK_RULE, defer_loading=bool, eager_input_streaming=OR_NULL[bool], input_examples=list)
+A_THINKING = kinds(
+    enabled=("budget_tokens", {"budget_tokens": int, "display": {"summarized", "omitted", None}}),
+    adaptive=("", {"display": {"summarized", "omitted", None}}), disabled=("", {}))
+A_CHOICE = kinds(auto=("", {"disable_parallel_tool_use": bool}), any=("", {"disable_parallel_tool_use": bool}),
+                 tool=("name", {"name": NAME_128, "disable_parallel_tool_use": bool}), none=("", {}))
+A_BODY_RULES = {
+    "model": SOMETHING, "max_tokens": int, "messages": many(dict), "stream": bool, "stop_sequences": many(SOMETHING),
+    "system": either(SOMETHING, many(kinds(text=A_TEXT))), "temperature": NUMBER, "top_p": NUMBER, "top_k": int,
+    "tools": many(A_TOOL), "tool_choice": A_CHOICE, "thinking": A_THINKING, "service_tier": {"auto", "standard_only"},
+    "metadata": an_object("", user_id=re.compile(r"(?s).{1,256}")),
+    "output_config": an_object("", effort={"low", "medium", "high", "xhigh", "max"},
+                               format=kinds(json_schema=("schema", {"schema": dict})))}
+
+
+def vendor_checks_messages(body: dict[str, Any], issued: list[dict[str, Any]]) -> None:
+    """Refuse a Messages request as the vendor would; `issued` is what it answered in this conversation."""
+    record(body, "body", "model max_tokens messages", A_BODY_RULES)
+    claude = next(c for name, c in CLAUDES.items() if name in body["model"])
+    thinking = body.get("thinking", {}).get("type", "disabled")
+    must(1 <= body["max_tokens"] <= claude.most, "max_tokens", f"{body['max_tokens']} is not in 1 to {claude.most}")
+    if "thinking" in body:
+        must(thinking in claude.thinking, "thinking.type", f"{thinking} is not supported on this model")
+        budget = body["thinking"].get("budget_tokens", 0)
+        must(budget >= 1024 or thinking != "enabled", "thinking.budget_tokens", "less than 1024")
+        must(body["max_tokens"] > budget, "max_tokens", "must be greater than thinking.budget_tokens")
+    for name in ("temperature", "top_p", "top_k"):
+        must(name not in body or (claude.sampling and thinking == "disabled"), name, "not supported here")
+    must(not {"temperature", "top_p"} <= set(body), "top_p", "cannot be set together with temperature")
+    must(0 <= body.get("temperature", 1) <= 1, "temperature", "not in 0 to 1")
+    wanted = body.get("output_config", {})
+    must("effort" not in wanted or wanted["effort"] in claude.efforts, "output_config.effort", "not supported")
+    closed(wanted.get("format", {}).get("schema"), "output_config.format.schema", NO_GRAMMAR, False)
+    names = [tool["name"] for tool in body.get("tools", [])]
+    unique(names, "tools")
+    for i, tool in enumerate(body.get("tools", [])):
+        if tool.get("strict"):
+            closed(tool["input_schema"], f"tools[{i}].input_schema", NO_GRAMMAR, False)
+    if "tool_choice" in body:
+        choice = body["tool_choice"]
+        must(names, "tool_choice", "may only be specified while providing tools")
+        must(choice.get("name", names[0]) in names, "tool_choice.name", "no such tool")
+        must(choice["type"] in ("auto", "none") or (claude.forced and thinking != "enabled"), "tool_choice.type",
+             "must not force a tool here")
+    check_turns(body["messages"], claude, issued)
+    blocks = [b for m in body["messages"] if isinstance(m["content"], list) for b in m["content"]]
+    must(names or not any(b["type"] in ("tool_use", "tool_result") for b in blocks), "tools",
+         "missing, but there are tool_use or tool_result blocks")
+    system = body.get("system", [])
+    marked = [*body.get("tools", []), *(system if isinstance(system, list) else []), *blocks]
+    must(sum("cache_control" in m for m in marked) <= 4, "cache_control", "more than 4 marks")
+    if thinking == "enabled" and len(body["messages"]) > 1:  # a turn that calls tools must begin with what was thought
+        said = body["messages"][-2]["content"]
+        must(isinstance(said, str) or "thinking" in said[0]["type"] or all(b["type"] != "tool_use" for b in said),
+             "messages", "expected thinking, found tool_use")
+
+
+def check_turns(messages: list[dict[str, Any]], claude: Claude, issued: list[dict[str, Any]]) -> None:
+    """Refuse messages that do not follow each other as they must."""
+    said = [block for answer in issued for block in answer["content"]]
+    signed = {b["signature"]: b["thinking"] for b in said if b["type"] == "thinking"}
+    sealed = {b["data"] for b in said if b["type"] == "redacted_thinking"}
+    open_calls: list[str] = []
+    calls: list[str] = []
+    before = "assistant"
+    for i, message in enumerate(messages):
+        at = f"messages[{i}]"
+        record(message, at, "role content", {"role": {"user", "assistant", "system"}, "content": either(str, list)})
+        role, content = message["role"], message["content"]
+        if role == "system":
+            must(claude.late_system, f"{at}.role", "unexpected role system")
+            then = messages[i + 1]["role"] if i + 1 < len(messages) else "assistant"
+            must(before == "user" and then == "assistant", f"{at}.role", "a system message must end a user turn")
+        else:
+            must(role != before, f"{at}.role", f"roles must alternate, begin with user; {role} does not fit")
+            before = role
+        follows(content, either(SOMETHING, many(A_BLOCKS[role])) if isinstance(content, str) else many(A_BLOCKS[role]),
+             f"{at}.content")
+        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        answered = [b["tool_use_id"] for b in blocks if b["type"] == "tool_result"]
+        if role == "user":
+            for id_ in open_calls:
+                must(id_ in answered, at, f"tool_use {id_} has no tool_result immediately after")
+            for id_ in answered:
+                must(id_ in open_calls, at, f"unexpected tool_result {id_}")
+            unique(answered, at)
+            must(all(b["type"] == "tool_result" for b in blocks[:len(answered)]), at, "tool results must come first")
+        if role == "assistant":
+            must("thinking" not in blocks[-1]["type"], f"{at}.content", "the last block must not be thinking")
+            for k, block in enumerate(blocks):
+                where = f"{at}.content[{k}]"
+                if block["type"] == "thinking":
+                    must(signed.get(block["signature"]) == block["thinking"], where, "invalid signature in thinking")
+                if block["type"] == "redacted_thinking":
+                    must(block["data"] in sealed, where, "invalid data in redacted_thinking")
+            open_calls = [b["id"] for b in blocks if b["type"] == "tool_use"]
+            calls += open_calls
+            unique(calls, at)
+        elif role == "user":
+            open_calls = []
+    must(not open_calls, "messages", f"tool_use {open_calls} has no tool_result immediately after")
+    must(claude.prefill or before == "user", "messages", "this model does not support a prefilled answer")
+
+
+# -- Chat Completions
+
+LOOSE = {"allOf", "oneOf", "not", "if", "then", "else", "patternProperties", "unevaluatedProperties"}
+C_TEXT = ("text", {"text": str})
+C_PARTS = {
+    "user": kinds(text=C_TEXT, image_url=("image_url", {"image_url": an_object(
+        "url", url=SOMETHING, detail={"auto", "low", "high"})}), file=("file", {"file": an_object(
+            "", file_data=SOMETHING, file_id=str, filename=str)}), input_audio=("input_audio", {"input_audio": dict})),
+    "assistant": kinds(text=C_TEXT, refusal=("refusal", {"refusal": str})),
+    "tool": kinds(text=C_TEXT), "system": kinds(text=C_TEXT), "developer": kinds(text=C_TEXT)}
+C_CALL = kinds(
+    function=("id function", {"id": SOMETHING, "function": an_object("name arguments", name=NAME_64, arguments=str)}),
+    custom=("id custom", {"id": SOMETHING, "custom": an_object("name input", name=NAME_64, input=str)}))
+C_ROLES: dict[str, tuple[str, dict[str, Any]]] = {
+    "system": ("content", {"content": either(str, many(C_PARTS["system"])), "name": str}),
+    "developer": ("content", {"content": either(str, many(C_PARTS["developer"])), "name": str}),
+    "user": ("content", {"content": either(str, many(C_PARTS["user"])), "name": str}),
+    "assistant": ("", {"content": either(OR_NULL[str], many(C_PARTS["assistant"])), "refusal": OR_NULL[str],
+                       "name": str, "tool_calls": many(C_CALL)}),
+    "tool": ("content tool_call_id", {"content": either(str, many(C_PARTS["tool"])), "tool_call_id": SOMETHING})}
+C_TOOL = kinds(
+    function=("function", {"function": an_object(
+        "name", name=NAME_64, description=str, parameters=schema, strict=OR_NULL[bool])}),
+    custom=("custom", {"custom": an_object("name", name=NAME_64, description=str, format=dict)}))
+C_FORMAT = kinds(text=("", {}), json_object=("", {}), json_schema=("json_schema", {"json_schema": an_object(
+    "name", name=NAME_64, schema=dict, strict=OR_NULL[bool], description=str)}))
+C_CHOICE = either({"auto", "none", "required"}, kinds(
+    function=("function", {"function": an_object("name", name=NAME_64)}),
+    custom=("custom", {"custom": an_object("name", name=NAME_64)}),
+    allowed_tools=("allowed_tools", {"allowed_tools": an_object("mode tools", mode={"auto", "required"}, tools=list)})))
+C_BODY_RULES = {
+    "model": SOMETHING, "messages": many(dict), "stream": bool, "max_completion_tokens": int, "max_tokens": int,
+    "stream_options": an_object("", include_usage=bool, include_obfuscation=bool), "temperature": NUMBER,
+    "top_p": NUMBER, "stop": either(str, many(str)), "tools": many(C_TOOL), "tool_choice": C_CHOICE,
+    "parallel_tool_calls": bool, "response_format": C_FORMAT, "user": str, "n": int, "seed": int, "logprobs": bool,
+    "reasoning_effort": {"none", "minimal", "low", "medium", "high", "xhigh"}, "top_logprobs": int,
+    "safety_identifier": str, "prompt_cache_key": str, "verbosity": {"low", "medium", "high"},
+    "service_tier": {"auto", "default", "flex", "priority"}, "store": bool, "metadata": dict}
+OPEN_RULES = {**C_BODY_RULES, "chat_template_kwargs": dict, "top_k": int}  # what vLLM takes beside it
+
+
+def vendor_checks_chat(body: dict[str, Any], issued: list[dict[str, Any]]) -> None:
+    """Refuse a Chat request as the vendor would: for models named open-* as vLLM with a strict template does."""
+    is_open = "open-" in body.get("model", "")
+    record(body, "body", "model messages", OPEN_RULES if is_open else C_BODY_RULES)
+    if not is_open:
+        for name in ("max_tokens", "temperature", "top_p", "stop"):
+            must(name not in body, name, "unsupported parameter with this model")
+    must("stream_options" not in body or body.get("stream"), "stream_options", "only allowed when stream is true")
+    names = [tool[tool["type"]]["name"] for tool in body.get("tools", [])]
+    unique(names, "tools")
+    must(len(names) <= 128, "tools", "more than 128 tools")
+    for i, tool in enumerate(body.get("tools", [])):
+        if tool[tool["type"]].get("strict"):
+            closed(tool["function"].get("parameters"), f"tools[{i}].function.parameters", LOOSE, True)
+    must("parallel_tool_calls" not in body or names, "parallel_tool_calls", "only allowed with tools")
+    choice = body.get("tool_choice", "auto")
+    must("tool_choice" not in body or names, "tool_choice", "only allowed with tools")
+    if isinstance(choice, dict) and choice["type"] != "allowed_tools":
+        must(choice[choice["type"]]["name"] in names, "tool_choice", "no such tool")
+    wanted = body.get("response_format", {})
+    if wanted.get("type") == "json_object":
+        must("json" in json.dumps(body["messages"]).lower(), "messages", "must contain the word json")
+    if wanted.get("json_schema", {}).get("strict"):
+        closed(wanted["json_schema"]["schema"], "response_format.json_schema.schema", LOOSE, True)
+    check_dialogue(body["messages"], is_open, issued)
+
+
+def check_dialogue(messages: list[dict[str, Any]], is_open: bool, issued: list[dict[str, Any]]) -> None:
+    """Refuse Chat messages that do not follow each other as they must."""
+    thoughts = [answer["choices"][0]["message"].get("reasoning_content") for answer in issued]
+    waiting: list[str] = []
+    for i, message in enumerate(messages):
+        at, role = f"messages[{i}]", message.get("role")
+        must(role in C_ROLES and not (is_open and role == "developer"), f"{at}.role", f"{role!r} is no role")
+        need, may = C_ROLES[role]
+        if is_open and role == "assistant":
+            may = {**may, "reasoning_content": str}
+        record(message, at, need, {"role": str, **may})
+        if role == "tool":
+            must(message["tool_call_id"] in waiting, at,
+                 "a tool message must be a response to a preceding message with tool_calls, once")
+            waiting.remove(message["tool_call_id"])
+            continue
+        must(not waiting, at, f"tool_calls {waiting} were not followed by their tool messages")
+        if is_open:
+            must(role != "system" or i == 0, at, "the system message must be at the beginning")
+            must(role == "system" or i == 0 or messages[i - 1]["role"] != role, at, "roles must alternate")
+            must(message.get("reasoning_content") in [None, *thoughts], at, "reasoning that was never written")
+        if role == "assistant":
+            must(message.get("content") or message.get("tool_calls") or message.get("refusal"), at,
+                 "either content or tool_calls must be there")
+            waiting = [call["id"] for call in message.get("tool_calls", [])]
+            unique(waiting, at)
+            for k, call in enumerate(message.get("tool_calls", [])):
+                where = f"{at}.tool_calls[{k}]"
+                must(is_open or CALL_ID_40.fullmatch(call["id"]), f"{where}.id", "longer than 40")
+                if is_open:
+                    must(call["type"] == "function", where, "only functions")
+                    must(is_object(call["function"]["arguments"]), where, "arguments are no JSON object")
+    must(not waiting, "messages", f"tool_calls {waiting} were not followed by their tool messages")
+    must(any(m["role"] not in ("system", "developer") for m in messages), "messages", "nothing but system messages")
+
+
+def is_object(text: str) -> bool:
+    """Whether a text is a JSON object."""
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
+# -- Responses
+
+R_EFFORTS = {"none", "low", "medium", "high", "xhigh"}
+R_TEXT, R_STATUS = ("text", {"text": str}), {"in_progress", "completed", "incomplete"}
+R_MEDIA = {"input_image": ("", {"image_url": SOMETHING, "file_id": str, "detail": {"auto", "low", "high", "original"}}),
+           "input_file": ("", {"file_data": str, "file_id": str, "file_url": str, "filename": str})}
+R_GIVEN = kinds(input_text=R_TEXT, **R_MEDIA)
+R_SAID = kinds(output_text=("text", {"text": str, "annotations": list, "logprobs": list}),
+               refusal=("refusal", {"refusal": str}))
+R_MESSAGE = {"role": {"user", "assistant", "system", "developer"}, "content": either(str, list), "status": R_STATUS,
+             "id": SOMETHING, "phase": {"commentary", "final_answer", None}}
+R_OUTPUT = {"call_id": CALL_ID_64, "output": either(str, many(R_GIVEN)), "id": OR_NULL[str], "status": R_STATUS}
+R_ITEM = kinds(
+    message=("role content", R_MESSAGE),
+    function_call=("call_id name arguments", {"call_id": CALL_ID_64, "name": NAME_64, "arguments": str,
+                                              "id": str, "status": R_STATUS, "namespace": str}),
+    function_call_output=("call_id output", R_OUTPUT),
+    custom_tool_call=("call_id name input", {"call_id": CALL_ID_64, "name": NAME_64, "input": str, "id": str}),
+    custom_tool_call_output=("call_id output", R_OUTPUT),
+    reasoning=("summary", {"id": SOMETHING, "summary": list, "encrypted_content": OR_NULL[str], "status": R_STATUS}))
+R_TOOL = kinds(
+    function=("name parameters", {"name": NAME_64, "description": OR_NULL[str], "parameters": either(NULL, schema),
+                                  "strict": OR_NULL[bool], "defer_loading": bool}),
+    custom=("name", {"name": NAME_64, "description": str, "format": dict}),
+    web_search=("", {"filters": dict, "user_location": dict, "search_context_size": {"low", "medium", "high"}}))
+R_CHOICE = either({"auto", "none", "required"}, kinds(
+    function=("name", {"name": NAME_64}), custom=("name", {"name": NAME_64}), web_search=("", {}),
+    allowed_tools=("mode tools", {"mode": {"auto", "required"}, "tools": list})))
+R_FORMAT = kinds(text=("", {}), json_object=("", {}), json_schema=("name schema", {
+    "name": NAME_64, "schema": dict, "strict": OR_NULL[bool], "description": str}))
+R_BODY_RULES = {
+    "model": SOMETHING, "input": either(SOMETHING, many(dict)), "instructions": OR_NULL[str], "stream": bool,
+    "stream_options": an_object("", include_obfuscation=bool), "store": bool, "max_output_tokens": int,
+    "include": many({"reasoning.encrypted_content", "message.output_text.logprobs",
+                     "web_search_call.action.sources"}),
+    "reasoning": an_object("", effort=R_EFFORTS, summary={"auto", "concise", "detailed"}), "temperature": NUMBER,
+    "top_p": NUMBER, "tools": many(R_TOOL), "tool_choice": R_CHOICE, "parallel_tool_calls": bool,
+    "text": an_object("", format=R_FORMAT, verbosity={"low", "medium", "high"}), "top_logprobs": int,
+    "truncation": {"auto", "disabled"}, "safety_identifier": re.compile(".{1,64}"), "prompt_cache_key": str,
+    "service_tier": {"auto", "default", "flex", "priority"}, "metadata": dict}
+
+
+def vendor_checks_responses(body: dict[str, Any], issued: list[dict[str, Any]]) -> None:
+    """Refuse a Responses request as the vendor would; its models reason when they are called gpt-5.2*."""
+    record(body, "body", "model input", R_BODY_RULES)
+    reasons = "gpt-5.2" in body["model"]
+    for name in ("reasoning", "include"):
+        must(name not in body or reasons, name, "not supported with this model")
+    for name in ("temperature", "top_p"):
+        must(name not in body or not reasons or body.get("reasoning", {}).get("effort") == "none", name,
+             "not supported with this model")
+    must(body.get("max_output_tokens", 16) >= 16, "max_output_tokens", "less than 16")
+    must("stream_options" not in body or body.get("stream"), "stream_options", "only allowed when stream is true")
+    names = [tool.get("name", tool["type"]) for tool in body.get("tools", [])]
+    unique(names, "tools")
+    for i, tool in enumerate(body.get("tools", [])):
+        if tool["type"] == "function" and tool.get("strict", True):  # without a flag the vendor tries strict
+            closed(tool["parameters"], f"tools[{i}].parameters", LOOSE, True)
+    for name in ("tool_choice", "parallel_tool_calls"):
+        must(name not in body or names, name, "only allowed with tools")
+    choice = body.get("tool_choice", "auto")
+    if isinstance(choice, dict) and choice["type"] != "allowed_tools":
+        must(choice.get("name", choice["type"]) in names, "tool_choice", "no such tool")
+    wanted = body.get("text", {}).get("format", {})
+    if wanted.get("type") == "json_object":
+        must("json" in json.dumps([body["input"], body.get("instructions")]).lower(), "input",
+             "must contain the word json")
+    if wanted.get("strict"):
+        closed(wanted["schema"], "text.format.schema", LOOSE, True)
+    if isinstance(body["input"], list):
+        check_items(body["input"], reasons, issued)
+
+
+def check_items(items: list[dict[str, Any]], reasons: bool, issued: list[dict[str, Any]]) -> None:
+    """Refuse input items that are wrong in themselves or do not belong together."""
+    said = {item["id"]: item for answer in issued for item in answer["output"]}
+    calls: dict[str, str] = {}
+    waiting: list[str] = []
+    for i, item in enumerate(items):
+        at = f"input[{i}]"
+        if "role" in item and "type" not in item:
+            item = {"type": "message", **item}
+        follows(item, R_ITEM, at)
+        kind = item["type"]
+        if "id" in item and not kind.endswith("_output"):
+            must(item["id"] in said and said[item["id"]]["type"] == kind, f"{at}.id", "no such item was ever made")
+        if kind == "message":
+            if isinstance(item["content"], list):
+                follows(item["content"], many(R_SAID if item["role"] == "assistant" else R_GIVEN), f"{at}.content")
+            must(item["content"], f"{at}.content", "empty")
+        elif kind in ("function_call", "custom_tool_call"):
+            must(item["call_id"] not in calls, at, f"call_id {item['call_id']!r} is there twice")
+            calls[item["call_id"]] = kind
+            waiting.append(item["call_id"])
+        elif kind.endswith("_output"):
+            must(calls.get(item["call_id"]) == kind.removesuffix("_output"), at,
+                 f"no tool call found for call_id {item['call_id']!r}")
+            must(item["call_id"] in waiting, at, f"call_id {item['call_id']!r} has two outputs")
+            waiting.remove(item["call_id"])
+        elif kind == "reasoning":
+            must(reasons, at, "not supported with this model")
+            made = [one for one in said.values() if one["type"] == "reasoning"
+                    and item.get("encrypted_content") and one["encrypted_content"] == item["encrypted_content"]]
+            must(made, f"{at}.encrypted_content", "the content could not be verified")
+            for name in ("id", "summary"):
+                must(item.get(name) == made[0][name], f"{at}.{name}", "not what was made with this content")
+            then = items[i + 1] if i + 1 < len(items) else {"role": "user"}
+            must(then.get("role", "assistant") == "assistant" and not then.get("type", "").endswith("_output"), at,
+                 "a reasoning item was provided without its required following item")
+    must(not waiting, "input", f"no tool output found for {waiting}")
+    must(any(item.get("type") != "reasoning" for item in items), "input", "nothing but reasoning")
+
+
+# -- the checks themselves
+
+GONE = object()
+TWO = {"type": "object", "properties": {"a": {"type": "string"}}}
+
+
+def changed(body: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy of `body` with one place changed, taken away (GONE), or grown (path that ends with +)."""
+    out = copy.deepcopy(body)
+    *way, last = [int(word) if word.isdigit() else word for word in path.split(".")]
+    place: Any = out
+    for word in way:
+        place = place[word]
+    if value is GONE:
+        del place[last]
+    elif last == "+":
+        place.append(value)
+    else:
+        place[last] = value
+    return out
+
+
+A_ISSUED = [{"content": [{"type": "thinking", "thinking": "Hm.", "signature": "sig"},
+                         {"type": "redacted_thinking", "data": "sealed"}]}]
+A_GOOD = {
+    "model": "claude-sonnet-4-5", "max_tokens": 3000, "thinking": {"type": "enabled", "budget_tokens": 2000},
+    "system": [{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}],
+    "tools": [{"name": "f", "input_schema": PLACE, "strict": True}, {"name": "g", "input_schema": TWO}],
+    "tool_choice": {"type": "auto", "disable_parallel_tool_use": True},
+    "messages": [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": [
+            {"type": "redacted_thinking", "data": "sealed"},
+            {"type": "thinking", "thinking": "Hm.", "signature": "sig"}, {"type": "text", "text": "So."},
+            {"type": "tool_use", "id": "t1", "name": "f", "input": {"place": "x"}},
+            {"type": "tool_use", "id": "t2", "name": "g", "input": {}}]},
+        {"role": "user", "content": [
+            {"type": "tool_result", "tool_use_id": "t1", "content": "1"},
+            {"type": "tool_result", "tool_use_id": "t2", "content": [{"type": "text", "text": "2"}]},
+            {"type": "text", "text": "Go on."}]}]}
+A_RESULT_1 = A_GOOD["messages"][2]["content"][0]
+A_ASKED = {"role": "user", "content": "x"}
+A_PLAIN = {"model": "claude-opus-4-8", "max_tokens": 1, "messages": [A_ASKED]}
+
+
+def plain(**more: Any) -> dict[str, Any]:
+    """A small Messages request to a model without the old ways."""
+    return {**A_PLAIN, **more}
+
+
+@pytest.mark.parametrize("body", [
+    A_GOOD, A_PLAIN, plain(output_config={"effort": "max", "format": {"type": "json_schema", "schema": PLACE}}),
+    plain(thinking={"type": "adaptive", "display": "summarized"}),
+    plain(messages=[A_ASKED, {"role": "system", "content": [{"type": "text", "text": "s"}]}]),
+    plain(tools=A_GOOD["tools"], tool_choice={"type": "tool", "name": "g"}),
+    plain(model="claude-sonnet-4-5", messages=[A_ASKED, {"role": "assistant", "content": "pre"}]),
+], ids=["tools", "small", "schema", "adaptive", "late-system", "forced", "prefill"])
+def test_a_messages_vendor_takes_what_is_good(body):
+    vendor_checks_messages(body, A_ISSUED)
+
+
+@pytest.mark.parametrize("path, value, said", [
+    ("model", GONE, "model: missing"),
+    ("max_tokens", GONE, "max_tokens: missing"),
+    ("max_tokens", 0, "max_tokens: 0 is not in"),
+    ("max_tokens", 64001, "max_tokens: 64001 is not in"),
+    ("max_tokens", 2000, "greater than thinking.budget_tokens"),
+    ("max_tokens", True, "wrong type"),
+    ("input", "x", "body.input: unknown field"),
+    ("n", 1, "body.n: unknown field"),
+    ("stream", "yes", "body.stream: a str"),
+    ("stop_sequences", [" "], "stop_sequences[0]"),
+    ("system", "", "body.system"),
+    ("system.0.text", " ", "system[0].text"),
+    ("system.0.cache_control", {"type": "always"}, "cache_control.type"),
+    ("temperature", 0.5, "temperature: not supported here"),
+    ("thinking", {"type": "enabled", "budget_tokens": 1023}, "less than 1024"),
+    ("thinking", {"type": "adaptive"}, "thinking.type: adaptive is not supported"),
+    ("thinking", {"type": "enabled"}, "budget_tokens: missing"),
+    ("output_config", {"effort": "high"}, "output_config.effort: not supported"),
+    ("output_config", {"format": {"type": "json_schema", "schema": TWO}}, "additionalProperties must be false"),
+    ("output_config", {"format": {"type": "json_schema", "schema": {"type": "integer", "minimum": 1}}}, "minimum"),
+    ("metadata", {"user": "x"}, "metadata.user: unknown"),
+    ("tools", [], "body.tools: not a list with"),
+    ("tools.0.parameters", {}, "tools[0].parameters: unknown field"),
+    ("tools.0.name", "a.b", "tools[0].name"),
+    ("tools.0.name", "x" * 129, "tools[0].name"),
+    ("tools.0.name", "g", "'g' is there twice"),
+    ("tools.0.input_schema", {"type": "string"}, "root of a schema must be of type object"),
+    ("tools.0.input_schema.anyOf", [], "anyOf is not allowed at the root"),
+    ("tools.1.strict", True, "tools[1].input_schema: additionalProperties"),
+    ("tools.0.type", "function", "tools[0].type"),
+    ("tool_choice", "auto", "tool_choice: not an object"),
+    ("tool_choice", {"type": "any"}, "must not force"),
+    ("tool_choice", {"type": "tool", "name": "h"}, "no such tool"),
+    ("messages", [], "messages: not a list with"),
+    ("messages.0.role", "assistant", "messages[0].role: roles must alternate, begin with user"),
+    ("messages.0.role", "tool", "messages[0].role"),
+    ("messages.0.role", "system", "unexpected role system"),
+    ("messages.0.content", "", "messages[0].content"),
+    ("messages.0.content", [], "messages[0].content"),
+    ("messages.0.content", None, "messages[0].content"),
+    ("messages.0.content", [{"type": "text", "text": "\n"}], "content[0].text"),
+    ("messages.0.content", [{"type": "input_text", "text": "x"}], "'input_text' is no type"),
+    ("messages.0.content", [A_RESULT_1], "unexpected tool_result t1"),
+    ("messages.0.name", "x", "messages[0].name: unknown field"),
+    ("messages.1.content.1.signature", "sig2", "content[1]: invalid signature"),
+    ("messages.1.content.1.thinking", "Hm", "content[1]: invalid signature"),
+    ("messages.1.content.1.signature", "", "signature"),
+    ("messages.1.content.0.data", "sealed2", "content[0]: invalid data"),
+    ("messages.1.content.+", {"type": "thinking", "thinking": "Hm.", "signature": "sig"}, "last block must not be"),
+    ("messages.1.content.+", A_RESULT_1, "'tool_result' is no type"),
+    ("messages.1.content.3.id", "t:1", "content[3].id"),
+    ("messages.1.content.3.id", "t2", "'t2' is there twice"),
+    ("messages.1.content.3.input", "{}", "content[3].input: a str"),
+    ("messages.1.content.3.input", GONE, "content[3].input: missing"),
+    ("messages.1.content.3.name", "a b", "content[3].name"),
+    ("messages.1.content.3.cache_control", {"type": "ephemeral", "ttl": "2h"}, "cache_control.ttl"),
+    ("messages.2", GONE, "has no tool_result immediately after"),
+    ("messages.2.content.0", GONE, "tool_use t1 has no tool_result"),
+    ("messages.2.content.0.tool_use_id", "t9", "tool_use t1 has no tool_result"),
+    ("messages.2.content.0.content", [{"type": "text", "text": ""}], "content[0].text"),
+    ("messages.2.content.0.is_error", None, "is_error"),
+    ("messages.2.content.+", A_RESULT_1, "'t1' is there twice"),
+    ("messages.2.content.+", {**A_RESULT_1, "tool_use_id": "t9"}, "unexpected tool_result t9"),
+    ("messages.2.content", A_GOOD["messages"][2]["content"][::-1], "tool results must come first"),
+    ("messages.+", A_ASKED, "messages[3].role: roles must alternate"),
+    ("messages.1.content", A_GOOD["messages"][1]["content"][3:], "expected thinking, found tool_use"),
+])
+def test_a_messages_vendor_refuses(path, value, said):
+    with pytest.raises(Refused, match=re.escape(said)):
+        vendor_checks_messages(changed(A_GOOD, path, value), A_ISSUED)
+
+
+MARKED = {"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}
+
+
+@pytest.mark.parametrize("more, said", [
+    ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "enabled is not supported"),
+    ({"model": "claude-opus-5-5", "thinking": {"type": "disabled"}}, "disabled is not supported"),
+    ({"temperature": 1}, "temperature: not supported"),
+    ({"model": "claude-opus-4-6", "temperature": 1.5}, "not in 0 to 1"),
+    ({"model": "claude-opus-4-6", "temperature": 1, "top_p": 1}, "top_p: cannot be set together"),
+    ({"model": "claude-opus-4-6", "output_config": {"effort": "xhigh"}}, "effort: not supported"),
+    ({"model": "claude-opus-5-5", "tools": A_GOOD["tools"], "tool_choice": {"type": "any"}}, "must not force"),
+    ({"tool_choice": {"type": "auto"}}, "only be specified while providing tools"),
+    ({"messages": [A_ASKED, {"role": "assistant", "content": "pre"}]}, "does not support a prefilled"),
+    ({"messages": [{"role": "user", "content": [MARKED] * 5}]}, "more than 4 marks"),
+    ({"messages": A_GOOD["messages"]}, "tools: missing"),
+    ({"messages": [{"role": "system", "content": "s"}, A_ASKED]}, "must end a user turn"),
+    ({"messages": [A_ASKED, {"role": "assistant", "content": [
+        {"type": "tool_use", "id": "t", "name": "f", "input": {}}]}] * 2}, "has no tool_result"),
+    ({"tools": A_GOOD["tools"], "messages": [A_ASKED, *[
+        {"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "f", "input": {}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t"}]}] * 2]}, "'t' is there twice"),
+])
+def test_a_messages_vendor_refuses_what_its_model_does_not_take(more, said):
+    with pytest.raises(Refused, match=re.escape(said)):
+        vendor_checks_messages(plain(**more), A_ISSUED)
+
+
+C_CALLED = [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"place":"x"}'}},
+            {"id": "c2", "type": "function", "function": {"name": "g", "arguments": "{}"}}]
+C_ISSUED = [{"choices": [{"message": {"reasoning_content": "Hm."}}]}]
+C_GOOD = {
+    "model": "open-1", "max_tokens": 9, "stream": True, "stream_options": {"include_usage": True},
+    "tools": [{"type": "function", "function": {"name": "f", "parameters": PLACE, "strict": True}},
+              {"type": "function", "function": {"name": "g"}}], "tool_choice": "auto", "parallel_tool_calls": False,
+    "chat_template_kwargs": {"enable_thinking": True}, "messages": [
+        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": None, "reasoning_content": "Hm.", "tool_calls": C_CALLED},
+        {"role": "tool", "tool_call_id": "c2", "content": "2"},
+        {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "1"}]},
+        {"role": "assistant", "content": "So."}, {"role": "user", "content": [{"type": "text", "text": "Go on."}]}]}
+C_CLOSED = {"model": "gpt-5", "messages": [{"role": "user", "content": "x"}]}
+
+
+@pytest.mark.parametrize("body", [
+    C_GOOD, C_CLOSED, {**C_CLOSED, "messages": [{"role": "developer", "content": "d"}, *C_CLOSED["messages"] * 2]},
+    {**C_CLOSED, "response_format": {"type": "json_schema", "json_schema": {
+        "name": "x", "schema": PLACE, "strict": True}}},
+], ids=["tools", "small", "developer", "schema"])
+def test_a_chat_vendor_takes_what_is_good(body):
+    vendor_checks_chat(body, C_ISSUED)
+
+
+@pytest.mark.parametrize("path, value, said", [
+    ("messages", GONE, "body.messages: missing"),
+    ("messages", [], "body.messages: not a list with"),
+    ("input", [], "body.input: unknown field"),
+    ("thinking", {}, "body.thinking: unknown field"),
+    ("stream", False, "stream_options: only allowed when"),
+    ("stream_options", {"usage": True}, "stream_options.usage"),
+    ("reasoning_effort", "max", "reasoning_effort"),
+    ("tools", [], "body.tools"),
+    ("tools.0.name", "f", "tools[0].name: unknown field"),
+    ("tools.0.function.name", "x" * 65, "function.name"),
+    ("tools.0.function.name", "a.b", "function.name"),
+    ("tools.0.function.name", "g", "'g' is there twice"),
+    ("tools.0.function.parameters", {"type": "array"}, "root of a schema"),
+    ("tools.0.function.parameters", TWO, "additionalProperties must be false"),
+    ("tools.0.function.parameters.required", [], "required must name every property"),
+    ("tools.0.function.parameters.not", {}, "parameters.not: not allowed"),
+    ("tools.0.type", "web_search", "tools[0].type"),
+    ("tool_choice", {"type": "function", "name": "f"}, "tool_choice.name: unknown field"),
+    ("tool_choice", {"type": "function", "function": {"name": "h"}}, "no such tool"),
+    ("tool_choice", "any", "tool_choice"),
+    ("response_format", {"type": "json_schema", "name": "x", "schema": PLACE}, "response_format.name"),
+    ("response_format", {"type": "json_object"}, "must contain the word json"),
+    ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": TWO, "strict": True}},
+     "additionalProperties must be false"),
+    ("messages.0.role", "developer", "'developer' is no role"),
+    ("messages.0", {"role": "function", "content": "x", "name": "f"}, "'function' is no role"),
+    ("messages.1.type", "message", "messages[1].type: unknown field"),
+    ("messages.1.content", [], "messages[1].content"),
+    ("messages.1.content", None, "messages[1].content"),
+    ("messages.1.content", [{"type": "input_text", "text": "x"}], "'input_text' is no type"),
+    ("messages.1.role", "system", "system message must be at the beginning"),
+    ("messages.1.reasoning_content", "Hm.", "messages[1].reasoning_content: unknown field"),
+    ("messages.2.reasoning_content", "Hm", "reasoning that was never written"),
+    ("messages.2.reasoning_details", [], "messages[2].reasoning_details: unknown field"),
+    ("messages.2.tool_calls", [], "messages[2].tool_calls"),
+    ("messages.2.tool_calls", GONE, "either content or tool_calls"),
+    ("messages.2.tool_calls.0.id", GONE, "tool_calls[0].id: missing"),
+    ("messages.2.tool_calls.0.id", "c2", "'c2' is there twice"),
+    ("messages.2.tool_calls.0.index", 0, "tool_calls[0].index: unknown field"),
+    ("messages.2.tool_calls.0.function.arguments", {}, "arguments: a dict"),
+    ("messages.2.tool_calls.0.function.arguments", '{"a":', "arguments are no JSON object"),
+    ("messages.2.tool_calls.0.function.name", "", "function.name"),
+    ("messages.3", GONE, "were not followed by their tool messages"),
+    ("messages.3.tool_call_id", "c9", "must be a response to a preceding"),
+    ("messages.3.tool_call_id", "c1", "must be a response to a preceding"),
+    ("messages.3.content", [{"type": "image_url", "image_url": {"url": "x"}}], "'image_url' is no type"),
+    ("messages.3.content", GONE, "messages[3].content: missing"),
+    ("messages.3.name", "g", "messages[3].name: unknown field"),
+    ("messages.4", {"role": "user", "content": "x"}, "were not followed by their tool messages"),
+    ("messages.5.role", "user", "roles must alternate"),
+    ("messages.+", {"role": "assistant", "content": "", "tool_calls": C_CALLED}, "were not followed by"),
+    ("messages.+", {"role": "tool", "tool_call_id": "c1", "content": "1"}, "must be a response to a preceding"),
+])
+def test_a_chat_vendor_refuses(path, value, said):
+    with pytest.raises(Refused, match=re.escape(said)):
+        vendor_checks_chat(changed(C_GOOD, path, value), C_ISSUED)
+
+
+@pytest.mark.parametrize("more, said", [
+    ({"max_tokens": 9}, "max_tokens: unsupported"),
+    ({"temperature": 0}, "temperature: unsupported"),
+    ({"chat_template_kwargs": {}}, "chat_template_kwargs: unknown"),
+    ({"parallel_tool_calls": False}, "parallel_tool_calls: only allowed with tools"),
+    ({"tool_choice": "none"}, "tool_choice: only allowed with tools"),
+    ({"messages": [{"role": "system", "content": "s"}]}, "nothing but system"),
+    ({"messages": [{"role": "assistant", "content": "x", "reasoning_content": "Hm."}]}, "unknown field"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{**C_CALLED[0], "id": "x" * 41}]},
+                   {"role": "tool", "tool_call_id": "x" * 41, "content": ""}]}, "longer than 40"),
+])
+def test_a_chat_vendor_of_the_closed_kind_refuses(more, said):
+    with pytest.raises(Refused, match=re.escape(said)):
+        vendor_checks_chat({**C_CLOSED, **more}, C_ISSUED)
+
+
+R_THOUGHT = {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "Hm."}],
+             "encrypted_content": "gAAA"}
+R_ISSUED = [{"output": [R_THOUGHT]}]
+R_ASKED = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hi"}]}
+R_GOOD = {
+    "model": "gpt-5.2", "instructions": "Be brief.", "store": False, "include": ["reasoning.encrypted_content"],
+    "reasoning": {"effort": "high", "summary": "auto"}, "max_output_tokens": 16, "tool_choice": "auto",
+    "parallel_tool_calls": False, "tools": [
+        {"type": "function", "name": "f", "parameters": PLACE, "strict": True},
+        {"type": "function", "name": "g", "parameters": TWO, "strict": False}],
+    "input": [R_ASKED, R_THOUGHT,
+              {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "So."}]},
+              {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"},
+              {"type": "function_call", "call_id": "c2", "name": "g", "arguments": "{}"},
+              {"type": "function_call_output", "call_id": "c1", "output": "1"},
+              {"type": "function_call_output", "call_id": "c2", "output": [{"type": "input_text", "text": "2"}]}]}
+
+
+@pytest.mark.parametrize("body", [
+    R_GOOD, {"model": "gpt-4.1", "input": "x", "temperature": 0.5},
+    {"model": "gpt-5.2", "input": [R_ASKED], "text": {"format": {
+        "type": "json_schema", "name": "x", "schema": PLACE, "strict": True}}},
+], ids=["tools", "small", "schema"])
+def test_a_responses_vendor_takes_what_is_good(body):
+    vendor_checks_responses(body, R_ISSUED)
+
+
+@pytest.mark.parametrize("path, value, said", [
+    ("input", GONE, "body.input: missing"),
+    ("input", [], "body.input"),
+    ("messages", [], "body.messages: unknown field"),
+    ("max_tokens", 9, "body.max_tokens: unknown field"),
+    ("max_output_tokens", 15, "less than 16"),
+    ("temperature", 0.5, "temperature: not supported with this model"),
+    ("model", "gpt-4.1", "reasoning: not supported with this model"),
+    ("stream_options", {"include_usage": True}, "include_usage: unknown field"),
+    ("stream_options", {"include_obfuscation": False}, "only allowed when stream"),
+    ("include", ["usage"], "include[0]"),
+    ("reasoning.effort", "max", "reasoning.effort"),
+    ("reasoning.enabled", True, "reasoning.enabled: unknown field"),
+    ("safety_identifier", "x" * 65, "safety_identifier"),
+    ("tools", [], "body.tools"),
+    ("tools.0.function", {}, "tools[0].function: unknown field"),
+    ("tools.0.name", "a.b", "tools[0].name"),
+    ("tools.0.name", "x" * 65, "tools[0].name"),
+    ("tools.0.name", "g", "'g' is there twice"),
+    ("tools.0.parameters", {"type": "string"}, "root of a schema"),
+    ("tools.0.parameters", GONE, "tools[0].parameters: missing"),
+    ("tools.1.strict", GONE, "tools[1].parameters: additionalProperties"),
+    ("tools.1.strict", True, "tools[1].parameters: additionalProperties"),
+    ("tools.0.type", "bash", "tools[0].type"),
+    ("tool_choice", {"type": "function", "function": {"name": "f"}}, "tool_choice.function: unknown field"),
+    ("tool_choice", {"type": "function", "name": "h"}, "no such tool"),
+    ("text", {"format": {"type": "json_schema", "json_schema": {}}}, "json_schema: unknown field"),
+    ("text", {"format": {"type": "json_schema", "name": "x", "schema": TWO, "strict": True}}, "additionalProperties"),
+    ("text", {"format": {"type": "json_object"}}, "must contain the word json"),
+    ("input.0.content", [], "input[0].content"),
+    ("input.0.content", [{"type": "text", "text": "x"}], "'text' is no type"),
+    ("input.0.content", [{"type": "output_text", "text": "x"}], "'output_text' is no type"),
+    ("input.0.role", "tool", "input[0].role"),
+    ("input.0.id", "msg_1", "input[0].id: no such item"),
+    ("input.0", {"type": "item_reference", "id": "rs_1"}, "input[0].type"),
+    ("input.0.name", "x", "input[0].name: unknown field"),
+    ("input.1.encrypted_content", "gAAB", "could not be verified"),
+    ("input.1.encrypted_content", GONE, "could not be verified"),
+    ("input.1.id", "rs_2", "input[1].id: no such item"),
+    ("input.1.summary", [], "input[1].summary: not what was made"),
+    ("input.2", R_ASKED, "without its required following item"),
+    ("input.2.content", [{"type": "input_text", "text": "x"}], "'input_text' is no type"),
+    ("input.2.content.0.citations", None, "content[0].citations: unknown field"),
+    ("input.3.arguments", {}, "input[3].arguments"),
+    ("input.3.call_id", GONE, "input[3].call_id: missing"),
+    ("input.3.call_id", "c2", "'c2' is there twice"),
+    ("input.3.call_id", "x" * 65, "input[3].call_id"),
+    ("input.3.id", "fc_1", "input[3].id: no such item"),
+    ("input.3.name", "a.b", "input[3].name"),
+    ("input.4", GONE, "no tool call found for call_id 'c2'"),
+    ("input.5", GONE, "no tool output found for ['c1']"),
+    ("input.5.output", None, "input[5].output"),
+    ("input.5.type", "custom_tool_call_output", "no tool call found for call_id 'c1'"),
+    ("input.5.call_id", "c2", "has two outputs"),
+    ("input.6.output", [{"type": "text", "text": "x"}], "'text' is no type"),
+    ("input.+", R_THOUGHT, "without its required following item"),
+])
+def test_a_responses_vendor_refuses(path, value, said):
+    with pytest.raises(Refused, match=re.escape(said)):
+        vendor_checks_responses(changed(R_GOOD, path, value), R_ISSUED)
+
+
+@pytest.mark.parametrize("more, said", [
+    ({"tool_choice": "auto"}, "tool_choice: only allowed with tools"),
+    ({"parallel_tool_calls": False}, "parallel_tool_calls: only allowed with tools"),
+    ({"model": "gpt-4.1", "input": [R_THOUGHT, {"role": "assistant", "content": "x"}]}, "not supported with this"),
+])
+def test_a_small_request_a_responses_vendor_refuses(more, said):
+    with pytest.raises(Refused, match=re.escape(said)):
+        vendor_checks_responses({"model": "gpt-5.2", "input": [R_ASKED], **more}, R_ISSUED)
+
+
+# -- what a vendor says
+
+def a_answer(*content: Any, stop: str = "end_turn", **more: Any) -> dict[str, Any]:
+    """A Messages answer: 10 fresh, 100 cached and 5 newly cached tokens in, 7 out of which 3 were thought."""
+    return {"id": "msg_01", "type": "message", "role": "assistant", "model": "claude", "content": list(content),
+            "stop_reason": stop, "stop_sequence": None, "usage": {
+                "input_tokens": 10, "cache_creation_input_tokens": 5, "cache_read_input_tokens": 100,
+                "output_tokens": 7, "output_tokens_details": {"thinking_tokens": 3}, "service_tier": "standard"},
+            **more}
+
+
+def c_answer(finish: str = "stop", **message: Any) -> dict[str, Any]:
+    """A Chat answer with the same counts."""
+    return {"id": "chatcmpl-01", "object": "chat.completion", "created": 1_700_000_000, "model": "open",
+            "choices": [{"index": 0, "message": {"role": "assistant", "content": None, **message}, "logprobs": None,
+                         "finish_reason": finish}],
+            "usage": {"prompt_tokens": 115, "completion_tokens": 7, "total_tokens": 122,
+                      "prompt_tokens_details": {"cached_tokens": 100, "cache_write_tokens": 5},
+                      "completion_tokens_details": {"reasoning_tokens": 3}}}
+
+
+def r_answer(*output: Any, status: str = "completed", **more: Any) -> dict[str, Any]:
+    """A Responses answer with the same counts."""
+    return {"id": "resp_01", "object": "response", "created_at": 1_700_000_000, "status": status, "error": None,
+            "incomplete_details": None, "instructions": None, "metadata": {}, "model": "gpt-5.2",
+            "output": list(output), "parallel_tool_calls": True, "temperature": 1.0, "tool_choice": "auto",
+            "tools": [], "top_p": 1.0, "store": False, "usage": {
+                "input_tokens": 115, "input_tokens_details": {"cached_tokens": 100, "cache_write_tokens": 5},
+                "output_tokens": 7, "output_tokens_details": {"reasoning_tokens": 3}, "total_tokens": 122}, **more}
+
+
+def r_message(text: str, id_: str = "msg_1") -> dict[str, Any]:
+    """A message item."""
+    return {"type": "message", "id": id_, "role": "assistant", "status": "completed", "content": [
+        {"type": "output_text", "text": text, "annotations": [], "logprobs": []}]}
+
+
+def r_call(id_: str, call_id: str, place: str) -> dict[str, Any]:
+    """A function call item."""
+    return {"type": "function_call", "id": id_, "call_id": call_id, "name": "get_weather", "status": "completed",
+            "arguments": json.dumps({"place": place}, separators=(",", ":"))}
+
+
+def a_call(id_: str, place: str) -> dict[str, Any]:
+    """A tool_use block."""
+    return {"type": "tool_use", "id": id_, "name": "get_weather", "input": {"place": place}}
+
+
+def c_tool_call(id_: str, place: str) -> dict[str, Any]:
+    """A tool call of a Chat message."""
+    return {"id": id_, "type": "function", "function": {
+        "name": "get_weather", "arguments": json.dumps({"place": place}, separators=(",", ":"))}}
+
+
+def in_pieces(text: str) -> list[str]:
+    """A text as a vendor streams it."""
+    return [text[i:i + 4] for i in range(0, len(text), 4)]
+
+
+def in_turn(lines: list[list[Any]], mixed: bool) -> list[Any]:
+    """Lines of events one after the other, or mixed: one of each in turn."""
+    if not mixed:
+        return [event for line in lines for event in line]
+    rest = [list(line) for line in lines]
+    return [line.pop(0) for _ in range(max(map(len, rest), default=0)) for line in rest if line]
+
+
+def a_events(answer: dict[str, Any], mixed: bool) -> list[Any]:
+    """A Messages answer as the vendor streams it; `mixed` lets the calls grow at one time."""
+    usage = {k: v for k, v in answer["usage"].items() if k != "output_tokens_details"}
+    lines, ends = [], []
+    for i, block in enumerate(answer["content"]):
+        kind = block["type"]
+        empty = {"text": {"text": ""}, "thinking": {"thinking": "", "signature": ""}, "tool_use": {"input": {}}}
+        deltas = [{"type": "input_json_delta", "partial_json": p} for p in (
+            ["", *in_pieces(json.dumps(block["input"]))] if kind == "tool_use" else [])]
+        deltas += [{"type": f"{word}_delta", word: p} for word in ("text", "thinking") if kind == word
+                   for p in in_pieces(block[word])]
+        deltas += [{"type": "signature_delta", "signature": block["signature"]}] if kind == "thinking" else []
+        start = {"type": "content_block_start", "index": i, "content_block": {**block, **empty.get(kind, {})}}
+        lines.append([start, *({"type": "content_block_delta", "index": i, "delta": d} for d in deltas),
+                      {"type": "content_block_stop", "index": i}])
+    calls = sum(block["type"] == "tool_use" for block in answer["content"])
+    first = len(lines) - calls
+    ends.append({"type": "message_delta", "usage": {k: answer["usage"][k] for k in (
+        "output_tokens", "output_tokens_details")}, "delta": {
+            k: answer.get(k) for k in ("stop_reason", "stop_sequence", "stop_details")}})
+    return [{"type": "message_start", "message": {**answer, "content": [], "stop_reason": None,
+                                                  "usage": {**usage, "output_tokens": 1}}}, {"type": "ping"},
+            *in_turn(lines[:first], False), *in_turn(lines[first:], mixed), *ends, {"type": "message_stop"}]
+
+
+def c_events(answer: dict[str, Any], mixed: bool, usage: bool) -> list[Any]:
+    """A Chat answer as the vendor streams it; the usage only for who asked."""
+    message, finish = answer["choices"][0]["message"], answer["choices"][0]["finish_reason"]
+    deltas: list[Any] = [{"role": "assistant", "content": ""}]
+    for word in ("reasoning_content", "content", "refusal"):
+        deltas += [{word: p} for p in in_pieces(message.get(word) or "")]
+    deltas += in_turn([
+        [{"tool_calls": [{"index": i, **call, "function": {**call["function"], "arguments": ""}}]},
+         *({"tool_calls": [{"index": i, "function": {"arguments": p}}]}
+           for p in in_pieces(call["function"]["arguments"]))]
+        for i, call in enumerate(message.get("tool_calls", []))], mixed)
+    chunk = {**{k: answer[k] for k in ("id", "created", "model")}, "object": "chat.completion.chunk"}
+    chunks = [{**chunk, "choices": [{"index": 0, "delta": d, "logprobs": None, "finish_reason": None}]}
+              for d in deltas]
+    chunks.append({**chunk, "choices": [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": finish}]})
+    return [*chunks, *([{**chunk, "choices": [], "usage": answer["usage"]}] if usage else []), "[DONE]"]
+
+
+def r_events(answer: dict[str, Any], mixed: bool) -> list[Any]:
+    """A Responses answer as the vendor streams it."""
+    begun = {**answer, "status": "in_progress", "output": [], "usage": None}
+    lines = []
+    for i, item in enumerate(answer["output"]):
+        at = {"item_id": item["id"], "output_index": i}
+        kind = item["type"]
+        hollow = {"message": {"content": []}, "reasoning": {"summary": [], "encrypted_content": ""},
+                  "function_call": {"arguments": ""}}[kind]
+        line: list[Any] = [{"type": "response.output_item.added", "output_index": i,
+                            "item": {**item, "status": "in_progress", **hollow}}]
+        for k, part in enumerate(item.get("content", item.get("summary", []))):
+            word = "refusal" if part["type"] == "refusal" else "text"
+            here = {**at, "content_index" if kind == "message" else "summary_index": k}
+            whole, part_of = {"output_text": ("response.output_text", "response.content_part"),
+                              "refusal": ("response.refusal", "response.content_part"),
+                              "summary_text": ("response.reasoning_summary_text", "response.reasoning_summary_part"),
+                              }[part["type"]]
+            more = {"logprobs": []} if part["type"] == "output_text" else {}
+            line += [{"type": f"{part_of}.added", **here, "part": {**part, word: ""}},
+                     *({"type": f"{whole}.delta", **here, "delta": p, **more} for p in in_pieces(part[word])),
+                     {"type": f"{whole}.done", **here, word: part[word], **more},
+                     {"type": f"{part_of}.done", **here, "part": part}]
+        if kind == "function_call":
+            line += [*({"type": "response.function_call_arguments.delta", **at, "delta": p}
+                       for p in in_pieces(item["arguments"])),
+                     {"type": "response.function_call_arguments.done", **at, "arguments": item["arguments"],
+                      "name": item["name"]}]
+        lines.append([*line, {"type": "response.output_item.done", "output_index": i, "item": item}])
+    calls = sum(item["type"] == "function_call" for item in answer["output"])
+    first = len(lines) - calls
+    events = [{"type": "response.created", "response": begun}, {"type": "response.in_progress", "response": begun},
+              *in_turn(lines[:first], False), *in_turn(lines[first:], mixed),
+              {"type": f"response.{answer['status']}", "response": answer}]
+    return [{**event, "sequence_number": n} for n, event in enumerate(events)]
+
+
+def stream_of(word: str, answer: dict[str, Any], body: dict[str, Any], mixed: bool = False) -> list[Any]:
+    """An answer as the events of its stream."""
+    if word == "chat":
+        return c_events(answer, mixed, body.get("stream_options", {}).get("include_usage", False))
+    return {"messages": a_events, "responses": r_events}[word](answer, mixed)
+
+
+def frames(word: str, events: list[Any]) -> list[bytes]:
+    """Events as the vendor writes them."""
+    if word == "chat":
+        return [f"data: {e if isinstance(e, str) else json.dumps(e)}\n\n".encode() for e in events]
+    return named_frames(*events)
+
+
+VENDORS: dict[str, tuple[str, Callable[..., None]]] = {
+    "messages": ("/v1/messages", vendor_checks_messages), "chat": ("/v1/chat/completions", vendor_checks_chat),
+    "responses": ("/v1/responses", vendor_checks_responses)}
+
+
+def vendor_error(word: str, kind: str, message: str, code: str | None = None) -> dict[str, Any]:
+    """An error in the vendor's shape."""
+    if word == "messages":
+        return {"type": "error", "error": {"type": kind, "message": message}, "request_id": "req_1"}
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+def check_head(word: str, request: Received) -> None:
+    """Refuse what does not come as it should."""
+    must(request.target.partition("?")[0] == VENDORS[word][0], request.target, "no such place")
+    must(request.header("content-type") == "application/json", "content-type", "missing")
+    key, other = ("x-api-key", "authorization") if word == "messages" else ("authorization", "x-api-key")
+    must((request.header(key) or "").removeprefix("Bearer ") == "test-upstream-key", key, "wrong")
+    must(request.header(other) is None, other, "unexpected")
+    if word == "messages":
+        version = request.header("anthropic-version") or ""
+        must(re.fullmatch(r"\d{4}-\d\d-\d\d", version), "anthropic-version", "missing")
+
+
+def vendor(word: str, issued: list[dict[str, Any]], then: Script) -> Script:
+    """A script: check the request against what was issued before, then do `then`."""
+    def script(peer: Peer, request: Received) -> None:
+        try:
+            check_head(word, request)
+            VENDORS[word][1](request.json, issued)
+        except Exception as fault:  # a check that breaks down is no good sign either
+            said = f"REFUSED {type(fault).__name__} {fault}"
+            answer_json(vendor_error(word, "invalid_request_error", said), 400)(peer, request)
+        else:
+            then(peer, request)
+    return script
+
+
+def vendor_talk(word: str, answers: list[dict[str, Any]], mixed: bool = False) -> list[Script]:
+    """The scripts of a vendor that gives these answers one after the other, in the form that was asked for."""
+    def one(answer: dict[str, Any]) -> Script:
+        def say(peer: Peer, request: Received) -> None:
+            if request.json.get("stream"):
+                events = stream_of(word, answer, request.json, mixed)
+                answer_stream(*frames(word, events))(peer, request)
+            else:
+                answer_json(answer)(peer, request)
+        return say
+    return [vendor(word, answers[:i], one(answer)) for i, answer in enumerate(answers)]
+
+
+def breaking(word: str, answer: dict[str, Any], count: int, more: list[Any], end: str = "whole") -> Script:
+    """A script: the first `count` events of a stream, `more` events, and an end: whole, cut or reset."""
+    def say(peer: Peer, request: Received) -> None:
+        events = [*stream_of(word, answer, request.json)[:count], *more]
+        answer_stream(*frames(word, events), end=end == "whole")(peer, request)
+    def tear(peer: Peer, request: Received) -> None:
+        events = [*stream_of(word, answer, request.json)[:count], *more]
+        body = b"".join(b"%x\r\n%b\r\n" % (len(f), f) for f in frames(word, events))
+        peer.send(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n" + body)
+        peer.close()
+    return vendor(word, [], say if end == "whole" else tear)
+
+
+# -- the program and the clients
+
+class Way(NamedTuple):
+    """A pair of protocols with a model that goes that way."""
+
+    client: str
+    provider: str
+    model: str
+
+    def name(self, unique: str) -> str:
+        """A model name of its own that is still of the right kind."""
+        return f"{self.model}-{unique}" if self.model.startswith("gpt") else f"{unique}/{self.model}"
+
+
+WAYS = {
+    "responses-messages": Way("responses", "messages", "claude-opus-4-8"),
+    "responses-chat": Way("responses", "chat", "open-1"),
+    "responses-openai": Way("responses", "chat", "closed-gpt"),
+    "chat-messages": Way("chat", "messages", "claude-opus-4-8"),
+    "messages-responses": Way("messages", "responses", "gpt-5.2"),
+}
+SDK_PAIRS = [pytest.param(way, id=name) for name, way in WAYS.items()]
+OPENAI_HOST = """
+[providers.openai_chat.profile]
+max_tokens_field = "max_completion_tokens"
+reasoning_control = "effort"
+reasoning_replay = "none"
+late_system = "keep"
+files = "native"
+top_k = false
+call_ids = "40"
+strict_tools = true
+custom_tools = true
+allowed_tools = true
+vendor_fields = true
+"""
+
+
+@pytest.fixture(scope="session")
+def pair_program(programs, upstream):
+    """A program that sends Claude models to the Messages vendor, open and closed ones to Chat, gpt to Responses."""
+    more = []
+    for client, pattern, provider in (
+            ("openai_responses", "*claude*", "messages_default"), ("openai_responses", "*open-*", "chat_default"),
+            ("openai_responses", "*closed-*", "openai_chat"),
+            ("openai_chat_completions", "*claude*", "messages_default"),
+            ("anthropic_messages", "gpt-*", "responses_default")):
+        more += ["[[routing.routes]]", f'request_protocol = "{client}"', f'model_pattern = "{pattern}"',
+                 f'provider = "{provider}"']
+    more += ["[providers.openai_chat]", 'protocol = "openai_chat_completions"', f'base_url = "{upstream.url}"',
+             'api_key = "test-upstream-key"', OPENAI_HOST, "[error_responses]", 'format = "native"']
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        for name in [n for n in os.environ if n.startswith(("OPENAI_", "ANTHROPIC_"))]:
+            patch.delenv(name)
+        yield programs(config_for(upstream.url, *more, server=f'api_keys = ["{SDK_KEY}"]'))
+
+
+@pytest.fixture(scope="session")
+def sdks(pair_program) -> Iterator[Callable[[str], Sdk]]:
+    """Hands out the SDK that speaks a protocol, or skips the test where it is not installed."""
+    made: dict[str, Sdk] = {}
+
+    def sdk(word: str) -> Sdk:
+        name, path = ("anthropic", "") if word == "messages" else ("openai", "/v1")
+        package = pytest.importorskip(name)
+        if name not in made:
+            where = {"base_url": f"http://127.0.0.1:{pair_program.port}{path}", "api_key": SDK_KEY, "max_retries": 0,
+                     "timeout": PATIENCE}
+            made[name] = Sdk(package, (package.Anthropic if name == "anthropic" else package.OpenAI)(**where), where)
+        return made[name]
+
+    yield sdk
+    for one in made.values():
+        one.client.close()
+
+
+class Heard(NamedTuple):
+    """What an SDK made of an answer."""
+
+    text: str
+    calls: list[tuple[str, str, Any]]  # id, name, arguments
+    thoughts: list[str]
+    usage: tuple[int, ...]  # all input, cached, newly cached, output, thought
+    end: str
+    back: list[Any]  # what goes into the history, as the SDK's users do it
+    raw: Any
+
+
+def heard_responses(done: Any) -> Heard:
+    """What a Response says."""
+    u = done.usage
+    return Heard(done.output_text, [(i.call_id, i.name, json.loads(i.arguments)) for i in done.output
+                                    if i.type == "function_call"],
+                 ["".join(s.text for s in i.summary) for i in done.output if i.type == "reasoning"],
+                 (u.input_tokens, u.input_tokens_details.cached_tokens, u.input_tokens_details.cache_write_tokens,
+                  u.output_tokens, u.output_tokens_details.reasoning_tokens), done.status, list(done.output), done)
+
+
+def heard_chat(done: Any) -> Heard:
+    """What a ChatCompletion says."""
+    choice, u = done.choices[0], done.usage
+    thought = getattr(choice.message, "reasoning_content", None)
+    return Heard(choice.message.content or "", [(c.id, c.function.name, json.loads(c.function.arguments))
+                                                for c in choice.message.tool_calls or []],
+                 [thought] if thought else [],
+                 (u.prompt_tokens, u.prompt_tokens_details.cached_tokens, u.prompt_tokens_details.cache_write_tokens,
+                  u.completion_tokens, u.completion_tokens_details.reasoning_tokens), choice.finish_reason,
+                 [choice.message], done)
+
+
+def heard_messages(done: Any) -> Heard:
+    """What a Message says."""
+    u = done.usage
+    return Heard("".join(b.text for b in done.content if b.type == "text"),
+                 [(b.id, b.name, b.input) for b in done.content if b.type == "tool_use"],
+                 [getattr(b, "thinking", "") for b in done.content if "thinking" in b.type],
+                 (u.input_tokens + u.cache_read_input_tokens + u.cache_creation_input_tokens,
+                  u.cache_read_input_tokens, u.cache_creation_input_tokens, u.output_tokens,
+                  u.output_tokens_details.thinking_tokens if u.output_tokens_details else 0), done.stop_reason,
+                 [{"role": "assistant", "content": done.content}], done)
+
+
+HEARD = {"responses": heard_responses, "chat": heard_chat, "messages": heard_messages}
+FINAL = {"responses": "get_final_response", "chat": "get_final_completion", "messages": "get_final_message"}
+SDK_ENDS = {"responses": ("completed", "completed"), "chat": ("tool_calls", "stop"),
+            "messages": ("tool_use", "end_turn")}
+
+
+def place_of(client: Any, word: str) -> Any:
+    """What creates and streams in an SDK."""
+    return {"responses": lambda: client.responses, "chat": lambda: client.chat.completions,
+            "messages": lambda: client.messages}[word]()
+
+
+def sdk_ask(client: Any, word: str, streamed: bool, request: dict[str, Any]) -> Heard:
+    """One request of an SDK, with `create` or with its helper for streams."""
+    if not streamed:
+        return HEARD[word](place_of(client, word).create(**request))
+    more = {"stream_options": {"include_usage": True}} if word == "chat" else {}
+    with place_of(client, word).stream(**request, **more) as stream:
+        return HEARD[word](getattr(stream, FINAL[word])())
+
+
+async def sdk_ask_async(client: Any, word: str, streamed: bool, request: dict[str, Any]) -> Heard:
+    """The same with an asynchronous client."""
+    if not streamed:
+        return HEARD[word](await place_of(client, word).create(**request))
+    more = {"stream_options": {"include_usage": True}} if word == "chat" else {}
+    async with place_of(client, word).stream(**request, **more) as stream:
+        return HEARD[word](await getattr(stream, FINAL[word])())
+
+
+def request_of(word: str, model: str, said: str, tools: bool = False, **more: Any) -> dict[str, Any]:
+    """A request with a system text, as the users of the SDK write it."""
+    asked = {"role": "user", "content": said}
+    about = {"name": "get_weather", "description": "The weather"}
+    if word == "responses":
+        tool = {"type": "function", **about, "parameters": PLACE, "strict": True}
+        body: dict[str, Any] = {"model": model, "instructions": "Be brief.", "input": [asked]}
+    elif word == "chat":
+        tool = {"type": "function", "function": {**about, "parameters": PLACE, "strict": True}}
+        body = {"model": model, "messages": [{"role": "system", "content": "Be brief."}, asked]}
+    else:
+        tool = {**about, "input_schema": PLACE}
+        body = {"model": model, "max_tokens": 4096, "system": "Be brief.", "messages": [asked]}
+    return {**body, **({"tools": [tool]} if tools else {}), **more}
+
+
+HISTORY = {"responses": "input", "chat": "messages", "messages": "messages"}
+
+
+def results_of(word: str, results: list[tuple[str, str]]) -> list[Any]:
+    """Results of tools for the history."""
+    if word == "responses":
+        return [{"type": "function_call_output", "call_id": i, "output": text} for i, text in results]
+    if word == "chat":
+        return [{"role": "tool", "tool_call_id": i, "content": text} for i, text in results]
+    return [{"role": "user", "content": [
+        {"type": "tool_result", "tool_use_id": i, "content": text} for i, text in results]}]
+
+
+DEGREES = {"Oslo": "3", "Rome": "21"}
+
+
+def tool_loop(word: str, request: dict[str, Any], *later: str) -> Generator[dict[str, Any], Heard, list[Heard]]:
+    """A conversation: yields requests and takes answers, calls tools, asks more; results in the wrong order."""
+    told, more = [], list(later)
+    while True:
+        told.append((yield request))
+        new = [*told[-1].back]
+        if told[-1].calls:
+            new += results_of(word, [(i, DEGREES[a["place"]]) for i, _, a in reversed(told[-1].calls)])
+        elif more:
+            new.append({"role": "user", "content": more.pop(0)})
+        else:
+            return told
+        request = {**request, HISTORY[word]: [*request[HISTORY[word]], *new]}
+
+
+def run(steps: Generator[dict[str, Any], Heard, list[Heard]], say: Callable[[dict[str, Any]], Heard]) -> list[Heard]:
+    """Run a conversation."""
+    request = next(steps)
+    while True:
+        try:
+            request = steps.send(say(request))
+        except StopIteration as end:
+            return end.value
+
+
+async def run_async(steps: Generator[dict[str, Any], Heard, list[Heard]],
+                    say: Callable[[dict[str, Any]], Any]) -> list[Heard]:
+    """Run a conversation with an asynchronous client."""
+    request = next(steps)
+    while True:
+        try:
+            request = steps.send(await say(request))
+        except StopIteration as end:
+            return end.value
+
+
+# -- answers of text
+
+SDK_TEXT = "Håll i, två – 👍 done."
+SDK_USAGE = (115, 100, 5, 7, 3)
+VENDOR_HELLO = {"messages": a_answer({"type": "text", "text": SDK_TEXT}), "chat": c_answer(content=SDK_TEXT),
+         "responses": r_answer(r_message(SDK_TEXT))}
+ASK_FORMS = pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+
+
+@ASK_FORMS
+@pytest.mark.parametrize("way", SDK_PAIRS)
+def test_over_a_pair_an_sdk_gets_text_and_usage(sdks, upstream, model, way, streamed):
+    name = way.name(model)
+    upstream.on(name, *vendor_talk(way.provider, [VENDOR_HELLO[way.provider]]))
+    got = sdk_ask(sdks(way.client).client, way.client, streamed, request_of(way.client, name, "Hello"))
+    assert (got.text, got.calls, got.end, got.usage) == (SDK_TEXT, [], SDK_ENDS[way.client][1], SDK_USAGE)
+    if way.client == "responses":
+        assert got.raw.usage.total_tokens == 122 and got.raw.instructions == "Be brief." and got.raw.error is None
+    if way.client == "chat":
+        assert got.raw.usage.total_tokens == 122 and got.raw.created > 1_700_000_000
+    if way.client == "messages":
+        assert (got.raw.usage.input_tokens, got.raw.role, got.raw.stop_sequence) == (10, "assistant", None)
+    sent, = upstream.got(name)
+    assert sent.json.get("stream", False) is streamed
+
+
+@pytest.mark.parametrize("way", SDK_PAIRS)
+def test_over_a_pair_a_plain_stream_of_an_sdk_has_one_beginning_and_one_end(sdks, upstream, model, way):
+    name = way.name(model)
+    upstream.on(name, *vendor_talk(way.provider, [VENDOR_HELLO[way.provider]]))
+    stream = place_of(sdks(way.client).client, way.client).create(
+        **request_of(way.client, name, "Hello"), stream=True)
+    events = list(stream)
+    if way.client == "responses":
+        assert [e.type for e in events if e.type != "response.output_text.delta"] == [
+            "response.created", "response.in_progress", "response.output_item.added", "response.content_part.added",
+            "response.output_text.done", "response.content_part.done", "response.output_item.done",
+            "response.completed"]
+        assert [e.sequence_number for e in events] == list(range(len(events)))
+        assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == SDK_TEXT
+    elif way.client == "chat":
+        assert [e.choices[0].delta.role for e in events] == ["assistant"] + [None] * (len(events) - 1)
+        assert [e.choices[0].finish_reason for e in events] == [None] * (len(events) - 1) + ["stop"]
+        assert "".join(e.choices[0].delta.content or "" for e in events) == SDK_TEXT
+        assert {(e.id, e.created, e.model) for e in events} == {(events[0].id, events[0].created, events[0].model)}
+        assert all(e.usage is None for e in events)
+    else:
+        assert [e.type for e in events if e.type != "content_block_delta"] == [
+            "message_start", "content_block_start", "content_block_stop", "message_delta", "message_stop"]
+        assert "".join(e.delta.text for e in events if e.type == "content_block_delta") == SDK_TEXT
+
+
+# -- tools
+
+SAYS, TELLS = "Let me look.", "Oslo 3, Rome 21."
+LOOP = {
+    "messages": [a_answer({"type": "text", "text": SAYS}, a_call("toolu_1", "Oslo"), a_call("toolu_2", "Rome"),
+                          stop="tool_use"), a_answer({"type": "text", "text": TELLS})],
+    "chat": [c_answer("tool_calls", content=SAYS, tool_calls=[
+        c_tool_call("functions.get_weather:0", "Oslo"), c_tool_call("functions.get_weather:1", "Rome")]),
+        c_answer(content=TELLS)],
+    "responses": [r_answer(r_message(SAYS), r_call("fc_1", "call_1", "Oslo"), r_call("fc_2", "functions.f:1", "Rome")),
+                  r_answer(r_message(TELLS, "msg_2"))],
+}
+A_TURNS = [{"role": "user", "content": "Weather?"},
+           {"role": "assistant", "content": [
+               {"type": "text", "text": SAYS}, a_call("toolu_1", "Oslo"), a_call("toolu_2", "Rome")]},
+           {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_1", "content": "3"},
+                                        {"type": "tool_result", "tool_use_id": "toolu_2", "content": "21"}]}]
+C_TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Weather?"},
+           {"role": "assistant", "content": SAYS, "tool_calls": LOOP["chat"][0]["choices"][0]["message"]["tool_calls"]},
+           {"role": "tool", "tool_call_id": "functions.get_weather:0", "content": "3"},
+           {"role": "tool", "tool_call_id": "functions.get_weather:1", "content": "21"}]
+R_TURNS = [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Weather?"}]},
+           {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": SAYS}]},
+           {"type": "function_call", "call_id": "call_1", "name": "get_weather", "arguments": '{"place":"Oslo"}'},
+           {"type": "function_call", "call_id": "functions.f:1", "name": "get_weather",
+            "arguments": '{"place":"Rome"}'},
+           {"type": "function_call_output", "call_id": "call_1", "output": "3"},
+           {"type": "function_call_output", "call_id": "functions.f:1", "output": "21"}]
+TURNS = {"messages": ("messages", A_TURNS, "system"), "chat": ("messages", C_TURNS, None),
+         "responses": ("input", R_TURNS, "instructions")}
+FORMS = {"whole": (False, False), "streamed": (True, False), "mixed": (True, True)}
+
+
+def in_forms(ways: list[Any]) -> list[Any]:
+    """Each row whole, streamed, and with calls that grow at one time. That no helper for Chat streams of the openai
+    package can take, by whomever they are: it reads each call as done when the next one begins."""
+    return [pytest.param(*row.values, *form, id=f"{row.id}-{name}") for row in ways for name, form in FORMS.items()
+            if not (name == "mixed" and row.values[0].client == "chat")]
+
+
+@pytest.mark.parametrize("way, streamed, mixed", in_forms(SDK_PAIRS))
+def test_over_a_pair_an_sdk_calls_tools_and_gets_an_answer(sdks, upstream, model, way, streamed, mixed):
+    name, client = way.name(model), sdks(way.client).client
+    upstream.on(name, *vendor_talk(way.provider, LOOP[way.provider], mixed))
+    first, last = run(tool_loop(way.client, request_of(way.client, name, "Weather?", tools=True)),
+                      lambda request: sdk_ask(client, way.client, streamed, request))
+    assert first.text == SAYS and [c[1:] for c in first.calls] == [
+        ("get_weather", {"place": "Oslo"}), ("get_weather", {"place": "Rome"})]
+    assert len({c[0] for c in first.calls}) == 2
+    if way.client == "messages":
+        assert all(CLAUDE_ID.fullmatch(c[0]) for c in first.calls)
+    assert (last.text, last.calls, (first.end, last.end)) == (TELLS, [], SDK_ENDS[way.client])
+    one, two = [request.json for request in upstream.got(name)]
+    place, turns, system = TURNS[way.provider]
+    assert two[place] == turns
+    assert one[place] == turns[:len(one[place])] and one["tools"] == two["tools"]
+    if system:
+        assert one[system] == two[system] == "Be brief."
+
+
+@pytest.mark.parametrize("way", [WAYS[name] for name in (
+    "responses-messages", "responses-chat", "responses-openai", "messages-responses")], ids=lambda way: way.model)
+def test_over_a_pair_a_stream_has_one_thing_open_at_a_time(sdks, upstream, model, way):
+    name = way.name(model)
+    upstream.on(name, *vendor_talk(way.provider, LOOP[way.provider], mixed=True))
+    responses = way.client == "responses"
+    begin, end = (("response.output_item.added", "response.output_item.done") if responses
+                  else ("content_block_start", "content_block_stop"))
+    begun, is_open = 0, False
+    for event in place_of(sdks(way.client).client, way.client).create(
+            **request_of(way.client, name, "Weather?", tools=True), stream=True):
+        index = getattr(event, "output_index" if responses else "index", None)
+        if event.type == begin:
+            assert (index, is_open) == (begun, False)
+            begun, is_open = begun + 1, True
+        elif index is not None:
+            assert (index, is_open) == (begun - 1, True)
+            is_open = event.type != end
+        else:
+            assert not is_open
+    assert begun == 3
+
+
+AGAIN = [c_answer("tool_calls", tool_calls=[c_tool_call("call_0", "Oslo")]),
+         c_answer("tool_calls", tool_calls=[c_tool_call("call_0", "Rome")]), c_answer(content=TELLS)]
+
+
+@ASK_FORMS
+def test_over_a_pair_calls_of_a_vendor_that_counts_anew_each_turn_stay_apart(sdks, upstream, model, streamed):
+    way = WAYS["responses-chat"]
+    name, client = way.name(model), sdks(way.client).client
+    upstream.on(name, *vendor_talk("chat", AGAIN))
+    told = run(tool_loop("responses", request_of("responses", name, "Weather?", tools=True)),
+               lambda request: sdk_ask(client, "responses", streamed, request))
+    assert told[-1].text == TELLS and told[0].calls[0][0] != told[1].calls[0][0]
+    calls = [(m["tool_calls"][0]["id"], m["tool_calls"][0]["function"]["arguments"])
+             for m in upstream.got(name)[-1].json["messages"] if m["role"] == "assistant"]
+    results = [(m["tool_call_id"], m["content"]) for m in upstream.got(name)[-1].json["messages"]
+               if m["role"] == "tool"]
+    assert [c[1] for c in calls] == ['{"place":"Oslo"}', '{"place":"Rome"}']
+    assert [r[1] for r in results] == ["3", "21"] and [c[0] for c in calls] == [r[0] for r in results]
+
+
+def test_over_a_pair_the_tool_runner_of_anthropic_works(sdks, upstream, model):
+    ant = sdks("messages")
+    if not hasattr(ant.package, "beta_tool"):
+        pytest.skip("this version has no tool runner")
+
+    @ant.package.beta_tool
+    def get_weather(place: str) -> str:
+        """The weather at a place."""
+        return DEGREES[place]
+
+    name = WAYS["messages-responses"].name(model)
+    upstream.on(name, *vendor_talk("responses", LOOP["responses"]))
+    runner = ant.client.beta.messages.tool_runner(
+        model=name, max_tokens=64, messages=[{"role": "user", "content": "Weather?"}], tools=[get_weather])
+    assert runner.until_done().content[0].text == TELLS
+    assert upstream.got(name)[1].json["input"] == R_TURNS
+
+
+@pytest.mark.parametrize("way", SDK_PAIRS)
+def test_over_a_pair_asynchronous_clients_work_side_by_side(sdks, upstream, model, way):
+    sdk = sdks(way.client)
+    make = sdk.package.AsyncAnthropic if way.client == "messages" else sdk.package.AsyncOpenAI
+
+    async def everything() -> list[list[Heard]]:
+        async with make(**sdk.where) as client:
+            def one(k: int) -> Any:
+                name = way.name(f"{model}x{k}")
+                upstream.on(name, *vendor_talk(way.provider, LOOP[way.provider]))
+                steps = tool_loop(way.client, request_of(way.client, name, "Weather?", tools=True))
+                return run_async(steps, lambda request: sdk_ask_async(client, way.client, k % 2 == 0, request))
+            return await asyncio.gather(*map(one, range(6)))
+
+    for first, last in asyncio.run(everything()):
+        assert (first.text, len(first.calls), last.text) == (SAYS, 2, TELLS)
+        assert (first.end, last.end) == SDK_ENDS[way.client] and first.usage == last.usage == SDK_USAGE
+
+
+# -- structured output
+
+REPORT = '{"place":"Oslo","degrees":-3,"sky":"clear","note":null}'
+REPORTS = {"messages": a_answer({"type": "text", "text": REPORT}), "chat": c_answer(content=REPORT),
+           "responses": r_answer(r_message(REPORT))}
+
+
+def report_type() -> Any:
+    """A type of answers."""
+    pydantic = pytest.importorskip("pydantic")
+    return pydantic.create_model(
+        "Report", place=(str, ...), degrees=(int, pydantic.Field(ge=-90)),
+        sky=(Literal["clear", "rain"], ...), note=(str | None, ...))
+
+
+STRICT_REPORT = {  # as the openai package writes it
+    "type": "object", "title": "Report", "additionalProperties": False, "required": ["place", "degrees", "sky", "note"],
+    "properties": {"place": {"type": "string", "title": "Place"},
+                   "degrees": {"type": "integer", "title": "Degrees", "minimum": -90},
+                   "sky": {"type": "string", "title": "Sky", "enum": ["clear", "rain"]},
+                   "note": {"title": "Note", "anyOf": [{"type": "string"}, {"type": "null"}]}}}
+CLAUDE_REPORT = {**STRICT_REPORT, "properties": {  # translation-chat.md 1.7
+    **STRICT_REPORT["properties"], "sky": {"title": "Sky", "enum": ["clear", "rain"]},
+    "degrees": {"type": "integer", "title": "Degrees", "description": "{minimum: -90}"}}}
+
+
+@ASK_FORMS
+@pytest.mark.parametrize("way", SDK_PAIRS)
+def test_over_a_pair_an_sdk_parses_structured_output(sdks, upstream, model, way, streamed):
+    name, kind = way.name(model), report_type()
+    place = place_of(sdks(way.client).client, way.client)
+    upstream.on(name, *vendor_talk(way.provider, [REPORTS[way.provider]]))
+    member = {"responses": "text_format", "chat": "response_format", "messages": "output_format"}[way.client]
+    request = {**request_of(way.client, name, "Weather in Oslo?"), member: kind}
+    if streamed:
+        with place.stream(**request) as stream:
+            done = getattr(stream, FINAL[way.client])()
+    else:
+        done = place.parse(**request)
+    found = {"responses": lambda: done.output_parsed, "chat": lambda: done.choices[0].message.parsed,
+             "messages": lambda: done.parsed_output}[way.client]()
+    assert found == kind(place="Oslo", degrees=-3, sky="clear", note=None)
+    sent = upstream.got(name)[0].json
+    if way.provider == "messages":
+        assert sent["output_config"]["format"] == {"type": "json_schema", "schema": CLAUDE_REPORT}
+    elif way.provider == "chat":
+        wanted = sent["response_format"]
+        assert wanted["type"] == "json_schema" and wanted["json_schema"]["schema"] == STRICT_REPORT
+        assert wanted["json_schema"]["name"] == "Report"
+    else:
+        wanted = sent["text"]["format"]
+        assert wanted["type"] == "json_schema" and wanted["schema"] == CLAUDE_REPORT and wanted["strict"] is True
+
+
+# -- reasoning
+
+SDK_THOUGHT, LATER = "Two cities – ✓.", "And the days after?"
+R_SEALED = {"type": "reasoning", "id": "rs_1", "status": "completed", "encrypted_content": "gAAAAABo-_+/=.1",
+            "summary": [{"type": "summary_text", "text": SDK_THOUGHT}]}
+R_SEALED_2 = {"type": "reasoning", "id": "rs_2", "status": "completed", "encrypted_content": "gAAAAABo-_+/=.2",
+              "summary": []}
+A_THOUGHT = {"type": "thinking", "thinking": SDK_THOUGHT, "signature": "EqQBCkYIBxgCKkD/+=="}
+A_SEALED = {"type": "redacted_thinking", "data": "EmwKAhgBEgy3va3pzix/+=="}
+REASONED = {
+    "messages": [a_answer(A_THOUGHT, *LOOP["messages"][0]["content"], stop="tool_use"),
+                 a_answer(A_SEALED, {"type": "text", "text": TELLS}), VENDOR_HELLO["messages"]],
+    "chat": [c_answer("tool_calls", reasoning_content=SDK_THOUGHT, **{
+        k: LOOP["chat"][0]["choices"][0]["message"][k] for k in ("content", "tool_calls")}),
+        c_answer(reasoning_content="Done.", content=TELLS), VENDOR_HELLO["chat"]],
+    "responses": [r_answer(R_SEALED, *LOOP["responses"][0]["output"]),
+                  r_answer(R_SEALED_2, r_message(TELLS, "msg_2")), VENDOR_HELLO["responses"]],
+}
+SENT_BACK = {
+    "messages": [A_TURNS[0], {"role": "assistant", "content": [A_THOUGHT, *A_TURNS[1]["content"]]}, A_TURNS[2],
+                 {"role": "assistant", "content": [A_SEALED, {"type": "text", "text": TELLS}]},
+                 {"role": "user", "content": LATER}],
+    "chat": [C_TURNS[0], C_TURNS[1], {**C_TURNS[2], "reasoning_content": SDK_THOUGHT}, *C_TURNS[3:],
+             {"role": "assistant", "content": TELLS, "reasoning_content": "Done."}, {"role": "user", "content": LATER}],
+    "responses": [R_TURNS[0], {k: v for k, v in R_SEALED.items() if k != "status"}, *R_TURNS[1:],
+                  {k: v for k, v in R_SEALED_2.items() if k != "status"},
+                  {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": TELLS}]},
+                  {"type": "message", "role": "user", "content": [{"type": "input_text", "text": LATER}]}],
+}
+SDK_THINK = {
+    "responses": {"reasoning": {"effort": "high", "summary": "auto"}, "include": ["reasoning.encrypted_content"],
+                  "store": False},
+    "chat": {"reasoning_effort": "high"},
+    "messages": {"thinking": {"type": "adaptive", "display": "summarized"}, "output_config": {"effort": "high"}}}
+MANUAL = {"type": "enabled", "budget_tokens": 16384}
+SDK_ADAPTIVE = {"thinking": {"type": "adaptive", "display": "summarized"}, "output_config": {"effort": "high"}}
+
+
+@pytest.mark.parametrize("way, more, wanted, streamed, mixed", in_forms([
+    pytest.param(WAYS["responses-messages"], {}, SDK_ADAPTIVE, id="responses-messages"),
+    pytest.param(Way("responses", "messages", "claude-sonnet-4-5"), {}, {"thinking": MANUAL}, id="responses-manual"),
+    pytest.param(WAYS["responses-chat"], {}, {"reasoning_effort": "high"}, id="responses-chat"),
+    pytest.param(WAYS["chat-messages"], {}, SDK_ADAPTIVE, id="chat-messages"),
+    pytest.param(Way("chat", "messages", "claude-sonnet-4-5"), {}, {"thinking": MANUAL}, id="chat-manual"),
+    pytest.param(WAYS["messages-responses"], {}, {"reasoning": {"effort": "high", "summary": "auto"}, "store": False,
+                 "include": ["reasoning.encrypted_content"]}, id="messages-responses"),
+    pytest.param(WAYS["messages-responses"], {"thinking": {"type": "enabled", "budget_tokens": 2048},
+                                              "output_config": {}},
+                 {"reasoning": {"effort": "medium", "summary": "auto"}}, id="messages-budget"),
+]))
+def test_over_a_pair_reasoning_comes_back_to_the_vendor_as_it_was(
+        sdks, upstream, model, way, more, wanted, streamed, mixed):
+    name, client = way.name(model), sdks(way.client).client
+    upstream.on(name, *vendor_talk(way.provider, REASONED[way.provider], mixed))
+    request = request_of(way.client, name, "Weather?", tools=True, **{**SDK_THINK[way.client], **more})
+    first, second, last = run(tool_loop(way.client, request, LATER),
+                              lambda request: sdk_ask(client, way.client, streamed, request))
+    assert (first.thoughts[:1], second.text, last.text) == ([SDK_THOUGHT], TELLS, SDK_TEXT)
+    assert first.text == SAYS and len(first.calls) == 2
+    bodies = [request.json for request in upstream.got(name)]
+    place = TURNS[way.provider][0]
+    assert bodies[2][place] == SENT_BACK[way.provider]
+    for body in bodies[:2]:  # what is said once is never changed
+        assert body[place] == bodies[2][place][:len(body[place])]
+    for body in bodies:
+        assert {k: body.get(k) for k in wanted} == wanted
+
+
+@ASK_FORMS
+@pytest.mark.parametrize("way", [WAYS["responses-messages"], WAYS["chat-messages"]], ids=lambda way: way.client)
+def test_over_a_pair_thinking_between_other_blocks_comes_back_in_its_place(sdks, upstream, model, way, streamed):
+    name, client = way.name(model), sdks(way.client).client
+    said = [A_THOUGHT, {"type": "text", "text": "Två"}, A_SEALED, {"type": "text", "text": " städer."},
+            {**A_THOUGHT, "thinking": "", "signature": "EqQB2"}, a_call("toolu_1", "Oslo"),
+            {**A_THOUGHT, "thinking": "And Rome.", "signature": "EqQB3"}, a_call("toolu_2", "Rome")]
+    upstream.on(name, *vendor_talk("messages", [a_answer(*said, stop="tool_use"), VENDOR_HELLO["messages"]]))
+    run(tool_loop(way.client, request_of(way.client, name, "Weather?", tools=True, **SDK_THINK[way.client])),
+        lambda request: sdk_ask(client, way.client, streamed, request))
+    assert upstream.got(name)[1].json["messages"][1] == {"role": "assistant", "content": said}
+
+
+@pytest.mark.parametrize("spoil", [lambda sealed: sealed[:-1], lambda sealed: sealed + "x",
+                                   lambda sealed: sealed[:-3] + "x" + sealed[-2:]], ids=["cut", "longer", "changed"])
+@pytest.mark.parametrize("way", [WAYS["responses-messages"], WAYS["messages-responses"]], ids=lambda way: way.client)
+def test_over_a_pair_reasoning_that_was_tampered_with_never_reaches_the_vendor(sdks, upstream, model, way, spoil):
+    name, client = way.name(model), sdks(way.client).client
+    upstream.on(name, *vendor_talk(way.provider, [REASONED[way.provider][0], LOOP[way.provider][1]]))
+    steps = tool_loop(way.client, request_of(way.client, name, "Weather?", tools=True, **SDK_THINK[way.client]))
+    got = sdk_ask(client, way.client, False, next(steps))
+    if way.client == "responses":
+        got.back[0].encrypted_content = spoil(got.back[0].encrypted_content)
+    else:
+        got.back[0]["content"][0].signature = spoil(got.back[0]["content"][0].signature)
+    assert sdk_ask(client, way.client, False, steps.send(got)).text == TELLS
+    place, turns, _ = TURNS[way.provider]
+    assert upstream.got(name)[1].json[place] == turns
+
+
+@pytest.mark.parametrize("way", [row for row in SDK_PAIRS if row.id != "responses-openai"])
+def test_over_a_pair_reasoning_that_nothing_follows_is_not_sent(sdks, upstream, model, way):
+    name, client = way.name(model), sdks(way.client).client
+    upstream.on(name, *vendor_talk(way.provider, [REASONED[way.provider][0], VENDOR_HELLO[way.provider]]))
+    steps = tool_loop(way.client, request_of(way.client, name, "Weather?", **SDK_THINK[way.client]), LATER)
+    got = sdk_ask(client, way.client, False, next(steps))
+    assert got.thoughts == [SDK_THOUGHT]
+    if way.client == "responses":  # the rest is lost, as when someone breaks off
+        del got.back[1:]
+    elif way.client == "chat":
+        got.back[0].content = got.back[0].tool_calls = None
+    else:
+        del got.back[0]["content"][1:]
+    got.calls.clear()
+    assert sdk_ask(client, way.client, False, steps.send(got)).text == SDK_TEXT
+    sent = json.dumps(upstream.got(name)[1].json, ensure_ascii=False)
+    assert LATER in sent and SDK_THOUGHT not in sent and "EqQBCkYIBxgCKkD" not in sent and "gAAAAABo" not in sent
+
+
+def test_over_a_pair_thinking_that_nobody_asked_for_is_not_shown_to_anthropic_clients(sdks, upstream, model):
+    name = WAYS["messages-responses"].name(model)
+    upstream.on(name, *vendor_talk("responses", [r_answer(R_SEALED, r_message(SDK_TEXT))]))
+    got = sdk_ask(sdks("messages").client, "messages", False, request_of("messages", name, "Hello"))
+    assert got.raw.content[0].text == SDK_TEXT and len(got.raw.content) == 1
+
+
+# -- histories that no vendor would take as they are
+
+LONG_ID = "call_" + "x" * 90
+R_CALL = {"type": "function_call", "call_id": "c1", "name": "get_weather", "arguments": '{"place":"Oslo"}'}
+R_BACK = {"type": "function_call_output", "call_id": "c1", "output": "3"}
+R_USER = {"role": "user", "content": "Hi"}
+R_DEV = {"role": "developer", "content": "Be kind."}
+R_THEN = {"role": "assistant", "content": "So."}
+R_FOREIGN = {"type": "reasoning", "id": "rs_9", "summary": [], "encrypted_content": "gAAAAABforeign"}
+ODD_RESPONSES: dict[str, list[Any]] = {
+    "late-developer": [R_USER, R_THEN, R_DEV, R_USER], "last-developer": [R_USER, R_THEN, R_USER, R_DEV],
+    "developer-among-calls": [R_USER, R_CALL, R_DEV, R_BACK, R_USER], "only-developer": [R_DEV],
+    "developers": [R_DEV, {**R_DEV, "role": "system"}, R_USER, R_THEN, R_DEV, {**R_DEV, "role": "system"}],
+    "developer-behind-assistant": [R_USER, R_THEN, R_DEV],
+    "unanswered": [R_USER, R_CALL, R_USER], "unanswered-last": [R_USER, R_CALL], "stray": [R_USER, R_BACK],
+    "answered-twice": [R_USER, R_CALL, R_BACK, {**R_BACK, "output": "4"}, R_BACK], "early": [R_USER, R_BACK, R_CALL],
+    "talk-between": [R_USER, R_CALL, R_USER, R_BACK],
+    "id-again": [R_USER, R_CALL, R_BACK, R_THEN, R_USER, R_CALL, R_BACK],
+    "odd-id": [R_USER, {**R_CALL, "call_id": "c.1:x"}, {**R_BACK, "call_id": "c.1:x"}],
+    "long-id": [R_USER, {**R_CALL, "call_id": LONG_ID}, {**R_BACK, "call_id": LONG_ID}],
+    "empty-id": [R_USER, {**R_CALL, "call_id": ""}, {**R_BACK, "call_id": ""}],
+    "odd-name": [R_USER, {**R_CALL, "name": "mcp.fs/" + "x" * 90}, R_BACK],
+    **{f"arguments-{i}": [R_USER, {**R_CALL, "arguments": text}, R_BACK]
+       for i, text in enumerate(["", "{bad", "[1]", '"x"', "null", '{"a":1,}'])},
+    **{f"output-{i}": [R_USER, R_CALL, {**R_BACK, "output": output}] for i, output in enumerate([
+        "", " ", [], [{"type": "input_text", "text": "x"}, {"type": "input_image", "image_url": PNG_URL}],
+        [{"type": "input_image", "image_url": PNG_URL}],
+        [{"type": "input_file", "file_data": "JVBERi0x", "filename": "a.pdf"}]])},
+    **{f"part-{i}": [{"role": "user", "content": [part]}] for i, part in enumerate([
+        {"type": "input_image", "image_url": PNG_URL, "detail": "original"},
+        {"type": "input_image", "file_id": "file_1"},
+        {"type": "input_image", "image_url": "data:image/svg+xml;base64,PHN2Zy8+"}, {"type": "input_text", "text": ""},
+        {"type": "input_file", "file_data": "data:application/pdf;base64,JVBERi0x", "filename": "a.pdf"},
+        {"type": "input_file", "file_data": "data:text/plain;base64,eA==", "filename": "a.txt"},
+        {"type": "input_file", "file_id": "file_1"}, {"type": "input_file", "file_url": "http://x/a.pdf"},
+        {"type": "input_audio", "input_audio": {"data": "eA==", "format": "mp3"}}, {"type": "new_kind", "x": 1}])},
+    "empty-texts": [{"role": "user", "content": ""}, {"role": "assistant", "content": " "}, R_USER,
+                    {"role": "assistant", "content": [{"type": "output_text", "text": ""}]}, R_USER],
+    "refusal": [R_USER, {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}, R_USER],
+    "assistant-first": [R_THEN, R_USER], "assistant-last": [R_USER, R_THEN], "users": [R_USER, R_USER],
+    "assistants": [R_USER, R_THEN, R_THEN, R_USER], "talk-behind-call": [R_USER, R_CALL, R_THEN, R_BACK, R_USER],
+    "foreign-reasoning": [R_USER, R_FOREIGN, R_THEN, R_USER], "reasoning-last": [R_USER, R_FOREIGN],
+    "edited-carrier": [R_USER, {**R_FOREIGN, "encrypted_content": "px1.at.000000.00000000.3.abc"}, R_CALL, R_BACK],
+    "custom": [R_USER, {"type": "custom_tool_call", "call_id": "k", "name": "patch", "input": "*** Begin"},
+               {"type": "custom_tool_call_output", "call_id": "k", "output": "ok"}],
+    "shells": [R_USER, {"type": "local_shell_call", "id": "l", "call_id": "l1", "status": "completed", "action": {
+        "type": "exec", "command": ["ls"], "env": {}}}, {"type": "local_shell_call_output", "id": "l1", "output": "x"},
+        {"type": "shell_call", "call_id": "s1", "action": {"commands": ["ls"]}},
+        {"type": "shell_call_output", "call_id": "s1", "output": [
+            {"stdout": "x", "stderr": "", "outcome": {"type": "exit", "exit_code": 0}}]}],
+    "patch": [R_USER, {"type": "apply_patch_call", "call_id": "p1", "status": "completed", "operation": {
+        "type": "delete_file", "path": "a"}}, {"type": "apply_patch_call_output", "call_id": "p1", "status": "failed"}],
+    "search": [R_USER, {"type": "web_search_call", "id": "ws_1", "status": "completed", "action": {
+        "type": "search", "query": "x"}}, R_THEN, {"type": "file_search_call", "id": "fs_1", "status": "completed",
+                                                   "queries": ["x"]}, R_USER],
+    "compaction": [{"type": "compaction", "encrypted_content": "x"}, R_USER],
+    "new-kind": [R_USER, {"type": "new_kind"}],
+}
+C_CALLER = {"role": "assistant", "content": None, "tool_calls": [c_tool_call("c1", "Oslo")]}
+C_BACK = {"role": "tool", "tool_call_id": "c1", "content": "3"}
+C_USER, C_DEV, C_THEN = R_USER, R_DEV, R_THEN
+
+
+def c_calling(**more: Any) -> dict[str, Any]:
+    """A message with one call, changed."""
+    call = c_tool_call("c1", "Oslo")
+    return {**C_CALLER, "tool_calls": [{**call, **{k: v for k, v in more.items() if k == "id"}, "function": {
+        **call["function"], **{k: v for k, v in more.items() if k != "id"}}}]}
+
+
+ODD_CHAT: dict[str, list[Any]] = {
+    "late-developer": [C_USER, C_THEN, C_DEV, C_USER], "last-developer": [C_USER, C_THEN, C_USER, C_DEV],
+    "developer-among-calls": [C_USER, C_CALLER, C_DEV, C_BACK, C_USER], "only-developer": [C_DEV],
+    "developer-behind-assistant": [C_USER, C_THEN, C_DEV],
+    "unanswered": [C_USER, C_CALLER, C_USER], "unanswered-last": [C_USER, C_CALLER], "stray": [C_USER, C_BACK],
+    "answered-twice": [C_USER, C_CALLER, C_BACK, {**C_BACK, "content": "4"}, C_BACK],
+    "early": [C_USER, C_BACK, C_CALLER],
+    "talk-between": [C_USER, C_CALLER, C_USER, C_BACK],
+    "id-again": [C_USER, C_CALLER, C_BACK, C_THEN, C_USER, C_CALLER, C_BACK],
+    "odd-id": [C_USER, c_calling(id="functions.f:0"), {**C_BACK, "tool_call_id": "functions.f:0"}],
+    "long-id": [C_USER, c_calling(id=LONG_ID), {**C_BACK, "tool_call_id": LONG_ID}],
+    "empty-id": [C_USER, c_calling(id=""), {**C_BACK, "tool_call_id": ""}],
+    "odd-name": [C_USER, c_calling(name="mcp.fs/" + "x" * 140), C_BACK],
+    **{f"arguments-{i}": [C_USER, c_calling(arguments=text), C_BACK]
+       for i, text in enumerate(["", "{bad", "[1]", '"x"', "null", '{"a":1,}'])},
+    **{f"output-{i}": [C_USER, C_CALLER, {**C_BACK, "content": output}] for i, output in enumerate([
+        "", " ", [], None, [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": PNG_URL}}]])},
+    **{f"part-{i}": [{"role": "user", "content": [part]}, C_THEN, C_USER] for i, part in enumerate([
+        {"type": "image_url", "image_url": {"url": PNG_URL, "detail": "low"}}, {"type": "text", "text": ""},
+        {"type": "image_url", "image_url": {"url": "data:image/svg+xml;base64,PHN2Zy8+"}},
+        {"type": "file", "file": {"file_data": "JVBERi0x", "filename": "a.pdf"}},
+        {"type": "file", "file": {"file_id": "f"}},
+        {"type": "input_audio", "input_audio": {"data": "eA==", "format": "mp3"}}, {"type": "new_kind", "x": 1}])},
+    "empty-texts": [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}, C_USER,
+                    {"role": "assistant", "content": None}, C_USER],
+    "refusal": [C_USER, {"role": "assistant", "content": None, "refusal": "No."}, C_USER],
+    "assistant-first": [C_THEN, C_USER], "assistant-last": [C_USER, C_THEN], "users": [C_USER, {**C_USER, "name": "x"}],
+    "assistants": [C_USER, C_THEN, C_THEN, C_USER],
+    "nothing-said": [C_USER, {**C_CALLER, "content": " "}, C_BACK, C_USER],
+    "foreign-reasoning": [C_USER, {**C_THEN, "reasoning_content": "Hm.", "reasoning_details": [
+        {"type": "reasoning.encrypted", "data": "x", "format": "openai-responses-v1", "index": 0}]}, C_USER],
+    "legacy": [C_USER, {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
+               {"role": "function", "name": "f", "content": "3"}, C_USER],
+    "custom": [C_USER, {"role": "assistant", "tool_calls": [{"id": "k", "type": "custom", "custom": {
+        "name": "patch", "input": "*** Begin"}}]}, {"role": "tool", "tool_call_id": "k", "content": "ok"}],
+}
+M_CALLER = {"role": "assistant", "content": [a_call("t1", "Oslo")]}
+M_RESULT = {"type": "tool_result", "tool_use_id": "t1", "content": "3"}
+M_BACK = {"role": "user", "content": [M_RESULT]}
+M_USER, M_THEN, M_SYSTEM = R_USER, R_THEN, {"role": "system", "content": "Be kind."}
+M_IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}}
+ODD_MESSAGES: dict[str, list[Any]] = {
+    "late-system": [M_USER, M_THEN, M_USER, M_SYSTEM], "system-among-calls": [M_USER, M_CALLER, M_SYSTEM, M_BACK],
+    "unanswered": [M_USER, M_CALLER, M_USER], "unanswered-last": [M_USER, M_CALLER], "stray": [M_USER, M_BACK],
+    "answered-twice": [M_USER, M_CALLER, M_BACK, {"role": "user", "content": [{**M_RESULT, "content": "4"}]}],
+    "talk-first": [M_USER, M_CALLER, {"role": "user", "content": [{"type": "text", "text": "go"}, M_RESULT]}],
+    "id-again": [M_USER, M_CALLER, M_BACK, M_THEN, M_USER, M_CALLER, M_BACK],
+    "long-id": [M_USER, {"role": "assistant", "content": [a_call(LONG_ID, "x")]},
+                {"role": "user", "content": [{**M_RESULT, "tool_use_id": LONG_ID}]}],
+    "odd-name": [M_USER, {"role": "assistant", "content": [{**a_call("t1", "x"), "name": "mcp__" + "x" * 90}]}, M_BACK],
+    **{f"result-{i}": [M_USER, M_CALLER, {"role": "user", "content": [result]}] for i, result in enumerate([
+        {"type": "tool_result", "tool_use_id": "t1"}, {**M_RESULT, "content": []}, {**M_RESULT, "is_error": True},
+        {**M_RESULT, "content": [{"type": "text", "text": "x"}, M_IMAGE]}, {**M_RESULT, "content": [M_IMAGE]},
+        {**M_RESULT, "content": [{"type": "tool_reference", "tool_name": "get_weather"}]}])},
+    **{f"block-{i}": [{"role": "user", "content": [block]}, M_THEN, M_USER] for i, block in enumerate([
+        M_IMAGE, {"type": "image", "source": {"type": "file", "file_id": "f"}},
+        {"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}},
+        {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "x"}},
+        {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0x"}},
+        {"type": "container_upload", "file_id": "f"}, {"type": "new_kind"}, {
+            "type": "search_result", "title": "t", "source": "s", "content": [{"type": "text", "text": "x"}]}])},
+    "foreign-thinking": [M_USER, {"role": "assistant", "content": [
+        {"type": "thinking", "thinking": "Hm.", "signature": "EqQB"}, {"type": "redacted_thinking", "data": "x"},
+        a_call("t1", "x")]}, M_BACK],
+    "only-thinking": [M_USER, {"role": "assistant", "content": [
+        {"type": "thinking", "thinking": "Hm.", "signature": "EqQB"}]}, M_USER],
+    "server-tools": [M_USER, {"role": "assistant", "content": [
+        {"type": "server_tool_use", "id": "srvtoolu_1", "name": "web_search", "input": {"query": "q"}},
+        {"type": "web_search_tool_result", "tool_use_id": "srvtoolu_1", "content": [
+            {"type": "web_search_result", "title": "t", "url": "u", "encrypted_content": "x"}]},
+        {"type": "text", "text": "So."}]}, M_USER],
+    "assistant-first": [M_THEN, M_USER], "assistant-last": [M_USER, M_THEN], "users": [M_USER, M_USER],
+    "assistants": [M_USER, M_THEN, M_THEN, M_USER], "talk-behind-call": [M_USER, {"role": "assistant", "content": [
+        a_call("t1", "x"), {"type": "text", "text": "y"}]}, M_BACK],
+    "empty-texts": [{"role": "user", "content": ""}, {"role": "assistant", "content": " "}, M_USER],
+    "compaction": [{"role": "assistant", "content": [{"type": "compaction", "content": "S"}]}, M_USER],
+}
+ODD = {"responses": ODD_RESPONSES, "chat": ODD_CHAT, "messages": ODD_MESSAGES}
+OLD = {"responses-manual": Way("responses", "messages", "claude-sonnet-4-5"),
+       "responses-newest": Way("responses", "messages", "claude-opus-5-5"),
+       "chat-manual": Way("chat", "messages", "claude-sonnet-4-5"),
+       "messages-plain": Way("messages", "responses", "gpt-4.1")}
+
+
+@pytest.mark.parametrize("tools", [True, False], ids=["tools", "bare"])
+@pytest.mark.parametrize("way, case", [pytest.param(way, case, id=f"{name}-{case}")
+                                       for name, way in {**WAYS, **OLD}.items() for case in ODD[way.client]])
+def test_over_a_pair_no_history_makes_a_vendor_refuse(sdks, upstream, model, way, case, tools):
+    name = way.name(model)
+    upstream.on(name, *vendor_talk(way.provider, [VENDOR_HELLO[way.provider]]))
+    more = SDK_THINK[way.client] if way.model not in ("closed-gpt", "gpt-4.1") else {}
+    request = {**request_of(way.client, name, "", tools=tools), **more, HISTORY[way.client]: ODD[way.client][case]}
+    assert sdk_ask(sdks(way.client).client, way.client, False, request).text == SDK_TEXT
+
+
+# -- other ends
+
+NO = "I cannot help with that."
+CUT = {"messages": a_answer({"type": "text", "text": SDK_TEXT}, stop="max_tokens"),
+       "chat": c_answer("length", content=SDK_TEXT),
+       "responses": r_answer({**r_message(SDK_TEXT), "status": "incomplete"}, status="incomplete",
+                             incomplete_details={"reason": "max_output_tokens"})}
+
+
+@pytest.mark.parametrize("way", SDK_PAIRS)
+def test_over_a_pair_an_answer_that_was_cut_off_says_so(sdks, upstream, model, way):
+    name, client = way.name(model), sdks(way.client).client
+    upstream.on(name, *vendor_talk(way.provider, [CUT[way.provider]]))
+    request = request_of(way.client, name, "Hello")
+    whole = place_of(client, way.client).create(**request)
+    events = list(place_of(client, way.client).create(**request, stream=True))
+    if way.client == "responses":
+        for done in (whole, events[-1].response):
+            assert (done.status, done.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+            assert (done.output_text, done.output[-1].status) == (SDK_TEXT, "incomplete")
+        assert events[-1].type == "response.incomplete"
+    elif way.client == "chat":
+        assert (whole.choices[0].finish_reason, whole.choices[0].message.content) == ("length", SDK_TEXT)
+        assert events[-1].choices[0].finish_reason == "length"
+    else:
+        assert (whole.stop_reason, whole.content[0].text) == ("max_tokens", SDK_TEXT)
+        assert events[-2].delta.stop_reason == "max_tokens"
+
+
+def test_over_a_pair_a_refusal_of_claude_is_one_for_the_chat_client(sdks, upstream, model):
+    name, client = WAYS["chat-messages"].name(model), sdks("chat").client
+    declined = a_answer(stop="refusal", stop_details={"type": "refusal", "category": None, "explanation": NO})
+    upstream.on(name, *vendor_talk("messages", [declined]))
+    request = {**request_of("chat", name, "Hello"), "response_format": report_type()}
+    done = client.chat.completions.parse(**request)
+    with client.chat.completions.stream(**request) as stream:
+        streamed = stream.get_final_completion()
+    for one in (done, streamed):
+        message = one.choices[0].message
+        assert (one.choices[0].finish_reason, message.refusal, message.parsed) == ("stop", NO, None)
+
+
+def test_over_a_pair_a_refusal_of_claude_fails_the_response(sdks, upstream, model):
+    name, client = WAYS["responses-messages"].name(model), sdks("responses").client
+    declined = a_answer(stop="refusal", stop_details={"type": "refusal", "category": None, "explanation": NO})
+    upstream.on(name, *vendor_talk("messages", [declined]))
+    request = request_of("responses", name, "Hello")
+    done = client.responses.create(**request)
+    last = list(client.responses.create(**request, stream=True))[-1]
+    assert last.type == "response.failed"
+    for one in (done, last.response):
+        assert (one.status, one.error.code, one.error.message) == ("failed", "invalid_prompt", NO)
+
+
+@ASK_FORMS
+def test_over_a_pair_a_refusal_of_gpt_is_one_for_the_anthropic_client(sdks, upstream, model, streamed):
+    name = WAYS["messages-responses"].name(model)
+    said = {**r_message(""), "content": [{"type": "refusal", "refusal": NO}]}
+    upstream.on(name, *vendor_talk("responses", [r_answer(said)]))
+    got = sdk_ask(sdks("messages").client, "messages", streamed, request_of("messages", name, "Hello"))
+    assert (got.end, got.text, got.raw.stop_details.explanation) == ("refusal", NO, NO)
+
+
+# -- errors before the answer
+
+VENDOR_ERRORS = [  # status; type and code of each vendor and for each client; classes of openai and anthropic
+    (400, {"messages": ("invalid_request_error", None), "chat": ("invalid_request_error", "unsupported_value"),
+           "responses": ("invalid_request_error", "unsupported_value")},
+     {"responses": ("invalid_request_error", None), "chat": ("invalid_request_error", None),
+      "messages": "invalid_request_error"}, "BadRequestError", "BadRequestError"),
+    (401, {"messages": ("authentication_error", None), "chat": ("invalid_request_error", "invalid_api_key"),
+           "responses": ("invalid_request_error", "invalid_api_key")},
+     {"responses": ("authentication_error", "invalid_api_key"), "chat": ("authentication_error", "invalid_api_key"),
+      "messages": "authentication_error"}, "AuthenticationError", "AuthenticationError"),
+    (429, {"messages": ("rate_limit_error", None), "chat": ("tokens", "rate_limit_exceeded"),
+           "responses": ("tokens", "rate_limit_exceeded")},
+     {"responses": ("rate_limit_error", "rate_limit_exceeded"), "chat": ("rate_limit_error", "rate_limit_exceeded"),
+      "messages": "rate_limit_error"}, "RateLimitError", "RateLimitError"),
+    (500, {"messages": ("api_error", None), "chat": ("server_error", None), "responses": ("server_error", None)},
+     {"responses": ("server_error", None), "chat": ("server_error", None), "messages": "api_error"},
+     "InternalServerError", "InternalServerError"),
+    (529, {"messages": ("overloaded_error", None), "chat": ("server_error", "overloaded"),
+           "responses": ("server_error", "server_is_overloaded")},
+     {"responses": ("overloaded_error", "server_is_overloaded"), "chat": ("overloaded_error", "overloaded"),
+      "messages": "overloaded_error"}, "InternalServerError", "OverloadedError"),
+]
+
+
+@ASK_FORMS
+@pytest.mark.parametrize("status, theirs, ours, openai_class, anthropic_class",
+                         VENDOR_ERRORS, ids=[str(row[0]) for row in VENDOR_ERRORS])
+@pytest.mark.parametrize("way", SDK_PAIRS)
+def test_over_a_pair_an_error_of_the_vendor_is_the_right_exception(
+        sdks, upstream, model, way, status, theirs, ours, openai_class, anthropic_class, streamed):
+    name, sdk = way.name(model), sdks(way.client)
+    kind, code = theirs[way.provider]
+    body = vendor_error(way.provider, kind, f"Something is wrong: {status}", code)
+    upstream.on(name, vendor(way.provider, [], answer_json(body, status, "retry-after: 7")))
+    wanted = anthropic_class if way.client == "messages" else openai_class
+    exception = getattr(sdk.package, wanted, sdk.package.InternalServerError)
+    with pytest.raises(exception) as raised:
+        sdk_ask(sdk.client, way.client, streamed, request_of(way.client, name, "Hello"))
+    found = raised.value
+    assert found.status_code == status and f"Something is wrong: {status}" in found.message
+    assert found.response.headers["retry-after"] == "7" and len(upstream.got(name)) == 1
+    if way.client == "messages":
+        assert (found.body["type"], found.body["error"]["type"]) == ("error", ours["messages"])
+    else:
+        kind, code = ours[way.client]  # a vendor of the same family may keep its own type
+        assert found.type in (kind, theirs[way.provider][0]) and (code is None or found.code == code)
+
+
+TOO_LONG = {
+    "messages": ("invalid_request_error", "prompt is too long: 9000 tokens > 8192 maximum", None),
+    "chat": ("invalid_request_error", "This model's maximum context length is 8192 tokens. However, your messages"
+             " resulted in 9000 tokens.", "context_length_exceeded"),
+    "responses": ("invalid_request_error", "This model's maximum context length is 8192 tokens. However, your input"
+                  " resulted in 9000 tokens.", "context_length_exceeded"),
+}
+
+
+@ASK_FORMS
+@pytest.mark.parametrize("way", SDK_PAIRS)
+def test_over_a_pair_a_prompt_that_is_too_long_is_told_in_the_words_of_the_clients_vendor(
+        sdks, upstream, model, way, streamed):
+    name, sdk = way.name(model), sdks(way.client)
+    kind, text, code = TOO_LONG[way.provider]
+    upstream.on(name, vendor(way.provider, [], answer_json(vendor_error(way.provider, kind, text, code), 400)))
+    with pytest.raises(sdk.package.BadRequestError) as raised:
+        sdk_ask(sdk.client, way.client, streamed, request_of(way.client, name, "Hello"))
+    if way.client == "messages":
+        assert raised.value.body["error"]["message"] == "prompt is too long: 9000 tokens > 8192 maximum"
+    else:
+        assert raised.value.code == "context_length_exceeded"
+        assert re.search("maximum context length is 8192 tokens.*resulted in 9000 tokens", raised.value.message)
+
+
+@pytest.mark.parametrize("way, more", [
+    pytest.param(WAYS["responses-messages"], {"previous_response_id": "resp_1"}, id="responses-state"),
+    pytest.param(WAYS["responses-chat"], {"previous_response_id": "resp_1"}, id="responses-chat-state"),
+    pytest.param(WAYS["chat-messages"], {"n": 2}, id="chat-n"),
+    pytest.param(WAYS["messages-responses"], {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
+                 id="messages-web-search"),
+])
+def test_over_a_pair_what_cannot_be_served_is_a_bad_request_and_nothing_is_sent(sdks, upstream, model, way, more):
+    name, sdk = way.name(model), sdks(way.client)
+    upstream.on(name, *vendor_talk(way.provider, [VENDOR_HELLO[way.provider]]))
+    with pytest.raises(sdk.package.BadRequestError) as raised:
+        sdk_ask(sdk.client, way.client, False, {**request_of(way.client, name, "Hello"), **more})
+    assert upstream.got(name) == [] and raised.value.status_code == 400
+    if way.client != "messages":
+        assert raised.value.param == next(iter(more))
+
+
+# -- streams that go wrong
+
+TROUBLE = {
+    "messages": [{"type": "error", "error": {"type": "overloaded_error", "message": "went wrong"}}],
+    "chat": [{"error": {"message": "went wrong", "type": "server_error", "code": None}}],
+    "responses": [{"type": "response.failed", "sequence_number": 99, "response": r_answer(
+        status="failed", error={"code": "server_error", "message": "went wrong"})}],
+}
+TROUBLES = [pytest.param(way, TROUBLE[way.provider], id=name) for name, way in WAYS.items()]
+TROUBLES += [pytest.param(WAYS["messages-responses"], [{
+    "type": "error", "sequence_number": 99, "code": "server_error", "message": "went wrong", "param": None}],
+    id="messages-responses-flat")]
+
+
+def until_it_breaks(sdk: Sdk, word: str, request: dict[str, Any]) -> tuple[list[Any], Exception]:
+    """The events of a plain stream, and what it raises."""
+    seen: list[Any] = []
+    with pytest.raises(sdk.package.APIError) as raised:
+        for event in place_of(sdk.client, word).create(**request, stream=True):
+            seen.append(event)
+    return seen, raised.value
+
+
+def no_end(word: str, events: list[Any]) -> bool:
+    """Whether no event says that an answer is complete."""
+    if word == "chat":
+        return not any(choice.finish_reason for event in events for choice in event.choices)
+    return not {"response.completed", "response.incomplete", "message_delta", "message_stop"} & {e.type for e in events}
+
+
+@pytest.mark.parametrize("way, trouble", TROUBLES)
+def test_over_a_pair_an_error_within_a_stream_is_raised_by_the_sdk(sdks, upstream, model, way, trouble):
+    name, sdk = way.name(model), sdks(way.client)
+    answer = VENDOR_HELLO[way.provider]
+    count = next(i for i, e in enumerate(stream_of(way.provider, answer, {})) if "Håll" in json.dumps(
+        e, ensure_ascii=False)) + 2
+    upstream.on(name, breaking(way.provider, answer, count, trouble))
+    request = request_of(way.client, name, "Hello")
+    seen, raised = until_it_breaks(sdk, way.client, request)
+    assert "went wrong" in str(raised) and seen and no_end(way.client, seen)
+    if way.client == "responses":
+        assert seen[-1].type == "response.failed" and "went wrong" in seen[-1].response.error.message
+        assert seen[-1].response.status == "failed" and seen[-1].response.error.code
+    if way.client == "messages":
+        assert raised.body["error"]["type"] == "api_error"
+    with pytest.raises(Exception, match="went wrong"):
+        sdk_ask(sdk.client, way.client, True, request)
+
+
+@pytest.mark.parametrize("end", ["whole", "cut"])
+@pytest.mark.parametrize("way", SDK_PAIRS)
+def test_over_a_pair_a_stream_that_ends_early_is_never_a_complete_answer(sdks, upstream, model, way, end):
+    sdk, answer = sdks(way.client), REASONED[way.provider][0]
+    events = stream_of(way.provider, answer, {"stream_options": {"include_usage": True}})
+    complete = {  # where the vendor has said that it is done: only what is behind may be missing
+        "messages": lambda e: e["type"] == "message_delta", "responses": lambda e: e["type"] == "response.completed",
+        "chat": lambda e: e["choices"][0]["finish_reason"]}[way.provider]
+    done = next(i for i, event in enumerate(events) if complete(event)) + 1
+    more = {} if way.model == "closed-gpt" else SDK_THINK[way.client]
+    for count in range(done + 1):
+        name = way.name(f"{model}x{count}")
+        upstream.on(name, breaking(way.provider, answer, count, [], end))
+        request = request_of(way.client, name, "Weather?", tools=True, **more)
+        if count < done:
+            seen, _ = until_it_breaks(sdk, way.client, request)
+            assert no_end(way.client, seen), count
+            with pytest.raises(sdk.package.APIError):
+                sdk_ask(sdk.client, way.client, True, request)
+        elif end == "whole":
+            assert not no_end(way.client, list(place_of(sdk.client, way.client).create(**request, stream=True)))
+
+
+@pytest.mark.parametrize("way", SDK_PAIRS)
+def test_over_a_pair_a_whole_answer_that_is_cut_is_a_502(sdks, upstream, model, way):
+    name, sdk = way.name(model), sdks(way.client)
+    body = json.dumps(VENDOR_HELLO[way.provider]).encode()
+
+    def say(peer: Peer, request: Received) -> None:
+        head = f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        peer.send(head.encode() + body[:-1])
+        peer.close()
+
+    upstream.on(name, vendor(way.provider, [], say))
+    with pytest.raises(sdk.package.InternalServerError) as raised:
+        sdk_ask(sdk.client, way.client, False, request_of(way.client, name, "Hello"))
+    assert raised.value.status_code == 502
 
 
 
