@@ -500,15 +500,10 @@ def upstream_error(status: int, body: bytes, fields: Sequence[bytes] = ()) -> Pr
     if message is None:
         return failed(UPSTREAM_UNKNOWN_SHAPE,
                       f"the provider answered {status} with an error of unknown shape: {shown}")
-    code, more = first_of(value, "/error/code", "/code"), {}
-    if isinstance(code, str):
-        more["code"] = code
-    kind = first_of(value, "/error/type")
-    more["kind"] = kind if isinstance(kind, str) else ""
-    param = first_of(value, "/error/param", "/param")
-    if param is not ABSENT and fits(param):
-        more["param"] = param
-    return failed(UPSTREAM, message, **more)
+    code, param = first_of(value, "/error/code", "/code"), first_of(value, "/error/param", "/param")
+    return failed(UPSTREAM, message, kind=text_of(first_of(value, "/error/type")),
+                  code=code if isinstance(code, str) else None,
+                  param=param if param is not ABSENT and fits(param) else ABSENT)
 
 
 def fits(value: Any) -> bool:
@@ -605,11 +600,8 @@ def overflow_message(said: str, protocol: Protocol, estimate: int) -> str:
 
 def joined_detail(value: Any) -> str | None:
     """The texts of a FastAPI-style `detail` list, joined; None where there are none."""
-    items = first_of(value, "/detail")
-    if not isinstance(items, list):
-        return None
     texts = [next((item[key] for key in ("msg", "message") if isinstance(item.get(key), str)), "")
-             for item in items if isinstance(item, dict)]
+             for item in map(mapping, listing(first_of(value, "/detail")))]
     return "; ".join(filter(None, texts)) or None
 
 
@@ -2286,14 +2278,13 @@ class ModelRequest(NamedTuple):
 
 def read_model_request(protocol: Protocol, raw: bytes) -> ModelRequest:
     """Check what routing and translation need and nothing more (ruling 13), else a RequestError."""
+    fault = f"the body of {protocol.title} requests must be a JSON object with a non-empty `model`"
     try:
         body = load(raw)
     except ValueError as error:
-        raise RequestError(f"the body of {protocol.title} requests must be a JSON object with a"
-                           f" non-empty `model`: {error}") from None
+        raise RequestError(f"{fault}: {error}") from None
     if not isinstance(body, dict):
-        raise RequestError(f"the body of {protocol.title} requests must be a JSON object with a"
-                           f" non-empty `model`")
+        raise RequestError(fault)
     model = body.get("model")
     if not isinstance(model, str) or not model.strip():
         raise RequestError(f"{protocol.title} requests need a non-empty `model`", param="model")
@@ -2312,48 +2303,40 @@ def read_model_request(protocol: Protocol, raw: bytes) -> ModelRequest:
     return ModelRequest(raw, body, model.strip())
 
 
-def lift_system_items(body: Json) -> Json | None:
-    """A Responses body with its system items moved into `instructions`; None where there are none.
+def lift_system_items(body: Json) -> Json:
+    """The members of a Responses body that change when its system items become `instructions`.
 
     Responses providers know no system role in `input` (contract 4.1, rulings 14 and 15).
     """
-    items = body.get("input")
-    if not isinstance(items, list):
-        return None
-    kept = [item for item in items if not (isinstance(item, dict) and item.get("role") == "system")]
+    items = listing(body.get("input"))
+    kept = [item for item in items if mapping(item).get("role") != "system"]
     if len(kept) == len(items):
-        return None
+        return {}
     texts = [system_text(item.get("content")) for item in items
-             if isinstance(item, dict) and item.get("role") == "system"]
+             if mapping(item).get("role") == "system"]
     texts = [text for text in texts if text]
-    out = {**body, "input": kept}
-    if texts:
-        before = body.get("instructions")
-        if isinstance(before, str) and before.strip():
-            texts.append(before)
-        out["instructions"] = "\n\n".join(texts)
-    return out
+    if not texts:
+        return {"input": kept}
+    before = text_of(body.get("instructions"))
+    texts += [before] if before.strip() else []
+    return {"input": kept, "instructions": "\n\n".join(texts)}
 
 
 def system_text(content: Any) -> str:
     """The text of a system item's content: a string, or its text parts on lines of their own."""
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else []
-    return "\n".join(part["text"] for part in parts
-                     if isinstance(part, dict) and part.get("type") in ("input_text", "text")
-                     and isinstance(part.get("text"), str))
+    return content if isinstance(content, str) else "\n".join(
+        part["text"] for part in map(mapping, listing(content))
+        if part.get("type") in ("input_text", "text") and isinstance(part.get("text"), str))
 
 
 def pass_through_body(protocol: Protocol, request: ModelRequest, model: str) -> bytes:
     """The body for a provider of the client's own protocol: the client's bytes, but for the two
     reasons of ruling 14, system items of Responses and a model that a route rewrites."""
     raw = request.raw
-    lifted = lift_system_items(request.body) if protocol is RESPONSES else None
+    lifted = lift_system_items(request.body) if protocol is RESPONSES else {}
     try:
-        for name in ("input", "instructions") if lifted else ():
-            if lifted and name in lifted and lifted[name] is not request.body.get(name):
-                raw = put_member(raw, name, lifted[name])
+        for name, value in lifted.items():
+            raw = put_member(raw, name, value)
     except ValueError as error:
         raise RequestError(f"the request body is {error}") from None
     return raw if model == request.body["model"] else replace_member(raw, "model", model)
@@ -2572,16 +2555,9 @@ def fill(target: Any, gaps: Mapping[str, Any]) -> bool:
     return bool(missing)
 
 
-def fill_all(targets: Any, gaps: Mapping[str, Any]) -> bool:
-    """`fill` each object of a list."""
-    return any([fill(target, gaps) for target in targets]) if isinstance(targets, list) else False
-
-
 def fill_usage(usage: Any, gaps: Mapping[str, Any]) -> bool:
     """The gaps of a usage object and of the server tool counters in it."""
-    changed = fill(usage, gaps)
-    return (fill(usage.get("server_tool_use"), SERVER_TOOL_GAPS) | changed
-            if isinstance(usage, dict) else changed)
+    return fill(usage, gaps) | fill(mapping(usage).get("server_tool_use"), SERVER_TOOL_GAPS)
 
 
 def fill_message(message: Json) -> bool:
@@ -2589,34 +2565,32 @@ def fill_message(message: Json) -> bool:
     changed = fill(message, {"type": "message"}) | fill(message, MESSAGE_GAPS)
     changed |= fill(message.get("stop_details"), STOP_DETAILS_GAPS)
     changed |= fill_usage(message.get("usage"), USAGE_GAPS)
-    content = message.get("content")
-    for block in content if isinstance(content, list) else ():
+    for block in listing(message.get("content")):
         changed |= fill_block(block)
     return changed
 
 
 def fill_block(block: Any) -> bool:
     """The gaps of a content block, by its type."""
-    if not isinstance(block, dict):
+    kind, content = mapping(block).get("type"), mapping(block).get("content")
+    if not isinstance(kind, str):
         return False
-    kind, content = block.get("type"), block.get("content")
-    changed = fill(block, BLOCK_GAPS.get(kind, {})) if isinstance(kind, str) else False
-    if kind == "text" and isinstance(block.get("citations"), list):
-        for citation in block["citations"]:
-            if isinstance(citation, dict):
-                changed |= fill(citation, CITATION_GAPS.get(str(citation.get("type")), {}))
+    changed = fill(block, BLOCK_GAPS.get(kind, {}))
+    if kind == "text":
+        for citation in listing(block.get("citations")):
+            changed |= fill(citation, CITATION_GAPS.get(str(mapping(citation).get("type")), {}))
     elif kind == "web_search_tool_result":
-        changed |= fill_all(content, {"page_age": None})
+        for item in listing(content):
+            changed |= fill(item, {"page_age": None})
     elif kind == "web_fetch_tool_result":
         for item in content if isinstance(content, list) else [content]:
-            if isinstance(item, dict) and "error_code" not in item:
+            if "error_code" not in mapping(item):
                 changed |= fill(item, {"retrieved_at": None})
-                changed |= fill(item.get("content"), NULLS(("citations", "title")))
-    elif (kind == "tool_search_tool_result" and isinstance(content, dict)
-          and "error_code" in content):
+                changed |= fill(mapping(item).get("content"), NULLS(("citations", "title")))
+    elif kind == "tool_search_tool_result" and "error_code" in mapping(content):
         changed |= fill(content, {"error_message": None})
-    elif kind == "text_editor_code_execution_tool_result" and isinstance(content, dict):
-        changed |= fill(content, EDITOR_RESULT_GAPS.get(str(content.get("type")), {}))
+    elif kind == "text_editor_code_execution_tool_result":
+        changed |= fill(content, EDITOR_RESULT_GAPS.get(str(mapping(content).get("type")), {}))
     return changed
 
 
@@ -2625,27 +2599,21 @@ WHOLE_MESSAGE = ("id", "role", "model", "content", "usage")
 
 def fill_gaps_in_body(body: Any) -> bool:
     """Fill an answer in place if it is a message; whether anything was added."""
-    if not (isinstance(body, dict) and body.get("role") == "assistant"
-            and all(key in body for key in WHOLE_MESSAGE)):
-        return False
-    return fill_message(body)
+    return (isinstance(body, dict) and body.get("role") == "assistant"
+            and all(key in body for key in WHOLE_MESSAGE) and fill_message(body))
 
 
 def fill_gaps_in_event(event: Any) -> bool:
     """Fill the payload of a stream event in place; whether anything was added."""
-    if not isinstance(event, dict):
-        return False
-    kind = event.get("type")
+    event = mapping(event)
+    kind, delta = event.get("type"), event.get("delta")
     if kind == "message_start" and isinstance(event.get("message"), dict):
         return fill_message(event["message"])
     if kind == "content_block_start":
         return fill_block(event.get("content_block"))
-    if kind == "message_delta":
-        changed = fill(event.get("delta"), MESSAGE_GAPS)
-        if isinstance(event.get("delta"), dict):
-            changed |= fill(event["delta"].get("stop_details"), STOP_DETAILS_GAPS)
-        return fill_usage(event.get("usage"), DELTA_USAGE_GAPS) | changed
-    return False
+    return kind == "message_delta" and (
+        fill(delta, MESSAGE_GAPS) | fill(mapping(delta).get("stop_details"), STOP_DETAILS_GAPS)
+        | fill_usage(event.get("usage"), DELTA_USAGE_GAPS))
 
 
 # Events that can have gaps; a frame with none of these words is not even parsed.
@@ -2667,18 +2635,13 @@ def fill_gaps_in_frame(frame: bytes) -> bytes | None:
     event = parse_event(frame)
     if event is None:
         return None
-    try:
+    with contextlib.suppress(ValueError):
         payload = load(event.data.encode("utf-8"))
-    except ValueError:
-        return None
-    if isinstance(payload, dict) and "type" not in payload:
-        payload = {"type": event.name, **payload}
-    if not fill_gaps_in_event(payload):
-        return None
-    try:
-        return format_event(payload["type"], dump(payload))
-    except ValueError:
-        return None
+        if isinstance(payload, dict) and "type" not in payload:
+            payload = {"type": event.name, **payload}
+        if fill_gaps_in_event(payload):
+            return format_event(payload["type"], dump(payload))
+    return None
 
 
 
@@ -8250,9 +8213,9 @@ class Observed:
 
     def count(self, table: dict[str, int], name: Any, key: Any) -> None:
         """Count `name` once for each `key`; names come from the provider, so they are bounded."""
-        if key not in self.seen and len(self.seen) < OBSERVED_THINGS:
+        name = word(name)
+        if name and key not in self.seen and len(self.seen) < OBSERVED_THINGS:
             self.seen.add(key)
-            name = str(name)[:OBSERVED_CHARS]
             table[name] = table.get(name, 0) + 1
 
     def call(self, name: Any, source: str, key: Any) -> None:
@@ -8265,6 +8228,11 @@ class Observed:
         """Arguments of the tool call `key` are coming."""
         if key is not None and (key in self.pending or len(self.pending) < OBSERVED_THINGS):
             self.pending[key] = now
+
+    def finished(self) -> None:
+        """The terminal event of a stream has come."""
+        self.terminal = True
+        self.pending.clear()
 
     def restart_items(self) -> None:
         """A last word on the output follows: what was counted on the way does not
@@ -8417,8 +8385,7 @@ def observe_responses_event(seen: Observed, kind: str, event: Json, now: float) 
     elif isinstance(event.get("response"), dict):
         observe_responses_object(seen, event["response"])
     if kind in RESPONSES_TERMINAL:
-        seen.terminal = True
-        seen.pending.clear()
+        seen.finished()
         if kind in ("error", "response.error"):
             seen.fail(event.get("error") if isinstance(event.get("error"), dict) else event)
 
@@ -8426,9 +8393,8 @@ def observe_responses_event(seen: Observed, kind: str, event: Json, now: float) 
 def end_responses_call(seen: Observed, id: Any, place: Any) -> None:
     """The arguments of an item are complete: that of `id`,
     or that at `place` where either side has no id."""
-    for key in [k for k in seen.pending
-                if (k[0] == id if id is not None and k[0] is not None else k[1] == place)]:
-        del seen.pending[key]
+    seen.pending = {k: at for k, at in seen.pending.items()
+                    if (k[0] != id if id is not None and k[0] is not None else k[1] != place)}
 
 
 def observe_chat_object(seen: Observed, body: Json) -> None:
@@ -8437,18 +8403,12 @@ def observe_chat_object(seen: Observed, body: Json) -> None:
     observe_openai_usage(seen, body.get("usage"))
     for place, choice_ in enumerate(listing(body.get("choices"))):
         choice_ = mapping(choice_)
-        observe_finish(seen, choice_.get("finish_reason"), place)
+        seen.count(seen.finish, choice_.get("finish_reason"), ("finish", place))
         message = mapping(choice_.get("message"))
         if message:
             seen.count(seen.items, "message", ("item", place))
         for index, call in enumerate(listing(message.get("tool_calls"))):
             observe_chat_call(seen, mapping(call), (place, index))
-
-
-def observe_finish(seen: Observed, reason: Any, key: Any) -> None:
-    """A finish or stop reason, once for each choice."""
-    if word(reason):
-        seen.count(seen.finish, reason, ("finish", key))
 
 
 def observe_chat_call(seen: Observed, call: Json, key: Any) -> None:
@@ -8470,19 +8430,16 @@ def observe_chat_event(seen: Observed, kind: str, event: Json, now: float) -> No
             key = (place, key_of(call.get("index"), position))
             observe_chat_call(seen, call, key)
             # Chat has no end of a call; the next one's first part is the end of this one.
-            for other in [k for k in seen.pending if k[0] == place and k != key]:
-                del seen.pending[other]
+            seen.pending = {k: at for k, at in seen.pending.items() if k[0] != place or k == key}
             if any(mapping(call.get(k)).get(v)
                    for k, v in (("function", "arguments"), ("custom", "input"))):
                 seen.argument(key, now)
         if choice_.get("finish_reason"):
-            observe_finish(seen, choice_["finish_reason"], place)
-            for other in [k for k in seen.pending if k[0] == place]:
-                del seen.pending[other]
+            seen.count(seen.finish, choice_["finish_reason"], ("finish", place))
+            seen.pending = {k: at for k, at in seen.pending.items() if k[0] != place}
     if event.get("error"):
         seen.fail(event["error"])
-        seen.terminal = True
-        seen.pending.clear()
+        seen.finished()
 
 
 def observe_messages_object(seen: Observed, body: Json) -> None:
@@ -8490,7 +8447,7 @@ def observe_messages_object(seen: Observed, body: Json) -> None:
     observe_common(seen, body)
     observe_messages_usage(seen, body.get("usage"))
     seen.tier = word(mapping(body.get("usage")).get("service_tier")) or seen.tier
-    observe_finish(seen, body.get("stop_reason"), 0)
+    seen.count(seen.finish, body.get("stop_reason"), ("finish", 0))
     for index, block in enumerate(listing(body.get("content"))):
         observe_messages_block(seen, mapping(block), index)
     if body.get("type") == "error":
@@ -8500,12 +8457,11 @@ def observe_messages_object(seen: Observed, body: Json) -> None:
 def observe_messages_block(seen: Observed, block: Json, index: Any) -> None:
     """One content block."""
     kind = block.get("type")
-    if isinstance(kind, str):
-        seen.count(seen.items, kind, ("item", index))
-        if kind == "tool_use":
-            seen.call(block.get("name"), "tool", index)
-        elif kind in ("server_tool_use", "mcp_tool_use"):
-            seen.call(block.get("name"), "server_tool", index)
+    seen.count(seen.items, kind, ("item", index))
+    if kind == "tool_use":
+        seen.call(block.get("name"), "tool", index)
+    elif kind in ("server_tool_use", "mcp_tool_use"):
+        seen.call(block.get("name"), "server_tool", index)
 
 
 def observe_messages_event(seen: Observed, kind: str, event: Json, now: float) -> None:
@@ -8522,10 +8478,9 @@ def observe_messages_event(seen: Observed, kind: str, event: Json, now: float) -
         seen.pending.pop(index, None)
     elif kind == "message_delta":
         observe_messages_usage(seen, event.get("usage"))
-        observe_finish(seen, mapping(event.get("delta")).get("stop_reason"), 0)
+        seen.count(seen.finish, mapping(event.get("delta")).get("stop_reason"), ("finish", 0))
     elif kind in ("message_stop", "error"):
-        seen.terminal = True
-        seen.pending.clear()
+        seen.finished()
         if kind == "error":
             seen.fail(event.get("error"))
 
@@ -8536,26 +8491,24 @@ class Watcher(NamedTuple):
     `loose` markers are for a stream whose JSON is not written as vendors write it.
     """
 
-    markers: tuple[bytes, ...]
-    loose: tuple[bytes, ...]
     event: Callable[[Observed, str, Json, float], None]
     whole: Callable[[Observed, Json], None]
+    markers: tuple[bytes, ...]
+    loose: tuple[bytes, ...] = ()
 
 
-RESPONSES_MARKERS = (b"response.created", b"response.completed", b"response.incomplete",
-                     b"response.failed", b"response.cancelled", b"error", b"_arguments.",
-                     b"_input.", b"output_item.")
 CHAT_MARKERS = (b"[DONE]", b"tool_calls", b"prompt_tokens", b'"error"')
-MESSAGES_MARKERS = (b"message_start", b"message_delta", b"message_stop", b"content_block_start",
-                    b"content_block_stop", b"partial_json", b"error")
 WATCHERS = {
-    "responses": Watcher(RESPONSES_MARKERS, RESPONSES_MARKERS, observe_responses_event,
-                         observe_responses_object),
+    "responses": Watcher(observe_responses_event, observe_responses_object, (
+        b"response.created", b"response.completed", b"response.incomplete", b"response.failed",
+        b"response.cancelled", b"error", b"_arguments.", b"_input.", b"output_item.")),
     # Each Chat chunk has "finish_reason":null; only another value is worth a look.
-    "chat": Watcher((*CHAT_MARKERS, b'"finish_reason":"', b'"finish_reason": "'),
-                    (*CHAT_MARKERS, b"finish_reason"), observe_chat_event, observe_chat_object),
-    "messages": Watcher(MESSAGES_MARKERS, MESSAGES_MARKERS, observe_messages_event,
-                        observe_messages_object),
+    "chat": Watcher(observe_chat_event, observe_chat_object,
+                    (*CHAT_MARKERS, b'"finish_reason":"', b'"finish_reason": "'),
+                    (*CHAT_MARKERS, b"finish_reason")),
+    "messages": Watcher(observe_messages_event, observe_messages_object, (
+        b"message_start", b"message_delta", b"message_stop", b"content_block_start",
+        b"content_block_stop", b"partial_json", b"error")),
 }
 # How the first chunk of a Chat stream shows that its JSON is written as vendors write it.
 COMMON_SPELLINGS = (b'"finish_reason":null', b'"finish_reason": null')
@@ -8581,7 +8534,7 @@ class StreamObserver:
 
     def __init__(self, protocol: Protocol, limit: int, choices: int = 1) -> None:
         self.watcher, self.choices = WATCHERS[protocol.word], choices
-        self.markers = self.watcher.loose
+        self.markers = self.watcher.loose or self.watcher.markers
         self.splitter = EventSplitter(limit)
         self.seen = Observed()
         self.opened = False  # whether an event was parsed: the first tells the id and the model
@@ -8617,7 +8570,7 @@ class StreamObserver:
             return
         self.opened = True
         if event.data == "[DONE]" and self.watcher.event is observe_chat_event:
-            self.finish()
+            self.seen.finished()
             return
         try:
             payload = json.loads(event.data)
@@ -8625,11 +8578,6 @@ class StreamObserver:
             return
         if isinstance(payload, dict):
             self.note(event, payload, now)
-
-    def finish(self) -> None:
-        """The end of a Chat stream."""
-        self.seen.terminal = True
-        self.seen.pending.clear()
 
     def note(self, event: Event, payload: Json, now: float) -> None:
         """Take note of an event that is parsed already."""
@@ -8657,7 +8605,7 @@ class StreamObserver:
             name, text = event
             if text == DONE:
                 if chat:
-                    self.finish()
+                    self.seen.finished()
                     yield DONE
                 continue
             try:
@@ -8814,8 +8762,7 @@ def tool_name(tool: Json, category: str) -> str | None:
     """A tool's name as hints show it."""
     if category == "mcp":
         label, allowed = brief_name(tool.get("server_label") or "mcp"), tool.get("allowed_tools")
-        names = listing(mapping(allowed).get("tool_names") if isinstance(allowed, dict)
-                        else allowed)
+        names = listing(mapping(allowed).get("tool_names", allowed))
         if isinstance(mapping(allowed).get("read_only"), bool) and not names:
             return f"{label}[{'ro' if mapping(allowed)['read_only'] else 'rw'}]"
         return ",".join(sorted({f"{label}/{brief_name(name)}" for name in names})) or label
@@ -8876,10 +8823,8 @@ def request_effort(protocol: Protocol, body: Json) -> str | None:
 
 def request_max_tokens(body: Json) -> int | None:
     """The output limit that a provider request sets."""
-    for key in ("max_output_tokens", "max_completion_tokens", "max_tokens"):
-        if type(body.get(key)) is int:
-            return int(body[key])
-    return None
+    return next((body[key] for key in ("max_output_tokens", "max_completion_tokens", "max_tokens")
+                 if type(body.get(key)) is int), None)
 
 
 
@@ -9018,16 +8963,8 @@ def rate_fields(fields: Sequence[Field]) -> Json:
         if re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,15})?", text):
             key = (name.replace("-seconds", "-secs").replace("-limit-percent", "-percent")
                    .replace("-", "_"))
-            out[f"codex_{key}"] = decimal(text)
+            out[f"codex_{key}"] = float(text)
     return out
-
-
-def decimal(text: str) -> float:
-    """A number in a header; 0 where it is none."""
-    try:
-        return float(text)
-    except ValueError:
-        return 0.0
 
 
 def milliseconds(secs: float) -> int:
@@ -9310,8 +9247,10 @@ class LineWriter(logging.Handler):
         limits = settings.duration_thresholds
         self.lines = HumanLines(color, limits.warn_ms, limits.error_ms,
                                 LEVELS[settings.level] <= logging.DEBUG)
-        self.json = settings.output_format == "json"
-        self.in_place = color and not self.json  # `wait` lines overwrite one another on a terminal
+        as_json = settings.output_format == "json"
+        self.render: Callable[[float, str, str, Json], str | None] = (
+            json_line if as_json else self.lines.render)
+        self.in_place = color and not as_json  # `wait` lines overwrite one another on a terminal
         self.stream, self.dropped = stream, 0
         self.queue: queue.SimpleQueue[tuple[str, str] | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self.write_lines, name="proxai-log", daemon=True)
@@ -9327,8 +9266,7 @@ class LineWriter(logging.Handler):
             fields = {**fields, "traceback": logging.Formatter().formatException(record.exc_info)}
         level = LEVEL_NAMES.get(record.levelno, "error")
         try:
-            render = json_line if self.json else self.lines.render
-            line = render(record.created, level, event, fields)
+            line = self.render(record.created, level, event, fields)
         except Exception:  # a line that cannot be rendered must not take a request with it
             line = self.own_line("error", "log-fault", {"lost": event})
         if line is None:
@@ -9340,8 +9278,7 @@ class LineWriter(logging.Handler):
 
     def own_line(self, level: str, event: str, fields: Json) -> str:
         """A line about the log itself."""
-        return str((json_line if self.json else self.lines.render)(
-            time.time(), level, event, fields))
+        return str(self.render(time.time(), level, event, fields))
 
     def write_lines(self) -> None:
         """The thread: print what is queued until told to end."""
@@ -9881,11 +9818,10 @@ def check_unfinished_answer(data: bytes, scanned: int) -> None:
 class ResponseBody:
     """The payload of an answer as it comes: chunks taken apart, compression undone."""
 
-    __slots__ = ("decoder", "inflater", "link", "released", "rest")
+    __slots__ = ("decoder", "inflater", "link", "rest")
 
     def __init__(self, link: Link, head: ResponseHead, rest: bytes) -> None:
         self.link, self.rest = link, rest
-        self.released = False  # whether the connection may be another request's already
         self.decoder = body_decoder(head.length)
         self.inflater: Inflater | None = None
         coding = head.values.get(b"content-encoding", b"identity").lower()
@@ -10573,149 +10509,179 @@ class Proxy:
         if self.ticker:
             self.ticker.cancel()
 
-    # -- one request
-
     async def serve(self, connection: Connection, head: RequestHead) -> None:
         """Answer one request, whatever happens."""
-        exchange = Exchange(self.ids.next(), head.method.decode("ascii"), head.path,
-                            time.perf_counter())
-        connection.extra = [b"x-proxai-request-id: %d" % exchange.id]
+        await Turn(self, connection, head.method.decode("ascii"), head.path).serve(head)
+
+    def refuse(self, connection: Connection, error: ProxyError) -> None:
+        """Answer bytes that are no request, or that stopped coming."""
+        Turn(self, connection, "-", "-").fail(error)
+
+    # -- streams that are silent
+
+    def watch(self, exchange: Exchange) -> None:
+        """Have `wait` lines written while a stream is silent, where such lines are wanted."""
+        if self.log.info_on:
+            loop = asyncio.get_running_loop()
+            exchange.last_byte_at = loop.time()
+            self.streams.add(exchange)
+            self.ticker = self.ticker or loop.call_later(SWEEP_SECS, self.tick)
+
+    def tick(self) -> None:
+        """Write a `wait` line for each stream that has been silent for a while."""
+        loop = asyncio.get_running_loop()
+        now, clock = loop.time(), time.perf_counter()
+        for exchange in self.streams:
+            idle = now - exchange.last_byte_at
+            if idle >= SWEEP_SECS:
+                self.log.event(logging.INFO, "wait", {
+                    **base_fields(exchange), "idle_ms": milliseconds(idle),
+                    "duration_ms": milliseconds(clock - exchange.started),
+                    "chunks": exchange.chunks, "down": exchange.down})
+        self.ticker = loop.call_later(SWEEP_SECS, self.tick) if self.streams else None
+
+
+class Turn:
+    """One request on its way through a proxy; what is known of it grows on the way."""
+
+    __slots__ = ("answer", "body", "connection", "exchange", "head", "idle_secs", "inbound", "job",
+                 "lines", "link", "log", "provider", "proxy", "stall_secs")
+
+    def __init__(self, proxy: Proxy, connection: Connection, method: str, path: str) -> None:
+        self.proxy, self.log, self.connection = proxy, proxy.log, connection
+        self.exchange = Exchange(proxy.ids.next(), method, path, time.perf_counter())
+        connection.extra = [b"x-proxai-request-id: %d" % self.exchange.id]
+        self.head: RequestHead
+        self.inbound: Protocol
+        self.provider: Provider
+        self.idle_secs: float  # how long the provider may be silent
+        self.stall_secs = proxy.config.tool_calls.timeout_secs
+        self.job: Job | None = None  # None where nothing is translated
+        self.link: Link | None = None  # until another request may have it
+        self.answer: ResponseHead
+        self.body: ResponseBody
+        self.lines: list[bytes]  # of the answer's head
+
+    async def serve(self, head: RequestHead) -> None:
+        """Answer the request, whatever happens."""
+        connection, self.head = self.connection, head
         try:
-            await self.answer(connection, head, exchange)
+            await self.run()
         except ProxyError as error:
-            self.fail(connection, exchange, error)
+            self.fail(error)
         except asyncio.CancelledError:
-            self.interrupted(connection, exchange, connection.take_reason())
+            self.interrupted(connection.take_reason())
         except FramingError as error:  # in the client's body
             connection.keep = False
-            self.fail(connection, exchange, malformed(error))
+            self.fail(malformed(error))
         except OSError:
-            self.log_end(exchange, logging.INFO, "closed", ENDED_BY["client_gone"])
+            self.log_end(logging.INFO, "closed", ENDED_BY["client_gone"])
             raise
         except Exception:
-            self.log.logger.exception("a bug in the proxy", extra={"fields": base_fields(exchange)})
-            self.fail(connection, exchange,
-                      ProxyError("the proxy failed; this is a bug, its log has the details"))
+            self.log.logger.exception("a bug in the proxy",
+                                      extra={"fields": base_fields(self.exchange)})
+            self.fail(ProxyError("the proxy failed; this is a bug, its log has the details"))
         finally:
-            connection.exchanging = False
+            self.end_exchange()
             connection.watch.disarm()
+            if self.link:
+                self.link.abort()
 
-    async def answer(self, connection: Connection, head: RequestHead, exchange: Exchange) -> None:
+    async def run(self) -> None:
         """The way of a request that is let in."""
+        head, exchange, connection = self.head, self.exchange, self.connection
+        settings = self.proxy.config.server
         if self.log.debug_on:
             self.log.event(logging.DEBUG, "recv",
                            {**base_fields(exchange), "content_length": head.length})
         # so that a refusal has the shape the client expects
         exchange.inbound = protocol_of(head.path)
-        connection.extra += check_origin(head, self.config.server)
-        protocol = admit(head, self.config.server)
+        connection.extra += check_origin(head, settings)
+        protocol = admit(head, settings)
         if isinstance(protocol, int):
-            self.answer_here(connection, head, protocol)
-            exchange.status = protocol
-            self.log_end(exchange, logging.DEBUG, "end")
+            self.answer_here(protocol)
             return
-        raw = await connection.read_body(self.config.server.max_request_body_bytes)
+        self.inbound = protocol
+        raw = await connection.read_body(settings.max_request_body_bytes)
         exchange.inbound_bytes = len(raw)
         request = read_model_request(protocol, raw)
-        exchange.model = request.model
-        decision = choose(self.routes, self.defaults, protocol.name, request.model)
-        provider = self.provider_for(decision, exchange)
-        pair = pair_for(protocol, provider.protocol, self.config.translation.extended_pairs)
+        pair = self.route(request.model)
         if head.path in COUNT_PATHS:
-            await self.count(connection, head, exchange, provider, request, pair)
+            await self.count(request.body, pair)
             return
         if pair:
-            job, body = self.translate_request(connection, exchange, provider, pair, request.body)
+            body = self.translate_request(pair, request.body)
         else:
-            job, body = None, pass_through_body(protocol, request, decision.model)
-        exchange.body, exchange.provider_bytes, exchange.phase = request.body, len(body), PHASES[1]
-        link, answer, rest = await self.send(connection, head, exchange, provider, body,
-                                             job and job.lines)
-        exchange.choices = number(request.body.get("n")) or 1
+            body = pass_through_body(protocol, request, exchange.upstream_model)
+            exchange.choices = number(request.body.get("n")) or 1
+        await self.send(request.body, body, self.job and self.job.lines)
         del raw, request, body  # a stream may take hours, and bodies megabytes
         exchange.body = None
-        payload: ResponseBody | None = None
-        try:
-            payload = response_body(provider, link, answer, rest)
-            await self.respond(connection, exchange, provider, answer, payload, job)
-        except BaseException:
-            if payload is None or not payload.released:
-                link.abort()
-            raise
+        await self.respond()
 
-    async def count(self, connection: Connection, head: RequestHead, exchange: Exchange,
-                    provider: Provider, request: ModelRequest, pair: Pair | None) -> None:
-        """Answer count_tokens: by the provider where it can count, else with an estimate, which a
-        header tells. Claude Code asks often, so this never fails for want of a counter."""
-        ask: Json = {**request.body, "model": exchange.upstream_model}
-        payload = ask
-        if pair:
-            raw = self.translate_request(connection, exchange, provider, pair, request.body)[1]
-            payload = load(raw)
-        lines = [b"content-type: application/json", date_line()]
-        native = provider.protocol is MESSAGES or provider.settings.profile.count_native
-        if native:
-            if provider.protocol is RESPONSES:
-                ask = {name: payload[name] for name in COUNTED_MEMBERS if name in payload}
-            for name in ("max_tokens", "stream"):
-                ask.pop(name, None)
-            body = dump(ask)
-            exchange.body, exchange.provider_bytes, exchange.phase = ask, len(body), PHASES[1]
-            link, answer, rest = await self.send(
-                connection, head, exchange, provider, body,
-                translated_lines(False, ()) if pair else None, COUNT_TARGETS[provider.protocol.word])
-            content = response_body(provider, link, answer, rest)
-            try:
-                exchange.status = answer.status
-                if not pair and answer.status not in CANNOT_COUNT:
-                    await self.respond(connection, exchange, provider, answer, content, None)
-                    return
-                found, complete = await self.read_up_to(connection, provider, content,
-                                                        ERROR_BODY_BYTES)
-                self.release(content, answer, complete)
-            except BaseException:
-                if not content.released:
-                    link.abort()
-                raise
-            counted = counted_tokens(answer.status, found)
-        else:
-            counted = None
-        if counted is None:
-            counted = estimate_tokens(payload)
-            lines.append(b"x-proxai-token-count: estimate")
-        raw = dump({"input_tokens": counted})
-        exchange.status, exchange.phase, exchange.down = 200, PHASES[3], len(raw)
-        connection.write_head(200, lines, len(raw), raw)
-        self.log_end(exchange, logging.INFO, "end")
-
-    def answer_here(self, connection: Connection, head: RequestHead, status: int) -> None:
+    def answer_here(self, status: int) -> None:
         """Health, and the preflight of a browser that may call (Fetch, CORS protocol)."""
         if status == 200:
             body = b'{"status":"ok"}'
-            connection.write_head(200, [b"content-type: application/json", date_line()],
-                                  len(body), body)
-            return
-        wanted = head.values.get(b"access-control-request-headers", b"*")
-        connection.write_head(204, [b"access-control-allow-methods: POST",
-                                    b"access-control-allow-headers: " + wanted,
-                                    b"access-control-max-age: 600"], 0)
+            lines = [b"content-type: application/json", date_line()]
+        else:
+            body = b""
+            wanted = self.head.values.get(b"access-control-request-headers", b"*")
+            lines = [b"access-control-allow-methods: POST",
+                     b"access-control-allow-headers: " + wanted, b"access-control-max-age: 600"]
+        self.connection.write_head(status, lines, len(body), body)
+        self.exchange.status = status
+        self.log_end(logging.DEBUG, "end")
 
-    def provider_for(self, decision: Decision, exchange: Exchange) -> Provider:
-        """The provider of a decision, noted in the exchange;
+    def route(self, model: str) -> Pair | None:
+        """Choose the provider, and the pair where it speaks another protocol;
         SetupError while its key is a template."""
-        provider = self.providers[decision.provider]
+        proxy, exchange = self.proxy, self.exchange
+        exchange.model = model
+        decision = choose(proxy.routes, proxy.defaults, self.inbound.name, model)
+        self.provider = provider = proxy.providers[decision.provider]
+        self.idle_secs = provider.settings.read_idle_timeout_secs
         exchange.provider, exchange.provider_protocol = provider.name, provider.protocol
         exchange.route, exchange.upstream_model = decision.route, decision.model
         if provider.template_key:
             raise SetupError(f"providers.{provider.name}.api_key is still the template's",
                              fix="put your key there, or name api_key_env or api_key_file")
-        return provider
+        return pair_for(self.inbound, provider.protocol, proxy.config.translation.extended_pairs)
 
-    def translate_request(self, connection: Connection, exchange: Exchange, provider: Provider,
-                          pair: Pair, body: Json) -> tuple[Job, bytes]:
+    async def count(self, body: Json, pair: Pair | None) -> None:
+        """Answer count_tokens: by the provider where it can count, else with an estimate, which a
+        header tells. Claude Code asks often, so this never fails for want of a counter."""
+        exchange, provider = self.exchange, self.provider
+        ask: Json = {**body, "model": exchange.upstream_model}
+        payload = load(self.translate_request(pair, body)) if pair else ask
+        counted: int | None = None
+        if provider.protocol is MESSAGES or provider.settings.profile.count_native:
+            if provider.protocol is RESPONSES:
+                ask = {name: payload[name] for name in COUNTED_MEMBERS if name in payload}
+            for name in ("max_tokens", "stream"):
+                ask.pop(name, None)
+            await self.send(ask, dump(ask), translated_lines(False, ()) if pair else None,
+                            COUNT_TARGETS[provider.protocol.word])
+            exchange.status = self.answer.status
+            if not pair and exchange.status not in CANNOT_COUNT:
+                await self.respond()
+                return
+            found, complete = await self.read_up_to(ERROR_BODY_BYTES)
+            self.release(complete)
+            counted = counted_tokens(exchange.status, found)
+        lines = [b"content-type: application/json", date_line()]
+        if counted is None:
+            counted = estimate_tokens(payload)
+            lines.append(b"x-proxai-token-count: estimate")
+        raw = dump({"input_tokens": counted})
+        exchange.status, exchange.phase, exchange.down = 200, PHASES[3], len(raw)
+        self.connection.write_head(200, lines, len(raw), raw)
+        self.log_end(logging.INFO, "end")
+
+    def translate_request(self, pair: Pair, body: Json) -> bytes:
         """The body for a provider of another protocol; RequestError for what it cannot express."""
-        assert exchange.inbound
-        ctx = Context(exchange.inbound.word, provider.protocol.word, exchange.upstream_model,
+        provider = self.provider
+        ctx = Context(self.inbound.word, provider.protocol.word, self.exchange.upstream_model,
                       host=provider.origin.authority, now=int(time.time()),
                       profile=provider.settings.profile)
         payload = pair.request(body, ctx)
@@ -10723,14 +10689,15 @@ class Proxy:
             raw = dump(payload)
         except ValueError as error:
             raise RequestError(f"the request body is {error}") from None
-        exchange.estimate = ctx.estimate
-        self.tell_dropped(connection, exchange, ctx.dropped)
-        return Job(pair, ctx, translated_lines(payload.get("stream") is True, ctx.headers)), raw
+        self.exchange.estimate = ctx.estimate
+        self.tell_dropped(ctx.dropped)
+        self.job = Job(pair, ctx, translated_lines(payload.get("stream") is True, ctx.headers))
+        return raw
 
-    def tell_dropped(self, connection: Connection, exchange: Exchange,
-                     dropped: Mapping[str, str]) -> None:
+    def tell_dropped(self, dropped: Mapping[str, str]) -> None:
         """Name what the translation has left out so far to the client, and to the log with the
         reasons."""
+        connection, exchange = self.connection, self.exchange
         if len(dropped) == exchange.dropped:
             return
         connection.extra = [line for line in connection.extra if not line.startswith(DROPPED_FIELD)]
@@ -10742,215 +10709,211 @@ class Proxy:
                            {"request_id": str(exchange.id), "dropped": bounded(told)})
         exchange.dropped = len(dropped)
 
-    async def send(self, connection: Connection, head: RequestHead, exchange: Exchange,
-                   provider: Provider, body: bytes, translated: Sequence[bytes] | None = None,
-                   path: str = "") -> tuple[Link, ResponseHead, bytes]:
-        """Send the provider request when its turn has come;
-        holds a slot until the answer's head is there."""
+    async def send(self, asked: Json, body: bytes, translated: Sequence[bytes] | None,
+                   path: str = "") -> None:
+        """Send the provider request when its turn has come, and read the answer's head; that is
+        how long a slot is held. `asked` is what its line in the log tells of."""
+        connection, exchange, provider = self.connection, self.exchange, self.provider
+        exchange.body, exchange.provider_bytes, exchange.phase = asked, len(body), PHASES[1]
         if connection.gone:
             raise ConnectionResetError
         connection.exchanging = True
         connection.watch.disarm()
-        settings = provider.settings
-
-        async with self.slots:
+        async with self.proxy.slots:
             try:
-                found = await self.pool.exchange(
-                    provider.origin, provider.request_head(head, len(body), translated, path), body,
-                    connection.watch, settings.connect_timeout_secs,
-                    settings.read_idle_timeout_secs, functools.partial(self.log_sent, exchange))
+                self.link, self.answer, rest = await self.proxy.pool.exchange(
+                    provider.origin,
+                    provider.request_head(self.head, len(body), translated, path), body,
+                    connection.watch, provider.settings.connect_timeout_secs, self.idle_secs,
+                    self.log_sent)
             except UpstreamError as error:
                 error.message = f"{error.message} (provider `{provider.name}`)"
                 raise
         exchange.head_at = time.perf_counter()
-        return found
+        try:
+            self.body = ResponseBody(self.link, self.answer, rest)
+        except FramingError as error:  # a coding that we cannot undo
+            raise self.unreadable(error) from None
 
-    def log_sent(self, exchange: Exchange) -> None:
+    def log_sent(self) -> None:
         """The line for a request that is on its way, once, also when it had to be sent again."""
+        exchange = self.exchange
         if exchange.phase == PHASES[2]:
             return
         exchange.phase = PHASES[2]
         if self.log.info_on:
             self.log.event(logging.INFO, "fwd", fwd_fields(exchange))
         thinking = mapping(mapping(exchange.body).get("thinking"))
-        if thinking.get("type") == "enabled" and exchange.inbound is MESSAGES:
-            budget = number(thinking.get("budget_tokens"))
+        if thinking.get("type") == "enabled" and self.inbound is MESSAGES:
             self.log.event(logging.WARNING, "anthropic_legacy_thinking_budget",
                            {**base_fields(exchange), "model": exchange.model,
-                            "budget_tokens": budget})
+                            "budget_tokens": number(thinking.get("budget_tokens"))})
 
     # -- answers
 
-    async def respond(self, connection: Connection, exchange: Exchange, provider: Provider,
-                      answer: ResponseHead, body: ResponseBody, job: Job | None) -> None:
+    async def respond(self) -> None:
         """Give the client what the provider answered."""
+        exchange, answer, job = self.exchange, self.answer, self.job
         content_type = answer.values.get(b"content-type")
         exchange.status, exchange.sse = answer.status, is_event_stream(content_type)
         exchange.content_type, exchange.encoding = (
             content_type, None if answer.length is not None else "chunked")
         exchange.rates = answer.fields
         if not 200 <= answer.status < 300:
-            await self.respond_error(connection, exchange, provider, answer, body, job)
+            await self.respond_error()
             return
         if self.log.info_on:
             self.log.event(logging.INFO, "hdr", end_fields(exchange))
-        lines = (self.mapped(exchange, answer, job) if job
-                 else client_lines(answer, decoded=body.inflater is not None))
+        self.lines = (self.mapped(job) if job
+                      else client_lines(answer, decoded=self.body.inflater is not None))
         if b"date" not in answer.values:
-            lines.append(date_line())
+            self.lines.append(date_line())
         if job:
-            translate = self.translate_stream if exchange.sse else self.translate_whole
-            await translate(connection, exchange, provider, answer, body, lines, job)
+            await (self.translate_stream if exchange.sse else self.translate_whole)(job)
         elif exchange.sse:
-            lines.append(b"content-type: text/event-stream")
-            await self.stream(connection, exchange, provider, answer, body, lines)
+            self.lines.append(b"content-type: text/event-stream")
+            await self.stream()
         else:
-            lines.append(b"content-type: application/json")
-            await self.whole(connection, exchange, provider, answer, body, lines)
+            self.lines.append(b"content-type: application/json")
+            await self.whole()
 
-    async def read_up_to(self, connection: Connection, provider: Provider, body: ResponseBody,
-                         limit: int) -> tuple[bytes, bool]:
-        """An answer's payload, and whether that is all of it:
+    async def read_up_to(self, limit: int) -> tuple[bytes, bool]:
+        """The answer's payload, and whether that is all of it:
         reading stops behind `limit` bytes."""
-        secs, watch = provider.settings.read_idle_timeout_secs, connection.watch
-        whole = body.take_whole()
+        whole = self.body.take_whole()
         if whole is not None:
             return whole, True
         parts: list[bytes] = []
         size = 0
         try:
             while size <= limit:
-                watch.arm(secs, "upstream_body")
-                data = await body.read()
+                self.connection.watch.arm(self.idle_secs, "upstream_body")
+                data = await self.body.read()
                 if not data:
-                    return (parts[0] if len(parts) == 1 else b"".join(parts)), True
+                    return b"".join(parts), True
                 parts.append(data)
                 size += len(data)
         except (FramingError, OSError) as error:
-            raise body_fault(provider, error) from None
+            raise self.unreadable(error) from None
         return b"".join(parts), False
 
-    def mapped(self, exchange: Exchange, answer: ResponseHead, job: Job) -> list[bytes]:
-        """The header lines of an answer for a client of another protocol."""
-        assert exchange.inbound and exchange.provider_protocol
-        return mapped_lines(answer.fields, exchange.inbound, exchange.provider_protocol,
-                            job.ctx.now)
+    def unreadable(self, error: Exception) -> UpstreamError:
+        """The answer cannot be read to its end."""
+        said = str(error) if isinstance(error, FramingError) else "the connection broke"
+        return UpstreamError(f"the provider's answer could not be read: {said}"
+                             f" (provider `{self.provider.name}`)", type=UPSTREAM_BODY_READ)
 
-    async def respond_error(self, connection: Connection, exchange: Exchange, provider: Provider,
-                            answer: ResponseHead, body: ResponseBody, job: Job | None) -> None:
+    def mapped(self, job: Job) -> list[bytes]:
+        """The header lines of the answer for a client of another protocol."""
+        return mapped_lines(self.answer.fields, self.inbound, self.provider.protocol, job.ctx.now)
+
+    async def respond_error(self) -> None:
         """A provider's own error: its body as it is where the client knows its shape, else ours."""
-        raw, complete = await self.read_up_to(connection, provider, body, ERROR_BODY_BYTES)
-        lines = self.mapped(exchange, answer, job) if job else error_lines(answer.fields)
-        error = upstream_error(answer.status, raw, lines)
-        self.release(body, answer, complete)
-        exchange.down = len(raw)
-        if (self.style == "native" and exchange.inbound is provider.protocol
+        raw, complete = await self.read_up_to(ERROR_BODY_BYTES)
+        lines = self.mapped(self.job) if self.job else error_lines(self.answer.fields)
+        error = upstream_error(self.answer.status, raw, lines)
+        self.release(complete)
+        self.exchange.down = len(raw)
+        if (self.proxy.style == "native" and self.inbound is self.provider.protocol
                 and error.type == UPSTREAM and complete):
             error.native = raw
-        self.fail(connection, exchange, error, "hdr-error")
+        self.fail(error, "hdr-error")
 
-    async def whole(self, connection: Connection, exchange: Exchange, provider: Provider,
-                    answer: ResponseHead, body: ResponseBody, lines: list[bytes]) -> None:
+    async def whole(self) -> None:
         """An answer in one piece: held until it is known to be JSON,
         relayed when it is too large for that."""
-        raw, complete = await self.read_up_to(connection, provider, body, CHECKED_RESPONSE_BYTES)
+        exchange, provider = self.exchange, self.provider
+        raw, complete = await self.read_up_to(CHECKED_RESPONSE_BYTES)
         exchange.down, exchange.phase = len(raw), PHASES[3]
         if not complete:
-            await self.relay_rest(connection, exchange, provider, answer, body, lines, raw)
+            await self.relay_rest(raw)
             return
-        value, strict = load_answer(raw, answer.status)
+        value, strict = load_answer(raw, self.answer.status)
         if provider.fills_gaps and strict and fill_gaps_in_body(value):
             with contextlib.suppress(ValueError):
                 raw = dump(value)
-        connection.write_head(answer.status, lines, len(raw), raw)
-        self.release(body, answer, True)
-        await connection.flush()
+        self.connection.write_head(self.answer.status, self.lines, len(raw), raw)
+        self.release(True)
+        await self.connection.flush()
         if self.log.info_on:
             exchange.observed = observe_body(provider.protocol, value)
-            self.log_end(exchange, logging.INFO, "end")
+            self.log_end(logging.INFO, "end")
 
-    async def relay_rest(self, connection: Connection, exchange: Exchange, provider: Provider,
-                         answer: ResponseHead, body: ResponseBody, lines: list[bytes],
-                         data: bytes) -> None:
+    async def relay_rest(self, data: bytes) -> None:
         """An answer beyond what is held for checking: its bytes pass as they come."""
-        length = (answer.length if answer.length and answer.length > 0
-                  and not body.inflater else None)
-        connection.write_head(answer.status, lines, length)
-        secs = provider.settings.read_idle_timeout_secs
+        connection, length = self.connection, self.answer.length
+        connection.write_head(self.answer.status, self.lines,
+                              length if length and length > 0 and not self.body.inflater else None)
         try:
             while data:
                 connection.write_part(data)
                 await connection.flush()
-                connection.watch.arm(secs, "upstream_body")
-                data = await body.read()
-                exchange.down += len(data)
+                connection.watch.arm(self.idle_secs, "upstream_body")
+                data = await self.body.read()
+                self.exchange.down += len(data)
         except (FramingError, OSError) as error:
             connection.cut()
-            self.log_end(exchange, logging.WARNING, "stream-error", str(error))
-            body.link.abort()
+            self.log_end(logging.WARNING, "stream-error", str(error))
             return
         connection.write_end()
-        self.release(body, answer, True)
-        self.log_end(exchange, logging.INFO, "end")
+        self.release(True)
+        self.log_end(logging.INFO, "end")
 
-    def release(self, body: ResponseBody, answer: ResponseHead, complete: bool) -> None:
+    def release(self, complete: bool) -> None:
         """Give the connection back if another request can use it."""
-        body.released = True
-        if complete and body.clean(answer):
-            self.pool.give(body.link)
+        link, self.link = self.body.link, None
+        if complete and self.body.clean(self.answer):
+            self.proxy.pool.give(link)
         else:
-            body.link.abort()
+            link.abort()
 
     # -- streams
 
-    async def stream(self, connection: Connection, exchange: Exchange, provider: Provider,
-                     answer: ResponseHead, body: ResponseBody, lines: list[bytes]) -> None:
+    def observe(self) -> StreamObserver:
+        """Begin to watch the stream that the answer is."""
+        self.exchange.phase = PHASES[3]
+        observer = StreamObserver(self.provider.protocol,
+                                  self.proxy.config.server.max_sse_event_bytes,
+                                  self.exchange.choices)
+        self.exchange.observed = observer.seen
+        self.proxy.watch(self.exchange)
+        return observer
+
+    async def stream(self) -> None:
         """A stream of the client's own protocol: bytes as they come, watched beside their way."""
-        exchange.phase = PHASES[3]
-        observer = StreamObserver(provider.protocol, self.config.server.max_sse_event_bytes,
-                                  exchange.choices)
-        exchange.observed = observer.seen
-        self.watch_streams(exchange)
-        connection.write_head(answer.status, lines, None)
+        connection, observer = self.connection, self.observe()
+        connection.write_head(self.answer.status, self.lines, None)
         fault: str | None = None
         try:
-            await self.pass_stream(connection, exchange, provider, body, observer)
+            await self.pass_stream(observer)
         except (FramingError, OSError) as error:
             fault = (str(error) if isinstance(error, FramingError)
                      else "the connection to the provider broke")
         except asyncio.CancelledError:
             fault = connection.take_reason()
-        finally:
-            self.streams.discard(exchange)
-            connection.exchanging = False
-        level, outcome, said = stream_outcome(
-            observer, fault, provider.settings.read_idle_timeout_secs,
-            self.config.tool_calls.timeout_secs)
+        level, outcome, said = self.stream_outcome(observer, fault)
         whole = observer.seen.terminal or (fault is None and observer.complete)
-        if fault == "tool_stall" and (provider.fills_gaps or not observer.splitter.size):
-            assert exchange.inbound
+        if fault == "tool_stall" and (self.provider.fills_gaps or not observer.splitter.size):
             stalled = UpstreamError(said or "", status=504, type=UPSTREAM_BODY_READ)
-            connection.write_part(render_error_event(stalled, self.style, exchange.inbound,
+            connection.write_part(render_error_event(stalled, self.proxy.style, self.inbound,
                                                      observer.seen.sequence))
             whole = True
         if whole:
             connection.write_end()
         else:
             connection.cut()
-        self.release(body, answer, fault is None)
-        self.log_end(exchange, level, outcome, said)
+        self.release(fault is None)
+        self.log_end(level, outcome, said)
 
-    async def pass_stream(self, connection: Connection, exchange: Exchange, provider: Provider,
-                          body: ResponseBody, observer: StreamObserver) -> None:
+    async def pass_stream(self, observer: StreamObserver) -> None:
         """Relay a stream to its end. Not reading while the client does not is all the
         backpressure there is."""
+        connection, body, exchange = self.connection, self.body, self.exchange
         watch, clock, seen = connection.watch, connection.server.loop.time, observer.seen
-        idle_secs, stall_secs = (provider.settings.read_idle_timeout_secs,
-                                 self.config.tool_calls.timeout_secs)
-        fills_gaps, transport = provider.fills_gaps, connection.transport
+        idle_secs, fills_gaps = self.idle_secs, self.provider.fills_gaps
         while True:
             if seen.pending:
-                left = observer.stall_at(stall_secs) - clock()
+                left = observer.stall_at(self.stall_secs) - clock()
                 watch.arm(min(left, idle_secs),
                           "tool_stall" if left < idle_secs else "upstream_idle")
             elif seen.terminal:
@@ -10970,106 +10933,96 @@ class Proxy:
                 if not data:
                     continue
             connection.write_part(data)
-            if transport.get_write_buffer_size():
+            if connection.transport.get_write_buffer_size():
                 await connection.flush()
         if fills_gaps and (tail := observer.splitter.close()):
             connection.write_part(tail)
 
     # -- translated answers
 
-    async def translate_whole(self, connection: Connection, exchange: Exchange, provider: Provider,
-                              answer: ResponseHead, body: ResponseBody, lines: list[bytes],
-                              job: Job) -> None:
+    async def translate_whole(self, job: Job) -> None:
         """An answer in one piece for a client of another protocol, which may have asked for a
         stream."""
-        raw, complete = await self.read_up_to(connection, provider, body,
-                                              self.config.server.max_sse_event_bytes)
+        exchange, provider = self.exchange, self.provider
+        raw, complete = await self.read_up_to(self.proxy.config.server.max_sse_event_bytes)
         exchange.down, exchange.phase = len(raw), PHASES[3]
-        self.release(body, answer, complete)
+        self.release(complete)
         if not complete:
             raise UpstreamError("the provider's answer is larger than server.max_sse_event_bytes",
                                 type=UPSTREAM_BODY_READ)
-        value, _ = load_answer(raw, answer.status, [STREAM_DECODER])
+        value, _ = load_answer(raw, self.answer.status, [STREAM_DECODER])
         if not isinstance(value, dict):
             raise UpstreamError("the provider's answer is not a JSON object", type=INTERNAL)
         exchange.observed = observe_body(provider.protocol, value)
-        assert exchange.inbound
         if job.ctx.stream:
-            outlet = Outlet(connection, exchange.inbound, job, lines, live=False)
+            outlet = Outlet(self.connection, self.inbound, job, self.lines, live=False)
             outlet.feed(explode(provider.protocol.word, value))
             if not outlet.done:
                 outlet.end_input()
             outlet.end()
         else:
             translated = job.pair.response(value, job.ctx)
-            self.tell_dropped(connection, exchange, job.ctx.dropped)
-            write_json(connection, lines, translated)
-        await connection.flush()
-        self.log_end(exchange, logging.INFO, "end")
+            self.tell_dropped(job.ctx.dropped)
+            write_json(self.connection, self.lines, translated)
+        await self.connection.flush()
+        self.log_end(logging.INFO, "end")
 
-    async def translate_stream(self, connection: Connection, exchange: Exchange,
-                               provider: Provider, answer: ResponseHead, body: ResponseBody,
-                               lines: list[bytes], job: Job) -> None:
+    async def translate_stream(self, job: Job) -> None:
         """A stream for a client of another protocol, which may have asked for one piece."""
-        assert exchange.inbound
-        exchange.phase = PHASES[3]
-        observer = StreamObserver(provider.protocol, self.config.server.max_sse_event_bytes)
-        exchange.observed = observer.seen
-        self.watch_streams(exchange)
-        outlet = Outlet(connection, exchange.inbound, job, lines, live=job.ctx.stream)
+        connection, observer = self.connection, self.observe()
+        outlet = Outlet(connection, self.inbound, job, self.lines, live=job.ctx.stream)
         fault: str | None = None
         error: ProxyError | None = None
         try:
-            fault = await self.pull_stream(connection, exchange, provider, body, observer, outlet)
+            fault = await self.pull_stream(observer, outlet)
             if fault is None:
                 outlet.end()
         except ProxyError as raised:
             error = raised
         except (FramingError, OSError) as broken:
-            error = body_fault(provider, broken)
+            error = self.unreadable(broken)
         except asyncio.CancelledError:
             fault = connection.take_reason()
-        finally:
-            self.streams.discard(exchange)
-            connection.exchanging = False
-        self.tell_dropped(connection, exchange, job.ctx.dropped)
+        self.tell_dropped(job.ctx.dropped)
         if fault in ENDED_BY:
-            self.release(body, answer, False)
-            self.interrupted(connection, exchange, fault)
+            self.interrupted(fault)
             return
-        said = fault or (error.message if error and not outlet.ended else None)
-        outcome = stream_outcome(observer, said, provider.settings.read_idle_timeout_secs,
-                                 self.config.tool_calls.timeout_secs)
+        level, event, said = self.stream_outcome(
+            observer, fault or (error.message if error and not outlet.ended else None))
         if fault:
-            error = UpstreamError(outcome[2] or fault, status=504, type=UPSTREAM_BODY_READ)
+            error = UpstreamError(said or fault, status=504, type=UPSTREAM_BODY_READ)
         if error:
-            self.release(body, answer, False)
-            self.fail_stream(connection, exchange, outlet, error, outcome)
-        else:
-            # a pair may take an end for whole that nobody announced
-            self.log_end(exchange, *(outcome if observer.seen.failed else (logging.INFO, "end")))
-            await self.drain(connection, answer, body)
+            error = outlet.failed(error)
+            if event == "end":  # the provider thinks so
+                level, event, said = logging.WARNING, "stream-error", error.message
+            if connection.answered:
+                outlet.fail(self.as_told(error), self.proxy.style)
+                self.log_end(level, event, said)
+            else:
+                self.fail(error, event)
+            return
+        if not observer.seen.failed:  # a pair may take an end for whole that nobody announced
+            level, event, said = logging.INFO, "end", None
+        self.log_end(level, event, said)
+        await self.drain()
 
-    async def pull_stream(self, connection: Connection, exchange: Exchange, provider: Provider,
-                          body: ResponseBody, observer: StreamObserver,
-                          outlet: Outlet) -> str | None:
+    async def pull_stream(self, observer: StreamObserver, outlet: Outlet) -> str | None:
         """Translate a stream until the client's is whole;
         returns the reason if it was ended from outside."""
-        watch, clock, transport = connection.watch, outlet.clock, connection.transport
-        seen, chat = observer.seen, provider.protocol is CHAT
-        idle_secs, stall_secs = (provider.settings.read_idle_timeout_secs,
-                                 self.config.tool_calls.timeout_secs)
+        connection, body, exchange = self.connection, self.body, self.exchange
+        clock, transport = outlet.clock, connection.transport
+        seen, chat = observer.seen, self.provider.protocol is CHAT
         heard = clock()
         while not outlet.done:
             if transport.get_write_buffer_size():
                 await connection.flush()
-            limits = [(heard + idle_secs, "upstream_idle"), (outlet.due, "silence")]
+            limits = [(heard + self.idle_secs, "upstream_idle"), (outlet.due, "silence")]
             if seen.pending:
-                limits.append((observer.stall_at(stall_secs), "tool_stall"))
+                limits.append((observer.stall_at(self.stall_secs), "tool_stall"))
             if chat and seen.finish:  # all is said, and [DONE] may not come
                 limits.append((heard + AFTER_TERMINAL_SECS, "finished"))
             when, reason = min(limits)
-            watch.arm(when - clock(), reason)
+            connection.watch.arm(when - clock(), reason)
             try:
                 data = await body.read()
             except asyncio.CancelledError:
@@ -11091,146 +11044,107 @@ class Proxy:
             outlet.feed(observer.payloads(data, heard))
         return None
 
-    async def drain(self, connection: Connection, answer: ResponseHead,
-                    body: ResponseBody) -> None:
+    async def drain(self) -> None:
         """Let the provider end a stream that is complete, so that its connection can carry
         another request."""
-        complete = False
-        connection.watch.arm(AFTER_TERMINAL_SECS, "after_terminal")
+        self.end_exchange()
+        self.connection.watch.arm(AFTER_TERMINAL_SECS, "after_terminal")
         try:
-            while await body.read():
+            while await self.body.read():
                 pass
-            complete = True
+            self.release(True)
         except (FramingError, OSError):
             pass
         except asyncio.CancelledError:
-            connection.take_reason()
-        self.release(body, answer, complete)
-
-    def fail_stream(self, connection: Connection, exchange: Exchange, outlet: Outlet,
-                    error: ProxyError, outcome: tuple[int, str, str | None]) -> None:
-        """Tell a client that its stream has failed, with a status if it has none yet."""
-        error = outlet.failed(error)
-        level, event, said = outcome
-        if event == "end":  # the provider thinks so
-            level, event, said = logging.WARNING, "stream-error", error.message
-        if connection.answered:
-            outlet.fail(error_for(exchange, error), self.style)
-            self.log_end(exchange, level, event, said)
-        else:
-            self.fail(connection, exchange, error, event)
+            self.connection.take_reason()
 
     # -- ends
 
-    def fail(self, connection: Connection, exchange: Exchange, error: ProxyError,
-             event: str = "request-failed") -> None:
+    def end_exchange(self) -> None:
+        """The client has all it gets: it may go away, and nobody waits for the stream."""
+        self.connection.exchanging = False
+        self.proxy.streams.discard(self.exchange)
+
+    def as_told(self, error: ProxyError) -> ProxyError:
+        """An error as the client understands it."""
+        exchange = self.exchange
+        if isinstance(error, UpstreamError) and exchange.inbound and translation_name(exchange):
+            return translated_error(error, exchange.inbound, exchange.estimate)
+        return error
+
+    def fail(self, error: ProxyError, event: str = "request-failed") -> None:
         """Answer with an error; a stream that has begun can only be cut."""
-        error = error_for(exchange, error)
+        connection, error = self.connection, self.as_told(error)
         if connection.answered:
             connection.cut()
-            self.log_end(exchange, logging.WARNING, "stream-error", error.message)
+            self.log_end(logging.WARNING, "stream-error", error.message)
             return
-        exchange.status = error.status
-        write_error(connection, error, self.style, exchange.inbound)
-        self.log_end(exchange, logging.WARNING, event, error.message, {
+        self.exchange.status = error.status
+        write_error(connection, error, self.proxy.style, self.exchange.inbound)
+        self.log_end(logging.WARNING, event, error.message, {
             "error_type": error.type, "error_code": error.code,
             "error_param": None if error.param in (ABSENT, None) else brief_param(error.param)})
 
-    def interrupted(self, connection: Connection, exchange: Exchange, reason: str) -> None:
+    def interrupted(self, reason: str) -> None:
         """A wait that was ended from outside before a stream began."""
-        name = exchange.provider
-        limits = {
-            "connect": (UPSTREAM_REQUEST,
-                        "upstream request failed: no connection within connect_timeout_secs"),
-            "upstream": (UPSTREAM_REQUEST,
-                         "upstream request failed: no answer within read_idle_timeout_secs"),
-            "upstream_body": (UPSTREAM_BODY_READ,
-                              "the provider's answer stopped for read_idle_timeout_secs"),
-        }
-        if reason in limits:
-            kind, said = limits[reason]
-            self.fail(connection, exchange, UpstreamError(f"{said} (provider `{name}`)", type=kind),
+        connection = self.connection
+        if reason in TIMEOUTS:
+            kind, said = TIMEOUTS[reason]
+            self.fail(UpstreamError(f"{said} (provider `{self.exchange.provider}`)", type=kind),
                       "timeout")
-        elif reason == "body":
+        elif reason == "body" or (reason == "shutdown" and not connection.answered):
             connection.keep = False
-            self.fail(connection, exchange,
-                      RequestError("the request body did not arrive in time", status=408))
-        elif reason == "shutdown" and not connection.answered:
-            connection.keep = False
-            self.fail(connection, exchange, ProxyError("the proxy is shutting down", status=503))
+            self.fail(RequestError("the request body did not arrive in time", status=408)
+                      if reason == "body" else ProxyError("the proxy is shutting down", status=503))
         else:
             connection.cut()
-            self.log_end(exchange, logging.INFO, "closed", ENDED_BY.get(reason, reason))
+            self.log_end(logging.INFO, "closed", ENDED_BY.get(reason, reason))
 
-    def log_end(self, exchange: Exchange, level: int, event: str, said: str | None = None,
+    def log_end(self, level: int, event: str, said: str | None = None,
                 more: Json | None = None) -> None:
         """The line that closes an exchange."""
-        if not self.log.logger.isEnabledFor(level):
-            return
-        exchange.error = said[:LOG_TEXT_CHARS] if said else None
-        self.log.event(level, event, {**end_fields(exchange), **(more or {})})
+        if self.log.logger.isEnabledFor(level):
+            self.exchange.error = said[:LOG_TEXT_CHARS] if said else None
+            self.log.event(level, event, {**end_fields(self.exchange), **(more or {})})
 
-    def refuse(self, connection: Connection, error: ProxyError) -> None:
-        """Answer bytes that are no request, or that stopped coming."""
-        exchange = Exchange(self.ids.next(), "-", "-", time.perf_counter())
-        connection.extra = [b"x-proxai-request-id: %d" % exchange.id]
-        self.fail(connection, exchange, error)
-
-    # -- streams that are silent
-
-    def watch_streams(self, exchange: Exchange) -> None:
-        """Have `wait` lines written while the stream is silent, where such lines are wanted."""
-        if self.log.info_on:
-            exchange.last_byte_at = asyncio.get_running_loop().time()
-            self.streams.add(exchange)
-            if self.ticker is None:
-                self.ticker = asyncio.get_running_loop().call_later(SWEEP_SECS, self.tick)
-
-    def tick(self) -> None:
-        """Write a `wait` line for each stream that has been silent for a while."""
-        self.ticker = None
-        loop = asyncio.get_running_loop()
-        now, clock = loop.time(), time.perf_counter()
-        for exchange in self.streams:
-            idle = now - exchange.last_byte_at
-            if idle >= SWEEP_SECS:
-                self.log.event(logging.INFO, "wait", {
-                    **base_fields(exchange), "idle_ms": milliseconds(idle),
-                    "duration_ms": milliseconds(clock - exchange.started),
-                    "chunks": exchange.chunks, "down": exchange.down})
-        if self.streams:
-            self.ticker = loop.call_later(SWEEP_SECS, self.tick)
+    def stream_outcome(self, observer: StreamObserver,
+                       fault: str | None) -> tuple[int, str, str | None]:
+        """Level, event and words for the end of a stream;
+        `fault` is None for a clean end of the bytes."""
+        seen = observer.seen
+        if fault == "tool_stall":
+            return (logging.WARNING, "stream-error",
+                    "upstream SSE stalled while streaming tool arguments:"
+                    f" none for tool_calls.timeout_secs = {self.stall_secs:g}")
+        if seen.failed:
+            return (logging.WARNING, "stream-error",
+                    seen.error_message or "the provider sent an error")
+        if seen.terminal or (fault is None and observer.complete):
+            return logging.INFO, "end", None
+        if fault == "upstream_idle":
+            return (logging.WARNING, "timeout",
+                    f"the provider was silent for read_idle_timeout_secs = {self.idle_secs:g}")
+        if fault in ENDED_BY:
+            return logging.INFO, "closed", ENDED_BY[fault]
+        if fault:
+            return logging.WARNING, "stream-error", fault
+        if seen.pending:
+            return (logging.WARNING, "unfinished-tool",
+                    "the stream ended within the arguments of a tool call")
+        return logging.INFO, "closed", "the stream ended before its terminal event"
 
 
 ENDED_BY = {"client_gone": "the client went away",
             "client_write": "the client took no bytes for write_timeout_secs",
             "shutdown": "the proxy shut down"}
-
-
-def stream_outcome(observer: StreamObserver, fault: str | None, idle_secs: float,
-                   stall_secs: float) -> tuple[int, str, str | None]:
-    """Level, event and words for the end of a stream;
-    `fault` is None for a clean end of the bytes."""
-    seen = observer.seen
-    if fault == "tool_stall":
-        return (logging.WARNING, "stream-error",
-                "upstream SSE stalled while streaming tool arguments:"
-                f" none for tool_calls.timeout_secs = {stall_secs:g}")
-    if seen.failed:
-        return logging.WARNING, "stream-error", seen.error_message or "the provider sent an error"
-    if seen.terminal or (fault is None and observer.complete):
-        return logging.INFO, "end", None
-    if fault == "upstream_idle":
-        return (logging.WARNING, "timeout",
-                f"the provider was silent for read_idle_timeout_secs = {idle_secs:g}")
-    if fault in ENDED_BY:
-        return logging.INFO, "closed", ENDED_BY[fault]
-    if fault:
-        return logging.WARNING, "stream-error", fault
-    if seen.pending:
-        return (logging.WARNING, "unfinished-tool",
-                "the stream ended within the arguments of a tool call")
-    return logging.INFO, "closed", "the stream ended before its terminal event"
+TIMEOUTS = {
+    "connect": (UPSTREAM_REQUEST,
+                "upstream request failed: no connection within connect_timeout_secs"),
+    "upstream": (UPSTREAM_REQUEST,
+                 "upstream request failed: no answer within read_idle_timeout_secs"),
+    "upstream_body": (UPSTREAM_BODY_READ,
+                      "the provider's answer stopped for read_idle_timeout_secs"),
+}
 
 
 def load_answer(raw: bytes, status: int, decoders: Iterable[json.JSONDecoder] = (
@@ -11238,35 +11152,10 @@ def load_answer(raw: bytes, status: int, decoders: Iterable[json.JSONDecoder] = 
     """The JSON of an answer, and whether it is JSON to the letter:
     local servers write NaN into log probabilities."""
     for decoder in decoders:
-        try:
+        with contextlib.suppress(ValueError):
             return load(raw, decoder), decoder is DECODER
-        except ValueError:
-            pass
     raise UpstreamError(f"the provider answered {status} with a body that is not JSON", status=502,
                         type=INTERNAL, fix="check that base_url is the address of an API")
-
-
-def response_body(provider: Provider, link: Link, answer: ResponseHead,
-                  rest: bytes) -> ResponseBody:
-    """The answer's body, refused where its coding is one that we cannot undo."""
-    try:
-        return ResponseBody(link, answer, rest)
-    except FramingError as error:
-        raise body_fault(provider, error) from None
-
-
-def error_for(exchange: Exchange, error: ProxyError) -> ProxyError:
-    """An error as the client of an exchange understands it."""
-    if isinstance(error, UpstreamError) and exchange.inbound and translation_name(exchange):
-        return translated_error(error, exchange.inbound, exchange.estimate)
-    return error
-
-
-def body_fault(provider: Provider, error: Exception) -> UpstreamError:
-    """A provider's answer that cannot be read to its end."""
-    said = str(error) if isinstance(error, FramingError) else "the connection broke"
-    return UpstreamError(f"the provider's answer could not be read: {said}"
-                         f" (provider `{provider.name}`)", type=UPSTREAM_BODY_READ)
 
 
 def date_line() -> bytes:
@@ -11274,17 +11163,14 @@ def date_line() -> bytes:
     return b"date: " + http_date(int(time.time()))
 
 
-def has_retry_line(lines: Iterable[bytes]) -> bool:
-    """Whether the provider itself said if trying again helps."""
-    return any(line.lower().startswith(b"x-should-retry:") for line in lines)
-
-
 def write_error(connection: Connection, error: ProxyError, style: str,
                 protocol: Protocol | None) -> None:
     """Answer with an error in the configured style."""
     content_type, body = render_error(error, style, protocol)
     lines = [*error.fields, b"content-type: " + content_type, date_line()]
-    if not error.retry and not has_retry_line(error.fields):
+    # the provider itself may have said if trying again helps
+    if not (error.retry
+            or any(line.lower().startswith(b"x-should-retry:") for line in error.fields)):
         lines.append(b"x-should-retry: false")
     connection.write_head(error.status, lines, len(body), body)
 
