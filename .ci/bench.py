@@ -923,6 +923,7 @@ class Micro:
         """Measure one pair, unless it is none, and print the result as one line of JSON."""
         if self.pair in getattr(self.proxai, "PAIRS", {}):
             self.proxai.tune_process()
+            self.profile = self.proxai.ProfileConfig()
             self.whole(self.proxai.PAIRS[self.pair])
             self.stream(self.proxai.PAIRS[self.pair])
         print(json.dumps(self.found))
@@ -941,7 +942,8 @@ class Micro:
 
     def context(self) -> Any:
         """What the proxy makes for an exchange."""
-        return self.proxai.Context(*self.pair, MODELS[self.pair[1]], host=LOOPBACK, now=int(time.time()))
+        return self.proxai.Context(*self.pair, MODELS[self.pair[1]], host=LOOPBACK,
+                                   profile=self.profile, now=int(time.time()))
 
     def asked(self, raw: bytes) -> Any:
         """The same after the pair filled it from a request."""
@@ -1316,9 +1318,9 @@ TABLES = {
     "translated stream": {"CPU µs/event, best": ("best", "cpu_us"), "CPU µs/event": ("value", "cpu_us"),
                           "events/s": ("value", "events_s"), "p50 ms": ("value", "p50_ms")},
     "micro": {name: ("best", f"{key}_us") for name, key in {
-        "request": "request", "of it pair": "request_pair", "20 tools": "request20",
-        "of it the pair": "request20_pair", "answer": "answer", "of that pair": "answer_pair", "event": "event",
-        "split, parse": "split", "translate": "translate", "write": "write"}.items()},
+        "request": "request", "(the pair)": "request_pair", "20 tools": "request20",
+        "(their pair)": "request20_pair", "answer": "answer", "(its pair)": "answer_pair", "event": "event",
+        "(split, parse)": "split", "(translate)": "translate", "(write)": "write"}.items()},
 }
 GOALS = [
     Goal("small pass-through (c=64): requests/s >= 0.5 of the floor", "small-c64", "ratio", "rps",
