@@ -54,6 +54,7 @@ import ast
 import asyncio
 import base64
 import contextlib
+import copy
 import dataclasses
 import datetime
 import difflib
@@ -156,6 +157,7 @@ OBSERVED_CHARS = 200  # of a provider's word in a log line
 IDLE_LINKS_PER_ORIGIN = 256  # kept-alive connections to one provider (httpx 20, Go 2, nginx 32-512)
 IDLE_LINK_SECS = 60.0  # vendors close idle connections after 60-400 s
 SWEEP_SECS = 5.0  # how often idle connections are looked over, and `wait` lines are written
+DRAIN_SECS = 0.05  # that a client's next request waits for the end of a stream it has whole
 AFTER_TERMINAL_SECS = 5.0  # how long a provider may take to end a stream that is complete
 BACKLOG = 1024
 LOG_QUEUE_LINES = 10_000  # lines waiting for a blocked terminal before they are counted and dropped
@@ -204,7 +206,8 @@ def load(raw: bytes, decoder: json.JSONDecoder = DECODER) -> Any:
         raise ValueError(f"not UTF-8 at byte {error.start}") from None
 
 
-ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # made once: dumps() does not
+# Made once, as dumps() does not.
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 def dump(value: Any) -> bytes:
@@ -2861,12 +2864,15 @@ class Context:
     """
 
     __slots__ = ("alias", "caps", "dropped", "echo", "estimate", "headers", "host", "ids",
-                 "inbound", "include_usage", "kind", "legacy", "model", "now", "provider", "realm",
-                 "stops", "stream", "tools", "wants_thinking", "web_search")
+                 "inbound", "include_usage", "kind", "legacy", "model", "now", "provider",
+                 "realm", "seed", "stops", "stream", "tools", "unpacked", "wants_thinking",
+                 "web_search")
 
     def __init__(self, inbound: str, provider: str, model: str, *, host: str = "",
-                 profile: Any = None, realm: str | None = None, now: int = 0) -> None:
+                 profile: Any = None, realm: str | None = None, now: int = 0,
+                 seed: str = "") -> None:
         self.inbound, self.provider, self.model, self.now = inbound, provider, model, now
+        self.seed = seed  # makes ids of answers that come without one
         self.host, self.alias = host, model
         if not isinstance(profile, ProfileConfig):
             options: Json = {key: tuple(value) if isinstance(value, list) else value
@@ -2878,6 +2884,7 @@ class Context:
             self.kind = MODEL_CLASSES[given]
         self.realm = sha(realm if realm is not None else host)[:6]
         self.dropped: dict[str, str] = {}
+        self.unpacked = 0  # bytes of carriers
         self.headers: list[bytes] = []
         self.tools: dict[str, Tool] = {}  # by the name that goes over the wire
         self.echo: Json = {}  # what a Responses answer repeats of its request
@@ -3413,7 +3420,7 @@ def read_arguments(text: str) -> Any:
         found = found if inner is ABSENT else inner
     if found is not ABSENT:
         return found
-    bare = re.sub(r"^\s*```(?:json)?\s*|\s*```\s*$", "", text)
+    bare = text.strip().removeprefix("```json").removeprefix("```").removesuffix("```").strip()
     found = loose_json(re.sub(r",(\s*[}\]])", r"\1", bare))
     if found is ABSENT and bare.startswith(("{'", '{"')) and len(bare) <= LITERAL_CHARS:
         with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
@@ -3630,7 +3637,7 @@ def reminder(text: str) -> str:
 # -- reasoning carriers (translation-responses.md 1.5) -----------------------
 
 CARRIER = "px1."
-CARRIER_BYTES = 8 << 20  # of what a packed carrier may hold
+CARRIER_BYTES = (4 << 20) + 1  # of what a packed carrier may hold
 
 
 def seal(kind: str, body: str, text: str, ctx: Context) -> str:
@@ -3646,7 +3653,7 @@ def unseal(value: Any, text: str, ctx: Context) -> Thought | None:
     if len(parts) != 6 or value != seal(parts[1], parts[5], text, ctx):
         return None
     kind, body = parts[1], parts[5]
-    found = unpack(body) if kind in ("ab", "cd") else body
+    found = unpack(body, ctx) if kind in ("ab", "cd") else body
     return None if found is ABSENT else Thought(kind, text, found)
 
 
@@ -3655,11 +3662,12 @@ def pack(value: Any) -> str:
     return to_base64url(zlib.compress(dump(value), 9))
 
 
-def unpack(body: str) -> Any:
-    """What pack() was given; ABSENT where that cannot be told."""
+def unpack(body: str, ctx: Context) -> Any:
+    """What pack() was given; ABSENT where that cannot be told, or is too much for one request."""
     try:
         inflater = zlib.decompressobj()
-        raw = inflater.decompress(from_base64url(body) or b"", CARRIER_BYTES)
+        raw = inflater.decompress(from_base64url(body) or b"", CARRIER_BYTES - ctx.unpacked)
+        ctx.unpacked += len(raw)
         return load(raw) if inflater.eof else ABSENT
     except (ValueError, zlib.error):
         return ABSENT
@@ -5007,7 +5015,7 @@ def write_tools(ask: Ask, names: ToolNames, ctx: Context,
     found: list[Json] = []
     for tool in ask.tools:
         if tool.kind == "raw":
-            found.append(tool.raw)
+            found.append(dict(tool.raw))
         elif tool.kind != "web_search":
             wire = names.of(tool.space, tool.name)
             ctx.tools[wire] = tool
@@ -5195,7 +5203,7 @@ def anthropic_blocks(part: Part, ctx: Context) -> list[Json]:
     if part.kind in WORDS:
         return [text_block(part)] if part.text.strip() else []
     if part.kind == "raw":
-        return [part.raw]
+        return [copy.deepcopy(part.raw)]
     block = None
     if part.kind != "image" or ctx.caps.vision:
         block = anthropic_media(part)
@@ -5516,7 +5524,7 @@ def set_marks(ask: Ask, ctx: Context, out: Json) -> None:
     fixed = [b for b in (*tools, *system) if "cache_control" in b]
     moving = [b for m in messages for b in m["content"] if "cache_control" in b]
     moving += [b for m in messages for result in m["content"] if result["type"] == "tool_result"
-               for b in listing(result.get("content")) if "cache_control" in b]
+               for b in map(mapping, listing(result.get("content"))) if "cache_control" in b]
     if fixed or moving:
         keep_marks(fixed, moving, ask.ttl)
         return
@@ -5790,7 +5798,8 @@ def replayed_reasoning(thoughts: list[Thought], content: str | None, calls: list
         if thought.kind == "cr":
             found.append((thought.text, str(thought.body), []))
         elif thought.kind == "cd" and isinstance(thought.body, dict):
-            found.append((thought.text, "reasoning_details", listing(thought.body.get("d"))))
+            found.append((thought.text, "reasoning_details", [
+                with_text(d, thought.text) for d in map(mapping, listing(thought.body.get("d")))]))
             signatures |= mapping(thought.body.get("t"))
         elif thought.kind == "foreign" and ctx.caps.reasoning_replay != "auto":
             signed = {"signature": thought.body, "format": "anthropic-claude-v1"}
@@ -5804,8 +5813,7 @@ def replayed_reasoning(thoughts: list[Thought], content: str | None, calls: list
     if field == "auto" and found:
         field = "reasoning_details" if details else str(found[0][1])
     if found and field == "reasoning_details":
-        out[field] = ([with_text(d, text) for d in map(mapping, details)] if details else
-                      [{"type": "reasoning.text", "text": text, "index": 0}])
+        out[field] = details or [{"type": "reasoning.text", "text": text, "index": 0}]
     elif found and text and field in ("reasoning_content", "reasoning"):
         out[field] = text
     elif text and field == "think":
@@ -6593,6 +6601,9 @@ PLAIN_DELTA = {"role", "content"}  # the members of nearly all chunks
 CHAT_FAULTS = ("error", "network_error", "abort", "cancelled", "insufficient_system_resource")
 
 
+GROWING = ("text", "summary", "data", "signature")  # members of reasoning details
+
+
 class ChatCall:
     """A tool call as fragments of it come in; its segment is opened when it has `begun`."""
 
@@ -6720,9 +6731,8 @@ class ChatReader(Reader):
                text_of(detail.get("type")))
         known = self.details.setdefault(key, {})
         for name, value in detail.items():
-            grows = name in ("text", "summary", "data", "signature")
-            if grows and isinstance(value, str) and isinstance(known.get(name), str):
-                known[name] += value
+            if name in GROWING and isinstance(value, str):
+                known.setdefault(name, []).append(value)  # joined once, by carrier()
             elif value is not None:
                 known[name] = value
 
@@ -6795,9 +6805,11 @@ class ChatReader(Reader):
         """Kind and body of the carrier of a stretch of reasoning."""
         if not self.details and not self.signatures:
             return "cr", self.source or "reasoning_content"
+        whole = [{name: "".join(value) if name in GROWING and isinstance(value, list) else value
+                  for name, value in detail.items()} for detail in self.details.values()]
         body: Json = {"d": [{name: value for name, value in detail.items()
                              if not (name in ("text", "summary") and value == text)}
-                            for detail in self.details.values()]}
+                            for detail in whole]}
         if self.signatures:
             body["t"] = self.signatures
         self.details, self.signatures = {}, {}
@@ -7309,7 +7321,7 @@ class ResponsesWriter(Writer):
         self.output: list[Json] = []
         # open items, with their place in the output
         self.message: tuple[Json, int] | None = None
-        self.search: tuple[Json, int] | None = None
+        self.searches: dict[str, tuple[Json, int]] = {}  # by the id of their block
         self.blocks: list[Json] = []  # opaque ones that await their carrier
         self.base: Json = {}
 
@@ -7323,7 +7335,7 @@ class ResponsesWriter(Writer):
     def start_answer(self, id: str, model: str, created: int) -> None:
         """created and in_progress, with what the request said."""
         ctx = self.ctx
-        self.bare = bare_id(id) or sha(f"{compact(ctx.echo)}{ctx.now}")[:24]
+        self.bare = bare_id(id) or sha(f"{compact(ctx.echo)}{ctx.now}{ctx.seed}")[:24]
         self.base = {
             "id": f"resp_{(id or self.bare).removeprefix('resp_')}", "object": "response",
             "created_at": created, "completed_at": None, "status": "in_progress", "error": None,
@@ -7514,22 +7526,24 @@ class ResponsesWriter(Writer):
         self.blocks.append(block)
         kind, content = block.get("type"), block.get("content")
         if kind == "server_tool_use" and block.get("name") == "web_search":
-            self.search = item, index = self.open_item("ws", "web_search_call")
+            item, index = self.open_item("ws", "web_search_call")
+            self.searches[text_of(block.get("id"))] = item, index
             for step in ("in_progress", "searching"):
                 self.emit(f"response.web_search_call.{step}",
                           {"item_id": item["id"], "output_index": index})
             query = text_of(mapping(block.get("input")).get("query"))
             item["action"] = {"type": "search", "query": query, "queries": [query], "sources": []}
-        elif kind == "web_search_tool_result" and self.search:
-            self.search[0]["action"]["sources"] = [
-                {"type": "url", "url": entry["url"]} for entry in map(mapping, listing(content))
-                if isinstance(entry.get("url"), str)]
-            self.end_search("completed" if isinstance(content, list) else "failed")
+        elif kind == "web_search_tool_result":
+            id = text_of(block.get("tool_use_id"))
+            sources = [{"type": "url", "url": entry["url"]} for entry in map(
+                mapping, listing(content)) if isinstance(entry.get("url"), str)]
+            self.end_search(id, sources, "completed" if isinstance(content, list) else "failed")
 
-    def end_search(self, status: str) -> None:
+    def end_search(self, id: str, sources: list[Json], status: str) -> None:
         """A web search is over."""
-        if self.search:
-            (item, index), self.search = self.search, None
+        if id in self.searches:
+            item, index = self.searches.pop(id)
+            item["action"]["sources"] = sources
             if status == "completed":
                 self.emit("response.web_search_call.completed",
                           {"item_id": item["id"], "output_index": index})
@@ -7538,7 +7552,8 @@ class ResponsesWriter(Writer):
     def end_opaque(self) -> None:
         """The carrier of the blocks that were kept."""
         if self.blocks:
-            self.end_search("failed")
+            for id in list(self.searches):
+                self.end_search(id, [], "failed")
             blocks, self.blocks = self.blocks, []
             item, index = self.open_item("rs", "reasoning", summary=[], encrypted_content=None)
             item["encrypted_content"] = seal("ab", pack(blocks), "", self.ctx)
@@ -7643,7 +7658,7 @@ class ChatWriter(Writer):
 
     def start_answer(self, id: str, model: str, created: int) -> None:
         """The only chunk with a role: SDKs join the strings of all."""
-        bare = bare_id(id) or sha(f"{self.ctx.model}{created}")[:24]
+        bare = bare_id(id) or sha(f"{self.ctx.model}{created}{self.ctx.seed}")[:24]
         self.base = {"id": f"chatcmpl_{id or bare}" if self.own else f"chatcmpl-{bare}",
                      "object": "chat.completion.chunk", "created": created, "model": model}
         if self.ctx.include_usage and self.ctx.stream:
@@ -7807,7 +7822,7 @@ class MessagesWriter(Writer):
     def start_answer(self, id: str, model: str, created: int) -> None:
         """message_start; the real numbers come at the end."""
         self.id = id if self.ctx.provider == RESPONSES.word and id else \
-            "msg_" + (bare_id(id) or sha(f"{self.ctx.model}{created}")[:24])
+            "msg_" + (bare_id(id) or sha(f"{self.ctx.model}{created}{self.ctx.seed}")[:24])
         self.emit("message_start", message={
             "id": self.id, "type": "message", "role": "assistant", "model": model, "content": [],
             "stop_reason": None, "stop_sequence": None, "stop_details": None,
@@ -8107,52 +8122,85 @@ def collect(inbound: str, events: list[Any]) -> Json:
 # -- the pairs ---------------------------------------------------------------
 
 class Pair(NamedTuple):
-    """Two protocols: how a request is read and written, how its answer is heard and told."""
+    """The three functions of a pair, named by the way the data travels."""
 
-    read: Callable[[Json, Context], Ask]
-    write: Callable[[Ask, Context], Json]
-    hear: Callable[[Writer, Context], Reader]
-    tell: Callable[[Context], Writer]
+    request: Callable[[Json, Context], Json]
+    response: Callable[[Any, Context], Json]
+    stream: Callable[[Context], Stream]
 
-    def request(self, body: Json, ctx: Context) -> Json:
-        """The provider's request; RequestError for what the provider cannot do."""
-        try:
-            ask = self.read(body, ctx)
-            ctx.alias, ctx.stream, ctx.stops = ask.model, bool(ask.stream), ask.stop
-            payload = self.write(ask, ctx)
-        except RecursionError:
-            raise RequestError("the request body is nested too deeply") from None
+
+def rewritten(read: Callable[[Json, Context], Ask], write: Callable[[Ask, Context], Json],
+              body: Json, ctx: Context) -> Json:
+    """A request through a reader and a writer; RequestError for what the provider cannot do."""
+    try:
+        ask = read(body, ctx)
+        ctx.alias, ctx.stream, ctx.stops = ask.model, bool(ask.stream), ask.stop
+        payload = write(ask, ctx)
         if ctx.inbound == MESSAGES.word:
             ctx.estimate = estimate_tokens(payload)
         return payload
-
-    def stream(self, ctx: Context) -> Stream:
-        """The answer's stream, see translated()."""
-        out = self.tell(ctx)
-        return translated(self.hear(out, ctx), out)
-
-    def response(self, body: Any, ctx: Context) -> Json:
-        """An answer in one piece, through the stream."""
-        stream = self.stream(ctx)
-        next(stream)
-        out: list[Any] = []
-        try:
-            for event in [*explode(ctx.provider, body), None]:
-                out += stream.send(event)
-        except StopIteration as stop:
-            return collect(ctx.inbound, out + stop.value)
-        raise cut_short("its end")
+    except (RecursionError, ValueError):  # of dump(), which takes less depth than load()
+        raise RequestError("the request body is nested too deeply") from None
 
 
-PAIRS = {  # by (inbound, provider)
-    ("responses", "messages"): Pair(read_responses, write_messages,
-                                    MessagesReader, ResponsesWriter),
-    ("responses", "chat"): Pair(read_responses, write_chat, ChatReader, ResponsesWriter),
-    ("chat", "messages"): Pair(read_chat, write_messages, MessagesReader, ChatWriter),
-    ("messages", "responses"): Pair(read_messages, write_responses,
-                                    ResponsesReader, MessagesWriter),
-    ("messages", "chat"): Pair(read_messages, write_chat, ChatReader, MessagesWriter),
-    ("chat", "responses"): Pair(read_chat, write_responses, ResponsesReader, ChatWriter),
+def streamed(read: Callable[[Writer, Context], Reader], write: Callable[[Context], Writer],
+             ctx: Context) -> Stream:
+    """A stream through a reader and a writer, see translated()."""
+    out = write(ctx)
+    return translated(read(out, ctx), out)
+
+
+def answered(streams: Callable[[Context], Stream], body: Any, ctx: Context) -> Json:
+    """An answer in one piece through the stream of its pair."""
+    stream = streams(ctx)
+    next(stream)
+    out: list[Any] = []
+    try:
+        for event in [*explode(ctx.provider, body), None]:
+            out += stream.send(event)
+    except StopIteration as stop:
+        return collect(ctx.inbound, out + stop.value)
+    raise cut_short("its end")
+
+
+through = functools.partial
+responses_to_messages_request = through(rewritten, read_responses, write_messages)
+messages_to_responses_stream = through(streamed, MessagesReader, ResponsesWriter)
+messages_to_responses_response = through(answered, messages_to_responses_stream)
+
+responses_to_chat_request = through(rewritten, read_responses, write_chat)
+chat_to_responses_stream = through(streamed, ChatReader, ResponsesWriter)
+chat_to_responses_response = through(answered, chat_to_responses_stream)
+
+chat_to_messages_request = through(rewritten, read_chat, write_messages)
+messages_to_chat_stream = through(streamed, MessagesReader, ChatWriter)
+messages_to_chat_response = through(answered, messages_to_chat_stream)
+
+messages_to_responses_request = through(rewritten, read_messages, write_responses)
+responses_to_messages_stream = through(streamed, ResponsesReader, MessagesWriter)
+responses_to_messages_response = through(answered, responses_to_messages_stream)
+
+messages_to_chat_request = through(rewritten, read_messages, write_chat)
+chat_to_messages_stream = through(streamed, ChatReader, MessagesWriter)
+chat_to_messages_response = through(answered, chat_to_messages_stream)
+
+chat_to_responses_request = through(rewritten, read_chat, write_responses)
+responses_to_chat_stream = through(streamed, ResponsesReader, ChatWriter)
+responses_to_chat_response = through(answered, responses_to_chat_stream)
+
+PAIRS: dict[tuple[str, str], Pair] = {
+    ("responses", "messages"): Pair(responses_to_messages_request, messages_to_responses_response,
+                                    messages_to_responses_stream),
+    ("responses", "chat"): Pair(responses_to_chat_request, chat_to_responses_response,
+                                chat_to_responses_stream),
+    ("chat", "messages"): Pair(chat_to_messages_request, messages_to_chat_response,
+                               messages_to_chat_stream),
+    ("messages", "responses"): Pair(messages_to_responses_request, responses_to_messages_response,
+                                    responses_to_messages_stream),
+    ("messages", "chat"): Pair(messages_to_chat_request, chat_to_messages_response,
+                               chat_to_messages_stream),
+    ("chat", "responses"): Pair(chat_to_responses_request, responses_to_chat_response,
+                                responses_to_chat_stream),
 }
 # Need translation.extended_pairs.
 EXTENDED_PAIRS = (("messages", "chat"), ("chat", "responses"))
@@ -8515,7 +8563,13 @@ COMMON_SPELLINGS = (b'"finish_reason":null', b'"finish_reason": null')
 
 
 # NaN, which local servers write into log probabilities, must not reach a client.
-STREAM_DECODER = json.JSONDecoder(parse_constant=lambda name: None)
+def finite_or_none(text: str) -> float | None:
+    """A number that JSON can say again."""
+    value = float(text)
+    return value if math.isfinite(value) else None
+
+
+STREAM_DECODER = json.JSONDecoder(parse_constant=lambda name: None, parse_float=finite_or_none)
 
 
 def not_translatable(name: str, fault: str) -> UpstreamError:
@@ -10501,11 +10555,14 @@ class Proxy:
         self.pool, self.ids = Pool(), RequestIds()
         self.slots = asyncio.Semaphore(config.server.max_concurrent_requests)
         self.streams: set[Exchange] = set()
+        self.drains: set[asyncio.Task[None]] = set()
         self.ticker: asyncio.TimerHandle | None = None
 
     def close(self) -> None:
         """Let go of connections and timers."""
         self.pool.close()
+        for task in self.drains:
+            task.cancel()
         if self.ticker:
             self.ticker.cancel()
 
@@ -10683,7 +10740,7 @@ class Turn:
         provider = self.provider
         ctx = Context(self.inbound.word, provider.protocol.word, self.exchange.upstream_model,
                       host=provider.origin.authority, now=int(time.time()),
-                      profile=provider.settings.profile)
+                      profile=provider.settings.profile, seed=str(self.exchange.id))
         payload = pair.request(body, ctx)
         try:
             raw = dump(payload)
@@ -11046,17 +11103,30 @@ class Turn:
 
     async def drain(self) -> None:
         """Let the provider end a stream that is complete, so that its connection can carry
-        another request."""
+        another request. The client's next request does not wait for that."""
         self.end_exchange()
-        self.connection.watch.arm(AFTER_TERMINAL_SECS, "after_terminal")
+        self.connection.watch.disarm()
+        self.link = None
+        task = asyncio.create_task(self.read_rest())
+        self.proxy.drains.add(task)
+        task.add_done_callback(self.proxy.drains.discard)
         try:
-            while await self.body.read():
-                pass
-            self.release(True)
-        except (FramingError, OSError):
-            pass
+            await asyncio.wait({task}, timeout=DRAIN_SECS)
         except asyncio.CancelledError:
             self.connection.take_reason()
+
+    async def read_rest(self) -> None:
+        """Read a provider's stream to its end, if that comes soon."""
+        complete = False
+        try:
+            async with asyncio.timeout(AFTER_TERMINAL_SECS):
+                while await self.body.read():
+                    pass
+            complete = True
+        except (FramingError, OSError):
+            pass
+        finally:
+            self.release(complete)
 
     # -- ends
 
