@@ -7690,7 +7690,7 @@ class ChatWriter(Writer):
             self.emit({"tool_calls": [{"index": segment.index, "id": segment.id, "type": key,
                                        key: function}]})
         elif segment.index == 0:
-            self.emit({"function_call": function})
+            self.emit({"function_call": {"name": segment.name, "arguments": text}})
 
     def write(self, segment: Segment, text: str) -> None:
         """A piece of a segment."""
@@ -7708,7 +7708,7 @@ class ChatWriter(Writer):
             if not self.ctx.legacy:
                 self.emit({"tool_calls": [{"index": segment.index, key: {member: text}}]})
             elif segment.index == 0:
-                self.emit({"function_call": {member: text}})
+                self.emit({"function_call": {"arguments": text}})
 
     def write_text(self, segment: Segment, text: str) -> None:
         """A piece of content; messages of a Responses provider stand apart."""

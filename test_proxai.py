@@ -4935,6 +4935,130 @@ def test_no_two_pairs_are_one():
     assert len(set(proxai.PAIRS.values())) == 6
 
 
+# -- found in reviews ----------------------------------------------------------
+
+def test_an_image_in_a_tool_message_stays_when_words_follow():
+    """Ollama takes images within tool messages; a word of the user behind them is a message of its own."""
+    image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}}
+    payload, _ = translated(("messages", "chat"), "m", {"model": "m", "max_tokens": 9, "messages": [
+        {"role": "user", "content": "look"},
+        {"role": "assistant", "content": [{"type": "tool_use", "id": "t1", "name": "f", "input": {}}]},
+        {"role": "user", "content": [
+            {"type": "tool_result", "tool_use_id": "t1", "content": [image]}, {"type": "text", "text": "go on"},
+            {"type": "text", "text": "<system-reminder>be brief</system-reminder>"}]}]}, host="localhost:11434")
+    url = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+    assert payload["messages"][2:] == [
+        {"role": "tool", "tool_call_id": "t1", "content": [
+            url, {"type": "text", "text": "<system-reminder>be brief</system-reminder>"}]},
+        {"role": "user", "content": "go on"}]
+
+
+@pytest.mark.parametrize("text", ['{"a": "b",' + "\n" * 200_000 + "x", '{"a": "b"' + " , " * 100_000 + "x",
+                                  "```json\n" + " " * 200_000 + "{"], ids=["lines", "commas", "fence"])
+def test_arguments_that_derailed_are_read_in_time_that_grows_with_them(text):
+    """They come back with each request of the conversation; a square of their length would stop the proxy."""
+    assert proxai.parse_arguments(text) == {"raw_arguments": text}
+
+
+def test_carriers_have_a_budget_for_the_whole_request():
+    """A small string can stand for megabytes; many of them in one request are not all unpacked."""
+    big = carrier("cd", {"d": ["x" * 1_500_000]}, host="llm.example")
+    turns = [{"role": "assistant", "content": [{"type": "thinking", "thinking": "", "signature": big},
+                                               {"type": "text", "text": str(k)}]} for k in range(6)]
+    messages = [part for turn in turns for part in ({"role": "user", "content": "go"}, turn)]
+    payload, ctx = translated(("messages", "chat"), "m", {
+        "model": "m", "max_tokens": 9, "messages": messages}, host="llm.example",
+        profile={"reasoning_replay": "reasoning_details"})
+    kept = [m for m in payload["messages"] if "reasoning_details" in m]
+    assert 1 <= len(kept) < 4 and len([m for m in payload["messages"] if m["role"] == "assistant"]) == 6
+    assert len(ctx.dropped) == 6 - len(kept)
+
+
+def test_two_stretches_of_reasoning_keep_their_own_texts():
+    """A signature is of its own text; given another one the provider refuses the conversation for good."""
+    def chunk(delta: Any, finish: Any = None) -> Any:
+        return {"id": "c", "model": "m", "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+
+    def reasoned(text: str, signature: str) -> Any:
+        return chunk({"reasoning": text, "reasoning_details": [
+            {"type": "reasoning.text", "text": text, "signature": signature, "index": 0}]})
+
+    pair, host = ("messages", "chat"), "openrouter.ai"
+    begin = {"model": "m", "max_tokens": 9, "thinking": {"type": "adaptive"},
+             "messages": [{"role": "user", "content": "go"}]}
+    ctx = translated(pair, "m", {**begin, "stream": True}, host=host)[1]
+    call = {"index": 0, "id": "call_1", "function": {"name": "f", "arguments": "{}"}}
+    events, error = streamed(pair, ctx, [reasoned("A", "S1"), chunk({"content": "hi"}), reasoned("B", "S2"),
+                                         chunk({"tool_calls": [call]}), chunk({}, "tool_calls"), "[DONE]"])
+    assert error is None
+    content = proxai.collect("messages", events)["content"]
+    payload, _ = translated(pair, "m", {**begin, "messages": [
+        *begin["messages"], {"role": "assistant", "content": content}]}, host=host)
+    details = payload["messages"][1]["reasoning_details"]
+    assert [(d["text"], d["signature"]) for d in details] == [("A", "S1"), ("B", "S2")]
+
+
+def test_web_searches_side_by_side_have_their_own_sources():
+    """Results find their search by its id, in whatever order they come."""
+    def used(id: str) -> Any:
+        return {"type": "server_tool_use", "id": id, "name": "web_search", "input": {"query": id}}
+
+    def found(id: str) -> Any:
+        return {"type": "web_search_tool_result", "tool_use_id": id, "content": [
+            {"type": "web_search_result", "url": f"https://{id}.example", "title": "t", "encrypted_content": "e"}]}
+
+    pair = ("responses", "messages")
+    answer = proxai.PAIRS[pair].response({
+        "type": "message", "id": "msg_1", "role": "assistant", "model": "m", "stop_reason": "end_turn", "usage": {},
+        "content": [used("s1"), used("s2"), found("s1"), found("s2"), {"type": "text", "text": "so"}]},
+        context(*pair, "claude-opus-4-8"))
+    searches = [item for item in answer["output"] if item["type"] == "web_search_call"]
+    assert [(s["status"], s["action"]["query"], s["action"]["sources"]) for s in searches] == [
+        ("completed", id, [{"type": "url", "url": f"https://{id}.example"}]) for id in ("s1", "s2")]
+
+
+def test_cache_marks_of_a_clients_own_blocks_stay_in_the_clients_request():
+    """More marks than Anthropic takes are left out of what is sent, not of what came."""
+    mark = {"cache_control": {"type": "ephemeral"}}
+    body = {"model": "m", "messages": [{"role": "user", "content": [
+        {"type": "tool_result", "tool_use_id": "x", "content": [1, {"type": "text", "text": "t", **mark}]}]}],
+        "tools": [{"type": "bash_20250124", "name": f"b{k}", **mark} for k in range(6)]}
+    before = copy.deepcopy(body)
+    payload, _ = translated(("chat", "messages"), "claude-opus-4-8", body)
+    assert body == before and json.dumps(payload).count("cache_control") == 4
+
+
+def test_a_client_of_functions_gets_a_custom_call_as_a_function_call():
+    """It knows no other, whatever the provider makes of it."""
+    pair = ("chat", "responses")
+    ctx = translated(pair, "gpt-5.5", {"model": "m", "messages": [{"role": "user", "content": "x"}],
+                                       "functions": [{"name": "f"}]})[1]
+    call = {"type": "custom_tool_call", "id": "ctc_1", "call_id": "call_1", "name": "g", "input": "text"}
+    answer = proxai.PAIRS[pair].response({"id": "resp_1", "status": "completed", "output": [call]}, ctx)
+    assert answer["choices"][0]["message"]["function_call"] == {"name": "g", "arguments": "text"}
+
+
+@pytest.mark.parametrize("depth", [900, 975, 990])
+def test_nesting_that_is_too_deep_is_the_clients_fault(depth):
+    """Reading takes more depth than writing; in between nothing is a bug of the proxy."""
+    deep: Any = "x"
+    for _ in range(depth):
+        deep = {"a": deep}
+    with contextlib.suppress(proxai.RequestError):
+        translated(("messages", "responses"), "gpt-5.5", {"model": "m", "max_tokens": 9, "messages": [
+            {"role": "user", "content": "x"}], "tools": [{"name": "f", "input_schema": deep}]})
+
+
+def test_answers_without_ids_that_begin_in_one_second_are_told_apart():
+    """Clients count tokens by message id."""
+    ids = set()
+    for seed in ("1", "2"):
+        ctx = proxai.Context("messages", "chat", "m", now=NOW, seed=seed)
+        body = {"choices": [{"index": 0, "message": {"content": "x"}, "finish_reason": "stop"}]}
+        ids.add(proxai.PAIRS["messages", "chat"].response(body, ctx)["id"])
+    assert len(ids) == 2
+
+
 # -- Responses clients on Messages providers (translation-responses.md 2) -------
 
 # -- shared with the other pairs
