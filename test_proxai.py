@@ -4619,6 +4619,10 @@ ESTIMATES: dict[str, tuple[Any, int]] = {
     "call of Chat": ({"messages": [{"role": "assistant", "content": None, "tool_calls": [
         {"id": "call_" + T36, "type": "function", "function": {"name": T18, "arguments": T36}}]}]}, 19),
     "call of Responses": ({"input": [{"type": "function_call", "call_id": T36, "name": T18, "arguments": T36}]}, 19),
+    "call of Messages": ({"messages": [{"role": "assistant", "content": [
+        {"type": "tool_use", "id": "toolu_" + T36, "name": T18, "input": {"a": "x" * 28}}]}]}, 19),
+    "call of Messages with numbers": ({"messages": [{"role": "assistant", "content": [
+        {"type": "tool_use", "id": "toolu_1", "name": T18, "input": {"n": [1234567] * 80}}]}]}, 9 + 180),
     "result of Chat": ({"messages": [{"role": "tool", "tool_call_id": T36, "content": T36}]}, 14),
     "result of Responses": ({"input": [{"type": "function_call_output", "call_id": T36, "output": T36}]}, 14),
     "result of Messages": ({"messages": [{"role": "user", "content": [
@@ -12881,6 +12885,686 @@ def test_ar_a_ping_starts_the_message_and_stays_a_ping_afterwards():
     with pytest.raises(StopIteration) as end:
         stream.send(ar_end(ar_msg("Hi")))
     assert ar_seen(out + end.value.value) == ar_frames([ar_texts("Hi")], "end_turn")
+
+
+# -- Chat providers as they are in the wild -------------------------------------
+
+DI_PAIRS = (("messages", "chat"), ("responses", "chat"))
+DI_ASKED = {
+    "messages": {"model": "claude-opus-4-8", "max_tokens": 64, "stream": True, "thinking": {"type": "adaptive"},
+                 "stop_sequences": ["</block>", "###"], "messages": [{"role": "user", "content": "hi"}],
+                 "tools": [{"name": "get_weather", "input_schema": {"type": "object", "properties": {}}}]},
+    "responses": {"model": "gpt-5.5", "stream": True, "input": "hi",
+                  "tools": [{"type": "function", "name": "get_weather", "parameters": {"type": "object"}}]},
+}
+
+
+def di_bytes(text: str) -> bytes:
+    """A fixture as a provider sends it: each line is an event. An indented line goes on with the one before it; @ is
+    what comes again in every chunk of a stream, and the first line tells it."""
+    lines = re.sub(r"\n +", "", text).strip("\n").split("\n")
+    head = lines.pop(0)[2:] if lines[0].startswith("@ ") else ""
+    return "".join(line.replace("@", head) + ("\n" if line.startswith("event:") else "\n\n") for line in lines).encode()
+
+
+def di_begun(pair: Any, host: str, model: str, more: Any = None) -> tuple[Any, Any]:
+    """A context that a request went through, and what the provider gets."""
+    ctx = proxai.Context(*pair, model, host=host, now=1_700_000_000)
+    return ctx, proxai.PAIRS[pair].request({**copy.deepcopy(DI_ASKED[pair[0]]), **(more or {})}, ctx)
+
+
+def di_play(pair: Any, row: Any, pieces: Any) -> tuple[list[Any], Any]:
+    """The client's events for the pieces of a provider's bytes and their end, and the error or None."""
+    stream = proxai.PAIRS[pair].stream(di_begun(pair, *row[:2])[0])
+    observer = proxai.StreamObserver(proxai.CHAT, 1 << 20)
+    out: list[Any] = next(stream)
+    try:
+        for piece in pieces:
+            for payload in observer.payloads(piece, 0.0):
+                out = out + stream.send(payload)
+        out = out + stream.send(None)
+    except StopIteration as end:
+        return out + end.value, None
+    except proxai.ProxyError as error:
+        return out + list(error.events), error
+    raise AssertionError("the stream neither ended nor failed")
+
+
+def di_plain(value: Any, host: str) -> Any:
+    """A value with carriers opened and with made and encoded ids in short."""
+    if isinstance(value, dict):
+        return {di_plain(k, host): di_plain(v, host) for k, v in value.items()}
+    if isinstance(value, list):
+        return [di_plain(v, host) for v in value]
+    if not isinstance(value, str):
+        return value
+    if re.fullmatch(r"call_[0-9a-f]{24}", value):
+        return "call_made"
+    if re.fullmatch(r"pxid_[0-9a-f]{8}[A-Za-z0-9_-]*", value):
+        return "pxid " + base64.urlsafe_b64decode(value[13:] + "=" * (-len(value[13:]) % 4)).decode()
+    if not value.startswith("px1."):
+        return value
+    _, kind, realm, check, length, body = value.split(".", 5)
+    assert (realm, int(length)) == (hashlib.sha256(host.encode()).hexdigest()[:6], len(body))
+    assert check == hashlib.sha256(f"{kind}\0{realm}\0\0{body}".encode()).hexdigest()[:8]
+    if kind == "cr":
+        return f"cr {body}" if body in ("reasoning_content", "reasoning") else "cr other"
+    assert kind == "cd"
+    opened = json.loads(zlib.decompress(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4))))
+    return di_plain({k: v for k, v in opened.items() if v}, host)
+
+
+def di_message(events: list[Any]) -> Any:
+    """The message that the events of a Messages stream make; they must keep to its grammar."""
+    message = copy.deepcopy(events[0]["message"])
+    content: list[Any] = message["content"]
+    parts: list[str] | None = None
+    assert [e["type"] for e in events if e["type"].startswith("message")] == [
+        "message_start", "message_delta", "message_stop"] and events[-1]["type"] == "message_stop"
+    for event in events[1:-1]:
+        kind = event["type"].removeprefix("content_block_")
+        if kind == "start":
+            assert parts is None and event["index"] == len(content)
+            content.append(copy.deepcopy(event["content_block"]))
+            parts = []
+        elif kind == "delta":
+            assert parts is not None and event["index"] == len(content) - 1
+            grown, field = {"text_delta": ("text", "text"), "thinking_delta": ("thinking", "thinking"),
+                            "signature_delta": ("thinking", "signature"),
+                            "input_json_delta": ("tool_use", "partial_json")}[event["delta"]["type"]]
+            assert content[-1]["type"] == grown
+            if grown == "tool_use":
+                parts.append(event["delta"][field])
+            else:
+                content[-1][field] += event["delta"][field]
+        elif kind == "stop":
+            assert parts is not None and event["index"] == len(content) - 1
+            if content[-1]["type"] == "tool_use":
+                content[-1]["input"] = json.loads("".join(parts) or "{}")
+            parts = None
+        else:
+            assert kind == "message_delta" and parts is None
+            message = {**message, **event["delta"], "usage": {**message["usage"], **event["usage"]}}
+    return message
+
+
+def di_told(message: Any, host: str, estimated: bool = False) -> Any:
+    """What of a Messages answer is compared: no empty fields, and the usage as four or five numbers, none of an
+    estimate."""
+    usage = message["usage"]
+    counts = [usage[f"{name}_tokens"] for name in ("input", "cache_creation_input", "cache_read_input", "output")]
+    thinking = (usage.get("output_tokens_details") or {}).get("thinking_tokens")
+    told = {k: v for k, v in message.items() if v is not None and k not in ("type", "role", "content", "usage")}
+    blocks = [{k: v for k, v in block.items() if v is not None} for block in message["content"]]
+    assert not estimated or (min(counts[0], counts[3]) >= 1 and counts[1:3] == [0, 0])
+    return {**told, "usage": None if estimated else (*counts, *([thinking] if thinking else [])),
+            "content": di_plain(blocks, host)}
+
+
+def di_answer(response: Any, host: str) -> Any:
+    """What of a Responses answer is compared: id, status, usage as six numbers, and the items in short."""
+    usage, details, items = response["usage"], response["incomplete_details"], []
+    for item in response["output"]:
+        if item["type"] == "reasoning":
+            items.append(("think", "".join(p["text"] for p in item["summary"]),
+                          di_plain(item["encrypted_content"], host)))
+        elif item["type"] == "message":
+            items += [("say", p["text"]) if p["type"] == "output_text" else ("refuse", p["refusal"])
+                      for p in item["content"]]
+        else:
+            items.append(("call", di_plain(item["call_id"], host), item["name"], item["arguments"]))
+        assert item["status"] == "completed" or response["status"] != "completed"
+    return (response["id"], response["status"] + (" " + details["reason"] if details else ""), usage and (
+        usage["input_tokens"], usage["input_tokens_details"]["cached_tokens"],
+        usage["input_tokens_details"]["cache_write_tokens"], usage["output_tokens"],
+        usage["output_tokens_details"]["reasoning_tokens"], usage["total_tokens"]), *items)
+
+
+def di_expect(id: str, model: str, usage: Any, *content: Any, stop: str = "", **more: Any) -> Any:
+    """A message as di_told tells it, by default one that ends as its last block says; no `usage` is an estimate."""
+    stop = stop or ("tool_use" if content[-1]["type"] == "tool_use" else "end_turn")
+    return {"id": f"msg_{id}", "model": model, "usage": usage, "content": list(content), "stop_reason": stop, **more}
+
+
+def di_text(text: str) -> Any:
+    """A text block."""
+    return {"type": "text", "text": text}
+
+
+def di_think(text: str, signature: Any = "cr reasoning_content") -> Any:
+    """A thinking block, with what its signature carries."""
+    return {"type": "thinking", "thinking": text, "signature": signature}
+
+
+def di_use(id: str, name: str = "get_weather", **arguments: Any) -> Any:
+    """A call."""
+    return {"type": "tool_use", "id": id, "name": name, "input": arguments}
+
+
+# -- streams that end well: host, model, bytes, the message, the response
+
+DI_FILTERED = {"stop": "refusal", "stop_details": {"type": "refusal", "category": None, "explanation": None}}
+DI_DETAILS = {"d": [{"type": "reasoning.summary", "format": "openai-responses-v1", "index": 0},
+                    {"type": "reasoning.encrypted", "data": "gAAAAABps", "format": "openai-responses-v1",
+                     "id": "rs_0b3e", "index": 0}]}
+DI_STREAMS: dict[str, tuple[str, str, str, Any, Any]] = {
+    # obfuscation, null logprobs and refusal; the usage comes last, without choices
+    "openai": ("api.openai.com", "gpt-4.1", r'''
+@ "id":"chatcmpl-CeF1","object":"chat.completion.chunk","created":1763600001,"model":"gpt-4.1-2025-04-14"
+data: {@,"service_tier":"default","system_fingerprint":"fp_51db","choices":[{"index":0,"delta":{"role":"assistant",
+  "content":"","refusal":null},"logprobs":null,"finish_reason":null}],"usage":null,"obfuscation":"k3JzQ8"}
+data: {@,"choices":[{"index":0,"delta":{"content":"Hé 👋"},"finish_reason":null}],"usage":null,"obfuscation":""}
+data: {@,"choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"id":"call_tVw","type":"function","function":{
+  "name":"get_weather","arguments":""}}]},"logprobs":null,"finish_reason":null}],"usage":null,"obfuscation":"4"}
+data: {@,"choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"function":{"arguments":"{\"location\":\"Os"}}]}}]}
+data: {@,"choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"function":{"arguments":"lo\"}"}}]}}],"usage":null}
+data: {@,"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"tool_calls"}],"usage":null}
+data: {@,"choices":[],"usage":{"prompt_tokens":19,"completion_tokens":10,"total_tokens":29,"prompt_tokens_details":{
+  "cached_tokens":0},"completion_tokens_details":{"reasoning_tokens":0}},"obfuscation":"LpQ"}
+data: [DONE]
+''', di_expect("CeF1", "gpt-4.1-2025-04-14", (19, 0, 0, 10), di_text("Hé 👋"), di_use("call_tVw", location="Oslo")),
+     ("resp_chatcmpl-CeF1", "completed", (19, 0, 0, 10, 0, 29), ("say", "Hé 👋"),
+      ("call", "call_tVw", "get_weather", '{"location":"Oslo"}'))),
+    "openai refusal": ("api.openai.com", "gpt-4.1", r'''
+@ "id":"chatcmpl-CeF2","object":"chat.completion.chunk","created":1763600002,"model":"gpt-4.1-2025-04-14"
+data: {@,"choices":[{"index":0,"delta":{"role":"assistant","content":null,"refusal":""},"finish_reason":null}]}
+data: {@,"choices":[{"index":0,"delta":{"refusal":"I'm sorry, "},"logprobs":null,"finish_reason":null}]}
+data: {@,"choices":[{"index":0,"delta":{"refusal":"I can't."},"logprobs":null,"finish_reason":null}]}
+data: {@,"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop"}]}
+data: {@,"choices":[],"usage":{"prompt_tokens":30,"completion_tokens":9,"total_tokens":39}}
+data: [DONE]
+''', di_expect("CeF2", "gpt-4.1-2025-04-14", (30, 0, 0, 9), di_text("I'm sorry, I can't."), stop="refusal",
+               stop_details={"type": "refusal", "category": None, "explanation": "I'm sorry, I can't."}),
+     ("resp_chatcmpl-CeF2", "completed", (30, 0, 0, 9, 0, 39), ("refuse", "I'm sorry, I can't."))),
+    # what was found in the prompt comes first, without choices; what was found in the answer, without a delta
+    "azure": ("mine.openai.azure.com", "gpt-4o", r'''
+@ "created":1763600003,"id":"chatcmpl-B1eF","model":"gpt-4o-2024-11-20","object":"chat.completion.chunk"
+data: {"choices":[],"created":0,"id":"","model":"","object":"","prompt_filter_results":[{"prompt_index":0,
+  "content_filter_results":{"hate":{"filtered":false,"severity":"safe"},"jailbreak":{"detected":false,
+  "filtered":false}}}]}
+data: {"choices":[{"content_filter_results":{},"delta":{"content":"","refusal":null,"role":"assistant"},
+  "finish_reason":null,"index":0,"logprobs":null}],@,"system_fingerprint":"fp_f392","usage":null}
+data: {"choices":[{"content_filter_results":{"hate":{"filtered":false,"severity":"safe"}},"delta":{"content":"Hallo"},
+  "finish_reason":null,"index":0,"logprobs":null}],@,"system_fingerprint":"fp_f392","usage":null}
+data: {"choices":[{"content_filter_results":{},"delta":{},"finish_reason":"stop","index":0}],@,"usage":null}
+data: {"choices":[{"content_filter_offsets":{"check_offset":44},"content_filter_results":{"hate":{"filtered":false,
+  "severity":"safe"}},"finish_reason":null,"index":0}],"created":0,"id":"","model":"","object":""}
+data: {"choices":[],@,"usage":{"completion_tokens":3,"prompt_tokens":12,"prompt_tokens_details":{"cached_tokens":0},
+  "total_tokens":15}}
+data: [DONE]
+''', di_expect("B1eF", "gpt-4o-2024-11-20", (12, 0, 0, 3), di_text("Hallo")),
+     ("resp_chatcmpl-B1eF", "completed", (12, 0, 0, 3, 0, 15), ("say", "Hallo"))),
+    "azure filtered": ("mine.openai.azure.com", "gpt-4o", r'''
+@ "created":1763600004,"id":"chatcmpl-B1eG","model":"gpt-4o","object":"chat.completion.chunk"
+data: {"choices":[{"content_filter_results":{},"delta":{"content":"Once ","role":"assistant"},"finish_reason":null,
+  "index":0}],@}
+data: {"choices":[{"content_filter_results":{"violence":{"filtered":true,"severity":"medium"}},"delta":{},
+  "finish_reason":"content_filter","index":0}],@}
+data: [DONE]
+''', di_expect("B1eG", "gpt-4o", None, di_text("Once "), **DI_FILTERED),
+     ("resp_chatcmpl-B1eG", "incomplete content_filter", None, ("say", "Once "))),
+    # comments; summary and encrypted reasoning share an index; the usage comes with an empty choice, after the finish
+    "openrouter": ("openrouter.ai", "openai/gpt-5", r'''
+@ "id":"gen-1773","object":"chat.completion.chunk","created":1763600005,"model":"openai/gpt-5","provider":"OpenAI"
+: OPENROUTER PROCESSING
+data: {@,"choices":[{"index":0,"delta":{"content":"","role":"assistant","reasoning":"**Fetch","reasoning_details":[{
+  "type":"reasoning.summary","summary":"**Fetch","format":"openai-responses-v1","index":0}]},"finish_reason":null}]}
+data: {@,"choices":[{"index":0,"delta":{"content":"","role":"assistant","reasoning":"ing**","reasoning_details":[{
+  "type":"reasoning.summary","summary":"ing**","format":"openai-responses-v1","index":0}]},"finish_reason":null}]}
+: OPENROUTER PROCESSING
+data: {@,"choices":[{"index":0,"delta":{"content":"","role":"assistant","reasoning":null,"reasoning_details":[{
+  "type":"reasoning.encrypted","data":"gAAAAABps","format":"openai-responses-v1","id":"rs_0b3e","index":0}]},
+  "finish_reason":null}]}
+data: {@,"choices":[{"index":0,"delta":{"content":null,"role":"assistant","tool_calls":[{"index":0,"id":"call_PMw",
+  "type":"function","function":{"name":"get_weather","arguments":""}}]},"finish_reason":null}]}
+data: {@,"choices":[{"index":0,"delta":{"content":null,"role":"assistant","tool_calls":[{"index":0,"function":{
+  "arguments":"{\"location\":\"Rome\"}"}}]},"finish_reason":null,"native_finish_reason":null}]}
+data: {@,"choices":[{"index":0,"delta":{"content":"","role":"assistant"},"finish_reason":"tool_calls",
+  "native_finish_reason":"completed"}]}
+data: {@,"choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null,
+  "native_finish_reason":null}],"usage":{"prompt_tokens":90,"completion_tokens":117,"total_tokens":207,"cost":0.00125,
+  "is_byok":false,"prompt_tokens_details":{"cached_tokens":64,"audio_tokens":0},"cost_details":{
+  "upstream_inference_cost":null},"completion_tokens_details":{"reasoning_tokens":64,"image_tokens":0}}}
+data: [DONE]
+''', di_expect("gen-1773", "openai/gpt-5", (26, 0, 64, 117, 64), di_think("**Fetching**", DI_DETAILS),
+               di_use("call_PMw", location="Rome")),
+     ("resp_gen-1773", "completed", (90, 64, 0, 117, 64, 207), ("think", "**Fetching**", DI_DETAILS),
+      ("call", "call_PMw", "get_weather", '{"location":"Rome"}'))),
+    # content is null while it thinks; the cache is counted in its own way
+    "deepseek": ("api.deepseek.com", "deepseek-reasoner", r'''
+@ "id":"e9d1-b7a0","object":"chat.completion.chunk","created":1763600006,"model":"deepseek-reasoner"
+: keep-alive
+data: {@,"system_fingerprint":"fp_eaab","choices":[{"index":0,"delta":{"role":"assistant","content":null,
+  "reasoning_content":""},"logprobs":null,"finish_reason":null}]}
+data: {@,"choices":[{"index":0,"delta":{"content":null,"reasoning_content":"北"},"finish_reason":null}]}
+data: {@,"choices":[{"index":0,"delta":{"content":null,"reasoning_content":"京?"},"finish_reason":null}]}
+data: {@,"choices":[{"index":0,"delta":{"content":"Sunny.","reasoning_content":null},"logprobs":null,
+  "finish_reason":null}]}
+data: {@,"choices":[{"index":0,"delta":{"content":"","reasoning_content":null},"logprobs":null,"finish_reason":"stop"}],
+  "usage":{"prompt_tokens":26,"completion_tokens":12,"total_tokens":38,"completion_tokens_details":{
+  "reasoning_tokens":5},"prompt_cache_hit_tokens":16,"prompt_cache_miss_tokens":10}}
+data: [DONE]
+''', di_expect("e9d1-b7a0", "deepseek-reasoner", (10, 0, 16, 12, 5), di_think("北京?"), di_text("Sunny.")),
+     ("resp_e9d1-b7a0", "completed", (26, 16, 0, 12, 5, 38), ("think", "北京?", "cr reasoning_content"),
+      ("say", "Sunny."))),
+    # ids that Anthropic's alphabet does not take; the usage is inside the choice
+    "kimi": ("api.moonshot.ai", "kimi-k2-thinking", r'''
+@ "id":"chatcmpl-6912","object":"chat.completion.chunk","created":1763600007,"model":"kimi-k2-thinking"
+data: {@,"choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}]}
+data: {@,"choices":[{"index":0,"delta":{"reasoning_content":"Ask."},"finish_reason":null}]}
+data: {@,"choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"id":"functions.get_weather:0","type":"function",
+  "function":{"name":"get_weather"}}]},"finish_reason":null}]}
+data: {@,"choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"type":"function","function":{"arguments":"{
+  \"location"}}]},"finish_reason":null}]}
+data: {@,"choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"type":"function","function":{
+  "arguments":"\":\"Xi'an\"}"}}]},"finish_reason":null}]}
+data: {@,"choices":[{"index":0,"delta":{},"finish_reason":"tool_calls","usage":{"prompt_tokens":58,
+  "completion_tokens":21,"total_tokens":79,"cached_tokens":40}}]}
+data: [DONE]
+''', di_expect("6912", "kimi-k2-thinking", (18, 0, 40, 21), di_think("Ask."),
+               di_use("pxid functions.get_weather:0", location="Xi'an")),
+     ("resp_chatcmpl-6912", "completed", (58, 40, 0, 21, 0, 79), ("think", "Ask.", "cr reasoning_content"),
+      ("call", "functions.get_weather:0", "get_weather", '{"location":"Xi\'an"}'))),
+    # no `object`, the role in each chunk, a line end before the call; tool_stream sends the arguments in pieces
+    "glm": ("api.z.ai", "glm-4.6", r'''
+@ "id":"2025111117","created":1763600008,"model":"glm-4.6"
+data: {@,"choices":[{"index":0,"delta":{"role":"assistant","content":"","reasoning_content":"\n"}}]}
+data: {@,"choices":[{"index":0,"delta":{"role":"assistant","reasoning_content":"Look."}}]}
+data: {@,"choices":[{"index":0,"delta":{"role":"assistant","content":"\n"}}]}
+data: {@,"choices":[{"index":0,"delta":{"tool_calls":[{"id":"call_6bc2","index":0,"type":"function","function":{
+  "name":"get_weather","arguments":"{\"location\":\""}}]}}]}
+data: {@,"choices":[{"index":0,"delta":{"tool_calls":[{"id":"call_6bc2","index":0,"type":"function","function":{
+  "arguments":"Bonn\"}"}}]}}]}
+data: {@,"choices":[{"index":0,"finish_reason":"tool_calls","delta":{"role":"assistant","content":""}}],"usage":{
+  "prompt_tokens":179,"completion_tokens":77,"total_tokens":256,"prompt_tokens_details":{"cached_tokens":178}}}
+data: [DONE]
+''', di_expect("2025111117", "glm-4.6", (1, 0, 178, 77), di_think("\nLook."), di_use("call_6bc2", location="Bonn")),
+     ("resp_2025111117", "completed", (179, 178, 0, 77, 0, 256), ("think", "\nLook.", "cr reasoning_content"),
+      ("call", "call_6bc2", "get_weather", '{"location":"Bonn"}'))),
+    "glm sensitive": ("api.z.ai", "glm-4.6", r'''
+@ "id":"1","created":1763600009,"model":"glm-4.6"
+data: {@,"choices":[{"index":0,"delta":{"content":"Once"}}]}
+data: {@,"choices":[{"index":0,"finish_reason":"sensitive","delta":{"role":"assistant","content":""}}],"usage":{
+  "prompt_tokens":8,"completion_tokens":3,"total_tokens":11}}
+data: [DONE]
+''', di_expect("1", "glm-4.6", (8, 0, 0, 3), di_text("Once"), **DI_FILTERED),
+     ("resp_1", "incomplete content_filter", (8, 0, 0, 3, 0, 11), ("say", "Once"))),
+    # an empty finish_reason until the end; id and name are told again, empty or null; the usage comes last
+    "qwen": ("dashscope.aliyuncs.com", "qwen-plus", r'''
+@ "object":"chat.completion.chunk","usage":null,"created":1763600010,"model":"qwen-plus","id":"chatcmpl-fdd2"
+data: {"choices":[{"finish_reason":"","logprobs":null,"delta":{"content":null,"role":"assistant",
+  "reasoning_content":"想"},"index":0}],@,"system_fingerprint":null}
+data: {"choices":[{"delta":{"content":"","tool_calls":[{"index":0,"id":"call_5f3a","type":"function","function":{
+  "name":"get_weather","arguments":"{\"location\": \"杭"}}]},"finish_reason":"","index":0,"logprobs":null}],@}
+data: {"choices":[{"delta":{"content":"","tool_calls":[{"index":0,"id":"","type":"function","function":{"name":"",
+  "arguments":"州\"}"}}]},"finish_reason":"","index":0,"logprobs":null}],@}
+data: {"choices":[{"delta":{"content":null,"tool_calls":[{"index":0,"id":"","type":"function","function":{"name":null,
+  "arguments":null}}]},"finish_reason":"","index":0,"logprobs":null}],@}
+data: {"choices":[{"finish_reason":"tool_calls","delta":{"content":""},"index":0,"logprobs":null}],@}
+data: {"choices":[],"object":"chat.completion.chunk","usage":{"prompt_tokens":160,"completion_tokens":24,
+  "total_tokens":184,"completion_tokens_details":{"reasoning_tokens":5},"prompt_tokens_details":{"cached_tokens":0}},
+  "created":1763600010,"system_fingerprint":null,"model":"qwen-plus","id":"chatcmpl-fdd2"}
+data: [DONE]
+''', di_expect("fdd2", "qwen-plus", (160, 0, 0, 24, 5), di_think("想"), di_use("call_5f3a", location="杭州")),
+     ("resp_chatcmpl-fdd2", "completed", (160, 0, 0, 24, 5, 184), ("think", "想", "cr reasoning_content"),
+      ("call", "call_5f3a", "get_weather", '{"location": "杭州"}'))),
+    # the reasoning has a field of its own, and so has the usage
+    "groq": ("api.groq.com", "openai/gpt-oss-20b", r'''
+@ "id":"chatcmpl-8087","object":"chat.completion.chunk","created":1763600011,"model":"openai/gpt-oss-20b",
+  "system_fingerprint":"fp_ef00"
+data: {@,"choices":[{"index":0,"delta":{"role":"assistant","content":null},"finish_reason":null}],"x_groq":{
+  "id":"req_01kz","seed":1321}}
+data: {@,"choices":[{"index":0,"delta":{"reasoning":"Need it","channel":"analysis"},"finish_reason":null}]}
+data: {@,"choices":[{"index":0,"delta":{"tool_calls":[{"id":"fc_2b3c","type":"function","function":{
+  "name":"get_weather","arguments":"{\"location\":\"Oslo\"}"},"index":0}]},"finish_reason":null}]}
+data: {@,"choices":[{"index":0,"delta":{},"finish_reason":"tool_calls"}],"x_groq":{"id":"req_01kz","usage":{
+  "queue_time":0.017371826,"prompt_tokens":75,"completion_tokens":12,"total_tokens":87}}}
+data: [DONE]
+''', di_expect("8087", "openai/gpt-oss-20b", (75, 0, 0, 12), di_think("Need it", "cr reasoning"),
+               di_use("fc_2b3c", location="Oslo")),
+     ("resp_chatcmpl-8087", "completed", (75, 0, 0, 12, 0, 87), ("think", "Need it", "cr reasoning"),
+      ("call", "fc_2b3c", "get_weather", '{"location":"Oslo"}'))),
+    # content is a list while it thinks, a list or a string later; call, finish and usage in one chunk
+    "mistral": ("api.mistral.ai", "magistral-medium-2509", r'''
+@ "id":"c3c77283","object":"chat.completion.chunk","created":1763600012,"model":"magistral-medium-2509"
+data: {@,"choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}],"p":"abcdefgh"}
+data: {@,"choices":[{"index":0,"delta":{"content":[{"type":"thinking","thinking":[{"type":"text","text":"Two "}]}]},
+  "finish_reason":null}],"p":"abc"}
+data: {@,"choices":[{"index":0,"delta":{"content":[{"type":"thinking","thinking":[{"type":"text","text":"and two."}]}]},
+  "finish_reason":null}]}
+data: {@,"choices":[{"index":0,"delta":{"content":[{"type":"text","text":"I "}]},"finish_reason":null}]}
+data: {@,"choices":[{"index":0,"delta":{"content":"look "},"finish_reason":null}]}
+data: {@,"choices":[{"index":0,"delta":{"content":[{"type":"text","text":"it up."}]},"finish_reason":null}]}
+data: {@,"choices":[{"index":0,"delta":{"content":"","tool_calls":[{"id":"D681PevKs","function":{"name":"get_weather",
+  "arguments":"{\"location\": \"Lyon\"}"},"index":0}]},"finish_reason":"tool_calls"}],"usage":{"prompt_tokens":9,
+  "total_tokens":39,"completion_tokens":30},"p":"abcdefghijkl"}
+data: [DONE]
+''', di_expect("c3c77283", "magistral-medium-2509", (9, 0, 0, 30), di_think("Two and two.", "cr other"),
+               di_text("I look it up."), di_use("D681PevKs", location="Lyon")),
+     ("resp_c3c77283", "completed", (9, 0, 0, 30, 0, 39), ("think", "Two and two.", "cr other"),
+      ("say", "I look it up."), ("call", "D681PevKs", "get_weather", '{"location": "Lyon"}'))),
+    # no finish_reason until the end, empty deltas; reasoning is counted beside the completion
+    "xai": ("api.x.ai", "grok-4.6", r'''
+@ "id":"5ba2d198_us-east-1","object":"chat.completion.chunk","created":1763600013,"model":"grok-4.6"
+data: {@,"choices":[{"index":0,"delta":{"role":"assistant"}}],"system_fingerprint":"fp_9362"}
+data: {@,"choices":[{"index":0,"delta":{"reasoning_content":"plot"}}],"system_fingerprint":"fp_9362"}
+data: {@,"choices":[{"index":0,"delta":{"reasoning_content":"ting"}}],"system_fingerprint":"fp_9362"}
+data: {@,"choices":[{"index":0,"delta":{}}],"system_fingerprint":"fp_9362"}
+data: {@,"choices":[{"index":0,"delta":{"role":"assistant","tool_calls":[{"id":"call_94561","function":{
+  "name":"get_weather","arguments":"{\"location\":\"Rome\"}"},"index":0,"type":"function"}]}}]}
+data: {@,"choices":[{"index":0,"delta":{},"finish_reason":"tool_calls"}],"system_fingerprint":"fp_9362"}
+data: {@,"choices":[],"usage":{"prompt_tokens":32,"completion_tokens":9,"total_tokens":135,"prompt_tokens_details":{
+  "text_tokens":32,"cached_tokens":6},"completion_tokens_details":{"reasoning_tokens":94},"num_sources_used":0,
+  "cost_in_usd_ticks":37756000}}
+data: [DONE]
+''', di_expect("5ba2d198_us-east-1", "grok-4.6", (26, 0, 6, 103, 94), di_think("plotting"),
+               di_use("call_94561", location="Rome")),
+     ("resp_5ba2d198_us-east-1", "completed", (32, 6, 0, 103, 94, 135), ("think", "plotting", "cr reasoning_content"),
+      ("call", "call_94561", "get_weather", '{"location":"Rome"}'))),
+    # calls without an index, each whole, the first of them signed; a finish of "stop"
+    "gemini": ("generativelanguage.googleapis.com", "gemini-3.8-flash", r'''
+@ "created":1763600014,"id":"qZ5z","model":"gemini-3.8-flash","object":"chat.completion.chunk"
+data: {"choices":[{"delta":{"role":"assistant","tool_calls":[{"extra_content":{"google":{"thought_signature":"EjQK"}},
+  "function":{"arguments":"{\"location\":\"Oslo\"}","name":"get_weather"},"id":"call_297140","type":"function"},{
+  "function":{"arguments":"{\"location\":\"Bonn\"}","name":"get_weather"},"id":"call_297141","type":"function"}]},
+  "index":0}],@,"usage":{"completion_tokens":18,"prompt_tokens":64,"total_tokens":190}}
+data: {"choices":[{"delta":{"role":"assistant"},"finish_reason":"stop","index":0}],@,"usage":{"completion_tokens":36,
+  "prompt_tokens":64,"total_tokens":208}}
+data: [DONE]
+''', di_expect("qZ5z", "gemini-3.8-flash", (64, 0, 0, 36),
+               {"type": "redacted_thinking", "data": {"t": {"call_297140": "EjQK"}}},
+               di_use("call_297140", location="Oslo"), di_use("call_297141", location="Bonn")),
+     ("resp_qZ5z", "completed", (64, 0, 0, 36, 0, 208), ("think", "", {"t": {"call_297140": "EjQK"}}),
+      ("call", "call_297140", "get_weather", '{"location":"Oslo"}'),
+      ("call", "call_297141", "get_weather", '{"location":"Bonn"}'))),
+    # and without an id: two in one chunk, one in the next
+    "gemini, no ids": ("generativelanguage.googleapis.com", "gemini-3.8-flash", r'''
+@ "created":1763600014,"id":"qZ6z","model":"gemini-3.8-flash","object":"chat.completion.chunk"
+data: {"choices":[{"delta":{"role":"assistant","tool_calls":[{"function":{"arguments":"{\"location\":\"Oslo\"}",
+  "name":"get_weather"},"type":"function"},{"function":{"arguments":"{\"location\":\"Bonn\"}","name":"get_weather"},
+  "type":"function"}]},"index":0}],@}
+data: {"choices":[{"delta":{"role":"assistant","tool_calls":[{"function":{"arguments":"{\"location\":\"Rome\"}",
+  "name":"get_weather"},"id":"","type":"function"}]},"finish_reason":"stop","index":0}],@,"usage":{
+  "completion_tokens":54,"prompt_tokens":64,"total_tokens":118}}
+data: [DONE]
+''', di_expect("qZ6z", "gemini-3.8-flash", (64, 0, 0, 54), di_use("pxid ", location="Oslo"),
+               di_use("pxid ", location="Bonn"), di_use("pxid ", location="Rome")),
+     ("resp_qZ6z", "completed", (64, 0, 0, 54, 0, 118), ("call", "call_made", "get_weather", '{"location":"Oslo"}'),
+      ("call", "call_made", "get_weather", '{"location":"Bonn"}'),
+      ("call", "call_made", "get_weather", '{"location":"Rome"}'))),
+    # or all of them with index 0
+    "gemini, index 0": ("generativelanguage.googleapis.com", "gemini-3.8-flash", r'''
+@ "created":1763600014,"id":"qZ7z","model":"gemini-3.8-flash","object":"chat.completion.chunk"
+data: {"choices":[{"delta":{"role":"assistant","tool_calls":[{"function":{"arguments":"{\"location\":\"Oslo\"}",
+  "name":"get_weather"},"id":"","index":0,"type":"function"}]},"index":0}],@}
+data: {"choices":[{"delta":{"role":"assistant","tool_calls":[{"function":{"arguments":"{\"location\":\"Bonn\"}",
+  "name":"get_weather"},"id":"","index":0,"type":"function"}]},"finish_reason":"stop","index":0}],@}
+data: [DONE]
+''', di_expect("qZ7z", "gemini-3.8-flash", None, di_use("pxid ", location="Oslo"), di_use("pxid ", location="Bonn")),
+     ("resp_qZ7z", "completed", None, ("call", "call_made", "get_weather", '{"location":"Oslo"}'),
+      ("call", "call_made", "get_weather", '{"location":"Bonn"}'))),
+    # the role again and again; each call whole, and each with index 0
+    "ollama": ("localhost:11434", "qwen3:8b", r'''
+@ "id":"chatcmpl-140","object":"chat.completion.chunk","created":1763600015,"model":"qwen3:8b",
+  "system_fingerprint":"fp_ollama"
+data: {@,"choices":[{"index":0,"delta":{"role":"assistant","content":"","reasoning":"Okay"},"finish_reason":null}]}
+data: {@,"choices":[{"index":0,"delta":{"role":"assistant","content":"","tool_calls":[{"id":"call_mmmf","index":0,
+  "type":"function","function":{"name":"get_weather","arguments":"{\"location\":\"Hilo\"}"}}]},"finish_reason":null}]}
+data: {@,"choices":[{"index":0,"delta":{"role":"assistant","content":"","tool_calls":[{"id":"call_lbcj","index":0,
+  "type":"function","function":{"name":"get_weather","arguments":"{}"}}]},"finish_reason":null}]}
+data: {@,"choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":"stop"}]}
+data: {@,"choices":[],"usage":{"prompt_tokens":168,"completion_tokens":40,"total_tokens":208}}
+data: [DONE]
+''', di_expect("140", "qwen3:8b", (168, 0, 0, 40), di_think("Okay", "cr reasoning"),
+               di_use("call_mmmf", location="Hilo"), di_use("call_lbcj")),
+     ("resp_chatcmpl-140", "completed", (168, 0, 0, 40, 0, 208), ("think", "Okay", "cr reasoning"),
+      ("call", "call_mmmf", "get_weather", '{"location":"Hilo"}'), ("call", "call_lbcj", "get_weather", "{}"))),
+    # the same reasoning in two fields; the stop sequence is told beside the finish
+    "vllm": ("localhost:8000", "qwen3-32b", r'''
+@ "id":"chatcmpl-b2a6","object":"chat.completion.chunk","created":1763600016,"model":"qwen3-32b"
+data: {@,"choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}],
+  "prompt_token_ids":null}
+data: {@,"choices":[{"index":0,"delta":{"role":"assistant","reasoning":"Hm","reasoning_content":"Hm"},"logprobs":null,
+  "finish_reason":null,"token_ids":null}]}
+data: {@,"choices":[{"index":0,"delta":{"role":"assistant","reasoning":"m.","reasoning_content":"m."},"logprobs":null,
+  "finish_reason":null,"token_ids":null}]}
+data: {@,"choices":[{"index":0,"delta":{"role":"assistant","content":"\n\nYes"},"logprobs":null,"finish_reason":null}]}
+data: {@,"choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":"stop",
+  "stop_reason":"</block>","token_ids":null}]}
+data: {@,"choices":[],"usage":{"prompt_tokens":14,"total_tokens":63,"completion_tokens":49}}
+data: [DONE]
+''', di_expect("b2a6", "qwen3-32b", (14, 0, 0, 49), di_think("Hmm."), di_text("\n\nYes"), stop="stop_sequence",
+               stop_sequence="</block>"),
+     ("resp_chatcmpl-b2a6", "completed", (14, 0, 0, 49, 0, 63), ("think", "Hmm.", "cr reasoning_content"),
+      ("say", "\n\nYes"))),
+    "sglang": ("localhost:30000", "qwen3.8-27b", r'''
+@ "id":"8fe1630f","object":"chat.completion.chunk","created":1763600017,"model":"qwen3.8-27b"
+data: {@,"choices":[{"index":0,"delta":{"role":"assistant","content":"","reasoning_content":null,"tool_calls":null},
+  "logprobs":null,"finish_reason":null,"matched_stop":null}],"usage":null}
+data: {@,"choices":[{"index":0,"delta":{"role":null,"content":null,"reasoning_content":"The","tool_calls":null},
+  "logprobs":null,"finish_reason":null,"matched_stop":null}],"usage":null}
+data: {@,"choices":[{"index":0,"delta":{"role":null,"content":"Yes","reasoning_content":null,"tool_calls":null},
+  "logprobs":null,"finish_reason":null,"matched_stop":null}],"usage":null}
+data: {@,"choices":[{"index":0,"delta":{"role":null,"content":null,"reasoning_content":null,"tool_calls":null},
+  "logprobs":null,"finish_reason":"stop","matched_stop":"###"}],"usage":null}
+data: {@,"choices":[],"usage":{"prompt_tokens":75,"total_tokens":99,"completion_tokens":24,"prompt_tokens_details":null,
+  "reasoning_tokens":0}}
+data: [DONE]
+''', di_expect("8fe1630f", "qwen3.8-27b", (75, 0, 0, 24), di_think("The"), di_text("Yes"), stop="stop_sequence",
+               stop_sequence="###"),
+     ("resp_8fe1630f", "completed", (75, 0, 0, 24, 0, 99), ("think", "The", "cr reasoning_content"), ("say", "Yes"))),
+    # timings on every chunk; behind some proxies neither usage nor [DONE]
+    "llama.cpp": ("localhost:8080", "gemma-4-31b", r'''
+@ "created":1763600018,"id":"chatcmpl-qC6l","model":"gemma-4-31B.gguf","system_fingerprint":"b9554-d403f00ec",
+  "object":"chat.completion.chunk"
+data: {"choices":[{"finish_reason":null,"index":0,"delta":{"role":"assistant","content":null}}],@}
+data: {"choices":[{"finish_reason":null,"index":0,"delta":{"reasoning_content":"Play"}}],@,"timings":{"cache_n":7,
+  "prompt_n":10,"prompt_ms":251.51,"predicted_n":1,"predicted_ms":1119.721,"predicted_per_second":69.66020999874075}}
+data: {"choices":[{"finish_reason":null,"index":0,"delta":{"tool_calls":[{"index":0,"id":"Xq3yP0","type":"function",
+  "function":{"name":"get_weather","arguments":"{"}}]}}],@}
+data: {"choices":[{"finish_reason":null,"index":0,"delta":{"tool_calls":[{"index":0,"function":{
+  "arguments":"\"location\":\"Oslo\"}"}}]}}],@}
+data: {"choices":[{"finish_reason":"tool_calls","index":0,"delta":{}}],@,"timings":{"cache_n":7,"prompt_n":10}}
+''', di_expect("qC6l", "gemma-4-31B.gguf", None, di_think("Play"), di_use("Xq3yP0", location="Oslo")),
+     ("resp_chatcmpl-qC6l", "completed", None, ("think", "Play", "cr reasoning_content"),
+      ("call", "Xq3yP0", "get_weather", '{"location":"Oslo"}'))),
+    # think tags in the text; all arguments so far each time
+    "lm studio": ("localhost:1234", "qwen3-coder", r'''
+@ "id":"chatcmpl-turc","object":"chat.completion.chunk","created":1763600019,"model":"qwen3-coder",
+  "system_fingerprint":"qwen3-coder"
+data: {@,"choices":[{"index":0,"delta":{"role":"assistant","content":"<th"},"logprobs":null,"finish_reason":null}]}
+data: {@,"choices":[{"index":0,"delta":{"content":"ink>Let me"},"logprobs":null,"finish_reason":null}]}
+data: {@,"choices":[{"index":0,"delta":{"content":"\nsee.</th"},"logprobs":null,"finish_reason":null}]}
+data: {@,"choices":[{"index":0,"delta":{"content":"ink>\n"},"logprobs":null,"finish_reason":null}]}
+data: {@,"choices":[{"index":0,"delta":{"content":"\nReading."},"logprobs":null,"finish_reason":null}]}
+data: {@,"choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"id":"365174485","type":"function","function":{
+  "name":"get_weather","arguments":"{\"location"}}]},"logprobs":null,"finish_reason":null}]}
+data: {@,"choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"function":{"arguments":"{\"location\":\"Ri"}}]}}]}
+data: {@,"choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"function":{"arguments":"{\"location\":\"Rio\"}"}}]}}]}
+data: {@,"choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"function":{"arguments":"{\"location\":\"Rio\"}"}}]}}]}
+data: {@,"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"tool_calls"}]}
+data: {@,"choices":[],"usage":{"prompt_tokens":263,"completion_tokens":34,"total_tokens":297}}
+data: [DONE]
+''', di_expect("turc", "qwen3-coder", (263, 0, 0, 34), di_think("Let me\nsee.", "cr other"), di_text("Reading."),
+               di_use("365174485", location="Rio")),
+     ("resp_chatcmpl-turc", "completed", (263, 0, 0, 34, 0, 297), ("think", "Let me\nsee.", "cr other"),
+      ("say", "Reading."), ("call", "365174485", "get_weather", '{"location":"Rio"}'))),
+    # id and name in every piece, zeros for the usage, the finish told twice
+    "minimax": ("api.minimax.io", "MiniMax-M2.7", r'''
+@ "created":1763600020,"model":"MiniMax-M2.7","object":"chat.completion.chunk","input_sensitive":false
+data: {"id":"0611a2c7","choices":[{"index":0,"delta":{"content":"<think>\nThe","role":"assistant","name":"MiniMax AI",
+  "audio_content":""}}],@,"usage":null}
+data: {"id":"0611a2c7","choices":[{"index":0,"delta":{"content":" user\n</think>\n\n","role":""}}],@,"usage":{
+  "total_tokens":0,"total_characters":0}}
+data: {"id":"0611a2c7","choices":[{"index":0,"delta":{"role":"assistant","tool_calls":[{"id":"call_function_7lpd_1",
+  "type":"function","function":{"name":"get_weather","arguments":""},"index":0}]}}],@,"usage":null}
+data: {"id":"0611a2c7","choices":[{"index":0,"delta":{"role":"assistant","tool_calls":[{"id":"call_function_7lpd_1",
+  "type":"function","function":{"name":"get_weather","arguments":"{\"location\": \"Tokyo"},"index":0}]}}],@}
+data: {"id":"0611a2c7","choices":[{"index":0,"delta":{"role":"assistant","tool_calls":[{"id":"call_function_7lpd_1",
+  "type":"function","function":{"name":"get_weather","arguments":"\"}"},"index":0}]}}],@,"usage":null}
+data: {"id":"0611a2c7","choices":[{"finish_reason":"tool_calls","index":0,"delta":{"content":""}}],@,"usage":null}
+data: {"id":"0611a2c7","choices":[{"finish_reason":"tool_calls","index":0,"delta":{"content":""}}],@,"usage":{
+  "total_tokens":220,"total_characters":0,"prompt_tokens":188,"completion_tokens":32,"prompt_tokens_details":{
+  "cached_tokens":114}},"base_resp":{"status_code":0,"status_msg":""}}
+''', di_expect("0611a2c7", "MiniMax-M2.7", (74, 0, 114, 32), di_think("The user", "cr other"),
+               di_use("call_function_7lpd_1", location="Tokyo")),
+     ("resp_0611a2c7", "completed", (188, 114, 0, 32, 0, 220), ("think", "The user", "cr other"),
+      ("call", "call_function_7lpd_1", "get_weather", '{"location": "Tokyo"}'))),
+}
+
+# -- streams that fail: host, model, bytes, the status, type and message for Messages, the code for Responses
+
+DI_FAULTS: dict[str, tuple[str, str, str, Any, str, Any, Any]] = {
+    "openrouter": ("openrouter.ai", "meta/llama", r'''
+@ "id":"gen-1","object":"chat.completion.chunk","created":1763600021,"model":"meta/llama","provider":"Together"
+: OPENROUTER PROCESSING
+data: {@,"choices":[{"index":0,"delta":{"role":"assistant","content":"Part"},"finish_reason":null}]}
+data: {@,"error":{"code":502,"message":"Provider returned error","metadata":{"provider_name":"Together"}},"choices":[{
+  "index":0,"delta":{"role":"assistant","content":""},"finish_reason":"error","native_finish_reason":"error"}]}
+data: [DONE]
+''', 502, "api_error", "Provider returned error", "server_error"),
+    "deepseek": ("api.deepseek.com", "deepseek-chat", r'''
+data: {"id":"e9d2","choices":[{"index":0,"delta":{"role":"assistant","content":"Part"},"finish_reason":null}]}
+data: {"id":"e9d2","choices":[{"index":0,"delta":{"content":""},"finish_reason":"insufficient_system_resource"}]}
+data: [DONE]
+''', 529, "overloaded_error", None, "server_is_overloaded"),
+    "glm": ("api.z.ai", "glm-4.6", r'''
+data: {"id":"2","created":1763600022,"model":"glm-4.6","choices":[{"index":0,"delta":{"content":"Part"}}]}
+data: {"id":"2","choices":[{"index":0,"finish_reason":"network_error","delta":{"role":"assistant","content":""}}]}
+data: [DONE]
+''', None, "api_error", None, "server_error"),
+    "groq": ("api.groq.com", "openai/gpt-oss-20b", r'''
+data: {"id":"chatcmpl-8088","choices":[{"index":0,"delta":{"role":"assistant","content":"Part"},"finish_reason":null}]}
+event: error
+data: {"error":{"message":"Failed to call a function.","type":"invalid_request_error","code":"tool_use_failed",
+  "failed_generation":"<function=x>","status_code":400}}
+''', 400, "invalid_request_error", "Failed to call a function.", "tool_use_failed"),
+    "vllm": ("localhost:8000", "qwen3-32b", r'''
+data: {"id":"chatcmpl-b2a7","choices":[{"index":0,"delta":{"role":"assistant","content":"Part"},"finish_reason":null}]}
+data: {"object":"error","message":"This model's maximum context length is 8192 tokens. However, you requested 9000 t
+  okens (8500 in the messages, 500 in the completion).","type":"BadRequestError","param":null,"code":400}
+data: [DONE]
+''', 400, "invalid_request_error", "prompt is too long: 9000 tokens > 8192 maximum", "context_length_exceeded"),
+    "minimax": ("api.minimax.io", "MiniMax-M2.7", r'''
+data: {"id":"0611","choices":[{"index":0,"delta":{"content":"Part","role":"assistant"}}],"model":"MiniMax-M2.7"}
+data: {"type":"error","error":{"type":"server_error","message":"unknown error, 798 (1000)","http_code":"500"}}
+''', None, "api_error", "unknown error, 798 (1000)", "server_error"),
+}
+DI_ALL: dict[str, Any] = {**DI_STREAMS, **{f"{name} fails": row for name, row in DI_FAULTS.items()}}
+DI_SPELLINGS: dict[str, Any] = {
+    "crlf": lambda data: data.replace(b"\n", b"\r\n"),
+    "cr": lambda data: data.replace(b"\n", b"\r"),
+    "bom, no space": lambda data: b"\xef\xbb\xbf" + data.replace(b"data: ", b"data:"),
+    "other fields": lambda data: data.replace(b"data: ", b": ping\nid: 7\nretry: 3\ndata: "),
+    "the end is cut": lambda data: data.removesuffix(b"data: [DONE]\n\n") + b"data: [DO",
+}
+
+
+def di_check(pair: Any, name: str, answer: Any) -> None:
+    """Compare a whole answer with the one that the table tells."""
+    host, _, _, message, response = DI_STREAMS[name]
+    if pair[0] == "messages":
+        assert di_told(answer, host, message["usage"] is None) == message
+    else:
+        assert di_answer(answer, host) == response
+
+
+@pytest.mark.parametrize("name", DI_STREAMS)
+@pytest.mark.parametrize("pair", DI_PAIRS, ids="-".join)
+def test_di_answer(pair: Any, name: str) -> None:
+    """What the client gets, as its own protocol's grammar puts it together."""
+    events, error = di_play(pair, DI_STREAMS[name], [di_bytes(DI_STREAMS[name][2])])
+    assert error is None
+    di_check(pair, name, di_message(events) if pair[0] == "messages" else events[-1]["response"])
+
+
+@pytest.mark.parametrize("name", DI_FAULTS)
+def test_di_fault(name: str) -> None:
+    """A failure in the middle: the text so far, and the error in the client's own words."""
+    _, _, text, status, kind, message, code = DI_FAULTS[name]
+    events, error = di_play(DI_PAIRS[0], DI_FAULTS[name], [di_bytes(text)])
+    told = proxai.native_error(error, proxai.MESSAGES)["error"]
+    assert (error.status, told["type"], told["message"]) == (status or error.status, kind, message or told["message"])
+    assert [e["type"] for e in events] == ["message_start", "content_block_start", "content_block_delta"]
+    assert events[-1]["delta"] == {"type": "text_delta", "text": "Part"}
+    events, error = di_play(DI_PAIRS[1], DI_FAULTS[name], [di_bytes(text)])
+    assert error is not None and events[-1]["type"] == "response.failed"
+    assert events[-1]["response"]["error"]["code"] == code
+
+
+@pytest.mark.parametrize("name", DI_ALL)
+@pytest.mark.parametrize("pair", DI_PAIRS, ids="-".join)
+def test_di_cut_anywhere(pair: Any, name: str) -> None:
+    """The bytes may come in any pieces, and the lines may be spelled in any legal way."""
+    row, data, rng = DI_ALL[name], di_bytes(DI_ALL[name][2]), random.Random(name)
+    events, error = di_play(pair, row, [data])
+    places = range(1, len(data)) if len(data) < 1000 else rng.sample(range(1, len(data)), 60)
+    ways = [("cut", [data[:at], data[at:]]) for at in places]
+    for spelling, spell in {"single bytes": lambda data: data, **DI_SPELLINGS}.items():
+        spelled = spell(data) if b"[DO" in data or "cut" not in spelling else data
+        cuts = sorted(rng.sample(range(len(spelled)), 40))
+        ways += [(spelling, [spelled[at:at + 1] for at in range(len(spelled))]),
+                 (spelling, [spelled[a:b] for a, b in zip([0, *cuts], [*cuts, len(spelled)], strict=True)])]
+    for way, pieces in ways:
+        again, same = di_play(pair, row, pieces)
+        assert (again, str(same)) == (events, str(error)), f"{way}, {len(pieces[0])} bytes first"
+
+
+@pytest.mark.parametrize("name", DI_STREAMS)
+@pytest.mark.parametrize("pair", DI_PAIRS, ids="-".join)
+def test_di_ends_early(pair: Any, name: str) -> None:
+    """A stream that breaks off before its finish_reason is a failure at every place; one after it is whole."""
+    frames = di_bytes(DI_STREAMS[name][2]).split(b"\n\n")
+    finish = next(n for n, frame in enumerate(frames) if re.search(rb'"finish_reason":"[a-z]', frame))
+    for count in range(len(frames)):
+        events, error = di_play(pair, DI_STREAMS[name], [frame + b"\n\n" for frame in frames[:count]])
+        whole = any(e["type"] in ("message_delta", "response.completed", "response.incomplete") for e in events)
+        assert (error is None) == whole == (count > finish), count
+
+
+@pytest.mark.parametrize("name", DI_STREAMS)
+@pytest.mark.parametrize("pair", DI_PAIRS, ids="-".join)
+def test_di_official_package(pair: Any, name: str) -> None:
+    """The stream helpers of the official packages take every event, and make the same answer of them."""
+    package = pytest.importorskip("anthropic" if pair[0] == "messages" else "openai")
+    http = sys.modules.get("httpx2") or sys.modules["httpx"]
+    events, _ = di_play(pair, DI_STREAMS[name], [di_bytes(DI_STREAMS[name][2])])
+    body = "".join(f"event: {event['type']}\ndata: {json.dumps(event)}\n\n" for event in events).encode()
+    transport = http.MockTransport(lambda request: http.Response(200, headers={"content-type": "text/event-stream"},
+                                                                 content=body))
+    with http.Client(transport=transport, trust_env=False) as connection:
+        more = {"api_key": "k", "base_url": "http://127.0.0.1:9/v1", "http_client": connection, "max_retries": 0}
+        if pair[0] == "messages":
+            with package.Anthropic(**more).messages.stream(model="m", max_tokens=9, messages=[]) as stream:
+                di_check(pair, name, stream.get_final_message().to_dict())
+        else:
+            with package.OpenAI(**more).responses.stream(model="m", input="hi") as stream:
+                di_check(pair, name, list(stream)[-1].response.to_dict())
+
+
+DI_SENT_BACK: dict[str, Any] = {
+    "kimi": {"reasoning_content": "Ask.", "tool_calls": [("functions.get_weather:0", None)]},
+    "openrouter": {"tool_calls": [("call_PMw", None)], "reasoning_details": [
+        {"summary": "**Fetching**", **DI_DETAILS["d"][0]}, DI_DETAILS["d"][1]]},
+    "gemini": {"tool_calls": [("call_297140", {"google": {"thought_signature": "EjQK"}}), ("call_297141", None)]},
+    "ollama": {"reasoning": "Okay", "tool_calls": [("call_mmmf", None), ("call_lbcj", None)]},
+    "vllm": {"reasoning_content": "Hmm.", "content": "\n\nYes"},
+    "lm studio": {"content": "<think>\nLet me\nsee.\n</think>\n\nReading.", "tool_calls": [("365174485", None)]},
+}
+
+
+@pytest.mark.parametrize("name", DI_SENT_BACK)
+def test_di_sent_back(name: str) -> None:
+    """What the client sends back is what the provider said, with its ids, signatures and fields."""
+    row = DI_STREAMS[name]
+    content = di_message(di_play(DI_PAIRS[0], row, [di_bytes(row[2])])[0])["content"]
+    results = [{"type": "tool_result", "tool_use_id": part["id"], "content": "ok"} for part in content if "id" in part]
+    asked = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": content},
+                          {"role": "user", "content": [*results, {"type": "text", "text": "go on"}]}]}
+    sent = next(m for m in di_begun(DI_PAIRS[0], *row[:2], asked)[1]["messages"] if m["role"] == "assistant")
+    told = {k: v for k, v in sent.items() if v and k not in ("role", "tool_calls")}
+    calls = [(call["id"], call.get("extra_content")) for call in sent.get("tool_calls", ())]
+    assert {**told, **({"tool_calls": calls} if calls else {})} == DI_SENT_BACK[name]
 
 
 # -- what holds for every pair (translation-responses.md 6) ---------------------
@@ -25706,6 +26390,647 @@ def test_over_a_pair_a_whole_answer_that_is_cut_is_a_502(sdks, upstream, model, 
     with pytest.raises(sdk.package.InternalServerError) as raised:
         sdk_ask(sdk.client, way.client, False, request_of(way.client, name, "Hello"))
     assert raised.value.status_code == 502
+
+
+# -- the matrix of SDKs, providers and scenarios --------------------------------
+
+# -- the cells
+
+MX_SDKS = {"chat": "openai-chat", "responses": "openai-responses", "messages": "anthropic"}
+MX_MODELS = {"chat": "open-1", "responses": "gpt-5.2", "messages": "claude-opus-4-8"}
+MX_SCENARIOS = ["plain-text", "unicode", "thinking", "one-tool-and-answer", "two-parallel-tools", "empty-arguments",
+                "structured-output", "refusal", "length-stop", "cached-usage", "429-with-retry-after", "401", "529",
+                "mid-stream-error", "cut-stream"]
+
+
+class MxCell(NamedTuple):
+    """One cell: which SDK asks which provider, in which form, and what happens."""
+
+    client: str
+    provider: str
+    streamed: bool
+    scenario: str
+
+    @property
+    def passes(self) -> bool:
+        """Whether both speak the same protocol."""
+        return self.client == self.provider
+
+    @property
+    def name(self) -> str:
+        """Its name as a test."""
+        form = "streamed" if self.streamed else "whole"
+        return f"{MX_SDKS[self.client]}-to-{self.provider}-{form}-{self.scenario}"
+
+
+MX_ALL = [MxCell(*cell) for cell in itertools.product(MX_SDKS, MX_MODELS, (False, True), MX_SCENARIOS)]
+MX_CANNOT = {
+    MxCell(client, provider, False, "mid-stream-error"):
+    f"a whole answer of a {provider} provider has no middle: it is good, or a status tells its error, as in the rows"
+    " 401, 429 and 529; only Responses know a whole answer that says it failed"
+    for client in MX_SDKS for provider in ("chat", "messages")}
+
+
+# -- the SDKs
+
+def mx_written(events: list[Any], kind: str, text: Callable[[Any], str]) -> str:
+    """The text that the events of one type bring."""
+    return "".join(text(event) or "" for event in events if event.type == kind)
+
+
+def mx_refusal(done: Any) -> str:
+    """What a Response says where it refuses."""
+    return "".join(part.refusal for item in done.output if item.type == "message" for part in item.content
+                   if part.type == "refusal")
+
+
+class MxDriver(NamedTuple):
+    """How the users of an SDK do and see things."""
+
+    package: str
+    path: str
+    more: dict[str, Any]  # what streams ask for beside
+    format: str  # the member that takes the type of an answer
+    parsed: Callable[[Any], Any]
+    end: Callable[[Any], tuple[Any, ...]]  # why an answer ended
+    grown: Callable[[list[Any]], str]  # the text in the events of the helper for streams
+    said: Callable[[list[Any]], str]  # the text in the events of a plain stream
+    error: Callable[[Any], tuple[str, str | None]]  # type and code of an exception
+    tool: Callable[[str, dict[str, Any]], dict[str, Any]]  # a tool as it is declared
+
+
+MX_DRIVERS = {
+    "chat": MxDriver(
+        "openai", "/v1", {"stream_options": {"include_usage": True}}, "response_format",
+        parsed=lambda done: done.choices[0].message.parsed,
+        end=lambda done: (done.choices[0].finish_reason, done.choices[0].message.refusal or ""),
+        grown=lambda events: mx_written(events, "content.delta", lambda event: event.delta),
+        said=lambda events: "".join(choice.delta.content or "" for event in events for choice in event.choices),
+        error=lambda found: (found.type, found.code),
+        tool=lambda name, schema: {"type": "function", "function": {
+            "name": name, "parameters": schema, "strict": True}}),
+    "responses": MxDriver(
+        "openai", "/v1", {}, "text_format",
+        parsed=lambda done: done.output_parsed,
+        end=lambda done: (done.status, done.incomplete_details and done.incomplete_details.reason,
+                          done.error and (done.error.code, done.error.message), mx_refusal(done)),
+        grown=lambda events: mx_written(events, "response.output_text.delta", lambda event: event.delta),
+        said=lambda events: mx_written(events, "response.output_text.delta", lambda event: event.delta),
+        error=lambda found: (found.type, found.code),
+        tool=lambda name, schema: {"type": "function", "name": name, "parameters": schema, "strict": True}),
+    "messages": MxDriver(
+        "anthropic", "", {}, "output_format",
+        parsed=lambda done: done.parsed_output,
+        end=lambda done: (done.stop_reason, done.stop_details and done.stop_details.explanation),
+        grown=lambda events: mx_written(events, "text", lambda event: event.text),
+        said=lambda events: mx_written(events, "content_block_delta", lambda event: event.delta.text),
+        error=lambda found: (found.body["error"]["type"], None),
+        tool=lambda name, schema: {"name": name, "input_schema": schema}),
+}
+
+
+class MxUser(NamedTuple):
+    """A user of an SDK with a question."""
+
+    sdk: Sdk
+    cell: MxCell
+    request: dict[str, Any]
+
+    @property
+    def driver(self) -> MxDriver:
+        """How things are done with this SDK."""
+        return MX_DRIVERS[self.cell.client]
+
+    def ask(self, request: dict[str, Any] | None = None, **options: Any) -> Any:
+        """One request in the form of the cell; returns what the SDK returns."""
+        request, word = request or self.request, self.cell.client
+        place = place_of(self.sdk.client.with_options(**options) if options else self.sdk.client, word)
+        if not self.cell.streamed:
+            return (place.parse if self.driver.format in request else place.create)(**request)
+        with place.stream(**request, **self.driver.more) as stream:
+            events = list(stream)
+            if word == "responses":
+                done = events[-1].response
+            else:
+                try:
+                    done = getattr(stream, FINAL[word])()
+                except getattr(self.sdk.package, "LengthFinishReasonError", ()) as cut:
+                    done = cut.completion
+        if not (word == "responses" and done.status == "failed"):
+            assert self.driver.grown(events) == HEARD[word](done).text
+        return done
+
+
+# -- what users do and see
+
+MX_WORLD = (  # quotes, escapes and controls; combining, joined, flags; both directions; beyond 16 bits; line ends
+    'Grüße "\\/\t\n\x7f\x85\u2028\u2029\u200b\ufeff, e\u0301 👩\u200d👩\u200d👧 🇸🇪, 日本語 עברית हिन्दी 𝔘 \ufffd ok')
+MX_KNOWN = {"Oslo": "3", "Rome": "21", MX_WORLD: MX_WORLD[::-1], None: "12:00"}
+MxTurn = tuple[str, list[tuple[str, Any]], tuple[Any, ...], tuple[int, ...], list[str]]
+
+
+def mx_turn(user: MxUser, done: Any) -> tuple[Heard, MxTurn]:
+    """An answer, and what is seen of it: text, calls, end, usage and thoughts."""
+    heard = HEARD[user.cell.client](done)
+    ids = [call[0] for call in heard.calls]
+    assert len(set(ids)) == len(ids)
+    if user.cell.client == "messages":
+        assert all(CLAUDE_ID.fullmatch(id_) for id_ in ids)
+    else:
+        assert done.usage.total_tokens == heard.usage[0] + heard.usage[3]
+    return heard, (heard.text, [call[1:] for call in heard.calls], user.driver.end(done), heard.usage, heard.thoughts)
+
+
+def mx_talks(*later: str) -> Callable[[MxUser], list[MxTurn]]:
+    """Use: ask, call tools as long as some are wanted (results in the wrong order), and ask more."""
+    def use(user: MxUser) -> list[MxTurn]:
+        word, request, told, more = user.cell.client, user.request, [], list(later)
+        while True:
+            heard, turn = mx_turn(user, user.ask(request))
+            told.append(turn)
+            if heard.calls:
+                new = results_of(word, [(id_, MX_KNOWN[given.get("place")]) for id_, _, given in reversed(heard.calls)])
+            elif more:
+                new = [{"role": "user", "content": more.pop(0)}]
+            else:
+                return told
+            request = {**request, HISTORY[word]: [*request[HISTORY[word]], *heard.back, *new]}
+    return use
+
+
+def mx_parses(user: MxUser) -> tuple[Any, tuple[Any, ...]]:
+    """Use: ask for an answer of a type."""
+    kind = report_type()
+    done = user.ask({**user.request, user.driver.format: kind})
+    found = user.driver.parsed(done)
+    assert isinstance(found, kind)
+    return found.model_dump(), user.driver.end(done)
+
+
+def mx_fails(user: MxUser) -> tuple[Any, ...]:
+    """Use: ask, and see an exception; ask again with retries, and see the text or another exception."""
+    package = user.sdk.package
+    with pytest.raises(package.APIStatusError) as raised:
+        user.ask()
+    found = raised.value
+    seen = (type(found).__name__, found.status_code, *user.driver.error(found),
+            found.response.headers.get("retry-after"), "Something is wrong" in found.message)
+    try:
+        return *seen, HEARD[user.cell.client](user.ask(max_retries=2)).text
+    except package.APIStatusError as again:
+        return *seen, type(again).__name__
+
+
+def mx_breaks(user: MxUser) -> tuple[Any, ...]:
+    """Use: ask for a whole answer; or read a plain stream as far as it goes, and then the same with the helper."""
+    package, word = user.sdk.package, user.cell.client
+    if not user.cell.streamed:
+        try:
+            return user.driver.end(user.ask())
+        except package.InternalServerError as error:
+            return error.status_code, "went wrong" in error.message
+    seen, errors, helped = [], [], None
+    try:
+        seen.extend(place_of(user.sdk.client, word).create(**user.request, stream=True))
+    except Exception as error:
+        errors.append(error)
+    try:
+        helped = user.driver.end(user.ask())[0]
+    except Exception as error:
+        errors.append(error)
+    for error in errors:  # anthropic lets through what its transport raises when a connection breaks
+        assert isinstance(error, package.APIError) or type(error).__name__ == "RemoteProtocolError", error
+    failed = seen[-1].response.error.message if getattr(seen[-1], "type", "") == "response.failed" else ""
+    return user.driver.said(seen), no_end(word, seen), helped, [
+        "went wrong" in said for said in (*map(str, errors), *([failed] if failed else []))]
+
+
+def mx_text(content: Any) -> str:
+    """The text of a content."""
+    return content if isinstance(content, str) else "|".join(part["text"] for part in content)
+
+
+def mx_part(role: str, part: Any) -> tuple[Any, ...]:
+    """A part of a conversation, whatever protocol it is of."""
+    match part:
+        case {"type": "text", "text": text}:
+            return role, text
+        case {"type": "thinking", "thinking": text, "signature": sealed}:
+            return "thought", text, sealed
+        case {"type": "redacted_thinking", "data": sealed}:
+            return "thought", "", sealed
+        case {"type": "reasoning", "summary": summary, "encrypted_content": sealed}:
+            return "thought", mx_text(summary), sealed
+        case {"type": "tool_use", "id": id_, "name": name, "input": given}:
+            return "call", id_, name, given
+        case ({"type": "function_call", "call_id": id_, "name": name, "arguments": given}
+              | {"type": "function", "id": id_, "function": {"name": name, "arguments": given}}):
+            return "call", id_, name, json.loads(given)
+        case ({"type": "tool_result", "tool_use_id": id_, "content": content}
+              | {"type": "function_call_output", "call_id": id_, "output": content}
+              | {"role": "tool", "tool_call_id": id_, "content": content}):
+            return "result", id_, mx_text(content)
+        case {"role": role, "content": content}:
+            return role, mx_text(content)
+    raise AssertionError(f"no part of these conversations: {part}")
+
+
+def mx_told(word: str, body: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """The conversation as a provider gets it: its parts in order, results of one turn by their ids."""
+    if word == "responses":
+        told = [("system", body["instructions"]), *(mx_part("", item) for item in body["input"])]
+    elif word == "messages":
+        told = [("system", mx_text(body["system"]))]
+        for message in body["messages"]:
+            content = message["content"]
+            blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            told += [mx_part(message["role"], block) for block in blocks]
+    else:
+        told = []
+        for message in body["messages"]:
+            thought = message.get("reasoning_content")
+            told += [("thought", thought, None)] if thought else []
+            told += [mx_part("", message)] if message.get("content") else []
+            told += [mx_part("", call) for call in message.get("tool_calls") or []]
+    return [one for kind, run in itertools.groupby(told, key=lambda part: part[0])
+            for one in (sorted(run) if kind == "result" else run)]
+
+
+# -- what providers do
+
+MxPlays = Callable[[MxCell], list[Script]]
+MX_EMPTY = {  # a call without arguments, and an answer
+    "chat": [c_answer("tool_calls", tool_calls=[
+        {"id": "call_1", "type": "function", "function": {"name": "get_time", "arguments": "{}"}}]),
+        c_answer(content=TELLS)],
+    "responses": [r_answer({**r_call("fc_1", "call_1", ""), "name": "get_time", "arguments": "{}"}),
+                  r_answer(r_message(TELLS, "msg_2"))],
+    "messages": [a_answer({"type": "tool_use", "id": "toolu_1", "name": "get_time", "input": {}}, stop="tool_use"),
+                 a_answer({"type": "text", "text": TELLS})]}
+
+
+def mx_takes(script: Script, cell: MxCell) -> Script:
+    """The script of a provider that takes what its own SDK writes beside the members that it checks. It also takes
+    reasoning without the summary, which has no place in Chat: only the encrypted part is checked (1.5 there)."""
+    def taking(peer: Peer, request: Received) -> None:
+        body = request.json
+        for item in body.get("input", []) if cell[:2] == ("chat", "responses") else []:
+            if item["type"] == "reasoning" and item["encrypted_content"] == R_SEALED["encrypted_content"]:
+                item["summary"] = item["summary"] or R_SEALED["summary"]
+        for message in body.get("messages", []) if cell.passes else []:
+            for name in ("refusal", "annotations", "audio", "function_call", "tool_calls", "parsed"):
+                if message.get(name, ...) is None:
+                    del message[name]
+            for call in message.get("tool_calls", []):
+                call.pop("index", None)
+                call["function"].pop("parsed_arguments", None)
+            for block in message["content"] if isinstance(message["content"], list) else []:
+                if block.get("caller") == {"type": "direct"}:
+                    del block["caller"]
+        script(peer, request._replace(body=json.dumps(body).encode()))
+    return taking
+
+
+def mx_say(answers: dict[str, list[dict[str, Any]]]) -> MxPlays:
+    """Providers that give these answers."""
+    return lambda cell: vendor_talk(cell.provider, answers[cell.provider])
+
+
+def mx_raw(answers: dict[str, list[dict[str, Any]]]) -> MxPlays:
+    """Providers that write UTF-8 without escapes, and send it in pieces that end within characters."""
+    def one(word: str, said: dict[str, Any]) -> Script:
+        def say(peer: Peer, request: Received) -> None:
+            if not request.json.get("stream"):
+                whole = json.dumps(said, ensure_ascii=False).encode()
+                return answer(200, whole, "content-type: application/json")(peer, request)
+            data = "".join(
+                (f"event: {event['type']}\n" if "type" in event else "")
+                + f"data: {event if isinstance(event, str) else json.dumps(event, ensure_ascii=False)}\n\n"
+                for event in stream_of(word, said, request.json)).encode()
+            return answer_stream(*(data[i:i + 53] for i in range(0, len(data), 53)))(peer, request)
+        return say
+
+    def plays(cell: MxCell) -> list[Script]:
+        said = answers[cell.provider]
+        return [vendor(cell.provider, said[:i], one(cell.provider, said[i])) for i in range(len(said))]
+    return plays
+
+
+def mx_hollow(cell: MxCell) -> list[Script]:
+    """A provider that calls a tool without arguments in its shortest way: no piece of a stream has any."""
+    word = cell.provider
+    first, last = MX_EMPTY[word]
+    if word == "chat" and not cell.passes:  # many write nothing; a client of theirs must then know it
+        first = c_answer("tool_calls", tool_calls=[
+            {"id": "call_1", "type": "function", "function": {"name": "get_time", "arguments": ""}}])
+
+    def say(peer: Peer, request: Received) -> None:
+        if not request.json.get("stream"):
+            return answer_json(first)(peer, request)
+        events = [event for event in stream_of(word, first, request.json) if word == "chat" or "{}" not in (
+            event.get("delta"), isinstance(event.get("delta"), dict) and event["delta"].get("partial_json"))]
+        return answer_stream(*frames(word, events))(peer, request)
+    return [vendor(word, [], say), vendor_talk(word, [first, last])[1]]
+
+
+def mx_error(row: tuple[Any, ...], *first: str) -> MxPlays:
+    """Providers that refuse twice, first with these header lines, then with a short wait, and then answer."""
+    def plays(cell: MxCell) -> list[Script]:
+        word, (kind, code) = cell.provider, row[1][cell.provider]
+        body = vendor_error(word, kind, "Something is wrong", code)
+        return [*(vendor(word, [], answer_json(body, row[0], *lines)) for lines in (first, ("retry-after-ms: 5",))),
+                *vendor_talk(word, [VENDOR_HELLO[word]])]
+    return plays
+
+
+def mx_broken(word: str, more: list[Any], end: str) -> Script:
+    """A provider that stops after two pieces of text."""
+    events = stream_of(word, VENDOR_HELLO[word], {})
+    count = next(i for i, event in enumerate(events) if "Håll" in json.dumps(event, ensure_ascii=False)) + 2
+    return breaking(word, VENDOR_HELLO[word], count, more, end)
+
+
+def mx_breaking(cell: MxCell) -> list[Script]:
+    """A provider that fails within its stream; a whole answer can say so only in Responses."""
+    if cell.streamed:
+        return [mx_broken(cell.provider, TROUBLE[cell.provider], "whole")]
+    if cell.provider == "responses":
+        return vendor_talk("responses", [TROUBLE["responses"][0]["response"]])
+    return []
+
+
+def mx_cut(cell: MxCell) -> list[Script]:
+    """A provider that stops: a stream after two pieces, by a broken connection, and then the second one as if it were
+    whole; a whole answer before its last byte."""
+    whole = json.dumps(VENDOR_HELLO[cell.provider]).encode()
+
+    def say(peer: Peer, request: Received) -> None:
+        head = f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {len(whole)}\r\n\r\n"
+        peer.send(head.encode() + whole[:-1])
+        peer.close()
+    return ([mx_broken(cell.provider, [], end) for end in ("cut", "whole")] if cell.streamed
+            else [vendor(cell.provider, [], say)])
+
+
+# -- the scenarios
+
+MX_ENDS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "done": {"chat": ("stop", ""), "responses": ("completed", None, None, ""), "messages": ("end_turn", None)},
+    "calls": {"chat": ("tool_calls", ""), "responses": ("completed", None, None, ""), "messages": ("tool_use", None)},
+    "length": {"chat": ("length", ""), "responses": ("incomplete", "max_output_tokens", None, ""),
+               "messages": ("max_tokens", None)},
+    "refused": {"chat": ("stop", NO), "responses": ("completed", None, None, NO), "messages": ("refusal", NO)},
+    "failed": {"responses": ("failed", None, ("invalid_prompt", NO), "")}}
+MxSeen = Callable[[MxCell], Any]
+
+
+def mx_sees(text: str = "", *, calls: list[Any] | None = None, end: str = "", usage: tuple[int, ...] = SDK_USAGE,
+            thoughts: list[str] | None = None) -> MxSeen:
+    """A turn that must be seen."""
+    return lambda cell: (text, calls or [], MX_ENDS[end or ("calls" if calls else "done")][cell.client], usage,
+                         thoughts or [])
+
+
+def mx_turns(*turns: MxSeen) -> MxSeen:
+    """Turns that must be seen."""
+    return lambda cell: [turn(cell) for turn in turns]
+
+
+def mx_sees_refusal(cell: MxCell) -> list[MxTurn]:
+    """Text where the client's protocol says refusals as text, and a failure where Claude declined a Response."""
+    failed = (cell.client, cell.provider) == ("responses", "messages")
+    text = NO if cell.client == "messages" and not cell.passes else ""
+    return [mx_sees(text, end="failed" if failed else "refused")(cell)]
+
+
+def mx_sees_error(row: tuple[Any, ...], wait: str | None, then: str) -> MxSeen:
+    """The exception of an error; its type and code are the provider's own when nothing is translated."""
+    status, theirs, ours, of_openai, of_anthropic = row
+
+    def sees(cell: MxCell) -> tuple[Any, ...]:
+        told = ours[cell.client] if cell.client != "messages" else (ours["messages"], None)
+        kind, code = theirs[cell.provider] if cell.passes else told
+        if cell[:2] == ("chat", "responses"):  # which keeps a code that is one of OpenAI already
+            code = theirs["responses"][1]
+        return of_anthropic if cell.client == "messages" else of_openai, status, kind, code, wait, True, then
+    return sees
+
+
+def mx_sees_break(cell: MxCell) -> tuple[Any, ...]:
+    """What came before, no end, and an error that says what went wrong, or a Response that failed."""
+    failed = cell.client == cell.provider == "responses"
+    if not cell.streamed:
+        return ("failed", None, ("server_error", "went wrong"), "") if failed else (502, True)
+    said = 1 if failed else 3 if cell.client == "responses" else 2
+    return "Håll i, ", True, "failed" if failed else None, [True] * said
+
+
+def mx_sees_cut(cell: MxCell) -> tuple[Any, ...]:
+    """What came before, no end, and an error."""
+    failed = cell.client == "responses" and not cell.passes
+    return ("Håll i, ", True, None, [False] * (3 if failed else 2)) if cell.streamed else (502, False)
+
+
+MX_HELLO, MX_ASKED = [("system", "Be brief."), ("user", "Hello")], [("system", "Be brief."), ("user", "Weather?")]
+MX_IDS = {"chat": ["functions.get_weather:0", "functions.get_weather:1"], "responses": ["call_1", "functions.f:1"],
+          "messages": ["toolu_1", "toolu_2"]}
+MX_TWO = [("get_weather", {"place": "Oslo"}), ("get_weather", {"place": "Rome"})]
+MX_OPAQUE = {"chat": [None, None], "responses": [R_SEALED["encrypted_content"], R_SEALED_2["encrypted_content"]],
+             "messages": [A_THOUGHT["signature"], A_SEALED["data"]]}
+MX_SECOND = {"chat": "Done.", "responses": "", "messages": ""}  # what is thought the second time
+MX_THOUGHTS = {**{word: (ids, SDK_THOUGHT, MX_SECOND[word]) for word, ids in MX_IDS.items()},
+               "chat-responses": (MX_IDS["responses"], "", "")}  # no summary can come back from Chat (5.1.2 there)
+
+
+def mx_both(ids: list[str], *before: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """Two calls and their results."""
+    return [*before, ("assistant", SAYS), *(("call", id_, *call) for id_, call in zip(ids, MX_TWO, strict=True)),
+            *sorted([("result", ids[0], "3"), ("result", ids[1], "21")])]
+
+
+def mx_one(place: str, text: str) -> dict[str, list[dict[str, Any]]]:
+    """One call of a tool, and an answer of text."""
+    return {"chat": [c_answer("tool_calls", tool_calls=[c_tool_call("call_1", place)]), c_answer(content=text)],
+            "responses": [r_answer(r_call("fc_1", "call_1", place)), r_answer(r_message(text, "msg_2"))],
+            "messages": [a_answer(a_call("toolu_1", place), stop="tool_use"), a_answer({"type": "text", "text": text})]}
+
+
+def mx_one_told(said: str, name: str, given: dict[str, str], result: str) -> dict[str, list[tuple[Any, ...]]]:
+    """One call and its result, as each provider gets it back."""
+    return {word: [("system", "Be brief."), ("user", said), ("call", id_, name, given), ("result", id_, result)]
+            for word, id_ in {"chat": "call_1", "responses": "call_1", "messages": "toolu_1"}.items()}
+
+
+def mx_counted(word: str, answer: dict[str, Any], fresh: int, read: int, new: int, out: int, thought: int
+               ) -> dict[str, Any]:
+    """An answer with other counts of tokens."""
+    if word == "messages":
+        usage: dict[str, Any] = {
+            "input_tokens": fresh, "cache_creation_input_tokens": new, "cache_read_input_tokens": read,
+            "output_tokens": out, "output_tokens_details": {"thinking_tokens": thought}, "service_tier": "standard"}
+    else:
+        of, to = ("prompt", "completion") if word == "chat" else ("input", "output")
+        usage = {f"{of}_tokens": fresh + read + new, f"{to}_tokens": out, "total_tokens": fresh + read + new + out,
+                 f"{of}_tokens_details": {"cached_tokens": read, "cache_write_tokens": new},
+                 f"{to}_tokens_details": {"reasoning_tokens": thought}}
+    return {**answer, "usage": usage}
+
+
+# -- the table
+
+MX_NOTHING: dict[str, Any] = {}
+MX_GREETED = {word: MX_HELLO for word in MX_MODELS}
+
+
+class MxRow(NamedTuple):
+    """A scenario."""
+
+    plays: MxPlays  # what a provider does, request by request; nothing where the cell cannot exist
+    sees: MxSeen  # what the user must see
+    use: Callable[[MxUser], Any] = mx_talks()  # what the user does; returns what is seen
+    said: str = "Hello"
+    tools: dict[str, Any] | None = None
+    asks: dict[str, dict[str, Any]] = MX_NOTHING  # what else a client asks for
+    told: dict[str, list[tuple[Any, ...]]] = MX_GREETED  # what is in the last request of a provider
+    wants: dict[str, Callable[[dict[str, Any]], Any]] = MX_NOTHING  # what a provider is asked for beside it
+    wanted: MxSeen = lambda cell: None
+    count: Callable[[MxCell], int] = lambda cell: 1  # how many requests come
+
+
+MX_NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "required": [], "additionalProperties": False}
+MX_WEATHER, MX_TIME = {"get_weather": PLACE}, {"get_time": MX_NO_ARGUMENTS}
+MX_STATUS = {row[0]: row for row in VENDOR_ERRORS}
+MX_REFUSAL = {
+    "chat": [c_answer(refusal=NO)], "responses": [r_answer({**r_message(""), "content": [
+        {"type": "refusal", "refusal": NO}]})],
+    "messages": [a_answer(stop="refusal", stop_details={"type": "refusal", "category": None, "explanation": NO})]}
+MX_EFFORT = {"chat": lambda body: body["reasoning_effort"], "responses": lambda body: body["reasoning"]["effort"],
+             "messages": lambda body: body["thinking"]["type"] == "adaptive" and body["output_config"]["effort"]}
+MX_SCHEMA = {"chat": lambda body: body["response_format"]["json_schema"]["schema"],
+             "responses": lambda body: body["text"]["format"]["schema"],
+             "messages": lambda body: body["output_config"]["format"]["schema"]}
+
+
+def mx_second_thoughts(cell: MxCell) -> MxTurn:
+    """What a provider says second in the row of thinking: Chat has no place for a thought without text."""
+    thought = MX_SECOND[cell.provider]
+    return mx_sees(TELLS, thoughts=[thought] if thought or cell.client != "chat" else [])(cell)
+
+
+MX_ROWS = {
+    "plain-text": MxRow(mx_say({word: [mx_counted(word, answer, 12, 0, 0, 5, 0)]
+                                for word, answer in VENDOR_HELLO.items()}),
+                        mx_turns(mx_sees(SDK_TEXT, usage=(12, 0, 0, 5, 0)))),
+    "unicode": MxRow(
+        mx_raw(mx_one(MX_WORLD, MX_WORLD)), said=MX_WORLD, tools=MX_WEATHER, count=lambda cell: 2,
+        sees=mx_turns(mx_sees(calls=[("get_weather", {"place": MX_WORLD})]), mx_sees(MX_WORLD)),
+        told=mx_one_told(MX_WORLD, "get_weather", {"place": MX_WORLD}, MX_WORLD[::-1])),
+    "thinking": MxRow(
+        mx_say(REASONED), use=mx_talks(LATER), said="Weather?", tools=MX_WEATHER, asks=SDK_THINK,
+        count=lambda cell: 3, wants=MX_EFFORT, wanted=lambda cell: "high",
+        sees=mx_turns(mx_sees(SAYS, calls=MX_TWO, thoughts=[SDK_THOUGHT]), mx_second_thoughts, mx_sees(SDK_TEXT)),
+        told={word: [*mx_both(ids, *MX_ASKED, ("thought", thought, MX_OPAQUE[word.removeprefix("chat-")][0])),
+                     ("thought", second, MX_OPAQUE[word.removeprefix("chat-")][1]), ("assistant", TELLS),
+                     ("user", LATER)] for word, (ids, thought, second) in MX_THOUGHTS.items()}),
+    "one-tool-and-answer": MxRow(
+        mx_say(mx_one("Oslo", TELLS)), said="Weather?", tools=MX_WEATHER, count=lambda cell: 2,
+        sees=mx_turns(mx_sees(calls=MX_TWO[:1]), mx_sees(TELLS)),
+        told=mx_one_told("Weather?", "get_weather", {"place": "Oslo"}, "3")),
+    "two-parallel-tools": MxRow(
+        mx_say(LOOP), said="Weather?", tools=MX_WEATHER, count=lambda cell: 2,
+        sees=mx_turns(mx_sees(SAYS, calls=MX_TWO), mx_sees(TELLS)),
+        told={word: mx_both(ids, *MX_ASKED) for word, ids in MX_IDS.items()}),
+    "empty-arguments": MxRow(
+        mx_hollow, said="Weather?", tools=MX_TIME, count=lambda cell: 2,
+        sees=mx_turns(mx_sees(calls=[("get_time", {})]), mx_sees(TELLS)),
+        told=mx_one_told("Weather?", "get_time", {}, "12:00")),
+    "structured-output": MxRow(
+        mx_say({word: [answer] for word, answer in REPORTS.items()}), use=mx_parses, wants=MX_SCHEMA,
+        sees=lambda cell: ({"place": "Oslo", "degrees": -3, "sky": "clear", "note": None},
+                           MX_ENDS["done"][cell.client]),
+        wanted=lambda cell: CLAUDE_REPORT if "messages" in cell[:2] else STRICT_REPORT),
+    "refusal": MxRow(mx_say(MX_REFUSAL), mx_sees_refusal),
+    "length-stop": MxRow(mx_say({word: [answer] for word, answer in CUT.items()}),
+                         mx_turns(mx_sees(SDK_TEXT, end="length"))),
+    "cached-usage": MxRow(
+        mx_say({word: [mx_counted(word, answer, 40, 0, 2048, 9, 4), mx_counted(word, answer, 22, 2048, 30, 6, 0)]
+                for word, answer in VENDOR_HELLO.items()}),
+        use=mx_talks(LATER), count=lambda cell: 2,
+        sees=mx_turns(mx_sees(SDK_TEXT, usage=(2088, 0, 2048, 9, 4)), mx_sees(SDK_TEXT, usage=(2100, 2048, 30, 6, 0))),
+        told={word: [*MX_HELLO, ("assistant", SDK_TEXT), ("user", LATER)] for word in MX_MODELS}),
+    "429-with-retry-after": MxRow(mx_error(MX_STATUS[429], "retry-after: 7"), use=mx_fails, count=lambda cell: 3,
+                                  sees=mx_sees_error(MX_STATUS[429], "7", SDK_TEXT)),
+    "401": MxRow(mx_error(MX_STATUS[401]), use=mx_fails, count=lambda cell: 2,
+                 sees=mx_sees_error(MX_STATUS[401], None, "AuthenticationError")),
+    "529": MxRow(mx_error(MX_STATUS[529]), use=mx_fails, count=lambda cell: 3,
+                 sees=mx_sees_error(MX_STATUS[529], None, SDK_TEXT)),
+    "mid-stream-error": MxRow(mx_breaking, mx_sees_break, mx_breaks, count=lambda cell: 2 if cell.streamed else 1),
+    "cut-stream": MxRow(mx_cut, mx_sees_cut, mx_breaks, count=lambda cell: 2 if cell.streamed else 1),
+}
+MX_CELLS = [cell for cell in MX_ALL if MX_ROWS[cell.scenario].plays(cell)]
+
+
+# -- the tests
+
+def test_every_cell_of_the_matrix_is_a_test_or_has_a_reason():
+    assert len(set(MX_ALL)) == 3 * 3 * 2 * 15 and set(MX_ROWS) == set(MX_SCENARIOS)
+    assert len(set(MX_CELLS)) == len(MX_CELLS) and not set(MX_CELLS) & set(MX_CANNOT)
+    assert set(MX_CELLS) | set(MX_CANNOT) == set(MX_ALL) and len(MX_CANNOT) == 6
+    assert all(MX_CANNOT.values())
+
+
+@pytest.fixture(scope="session")
+def mx_program(programs, upstream):
+    """A program with all nine pairs: the model says which provider is asked."""
+    more = [line for client, name in (("chat", "openai_chat_completions"), ("responses", "openai_responses"),
+                                      ("messages", "anthropic_messages"))
+            for provider, kind in MX_MODELS.items() for line in (
+                "[[routing.routes]]", f'request_protocol = "{name}"', f'model_pattern = "*{kind}*"',
+                f'provider = "{provider}_default"')]
+    more += ["[translation]", "extended_pairs = true", "[error_responses]", 'format = "native"']
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        for name in [n for n in os.environ if n.startswith(("OPENAI_", "ANTHROPIC_"))]:
+            patch.delenv(name)
+        yield programs(config_for(upstream.url, *more, server=f'api_keys = ["{SDK_KEY}"]'))
+
+
+@pytest.fixture(scope="session")
+def mx_sdks(mx_program) -> Iterator[Callable[[str], Sdk]]:
+    """Hands out the SDK of a protocol, or skips the test where it is not installed."""
+    made: dict[str, Sdk] = {}
+
+    def sdk(word: str) -> Sdk:
+        name, path = MX_DRIVERS[word].package, MX_DRIVERS[word].path
+        package = pytest.importorskip(name)
+        if name not in made:
+            where = {"base_url": f"http://127.0.0.1:{mx_program.port}{path}", "api_key": SDK_KEY, "max_retries": 0,
+                     "timeout": PATIENCE}
+            made[name] = Sdk(package, (package.Anthropic if name == "anthropic" else package.OpenAI)(**where), where)
+        return made[name]
+
+    yield sdk
+    for one in made.values():
+        one.client.close()
+
+
+@pytest.mark.parametrize("cell", MX_CELLS, ids=[cell.name for cell in MX_CELLS])
+def test_over_the_matrix(mx_sdks, upstream, model, cell):
+    row, sdk = MX_ROWS[cell.scenario], mx_sdks(cell.client)
+    name = Way(cell.client, cell.provider, MX_MODELS[cell.provider]).name(model)
+    upstream.on(name, *(mx_takes(script, cell) for script in row.plays(cell)))
+    request = {**request_of(cell.client, name, row.said), **row.asks.get(cell.client, {})}
+    if row.tools:
+        request["tools"] = [MX_DRIVERS[cell.client].tool(*tool) for tool in row.tools.items()]
+    seen = row.use(MxUser(sdk, cell, request))
+    assert seen == row.sees(cell)
+    bodies = [received.json for received in upstream.got(name)]
+    assert len(bodies) == row.count(cell)
+    assert [body.get("stream", False) for body in bodies] == [cell.streamed] * len(bodies)
+    told = row.told.get(f"{cell.client}-{cell.provider}", row.told[cell.provider])
+    assert mx_told(cell.provider, bodies[-1]) == told
+    if row.wants:
+        assert [row.wants[cell.provider](body) for body in bodies] == [row.wanted(cell)] * len(bodies)
 
 
 
