@@ -54,6 +54,7 @@ import ast
 import asyncio
 import base64
 import contextlib
+import copy
 import dataclasses
 import datetime
 import difflib
@@ -156,6 +157,7 @@ OBSERVED_CHARS = 200  # of a provider's word in a log line
 IDLE_LINKS_PER_ORIGIN = 256  # kept-alive connections to one provider (httpx 20, Go 2, nginx 32-512)
 IDLE_LINK_SECS = 60.0  # vendors close idle connections after 60-400 s
 SWEEP_SECS = 5.0  # how often idle connections are looked over, and `wait` lines are written
+DRAIN_SECS = 0.05  # that a client's next request waits for the end of a stream it has whole
 AFTER_TERMINAL_SECS = 5.0  # how long a provider may take to end a stream that is complete
 BACKLOG = 1024
 LOG_QUEUE_LINES = 10_000  # lines waiting for a blocked terminal before they are counted and dropped
@@ -204,7 +206,8 @@ def load(raw: bytes, decoder: json.JSONDecoder = DECODER) -> Any:
         raise ValueError(f"not UTF-8 at byte {error.start}") from None
 
 
-ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # made once: dumps() does not
+# Made once, as dumps() does not.
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 def dump(value: Any) -> bytes:
@@ -500,15 +503,10 @@ def upstream_error(status: int, body: bytes, fields: Sequence[bytes] = ()) -> Pr
     if message is None:
         return failed(UPSTREAM_UNKNOWN_SHAPE,
                       f"the provider answered {status} with an error of unknown shape: {shown}")
-    code, more = first_of(value, "/error/code", "/code"), {}
-    if isinstance(code, str):
-        more["code"] = code
-    kind = first_of(value, "/error/type")
-    more["kind"] = kind if isinstance(kind, str) else ""
-    param = first_of(value, "/error/param", "/param")
-    if param is not ABSENT and fits(param):
-        more["param"] = param
-    return failed(UPSTREAM, message, **more)
+    code, param = first_of(value, "/error/code", "/code"), first_of(value, "/error/param", "/param")
+    return failed(UPSTREAM, message, kind=text_of(first_of(value, "/error/type")),
+                  code=code if isinstance(code, str) else None,
+                  param=param if param is not ABSENT and fits(param) else ABSENT)
 
 
 def fits(value: Any) -> bool:
@@ -605,11 +603,8 @@ def overflow_message(said: str, protocol: Protocol, estimate: int) -> str:
 
 def joined_detail(value: Any) -> str | None:
     """The texts of a FastAPI-style `detail` list, joined; None where there are none."""
-    items = first_of(value, "/detail")
-    if not isinstance(items, list):
-        return None
     texts = [next((item[key] for key in ("msg", "message") if isinstance(item.get(key), str)), "")
-             for item in items if isinstance(item, dict)]
+             for item in map(mapping, listing(first_of(value, "/detail")))]
     return "; ".join(filter(None, texts)) or None
 
 
@@ -2286,14 +2281,13 @@ class ModelRequest(NamedTuple):
 
 def read_model_request(protocol: Protocol, raw: bytes) -> ModelRequest:
     """Check what routing and translation need and nothing more (ruling 13), else a RequestError."""
+    fault = f"the body of {protocol.title} requests must be a JSON object with a non-empty `model`"
     try:
         body = load(raw)
     except ValueError as error:
-        raise RequestError(f"the body of {protocol.title} requests must be a JSON object with a"
-                           f" non-empty `model`: {error}") from None
+        raise RequestError(f"{fault}: {error}") from None
     if not isinstance(body, dict):
-        raise RequestError(f"the body of {protocol.title} requests must be a JSON object with a"
-                           f" non-empty `model`")
+        raise RequestError(fault)
     model = body.get("model")
     if not isinstance(model, str) or not model.strip():
         raise RequestError(f"{protocol.title} requests need a non-empty `model`", param="model")
@@ -2312,48 +2306,40 @@ def read_model_request(protocol: Protocol, raw: bytes) -> ModelRequest:
     return ModelRequest(raw, body, model.strip())
 
 
-def lift_system_items(body: Json) -> Json | None:
-    """A Responses body with its system items moved into `instructions`; None where there are none.
+def lift_system_items(body: Json) -> Json:
+    """The members of a Responses body that change when its system items become `instructions`.
 
     Responses providers know no system role in `input` (contract 4.1, rulings 14 and 15).
     """
-    items = body.get("input")
-    if not isinstance(items, list):
-        return None
-    kept = [item for item in items if not (isinstance(item, dict) and item.get("role") == "system")]
+    items = listing(body.get("input"))
+    kept = [item for item in items if mapping(item).get("role") != "system"]
     if len(kept) == len(items):
-        return None
+        return {}
     texts = [system_text(item.get("content")) for item in items
-             if isinstance(item, dict) and item.get("role") == "system"]
+             if mapping(item).get("role") == "system"]
     texts = [text for text in texts if text]
-    out = {**body, "input": kept}
-    if texts:
-        before = body.get("instructions")
-        if isinstance(before, str) and before.strip():
-            texts.append(before)
-        out["instructions"] = "\n\n".join(texts)
-    return out
+    if not texts:
+        return {"input": kept}
+    before = text_of(body.get("instructions"))
+    texts += [before] if before.strip() else []
+    return {"input": kept, "instructions": "\n\n".join(texts)}
 
 
 def system_text(content: Any) -> str:
     """The text of a system item's content: a string, or its text parts on lines of their own."""
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else []
-    return "\n".join(part["text"] for part in parts
-                     if isinstance(part, dict) and part.get("type") in ("input_text", "text")
-                     and isinstance(part.get("text"), str))
+    return content if isinstance(content, str) else "\n".join(
+        part["text"] for part in map(mapping, listing(content))
+        if part.get("type") in ("input_text", "text") and isinstance(part.get("text"), str))
 
 
 def pass_through_body(protocol: Protocol, request: ModelRequest, model: str) -> bytes:
     """The body for a provider of the client's own protocol: the client's bytes, but for the two
     reasons of ruling 14, system items of Responses and a model that a route rewrites."""
     raw = request.raw
-    lifted = lift_system_items(request.body) if protocol is RESPONSES else None
+    lifted = lift_system_items(request.body) if protocol is RESPONSES else {}
     try:
-        for name in ("input", "instructions") if lifted else ():
-            if lifted and name in lifted and lifted[name] is not request.body.get(name):
-                raw = put_member(raw, name, lifted[name])
+        for name, value in lifted.items():
+            raw = put_member(raw, name, value)
     except ValueError as error:
         raise RequestError(f"the request body is {error}") from None
     return raw if model == request.body["model"] else replace_member(raw, "model", model)
@@ -2572,16 +2558,9 @@ def fill(target: Any, gaps: Mapping[str, Any]) -> bool:
     return bool(missing)
 
 
-def fill_all(targets: Any, gaps: Mapping[str, Any]) -> bool:
-    """`fill` each object of a list."""
-    return any([fill(target, gaps) for target in targets]) if isinstance(targets, list) else False
-
-
 def fill_usage(usage: Any, gaps: Mapping[str, Any]) -> bool:
     """The gaps of a usage object and of the server tool counters in it."""
-    changed = fill(usage, gaps)
-    return (fill(usage.get("server_tool_use"), SERVER_TOOL_GAPS) | changed
-            if isinstance(usage, dict) else changed)
+    return fill(usage, gaps) | fill(mapping(usage).get("server_tool_use"), SERVER_TOOL_GAPS)
 
 
 def fill_message(message: Json) -> bool:
@@ -2589,34 +2568,32 @@ def fill_message(message: Json) -> bool:
     changed = fill(message, {"type": "message"}) | fill(message, MESSAGE_GAPS)
     changed |= fill(message.get("stop_details"), STOP_DETAILS_GAPS)
     changed |= fill_usage(message.get("usage"), USAGE_GAPS)
-    content = message.get("content")
-    for block in content if isinstance(content, list) else ():
+    for block in listing(message.get("content")):
         changed |= fill_block(block)
     return changed
 
 
 def fill_block(block: Any) -> bool:
     """The gaps of a content block, by its type."""
-    if not isinstance(block, dict):
+    kind, content = mapping(block).get("type"), mapping(block).get("content")
+    if not isinstance(kind, str):
         return False
-    kind, content = block.get("type"), block.get("content")
-    changed = fill(block, BLOCK_GAPS.get(kind, {})) if isinstance(kind, str) else False
-    if kind == "text" and isinstance(block.get("citations"), list):
-        for citation in block["citations"]:
-            if isinstance(citation, dict):
-                changed |= fill(citation, CITATION_GAPS.get(str(citation.get("type")), {}))
+    changed = fill(block, BLOCK_GAPS.get(kind, {}))
+    if kind == "text":
+        for citation in listing(block.get("citations")):
+            changed |= fill(citation, CITATION_GAPS.get(str(mapping(citation).get("type")), {}))
     elif kind == "web_search_tool_result":
-        changed |= fill_all(content, {"page_age": None})
+        for item in listing(content):
+            changed |= fill(item, {"page_age": None})
     elif kind == "web_fetch_tool_result":
         for item in content if isinstance(content, list) else [content]:
-            if isinstance(item, dict) and "error_code" not in item:
+            if "error_code" not in mapping(item):
                 changed |= fill(item, {"retrieved_at": None})
-                changed |= fill(item.get("content"), NULLS(("citations", "title")))
-    elif (kind == "tool_search_tool_result" and isinstance(content, dict)
-          and "error_code" in content):
+                changed |= fill(mapping(item).get("content"), NULLS(("citations", "title")))
+    elif kind == "tool_search_tool_result" and "error_code" in mapping(content):
         changed |= fill(content, {"error_message": None})
-    elif kind == "text_editor_code_execution_tool_result" and isinstance(content, dict):
-        changed |= fill(content, EDITOR_RESULT_GAPS.get(str(content.get("type")), {}))
+    elif kind == "text_editor_code_execution_tool_result":
+        changed |= fill(content, EDITOR_RESULT_GAPS.get(str(mapping(content).get("type")), {}))
     return changed
 
 
@@ -2625,27 +2602,21 @@ WHOLE_MESSAGE = ("id", "role", "model", "content", "usage")
 
 def fill_gaps_in_body(body: Any) -> bool:
     """Fill an answer in place if it is a message; whether anything was added."""
-    if not (isinstance(body, dict) and body.get("role") == "assistant"
-            and all(key in body for key in WHOLE_MESSAGE)):
-        return False
-    return fill_message(body)
+    return (isinstance(body, dict) and body.get("role") == "assistant"
+            and all(key in body for key in WHOLE_MESSAGE) and fill_message(body))
 
 
 def fill_gaps_in_event(event: Any) -> bool:
     """Fill the payload of a stream event in place; whether anything was added."""
-    if not isinstance(event, dict):
-        return False
-    kind = event.get("type")
+    event = mapping(event)
+    kind, delta = event.get("type"), event.get("delta")
     if kind == "message_start" and isinstance(event.get("message"), dict):
         return fill_message(event["message"])
     if kind == "content_block_start":
         return fill_block(event.get("content_block"))
-    if kind == "message_delta":
-        changed = fill(event.get("delta"), MESSAGE_GAPS)
-        if isinstance(event.get("delta"), dict):
-            changed |= fill(event["delta"].get("stop_details"), STOP_DETAILS_GAPS)
-        return fill_usage(event.get("usage"), DELTA_USAGE_GAPS) | changed
-    return False
+    return kind == "message_delta" and (
+        fill(delta, MESSAGE_GAPS) | fill(mapping(delta).get("stop_details"), STOP_DETAILS_GAPS)
+        | fill_usage(event.get("usage"), DELTA_USAGE_GAPS))
 
 
 # Events that can have gaps; a frame with none of these words is not even parsed.
@@ -2667,18 +2638,13 @@ def fill_gaps_in_frame(frame: bytes) -> bytes | None:
     event = parse_event(frame)
     if event is None:
         return None
-    try:
+    with contextlib.suppress(ValueError):
         payload = load(event.data.encode("utf-8"))
-    except ValueError:
-        return None
-    if isinstance(payload, dict) and "type" not in payload:
-        payload = {"type": event.name, **payload}
-    if not fill_gaps_in_event(payload):
-        return None
-    try:
-        return format_event(payload["type"], dump(payload))
-    except ValueError:
-        return None
+        if isinstance(payload, dict) and "type" not in payload:
+            payload = {"type": event.name, **payload}
+        if fill_gaps_in_event(payload):
+            return format_event(payload["type"], dump(payload))
+    return None
 
 
 
@@ -2897,46 +2863,28 @@ class Context:
     seconds. A request fills what its answer needs; `dropped` maps paths to reasons.
     """
 
-    __slots__ = (
-        "alias",
-        "caps",
-        "dropped",
-        "echo",
-        "estimate",
-        "headers",
-        "host",
-        "ids",
-        "inbound",
-        "include_usage",
-        "kind",
-        "legacy",
-        "model",
-        "now",
-        "provider",
-        "realm",
-        "stops",
-        "stream",
-        "tools",
-        "wants_thinking",
-        "web_search",
-    )
+    __slots__ = ("alias", "caps", "dropped", "echo", "estimate", "headers", "host", "ids",
+                 "inbound", "include_usage", "kind", "legacy", "model", "now", "provider",
+                 "realm", "seed", "stops", "stream", "tools", "unpacked", "wants_thinking",
+                 "web_search")
 
     def __init__(self, inbound: str, provider: str, model: str, *, host: str = "",
-                 profile: Any = None, realm: str | None = None, now: int = 0) -> None:
+                 profile: Any = None, realm: str | None = None, now: int = 0,
+                 seed: str = "") -> None:
         self.inbound, self.provider, self.model, self.now = inbound, provider, model, now
+        self.seed = seed  # makes ids of answers that come without one
         self.host, self.alias = host, model
         if not isinstance(profile, ProfileConfig):
             options: Json = {key: tuple(value) if isinstance(value, list) else value
                              for key, value in (profile or {}).items()}
             profile = ProfileConfig(**options)
         self.caps = capabilities(provider, host, model, profile)
-        self.kind = MODEL_CLASSES["X"]
-        if provider == MESSAGES.word:
-            own = model_class(model)
-            given = self.caps.model_class or own.name
-            self.kind = own if own.name == given else MODEL_CLASSES[given]
+        self.kind, given = model_class(model), self.caps.model_class
+        if given and given != self.kind.name:
+            self.kind = MODEL_CLASSES[given]
         self.realm = sha(realm if realm is not None else host)[:6]
         self.dropped: dict[str, str] = {}
+        self.unpacked = 0  # bytes of carriers
         self.headers: list[bytes] = []
         self.tools: dict[str, Tool] = {}  # by the name that goes over the wire
         self.echo: Json = {}  # what a Responses answer repeats of its request
@@ -3116,18 +3064,27 @@ class Fields:
         """The path of a member."""
         return f"{self.path}.{key}" if self.path else key
 
+    def wrong(self, key: str, wants: str) -> RequestError:
+        """The error that a member is not what it must be."""
+        return RequestError(f"`{self.at(key)}` must be {wants}", param=self.at(key))
+
     def get(self, key: str, *kinds: type) -> Any:
         """A member that is null, missing or of one of `kinds` (of any, where none is named)."""
         value = self.left.pop(key, None)
         if kinds and value is not None and type(value) not in kinds:
-            wants = " or ".join(dict.fromkeys(TYPE_NAMES[kind] for kind in kinds))
-            raise RequestError(f"`{self.at(key)}` must be {wants}", param=self.at(key))
+            raise self.wrong(key, " or ".join(dict.fromkeys(TYPE_NAMES[kind] for kind in kinds)))
         return value
 
     def text(self, key: str) -> str | None:
         """A string."""
         value: str | None = self.get(key, str)
         return value
+
+    def name(self, key: str = "name") -> str:
+        """A string that must be there."""
+        if value := self.text(key):
+            return value
+        raise self.wrong(key, "a non-empty string")
 
     def flag(self, key: str) -> bool | None:
         """A boolean."""
@@ -3141,7 +3098,7 @@ class Fields:
 
     def count(self, key: str) -> int | None:
         """A whole number."""
-        value = self.get(key, int, float)
+        value = self.number(key)
         return None if value is None else int(value)
 
     def list(self, key: str) -> list[Any]:
@@ -3153,10 +3110,21 @@ class Fields:
         value = self.get(key, dict)
         return None if value is None else Fields(self.ctx, value, self.at(key))
 
+    def objects(self, key: str) -> Iterator[Fields]:
+        """The objects of an array, each to be taken apart in turn."""
+        for i, value in enumerate(self.list(key)):
+            yield Fields(self.ctx, value, f"{self.at(key)}[{i}]")
+
     def json(self, key: str) -> Json | None:
         """An object as it is."""
         value: Json | None = self.get(key, dict)
         return value
+
+    def mark(self) -> Json | None:
+        """A client's cache_control, with nothing in it but what is known."""
+        value = self.left.pop("cache_control", None)
+        ttl = mapping(value).get("ttl")
+        return cache_mark(ttl if ttl in ("5m", "1h") else None) if type(value) is dict else None
 
     def close(self, reason: str = "", trifles: Collection[str] = ()) -> None:
         """Report what is left and no trifle."""
@@ -3165,15 +3133,18 @@ class Fields:
                 self.ctx.drop(self.at(key), reason)
 
 
-A_NUMBER = "a number"
-TYPE_NAMES = {str: "a string", int: A_NUMBER, float: A_NUMBER, bool: "true or false",
+def cache_mark(ttl: str | None) -> Json:
+    """A cache mark in Anthropic's form."""
+    return {"type": "ephemeral", "ttl": ttl} if ttl else {"type": "ephemeral"}
+
+
+TYPE_NAMES = {str: "a string", int: "a number", float: "a number", bool: "true or false",
               list: "an array", dict: "an object"}
 
 # -- ids ---------------------------------------------------------------------
 
 SAFE_ID = re.compile(r"[a-zA-Z0-9_-]+")
 ENCODED_ID = re.compile(r"pxid_[0-9a-f]{8}")
-NINE = re.compile(r"[a-zA-Z0-9]{9}")
 BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 
@@ -3221,8 +3192,8 @@ def short_call_id(id: str) -> str:
 
 
 def nine_characters(id: str) -> str:
-    """An id in the form that Mistral demands."""
-    if NINE.fullmatch(id):
+    """An id in the form that Mistral demands: nine letters and digits."""
+    if len(id) == 9 and id.isascii() and id.isalnum():
         return id
     value, out = int(sha(id), 16), ""
     while len(out) < 9:
@@ -3236,12 +3207,8 @@ def forty_characters(id: str) -> str:
     return id if len(id) <= 40 else "call_" + sha(id)[:35]
 
 
-def any_id(id: str) -> str:
-    """An id as it is."""
-    return id
-
-
-CALL_IDS = {"any": any_id, "40": forty_characters, "9": nine_characters}
+CALL_IDS: Mapping[str, Callable[[str], str]] = {
+    "any": str, "40": forty_characters, "9": nine_characters}
 
 
 def safe_id(id: str) -> str:
@@ -3346,7 +3313,8 @@ def settle_choice(ask: Ask, names: ToolNames,
 
 # -- pairing of calls and results (translation-responses.md 1.8) ------------
 
-NO_RESULT = "[no result was recorded for this call]"
+# What stands for a result that never came.
+NO_RESULT = Out("", [Part("text", "[no result was recorded for this call]")], error=True, stub=True)
 
 
 def pair_up(atoms: Sequence[Atom], wire: Callable[[str], str], ctx: Context) -> list[Atom]:
@@ -3359,32 +3327,22 @@ def pair_up(atoms: Sequence[Atom], wire: Callable[[str], str], ctx: Context) -> 
     answers, strays = match_results(atoms)
     used: dict[str, int] = {}
     out: list[Atom] = []
-    run: list[Call] = []
-
-    def finish_run() -> None:
-        for call in run:
-            answer = answers.get(id(call))
-            stub = Out("", [Part("text", NO_RESULT)], error=True, stub=True)
-            out.append((answer or stub)._replace(id=ids[id(call)], kind=call.kind, name=call.name))
-        run.clear()
-
-    ids: dict[int, str] = {}
-    for atom in atoms:
-        if isinstance(atom, (Said, Thought)):
-            out.append(atom)
-        elif isinstance(atom, Call):
-            ids[id(atom)] = unique_id(atom.id or f"call_px_{len(ids)}", wire, used)
-            ctx.ids.add(atom.id)
-            run.append(atom)
-            out.append(atom._replace(id=ids[id(atom)]))
-        else:
-            finish_run()
-            if isinstance(atom, Out):
-                if (note := strays.get(id(atom))) is not None:
-                    out.append(User(noted(note, atom.parts)))
-            else:
+    calls = 0
+    for _, group in runs(atoms):
+        results: list[Out] = []
+        for atom in group:
+            if isinstance(atom, Call):
+                ctx.ids.add(atom.id)
+                wired = unique_id(atom.id or f"call_px_{calls}", wire, used)
+                calls += 1
+                results.append(answers.get(id(atom), NO_RESULT)._replace(
+                    id=wired, kind=atom.kind, name=atom.name))
+                out.append(atom._replace(id=wired))
+            elif not isinstance(atom, Out):
                 out.append(atom)
-    finish_run()
+            elif note := strays.get(id(atom)):
+                out.append(User(noted(note, atom.parts)))
+        out += results
     return out
 
 
@@ -3446,16 +3404,12 @@ def runs(atoms: Iterable[Atom]) -> Iterator[tuple[bool, list[Atom]]]:
 
 def parse_arguments(value: Any) -> Json:
     """Tool arguments as an object, whatever a model wrote (translation-chat.md 1.6)."""
-    if isinstance(value, dict):
-        return value
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return {}
-    found = value if not isinstance(value, str) else read_arguments(value)
+    found = value
+    if isinstance(value, str):
+        found = read_arguments(value) if value.strip() else None
     if found is ABSENT:
         return {"raw_arguments": value}
-    if found is None:
-        return {}
-    return found if isinstance(found, dict) else {"value": found}
+    return found if isinstance(found, dict) else {} if found is None else {"value": found}
 
 
 def read_arguments(text: str) -> Any:
@@ -3466,7 +3420,7 @@ def read_arguments(text: str) -> Any:
         found = found if inner is ABSENT else inner
     if found is not ABSENT:
         return found
-    bare = re.sub(r"^\s*```(?:json)?\s*|\s*```\s*$", "", text)
+    bare = text.strip().removeprefix("```json").removeprefix("```").removesuffix("```").strip()
     found = loose_json(re.sub(r",(\s*[}\]])", r"\1", bare))
     if found is ABSENT and bare.startswith(("{'", '{"')) and len(bare) <= LITERAL_CHARS:
         with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
@@ -3490,12 +3444,10 @@ def loose_json(text: str) -> Any:
 LOOSE_DECODER = json.JSONDecoder(strict=False, parse_constant=refuse_constant, parse_float=finite)
 
 
-def dump_arguments(value: Any) -> str:
+def dump_arguments(value: Json) -> str:
     """Arguments as text; what parse_arguments() could not read is what it was."""
-    if isinstance(value, dict) and list(value) == ["raw_arguments"] and \
-            isinstance(value["raw_arguments"], str):
-        return str(value["raw_arguments"])
-    return compact(value)
+    raw = value.get("raw_arguments")
+    return raw if isinstance(raw, str) and len(value) == 1 else compact(value)
 
 
 def compact(value: Any) -> str:
@@ -3531,9 +3483,7 @@ def input_schema(schema: Any) -> Json:
                 required = [*required, *(r for r in listing(branch.get("required"))
                                          if r not in required)]
     out["properties"] = properties
-    if required:
-        out["required"] = required
-    return out
+    return out | ({"required": required} if required else {})
 
 
 def closed_schema(schema: Any) -> Json:
@@ -3541,15 +3491,14 @@ def closed_schema(schema: Any) -> Json:
     cannot say moved into descriptions."""
     if not isinstance(schema, dict):
         return {"type": "string"}
-    out: Json = {}
-    for key in ("$defs", "definitions"):
-        if isinstance(schema.get(key), dict):
-            out[key] = {name: closed_schema(s) for name, s in schema[key].items()}
+    out: Json = {key: {name: closed_schema(s) for name, s in schema[key].items()}
+                 for key in ("$defs", "definitions") if isinstance(schema.get(key), dict)}
     if isinstance(schema.get("$ref"), str):
         return {**out, "$ref": schema["$ref"]}
     said: list[str] = []
     for key, value in schema.items():
-        if key in ("$defs", "definitions", "additionalProperties") or value is None:
+        if value is None or key in ("$defs", "definitions", "additionalProperties") or (
+                key == "type" and ("enum" in schema or "const" in schema)):
             continue
         if key == "properties" and isinstance(value, dict):
             out[key] = {name: closed_schema(s) for name, s in value.items()}
@@ -3557,8 +3506,6 @@ def closed_schema(schema: Any) -> Json:
             out[key] = closed_schema(value)
         elif key in ("anyOf", "oneOf", "allOf") and isinstance(value, list):
             out["anyOf" if key == "oneOf" else key] = [closed_schema(s) for s in value]
-        elif key == "type" and ("enum" in schema or "const" in schema):
-            continue
         elif (key in SCHEMA_KEPT or (key == "format" and value in FORMATS_KEPT)
               or (key == "minItems" and value in (0, 1) and type(value) is int)):
             out[key] = value
@@ -3581,19 +3528,16 @@ def is_strict(schema: Any) -> bool:
         return all(map(is_strict, schema))
     if not isinstance(schema, dict):
         return True
+    properties = mapping(schema.get("properties"))
     if schema.get("type") == "object" or "properties" in schema:
-        properties = mapping(schema.get("properties"))
-        if schema.get("additionalProperties") is not False:
-            return False
-        if set(properties) != {r for r in listing(schema.get("required")) if isinstance(r, str)}:
-            return False
-        if not all(map(is_strict, properties.values())):
+        required = {r for r in listing(schema.get("required")) if isinstance(r, str)}
+        if schema.get("additionalProperties") is not False or set(properties) != required:
             return False
     if any(key in schema for key in ("oneOf", "allOf", "not", "patternProperties", "if")):
         return False
-    return (all(is_strict(schema.get(key)) for key in ("items", "anyOf"))
-            and all(is_strict(s) for key in ("$defs", "definitions")
-                    for s in mapping(schema.get(key)).values()))
+    named = (mapping(schema.get(key)).values() for key in ("$defs", "definitions"))
+    return is_strict([schema.get("items"), schema.get("anyOf"), *properties.values(),
+                      *itertools.chain(*named)])
 
 
 def filled_schema(schema: Any, root: bool = True) -> Any:
@@ -3629,8 +3573,7 @@ def read_data_url(url: str) -> tuple[str, str] | None:
     data = url[match.end():]
     if not match[3]:
         data = base64.b64encode(unquote_to_bytes(data)).decode("ascii")
-    media = match[1].lower().strip()
-    media = "image/jpeg" if media == "image/jpg" else media
+    media = match[1].lower().strip().replace("image/jpg", "image/jpeg")
     if media in ("", "application/octet-stream", "binary/octet-stream"):
         media = sniffed(data) or media
     return media, data
@@ -3647,9 +3590,7 @@ def sniffed(data: str) -> str | None:
 def media_part(url: str, **more: Any) -> Part:
     """An image or a file from a URL of either kind."""
     found = read_data_url(url)
-    if found is None:
-        return Part(url=url, **more)
-    return Part(media=found[0], data=found[1], **more)
+    return Part(media=found[0], data=found[1], **more) if found else Part(url=url, **more)
 
 
 def decoded_text(part: Part) -> str:
@@ -3660,9 +3601,9 @@ def decoded_text(part: Part) -> str:
         return ""
 
 
-def document_text(part: Part, text: str) -> str:
+def document_text(name: str | None, text: str) -> str:
     """A document as text for a model that takes no files."""
-    title = f' title="{part.name}"' if part.name else ""
+    title = f' title="{name}"' if name else ""
     return f"<document{title}>\n{text}\n</document>"
 
 
@@ -3684,7 +3625,8 @@ def texts_of(parts: Iterable[Part]) -> list[str]:
     return [p.text for p in parts if p.kind in ("text", "refusal") and p.text.strip()]
 
 
-REMINDER = re.compile(r"\s*<system-reminder>(?:(?!</system-reminder>).)*</system-reminder>\s*", re.S)
+REMINDER = re.compile(r"\s*<system-reminder>(?:(?!</system-reminder>).)*</system-reminder>\s*",
+                      re.DOTALL)
 
 
 def reminder(text: str) -> str:
@@ -3695,7 +3637,7 @@ def reminder(text: str) -> str:
 # -- reasoning carriers (translation-responses.md 1.5) -----------------------
 
 CARRIER = "px1."
-CARRIER_BYTES = 8 << 20  # of what a packed carrier may hold
+CARRIER_BYTES = (4 << 20) + 1  # of what a packed carrier may hold
 
 
 def seal(kind: str, body: str, text: str, ctx: Context) -> str:
@@ -3708,17 +3650,11 @@ def seal(kind: str, body: str, text: str, ctx: Context) -> str:
 def unseal(value: Any, text: str, ctx: Context) -> Thought | None:
     """What seal() put in; None for foreign, cut or edited strings, and for another provider's."""
     parts = value.split(".", 5) if isinstance(value, str) else []
-    if len(parts) != 6 or parts[0] != "px1":
+    if len(parts) != 6 or value != seal(parts[1], parts[5], text, ctx):
         return None
-    _, kind, realm, check, length, body = parts
-    bound = text if kind == "at" else ""
-    if (realm != ctx.realm or length != str(len(body))
-            or check != sha("\0".join((kind, realm, bound, body)))[:8]):
-        return None
-    if kind not in ("ab", "cd"):
-        return Thought(kind, text, body)
-    packed = unpack(body)
-    return None if packed is ABSENT else Thought(kind, text, packed)
+    kind, body = parts[1], parts[5]
+    found = unpack(body, ctx) if kind in ("ab", "cd") else body
+    return None if found is ABSENT else Thought(kind, text, found)
 
 
 def pack(value: Any) -> str:
@@ -3726,14 +3662,12 @@ def pack(value: Any) -> str:
     return to_base64url(zlib.compress(dump(value), 9))
 
 
-def unpack(body: str) -> Any:
-    """What pack() was given; ABSENT where that cannot be told."""
-    data = from_base64url(body)
-    if data is None:
-        return ABSENT
+def unpack(body: str, ctx: Context) -> Any:
+    """What pack() was given; ABSENT where that cannot be told, or is too much for one request."""
     try:
         inflater = zlib.decompressobj()
-        raw = inflater.decompress(data, CARRIER_BYTES)
+        raw = inflater.decompress(from_base64url(body) or b"", CARRIER_BYTES - ctx.unpacked)
+        ctx.unpacked += len(raw)
         return load(raw) if inflater.eof else ABSENT
     except (ValueError, zlib.error):
         return ABSENT
@@ -3813,24 +3747,26 @@ def image_size(data: str) -> tuple[int, int]:
         raw = base64.b64decode(data[:65536 - 65536 % 4] + "=" * (-len(data[:65536]) % 4))
     except ValueError:
         return 0, 0
+    big = raw.startswith((b"\x89PNG", b"\xff\xd8"))
+
+    def at(start: int, size: int = 2) -> int:
+        return int.from_bytes(raw[start:start + size], "big" if big else "little")
+
     if raw.startswith(b"\x89PNG"):
-        return int.from_bytes(raw[16:20], "big"), int.from_bytes(raw[20:24], "big")
+        return at(16, 4), at(20, 4)
     if raw.startswith(b"GIF8"):
-        return int.from_bytes(raw[6:8], "little"), int.from_bytes(raw[8:10], "little")
+        return at(6), at(8)
     if raw[12:16] == b"VP8X":
-        return (int.from_bytes(raw[24:27], "little") + 1, int.from_bytes(raw[27:30], "little") + 1)
+        return at(24, 3) + 1, at(27, 3) + 1
     if raw[12:16] == b"VP8 ":
-        return (int.from_bytes(raw[26:28], "little") & 0x3FFF,
-                int.from_bytes(raw[28:30], "little") & 0x3FFF)
+        return at(26) & 0x3FFF, at(28) & 0x3FFF
     if raw[12:16] == b"VP8L":
-        bits = int.from_bytes(raw[21:25], "little")
-        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    at = 2
-    while raw.startswith(b"\xff\xd8") and at + 9 <= len(raw):  # the segments of a JPEG
-        if 0xC0 <= raw[at + 1] <= 0xCF and raw[at + 1] not in (0xC4, 0xC8, 0xCC):
-            return (int.from_bytes(raw[at + 7:at + 9], "big"),
-                    int.from_bytes(raw[at + 5:at + 7], "big"))
-        at += 2 + int.from_bytes(raw[at + 2:at + 4], "big")
+        return (at(21, 4) & 0x3FFF) + 1, (at(21, 4) >> 14 & 0x3FFF) + 1
+    place = 2
+    while big and place + 9 <= len(raw):  # the segments of a JPEG
+        if 0xC0 <= raw[place + 1] <= 0xCF and raw[place + 1] not in (0xC4, 0xC8, 0xCC):
+            return at(place + 7), at(place + 5)
+        place += 2 + at(place + 2)
     return 0, 0
 
 
@@ -3853,9 +3789,15 @@ ECHOED: Json = {
     "safety_identifier": None, "prompt_cache_key": None, "service_tier": None, "prompt": None,
 }
 # What history carries and no other protocol has a place for: not worth a word.
-ITEM_TRIFLES = frozenset(("id", "status", "phase", "type", "internal_chat_message_metadata_passthrough",
-                          "agent", "caller", "created_by"))
-PART_TRIFLES = frozenset(("annotations", "logprobs", "type", "parsed"))
+ITEM_TRIFLES = frozenset((
+    "id", "status", "phase", "type", "internal_chat_message_metadata_passthrough", "agent",
+    "caller", "created_by"))
+
+
+def begin(fields: Fields) -> Ask:
+    """A request with what all protocols call by the same names."""
+    return Ask(fields.text("model") or fields.ctx.model, stream=fields.flag("stream"),
+               temperature=fields.number("temperature"), top_p=fields.number("top_p"))
 
 
 def read_responses(body: Json, ctx: Context) -> Ask:
@@ -3867,30 +3809,23 @@ def read_responses(body: Json, ctx: Context) -> Ask:
                                " send the full input", param=name)
     ctx.echo = {name: default if body.get(name) is None else body[name]
                 for name, default in ECHOED.items()}
-    ask = Ask(fields.text("model") or ctx.model, stream=fields.flag("stream"))
-    ask.parallel = fields.flag("parallel_tool_calls")
+    ask = begin(fields)
     ask.max_tokens = fields.count("max_output_tokens")
     if ask.max_tokens is not None and ask.max_tokens < 1:
-        raise RequestError("`max_output_tokens` must be 1 or more", param="max_output_tokens")
-    ask.temperature, ask.top_p = fields.number("temperature"), fields.number("top_p")
+        raise fields.wrong("max_output_tokens", "1 or more")
     if instructions := fields.text("instructions"):
         ask.system.append(Part("text", instructions, path="instructions"))
-    read_responses_reasoning(ask, fields.object("reasoning"))
-    if text := fields.object("text"):
-        ask.format = read_text_format(text.object("format"))
-        keep(ask, text, "verbosity")
-        text.close()
+    read_settings(ask, fields)
     read_openai_common(ask, fields)
     if fields.count("top_logprobs"):
         ask.more["top_logprobs"] = ("top_logprobs", body["top_logprobs"])
-    include = fields.list("include")
-    if "message.output_text.logprobs" in include:
+    if "message.output_text.logprobs" in fields.list("include"):
         ask.more.setdefault("logprobs", ("include", True))
     for name in ("stream_options", "store"):
         fields.get(name)
-    for i, tool in enumerate(fields.list("tools")):
-        ask.tools += read_responses_tool(ctx, tool, f"tools[{i}]")
-    ask.choice = read_responses_choice(fields.get("tool_choice", str, dict), ctx)
+    for tool in fields.objects("tools"):
+        ask.tools += read_responses_tool(tool)
+    ask.choice = read_choice(fields.get("tool_choice", str, dict), ctx)
     read_responses_input(ask, fields.get("input", str, list), ctx)
     fields.close()
     finish_tools(ask, ctx)
@@ -3905,7 +3840,8 @@ def keep(ask: Ask, fields: Fields, *names: str) -> None:
 
 
 def read_openai_common(ask: Ask, fields: Fields) -> None:
-    """What Responses and Chat call by the same names: user, tier, cache."""
+    """What Responses and Chat call by the same names: parallel calls, user, tier, cache."""
+    ask.parallel = fields.flag("parallel_tool_calls")
     metadata = fields.json("metadata")
     ids = [mapping(metadata).get("user_id"), fields.left.get("safety_identifier"),
            fields.left.get("user")]
@@ -3916,8 +3852,7 @@ def read_openai_common(ask: Ask, fields: Fields) -> None:
         ask.more["metadata"] = ("metadata", metadata)
     ask.tier = fields.text("service_tier")
     options = fields.json("prompt_cache_options") or {}
-    if options.get("ttl") in ("30m", "12h", "1h") or \
-            fields.left.get("prompt_cache_retention") == "24h":
+    if options.get("ttl") in LONG_TTLS or fields.left.get("prompt_cache_retention") == "24h":
         ask.ttl = "1h"
     ask.marks = options.get("mode") != "explicit"
     if options:
@@ -3929,116 +3864,131 @@ def read_openai_common(ask: Ask, fields: Fields) -> None:
         raise RequestError("`moderation` cannot be done by this provider", param="moderation")
 
 
-def read_responses_reasoning(ask: Ask, fields: Fields | None) -> None:
-    """The reasoning wish of a Responses request, or of a later configuration_update."""
-    if fields is None:
-        return
-    level = known_effort(fields, "effort")
-    summary = fields.text("summary") or fields.left.pop("generate_summary", None)
-    fields.left.pop("generate_summary", None)
-    if level or summary:
-        before = ask.effort or Effort(display="omitted")
-        ask.effort = before._replace(level=level or before.level,
-                                     display="summarized" if summary else before.display)
-    fields.close()
+LONG_TTLS = ("30m", "12h", "1h")  # for which a cache mark of an hour is the nearest
 
 
-def known_effort(fields: Fields, name: str) -> str | None:
+def read_settings(ask: Ask, fields: Fields) -> None:
+    """Reasoning and text of a Responses request, or of a configuration_update in its input: the
+    last one holds."""
+    if wish := fields.object("reasoning"):
+        level, older = known_effort(wish, "effort"), wish.get("generate_summary")
+        summary = wish.text("summary") or older
+        if level or summary:
+            before = ask.effort or Effort(display="omitted")
+            ask.effort = before._replace(level=level or before.level,
+                                         display="summarized" if summary else before.display)
+        wish.close()
+    if text := fields.object("text"):
+        ask.format = read_format(text.object("format")) or ask.format
+        if not fields.path:
+            keep(ask, text, "verbosity")
+            text.close()
+
+
+def known_effort(fields: Fields | None, name: str) -> str | None:
     """An effort level that is one."""
-    level = fields.text(name)
-    if level is not None and level not in EFFORTS:
+    level = fields.text(name) if fields else None
+    if fields and level is not None and level not in EFFORTS:
         fields.ctx.drop(fields.at(name), "unknown effort level")
         return None
     return level
 
 
-def read_text_format(fields: Fields | None) -> Format | None:
-    """The answer's format in the flat shape of Responses."""
+def read_format(fields: Fields | None) -> Format | None:
+    """The answer's format: flat in Responses, its schema one level deeper in Chat Completions."""
     kind = fields.text("type") if fields else None
     if fields is None or kind in (None, "text"):
         return None
     if kind == "json_object":
         return Format(None)
-    if kind != "json_schema":
-        raise RequestError(f"`{fields.at('type')}` must be text, json_object or json_schema",
-                           param=fields.at("type"))
-    return Format(fields.json("schema") or {}, fields.text("name") or "output",
-                  fields.flag("strict"), fields.text("description"))
+    inner = None
+    if kind == "json_schema":
+        inner = fields.object(kind) if fields.ctx.inbound == CHAT.word else fields
+    if inner is None:
+        raise fields.wrong("type", "text, json_object or json_schema")
+    return Format(inner.json("schema") or {}, inner.text("name") or "output",
+                  inner.flag("strict"), inner.text("description"))
 
 
-SHELL_SCHEMA: Json = {"type": "object", "properties": {
-    "command": {"type": "array", "items": {"type": "string"}}, "workdir": {"type": "string"},
-    "timeout_ms": {"type": "integer"},
-    "env": {"type": "object", "additionalProperties": {"type": "string"}}},
-    "required": ["command"]}
+STRING: Json = {"type": "string"}
+INTEGER: Json = {"type": "integer"}
+STRINGS: Json = {"type": "array", "items": STRING}
+INTEGERS: Json = {"type": "array", "items": INTEGER}
+
+
+def object_schema(properties: Json, *required: str) -> Json:
+    """The schema of a tool's arguments."""
+    named = {"required": list(required)} if required else {}
+    return {"type": "object", "properties": properties, **named}
+
+
 # Built-in tools that the client runs, as the function tools that stand for them (1.4).
 CLIENT_TOOLS: Mapping[str, tuple[str, Json]] = {
-    "local_shell": ("Runs a command on the user's machine.", SHELL_SCHEMA),
-    "shell": ("Runs shell commands on the user's machine.", {"type": "object", "properties": {
-        "commands": {"type": "array", "items": {"type": "string"}},
-        "timeout_ms": {"type": "integer"}, "max_output_length": {"type": "integer"}},
-        "required": ["commands"]}),
-    "apply_patch": ("Creates, changes or deletes a file.", {"type": "object", "properties": {
-        "type": {"type": "string", "enum": ["create_file", "update_file", "delete_file"]},
-        "path": {"type": "string"}, "diff": {"type": "string"}}, "required": ["type", "path"]}),
-    "tool_search": ("", {"type": "object", "properties": {
-        "query": {"type": "string"}, "limit": {"type": "integer"}}}),
+    "local_shell": ("Runs a command on the user's machine.", object_schema(
+        {"command": STRINGS, "workdir": STRING, "timeout_ms": INTEGER,
+         "env": {"type": "object", "additionalProperties": STRING}}, "command")),
+    "shell": ("Runs shell commands on the user's machine.", object_schema(
+        {"commands": STRINGS, "timeout_ms": INTEGER, "max_output_length": INTEGER}, "commands")),
+    "apply_patch": ("Creates, changes or deletes a file.", object_schema(
+        {"type": {**STRING, "enum": ["create_file", "update_file", "delete_file"]},
+         "path": STRING, "diff": STRING}, "type", "path")),
+    "tool_search": ("", object_schema({"query": STRING, "limit": INTEGER})),
 }
-TOOL_TRIFLES = ("type", "output_schema", "async", "defer_loading", "allowed_callers")
-
-
-def read_responses_tool(ctx: Context, value: Any, path: str, space: str = "",
-                        about: str = "") -> list[Tool]:
+def read_responses_tool(fields: Fields, space: str = "", about: str = "") -> list[Tool]:
     """One entry of `tools` (a namespace holds several)."""
-    fields = Fields(ctx, value, path)
+    value, path = dict(fields.left), fields.path
     kind = fields.text("type") or "function"
     if kind == "namespace":
         space, about = fields.text("name") or "", fields.text("description") or ""
-        return [tool for i, child in enumerate(fields.list("tools"))
-                for tool in read_responses_tool(ctx, child, f"{path}.tools[{i}]", space, about)]
+        return [tool for child in fields.objects("tools")
+                for tool in read_responses_tool(child, space, about)]
     deferred = bool(fields.flag("defer_loading"))
+    if kind == "tool_search" and fields.text("execution") != "client":
+        return [Tool("hosted_search", kind, path=path)]
     if kind in CLIENT_TOOLS:
-        text, schema = cast("tuple[str, Json | None]", CLIENT_TOOLS[kind])
+        text, schema = CLIENT_TOOLS[kind]
         if kind == "tool_search":
-            if fields.text("execution") != "client":
-                return [Tool("hosted_search", kind, path=path)]
             schema = fields.json("parameters") or schema
         return [Tool(kind, kind, fields.text("description") or text, schema, raw=value, path=path)]
+    if kind.startswith("web_search"):
+        return [Tool("web_search", "web_search", raw=value, path=path)]
     if kind not in ("function", "custom"):
-        if kind.startswith("web_search"):
-            return [Tool("web_search", "web_search", raw=value, path=path)]
         return [Tool("hosted", kind, raw=value, path=path)]
-    name = fields.text("name")
-    if not name:
-        raise RequestError(f"`{path}.name` must be a non-empty string", param=f"{path}.name")
-    description = fields.text("description")
+    name, description = fields.name(), fields.text("description")
     if about and len(about) < 200:
         description = f"[{about}] {description or ''}".rstrip()
-    schema = fields.json("parameters") if kind == "function" else None
-    return [Tool(kind, name, description, schema, space, fields.flag("strict"), raw=value,
+    schema_ = fields.json("parameters") if kind == "function" else None
+    return [Tool(kind, name, description, schema_, space, fields.flag("strict"), raw=value,
                  deferred=deferred, path=path)]
 
 
-def read_responses_choice(value: Any, ctx: Context) -> Choice | None:
-    """The tool_choice of a Responses request."""
+def read_choice(value: Any, ctx: Context) -> Choice | None:
+    """The tool_choice of a Responses or a Chat request; the latter nests what it names, and knows
+    Anthropic's words, too."""
+    chat = ctx.inbound == CHAT.word
     if value is None or isinstance(value, str):
-        if value not in (None, "auto", "none", "required"):
+        if value not in (None, "auto", "none", "required", "any" if chat else None):
             raise RequestError("`tool_choice` must be auto, none, required or an object",
                                param="tool_choice")
-        return Choice(value) if value else None
+        return Choice("required" if value == "any" else value) if value else None
     fields = Fields(ctx, value, "tool_choice")
-    kind = fields.text("type")
+    kind = fields.text("type") or ("function" if chat else "")
+    if chat and kind in ("auto", "none", "any", "tool"):
+        name = fields.text("name") or ""
+        return Choice({"any": "required"}.get(kind, kind), (("", name),) if name else ())
+    inner = (chat and fields.object(kind)) or fields
     if kind == "allowed_tools":
-        listed = [Fields(ctx, tool, f"tool_choice.tools[{i}]")
-                  for i, tool in enumerate(fields.list("tools"))]
-        names = tuple(choice_name(tool, tool.text("type")) for tool in listed)
-        return Choice("allowed", names, fields.text("mode") == "required")
-    return Choice("tool", (choice_name(fields, kind),))
+        names = [choice_name(tool, tool.text("type") or "") for tool in inner.objects("tools")]
+        return Choice("allowed", tuple(names), inner.text("mode") == "required")
+    return Choice("tool", (choice_name(inner, kind),))
 
 
-def choice_name(fields: Fields, kind: str | None) -> tuple[str, str]:
-    """Which tool a choice means: (namespace, name); built-in tools are named by their type."""
-    name = fields.text("name") or kind or ""
+def choice_name(fields: Fields, kind: str) -> tuple[str, str]:
+    """Which tool a choice means: (namespace, name); built-in tools of Responses are named by their
+    type."""
+    if fields.ctx.inbound == CHAT.word:
+        fields, kind = fields.object(kind or "function") or fields, ""
+    name = fields.text("name") or kind
     return fields.text("namespace") or "", "web_search" if name.startswith("web_search_") else name
 
 
@@ -4048,8 +3998,8 @@ def finish_tools(ask: Ask, ctx: Context) -> None:
     forced = ask.choice.names[0][1] if ask.choice and ask.choice.mode == "tool" else None
     kept = []
     for tool in unique_tools(sorted(ask.tools, key=lambda t: t.deferred and by_client)):
-        searches = tool.kind == "web_search" and (
-            ctx.caps.web_search != "off" and mapping(tool.raw).get("external_web_access") is not False)
+        searches = (ctx.caps.web_search != "off"
+                    and mapping(tool.raw).get("external_web_access") is not False)
         if tool.kind in ("hosted", "hosted_search") or (tool.kind == "web_search" and not searches):
             ctx.drop(tool.path, f"no {tool.name} with this provider")
             if forced == tool.name:
@@ -4077,12 +4027,11 @@ def read_responses_input(ask: Ask, value: Any, ctx: Context) -> None:
         if kind in (None, "item_reference"):
             raise RequestError(f"`input[{i}]` refers to an item that only OpenAI has stored;"
                                " send the item itself", param=f"input[{i}]")
-        reader = RESPONSES_ITEMS.get(kind)
-        if reader is None:
+        if kind not in RESPONSES_ITEMS:
             ctx.drop(fields.path, f"no {brief_kind(kind)} items with this provider")
-            ask.atoms.append(User([omitted_item(kind, ctx)]))
+            ask.atoms.append(User([Part("text", omitted_words("item", kind, ctx))]))
             continue
-        atom = reader(ask, fields)
+        atom = RESPONSES_ITEMS[kind](ask, fields, kind)
         fields.close(trifles=ITEM_TRIFLES)
         if isinstance(atom, System) and not ask.atoms:
             ask.system += [part._replace(type=atom.role) for part in atom.parts]
@@ -4093,13 +4042,13 @@ def read_responses_input(ask: Ask, value: Any, ctx: Context) -> None:
 TRANSLATED_TO = {"messages": "Anthropic", "chat": "Chat Completions", "responses": "Responses"}
 
 
-def omitted_item(kind: str, ctx: Context) -> Part:
-    """The words that stand for an item which the provider's protocol cannot say."""
-    return Part("text", f"[OpenAI Responses item `{kind}` omitted during"
-                        f" {TRANSLATED_TO[ctx.provider]} translation]")
+def omitted_words(what: str, kind: str, ctx: Context) -> str:
+    """The words that stand for a piece of a Responses request that the provider cannot be told."""
+    return (f"[OpenAI Responses {what} `{kind}` omitted during"
+            f" {TRANSLATED_TO[ctx.provider]} translation]")
 
 
-def read_message_item(ask: Ask, fields: Fields) -> Atom | None:
+def read_message_item(ask: Ask, fields: Fields, kind: str) -> Atom | None:
     """A message of any role."""
     role = fields.text("role")
     parts = read_content(fields, "content", responses_part_of)
@@ -4114,27 +4063,24 @@ def read_message_item(ask: Ask, fields: Fields) -> Atom | None:
 
 
 def read_content(fields: Fields, key: str, read: Callable[[Fields, str], Part]) -> list[Part]:
-    """A content member, string or array, as parts."""
+    """A content member, string or array, as parts; a bare string in an array is text."""
     value, path = fields.get(key, str, list), fields.at(key)
     if isinstance(value, str):
         return [Part("text", value, path=path)] if value else []
-    found = [read_part(fields.ctx, part, f"{path}[{i}]", read)
-             for i, part in enumerate(value or [])]
-    return [inner for part in found
-            for inner in (part.raw if part.kind == "several" else (part,))]
-
-
-def read_part(ctx: Context, value: Any, path: str, read: Callable[[Fields, str], Part]) -> Part:
-    """One part of a content array; a bare string is text."""
-    if isinstance(value, str):
-        return Part("text", value, path=path)
-    fields = Fields(ctx, value, path)
-    return read(fields, fields.text("type") or "")
+    out: list[Part] = []
+    for i, entry in enumerate(value or ()):
+        if isinstance(entry, str):
+            out.append(Part("text", entry, path=f"{path}[{i}]"))
+        else:
+            inner = Fields(fields.ctx, entry, f"{path}[{i}]")
+            part = read(inner, inner.text("type") or "")
+            out += part.raw if part.kind == "several" else (part,)
+    return out
 
 
 def responses_part_of(fields: Fields, kind: str) -> Part:
     """A content part of a Responses item."""
-    path, mark = fields.path, openai_mark(fields.left.get("prompt_cache_breakpoint"))
+    path, mark = fields.path, openai_mark(fields)
     if kind in ("input_text", "output_text", "text", "summary_text", "reasoning_text"):
         return Part("text", fields.text("text") or "", path=path, mark=mark, type=kind)
     if kind == "refusal":
@@ -4149,12 +4095,12 @@ def responses_part_of(fields: Fields, kind: str) -> Part:
                 raw=dict(fields.left))
 
 
-def openai_mark(value: Any) -> Json | None:
+def openai_mark(fields: Fields) -> Json | None:
     """A prompt_cache_breakpoint as a cache mark."""
-    if mapping(value).get("mode") != "explicit":
+    value = mapping(fields.left.get("prompt_cache_breakpoint"))
+    if value.get("mode") != "explicit":
         return None
-    long = mapping(value).get("ttl") in ("30m", "12h", "1h")
-    return {"type": "ephemeral", "ttl": "1h"} if long else {"type": "ephemeral"}
+    return cache_mark("1h" if value.get("ttl") in LONG_TTLS else None)
 
 
 def file_part(fields: Fields, mark: Json | None, kind: str, url: str | None = None) -> Part:
@@ -4179,66 +4125,69 @@ MEDIA_OF = {"pdf": "application/pdf", "txt": "text/plain", "md": "text/markdown"
             "webp": "image/webp"}
 
 
-def read_reasoning_item(ask: Ask, fields: Fields) -> Atom | None:
+def read_reasoning_item(ask: Ask, fields: Fields, kind: str) -> Atom | None:
     """A reasoning item whose carrier is ours and whole; foreign ones go without a word."""
     texts = [text for part in fields.list("summary")
              if isinstance(text := mapping(part).get("text"), str)]
-    fields.left.pop("content", None)
-    sealed = fields.text("encrypted_content")
-    thought = unseal(sealed, "\n\n".join(texts), fields.ctx)
-    if thought is None and sealed:
+    fields.get("content")
+    return own_thought(fields, fields.text("encrypted_content") or None, "\n\n".join(texts))
+
+
+def own_thought(fields: Fields, sealed: str | None, text: str) -> Thought | None:
+    """The reasoning in a carrier of ours; None, and a word in the report, for a foreign one."""
+    thought = unseal(sealed, text, fields.ctx)
+    if thought is None and sealed is not None:
         fields.ctx.drop(fields.path, "reasoning_foreign: not of this provider, cut or edited")
     return thought
 
 
-def read_call_item(ask: Ask, fields: Fields) -> Atom:
+def read_call_item(ask: Ask, fields: Fields, kind: str) -> Atom:
     """A call of a function or a custom tool."""
-    name, id = fields.text("name") or "", fields.text("call_id") or ""
-    space = fields.text("namespace") or ""
-    if "input" in fields.left:
+    call = read_call(fields, fields.text("call_id") or "", "input" in fields.left)
+    return call._replace(space=fields.text("namespace") or "")
+
+
+def read_call(fields: Fields, id: str, custom: bool, mark: Json | None = None) -> Call:
+    """A call of either OpenAI protocol by the object that has its name."""
+    name = fields.text("name") or ""
+    if custom:
         text = fields.text("input") or ""
-        return Call(id, name, compact({"input": text}), {"input": text}, "custom", space)
+        return Call(id, name, compact({"input": text}), {"input": text}, "custom", mark=mark)
     value = fields.get("arguments", str, dict)
     arguments = compact(value) if isinstance(value, dict) else value or ""
-    return Call(id, name, arguments, space=space)
+    return Call(id, name, arguments, mark=mark)
 
 
-def read_output_item(ask: Ask, fields: Fields) -> Atom:
-    """The result of a call of any kind."""
+def read_output_item(ask: Ask, fields: Fields, kind: str) -> Atom:
+    """The result of a call; older clients name a local shell's call by `id`."""
     failed = fields.left.get("status") == "incomplete"
     id = fields.text("call_id") or ""
+    if kind == "local_shell_call_output":
+        id = id or fields.text("id") or ""
     value = fields.left.get("output")
     if isinstance(value, list) and all(isinstance(mapping(v).get("type"), str) for v in value):
-        parts = read_content(fields, "output", responses_part_of)
-    else:
-        fields.left.pop("output", None)
-        text = value if isinstance(value, str) else "" if value is None else compact(value)
-        parts = [Part("text", text)] if text else []
-    return Out(id, parts, failed)
+        return Out(id, read_content(fields, "output", responses_part_of), failed)
+    fields.get("output")
+    text = value if isinstance(value, str) else "" if value is None else compact(value)
+    return Out(id, [Part("text", text)] if text else [], failed)
 
 
-def read_local_shell_call(ask: Ask, fields: Fields) -> Atom:
-    """A local_shell_call as a call with the arguments of CLIENT_TOOLS."""
-    action = fields.json("action") or {}
-    names = {"command": "command", "working_directory": "workdir", "timeout_ms": "timeout_ms",
-             "env": "env"}
-    found = {new: action[old] for old, new in names.items() if action.get(old) not in (None, {})}
-    return client_call(fields, "local_shell", found)
+# Calls of built-in tools that the client runs: kind, the member with what is to be done, and what
+# the arguments of CLIENT_TOOLS are called in it, where that differs.
+CLIENT_CALLS: Mapping[str, tuple[str, str, Mapping[str, str]]] = {
+    "local_shell_call": ("local_shell", "action", {"workdir": "working_directory"}),
+    "shell_call": ("shell", "action", {}),
+    "apply_patch_call": ("apply_patch", "operation", {}),
+}
 
 
-def read_shell_call(ask: Ask, fields: Fields) -> Atom:
-    """A shell_call as a call."""
-    action = fields.json("action") or {}
-    names = ("commands", "timeout_ms", "max_output_length")
-    return client_call(fields, "shell", {n: action[n] for n in names if action.get(n) is not None})
-
-
-def read_patch_call(ask: Ask, fields: Fields) -> Atom:
-    """An apply_patch_call as a call."""
-    operation = fields.json("operation") or {}
-    names = ("type", "path", "diff")
-    found = {n: operation[n] for n in names if operation.get(n) is not None}
-    return client_call(fields, "apply_patch", found)
+def read_client_call(ask: Ask, fields: Fields, kind: str) -> Atom:
+    """A call of a built-in tool as a call with the arguments of CLIENT_TOOLS."""
+    tool, member, names = CLIENT_CALLS[kind]
+    action = fields.json(member) or {}
+    return client_call(fields, tool, {
+        name: value for name in CLIENT_TOOLS[tool][1]["properties"]
+        if (value := action.get(names.get(name, name))) not in (None, {})})
 
 
 def client_call(fields: Fields, kind: str, input: Json) -> Call:
@@ -4247,186 +4196,136 @@ def client_call(fields: Fields, kind: str, input: Json) -> Call:
     return Call(id, kind, compact(input), input, kind)
 
 
-def read_shell_output(ask: Ask, fields: Fields) -> Atom:
+def read_shell_output(ask: Ask, fields: Fields, kind: str) -> Atom:
     """A shell_call_output as text: what the commands wrote, and how they ended."""
-    value, texts = fields.get("output", str, list), []
-    for entry in value if isinstance(value, list) else []:
-        entry = mapping(entry)
+    value = fields.get("output", str, list)
+    texts: list[str] = [value] if isinstance(value, str) else []
+    for entry in map(mapping, listing(value)):
         outcome = mapping(entry.get("outcome"))
-        texts += [text for key in ("stdout",) if isinstance(text := entry.get(key), str) and text]
-        if isinstance(entry.get("stderr"), str) and entry["stderr"]:
-            texts.append("[stderr]\n" + entry["stderr"])
+        wrote = text_of(entry.get("stdout")), text_of(entry.get("stderr"))
+        texts += [wrote[0]] if wrote[0] else []
+        texts += [f"[stderr]\n{wrote[1]}"] if wrote[1] else []
         texts.append("[timed out]" if outcome.get("type") == "timeout"
                      else f"[exit code {outcome.get('exit_code', 0)}]")
-    text = value if isinstance(value, str) else join_lines(texts)
+    text = join_lines(texts)
     id = fields.text("call_id") or fields.text("id") or ""
     return Out(id, [Part("text", text)] if text else [], kind="shell")
 
 
-def read_patch_output(ask: Ask, fields: Fields) -> Atom:
+def read_patch_output(ask: Ask, fields: Fields, kind: str) -> Atom:
     """An apply_patch_call_output as text."""
     status, text = fields.text("status") or "completed", fields.text("output")
     return Out(fields.text("call_id") or "", [Part("text", text or status)], status == "failed")
 
 
-def read_local_shell_output(ask: Ask, fields: Fields) -> Atom:
-    """A local_shell_call_output, which names its call by `id` in older clients."""
-    if not fields.left.get("call_id"):
-        fields.left["call_id"] = fields.left.get("id")
-    return read_output_item(ask, fields)
-
-
-def read_search_call(ask: Ask, fields: Fields) -> Atom | None:
+def read_search_call(ask: Ask, fields: Fields, kind: str) -> Atom | None:
     """A tool_search_call that the client runs; the server's own need no words."""
     if not fields.left.get("call_id"):
         return None
-    value = fields.get("arguments", str, dict)
-    return client_call(fields, "tool_search", parse_arguments(value))
+    return client_call(fields, "tool_search", parse_arguments(fields.get("arguments", str, dict)))
 
 
-def read_search_output(ask: Ask, fields: Fields) -> Atom | None:
-    """Tools that were found: they join the tools, and the model is told their names."""
-    found = load_tools(ask, fields)
+def read_found_tools(ask: Ask, fields: Fields, kind: str) -> Atom | None:
+    """Tools that are there from now on; after a search the model is told their names."""
+    found = [tool._replace(deferred=False) for entry in fields.objects("tools")
+             for tool in read_responses_tool(entry)]
+    ask.tools += found
+    if kind == "additional_tools":
+        fields.get("role")
+        return None
     id = fields.text("call_id")
     names = ", ".join(full_name(tool.space, tool.name) for tool in found)
     return Out(id, [Part("text", f"Loaded tools: {names}")]) if id else None
 
 
-def load_tools(ask: Ask, fields: Fields) -> list[Tool]:
-    """Register the tools of an item."""
-    found = [tool._replace(deferred=False) for i, value in enumerate(fields.list("tools"))
-             for tool in read_responses_tool(fields.ctx, value, f"{fields.at('tools')}[{i}]")]
-    ask.tools += found
-    return found
-
-
-def read_additional_tools(ask: Ask, fields: Fields) -> None:
-    """An additional_tools item."""
-    load_tools(ask, fields)
-    fields.left.pop("role", None)
-
-
-def read_configuration(ask: Ask, fields: Fields) -> None:
-    """A configuration_update: the last one holds."""
-    read_responses_reasoning(ask, fields.object("reasoning"))
-    if text := fields.object("text"):
-        ask.format = read_text_format(text.object("format")) or ask.format
-
-
-def read_nothing(ask: Ask, fields: Fields) -> None:
-    """An item that needs no words."""
-    fields.left.clear()
-
-
-RESPONSES_ITEMS: dict[str | None, Callable[[Ask, Fields], Atom | None]] = {
+RESPONSES_ITEMS: Mapping[str, Callable[[Ask, Fields, str], Atom | None]] = {
     "message": read_message_item, "reasoning": read_reasoning_item,
     "function_call": read_call_item, "function_call_output": read_output_item,
     "custom_tool_call": read_call_item, "custom_tool_call_output": read_output_item,
-    "local_shell_call": read_local_shell_call,
-    "local_shell_call_output": read_local_shell_output,
-    "shell_call": read_shell_call, "shell_call_output": read_shell_output,
-    "apply_patch_call": read_patch_call, "apply_patch_call_output": read_patch_output,
-    "tool_search_call": read_search_call, "tool_search_output": read_search_output,
-    "additional_tools": read_additional_tools, "configuration_update": read_configuration,
-    "web_search_call": read_nothing,
+    "local_shell_call": read_client_call, "local_shell_call_output": read_output_item,
+    "shell_call": read_client_call, "shell_call_output": read_shell_output,
+    "apply_patch_call": read_client_call, "apply_patch_call_output": read_patch_output,
+    "tool_search_call": read_search_call, "tool_search_output": read_found_tools,
+    "additional_tools": read_found_tools,
+    "configuration_update": lambda ask, fields, kind: read_settings(ask, fields),
+    "web_search_call": lambda ask, fields, kind: fields.left.clear(),  # needs no words
 }
 
 # -- reading Chat Completions (translation-chat.md 2.2-2.6) ------------------
 
 # Known members that nobody else has; a value that changes nothing is no loss.
-CHAT_ONLY: Json = {"n": 1, "seed": None, "logit_bias": {}, "frequency_penalty": 0, "presence_penalty": 0,
-             "prediction": None, "logprobs": False, "top_logprobs": 0, "store": False}
+CHAT_ONLY: Json = {
+    "n": 1, "seed": None, "logit_bias": {}, "frequency_penalty": 0, "presence_penalty": 0,
+    "prediction": None, "logprobs": False, "top_logprobs": 0, "store": False}
 
 
 def read_chat(body: Json, ctx: Context) -> Ask:
     """A Chat Completions request in neutral form."""
     fields = Fields(ctx, body)
-    ask = Ask(fields.text("model") or ctx.model, stream=fields.flag("stream"))
-    messages = fields.list("messages")
-    if not messages:
-        raise RequestError("`messages` must be a non-empty array", param="messages")
+    ask, messages = begin(fields), read_messages_member(fields)
     if (fields.count("n") or 1) > 1:
         raise RequestError("`n` above 1 is not possible with this provider", param="n")
     if "audio" in fields.list("modalities"):
         raise RequestError("audio output is not possible with this provider", param="modalities")
-    ask.parallel = fields.flag("parallel_tool_calls")
     limits = [fields.count("max_completion_tokens"), fields.count("max_tokens")]
     ask.max_tokens = next((max(limit, 1) for limit in limits if limit is not None), None)
-    ask.temperature, ask.top_p = fields.number("temperature"), fields.number("top_p")
     ask.top_k = fields.count("top_k")
     stop = fields.get("stop", str, list)
     ask.stop = [s for s in (stop if isinstance(stop, list) else [stop])
                 if isinstance(s, str) and s.strip()]
     read_chat_reasoning(ask, fields)
     read_openai_common(ask, fields)
-    ask.format = read_response_format(fields.object("response_format"))
+    ask.format = read_format(fields.object("response_format"))
     ask.search = fields.json("web_search_options")
-    read_stream_options(fields, ask, ctx)
+    options = fields.object("stream_options")
+    usage = options.flag("include_usage") if options else None
+    if options:
+        keep(ask, options, "include_obfuscation")
+    ctx.include_usage = bool(usage) or not ask.stream  # an answer in one piece always has it
     for name, idle in CHAT_ONLY.items():
         if fields.left.get(name) == idle:
-            fields.left.pop(name, None)
-        keep(ask, fields, name)
-    keep(ask, fields, "verbosity")
+            fields.get(name)
+    keep(ask, fields, *CHAT_ONLY, "verbosity")
     read_chat_tools(ask, fields, ctx)
     read_chat_messages(ask, messages, ctx)
     fields.close()
     return ask
 
 
-def read_stream_options(fields: Fields, ask: Ask, ctx: Context) -> None:
-    """Whether a stream ends with its usage; an answer in one piece always has it."""
-    options = fields.object("stream_options")
-    usage = options.flag("include_usage") if options else None
-    if options:
-        keep(ask, options, "include_obfuscation")
-    ctx.include_usage = bool(usage) or not ask.stream
+def read_messages_member(fields: Fields) -> list[Any]:
+    """The member `messages`, which may not be empty."""
+    if messages := fields.list("messages"):
+        return messages
+    raise fields.wrong("messages", "a non-empty array")
 
 
 def read_chat_reasoning(ask: Ask, fields: Fields) -> None:
     """The reasoning wish, in one of the four ways that Chat clients know."""
     level = known_effort(fields, "reasoning_effort")
     wish, thinking = fields.object("reasoning"), fields.object("thinking")
-    output = fields.object("output_config")
-    found: Effort | None = Effort(level, display="summarized") if level else None
+    output = known_effort(fields.object("output_config"), "effort")
+    found = Effort(level, display="summarized") if level else None
     if wish:
         budget, enabled = wish.count("max_tokens"), wish.flag("enabled")
-        inner = known_effort(wish, "effort") or {
-            True: "medium", False: "none", None: None}[enabled]
-        if budget is not None:
-            level, budget = (None, budget) if budget else ("none", None)
+        named = known_effort(wish, "effort") or (
+            None if enabled is None else "medium" if enabled else "none")
+        if budget is None:
+            level = level or named
         else:
-            level = level or inner
+            level = None if budget else "none"
         if level or budget:
-            found = Effort(level, budget, "summarized")
+            found = Effort(level, budget or None, "summarized")
         if found and wish.flag("exclude"):
             found = found._replace(display=None)
         wish.close()
     if thinking:
         kind, budget = thinking.text("type"), thinking.count("budget_tokens")
-        display = thinking.text("display")
-        inner = known_effort(output, "effort") if output else None
-        if kind == "enabled":
-            display = display or "summarized"
+        display = thinking.text("display") or ("summarized" if kind == "enabled" else None)
         found = Effort("none") if kind == "disabled" else Effort(
-            inner or (None if budget else level), budget, display, kind)
-    elif output and (inner := known_effort(output, "effort")):
-        found = Effort(inner, display="summarized")
+            output or (None if budget else level), budget, display, kind)
+    elif output:
+        found = Effort(output, display="summarized")
     ask.effort = found
-
-
-def read_response_format(fields: Fields | None) -> Format | None:
-    """The answer's format in the nested shape of Chat Completions."""
-    kind = fields.text("type") if fields else None
-    if fields is None or kind in (None, "text"):
-        return None
-    if kind == "json_object":
-        return Format(None)
-    inner = fields.object("json_schema") if kind == "json_schema" else None
-    if inner is None:
-        raise RequestError(f"`{fields.at('type')}` must be text, json_object or json_schema",
-                           param=fields.at("type"))
-    return Format(inner.json("schema") or {}, inner.text("name") or "output", inner.flag("strict"),
-                  inner.text("description"))
 
 
 ANTHROPIC_TOOL = re.compile(r"(bash|text_editor|computer|memory|web_search|web_fetch"
@@ -4435,91 +4334,53 @@ ANTHROPIC_TOOL = re.compile(r"(bash|text_editor|computer|memory|web_search|web_f
 
 def read_chat_tools(ask: Ask, fields: Fields, ctx: Context) -> None:
     """Tools, functions (their older form) and the wishes about them."""
-    functions = fields.list("functions")
-    for i, value in enumerate(fields.list("tools")):
-        ask.tools += read_chat_tool(ctx, value, f"tools[{i}]")
-    for i, value in enumerate(functions):
-        ask.tools.append(read_function(Fields(ctx, value, f"functions[{i}]"), "function", None))
-    if functions and not ctx.legacy:
+    tools = [read_chat_tool(tool, ctx) for tool in fields.objects("tools")]
+    functions = [read_function(old, "function", None) for old in fields.objects("functions")]
+    if functions:
         ctx.legacy, ask.parallel = True, False
     choice = fields.get("tool_choice", str, dict)
     if choice is None and (old := fields.get("function_call", str, dict)) is not None:
         choice = {"type": "function", "function": old} if isinstance(old, dict) else old
-    ask.choice = read_chat_choice(choice, ctx)
-    last = {tool.name: tool for tool in ask.tools}
-    unserved = [tool for tool in ask.tools if tool.kind == "hosted"]
+    ask.choice = read_choice(choice, ctx)
+    last = {tool.name: tool for tool in (*tools, *functions)}
+    ask.tools = [tool for tool in last.values() if tool.kind != "hosted"]
+    unserved = [tool for tool in tools if tool.kind == "hosted"]
     for tool in unserved:
         ctx.drop(tool.path, f"no {tool.name} with this provider")
-    ask.tools = [tool for tool in last.values() if tool.kind != "hosted"]
     if unserved and not ask.tools:
         raise RequestError(f"tool `{unserved[0].name}` is not available with this provider",
                            param=unserved[0].path)
 
 
-def read_chat_tool(ctx: Context, value: Any, path: str) -> list[Tool]:
+def read_chat_tool(fields: Fields, ctx: Context) -> Tool:
     """One entry of `tools`."""
-    fields = Fields(ctx, value, path)
-    kind = fields.text("type") or "function"
-    mark = cache_mark(fields.left.pop("cache_control", None))
+    value, path = dict(fields.left), fields.path
+    kind, mark = fields.text("type") or "function", fields.mark()
     if kind in ("function", "custom"):
         inner = fields.object(kind) or (fields if "name" in fields.left else None)
         if inner is None:
-            raise RequestError(f"`{path}.{kind}` must be an object", param=f"{path}.{kind}")
-        return [read_function(inner, kind, mark)]
+            raise fields.wrong(kind, "an object")
+        return read_function(inner, kind, mark)
     if ANTHROPIC_TOOL.fullmatch(kind) and ctx.provider == MESSAGES.word:
-        return [Tool("raw", fields.text("name") or kind, raw=value, path=path)]
+        return Tool("raw", fields.text("name") or kind, raw=value, path=path)
     if kind.startswith("web_search") and ctx.caps.web_search == "native":
-        return [Tool("web_search", "web_search", raw=value, path=path)]
-    return [Tool("hosted", kind, path=path)]
+        return Tool("web_search", "web_search", raw=value, path=path)
+    return Tool("hosted", kind, path=path)
 
 
 def read_function(fields: Fields, kind: str, mark: Json | None) -> Tool:
     """The inner object of a function or custom tool."""
-    name = fields.text("name")
-    if not name:
-        raise RequestError(f"`{fields.at('name')}` must be a non-empty string",
-                           param=fields.at("name"))
-    mark = mark or cache_mark(fields.left.pop("cache_control", None))
+    name, own_mark = fields.name(), fields.mark()
     extra = {key: fields.left.pop(key) for key in ("defer_loading", "eager_input_streaming",
                                                    "input_examples")
              if isinstance(fields.left.get(key), (bool, list))}
     raw = {"format": fields.json("format")} if kind == "custom" else extra
-    schema = fields.left.pop("parameters", None)
+    schema = fields.get("parameters")
     found = Tool(kind, name, fields.text("description"),
                  schema if isinstance(schema, dict) else None, strict=fields.flag("strict"),
-                 mark=mark, raw=raw, path=fields.path)
+                 mark=mark or own_mark, raw=raw, path=fields.path)
     fields.close()
     return found
-
-
-def read_chat_choice(value: Any, ctx: Context) -> Choice | None:
-    """The tool_choice of a Chat request."""
-    if value is None or isinstance(value, str):
-        if value not in (None, "auto", "none", "required", "any"):
-            raise RequestError("`tool_choice` must be auto, none, required or an object",
-                               param="tool_choice")
-        return Choice("required" if value == "any" else value) if value else None
-    fields = Fields(ctx, value, "tool_choice")
-    kind = fields.text("type") or "function"
-    if kind in ("auto", "none", "any", "tool"):  # Anthropic's own form
-        name = fields.text("name") or ""
-        return Choice({"any": "required"}.get(kind, kind), (("", name),) if name else ())
-    inner = fields.object(kind) or fields
-    if kind == "allowed_tools":
-        tools = [Fields(ctx, tool, f"tool_choice.tools[{i}]")
-                 for i, tool in enumerate(inner.list("tools"))]
-        names = tuple(choice_name(tool.object(tool.text("type") or "function") or tool, None)
-                      for tool in tools)
-        return Choice("allowed", names, inner.text("mode") == "required")
-    return Choice("tool", (choice_name(inner, None),))
-
-
-def cache_mark(value: Any) -> Json | None:
-    """A cache_control object of a client, with nothing in it but what is known."""
-    if not isinstance(value, dict):
-        return None
-    ttl = value.get("ttl")
-    return {"type": "ephemeral", "ttl": ttl} if ttl in ("5m", "1h") else {"type": "ephemeral"}
 
 
 def read_chat_messages(ask: Ask, messages: list[Any], ctx: Context) -> None:
@@ -4530,22 +4391,11 @@ def read_chat_messages(ask: Ask, messages: list[Any], ctx: Context) -> None:
     legacy: list[tuple[str, str]] = []  # name and id of function_call without a result
     for i, message in enumerate(messages):
         fields = Fields(ctx, message, f"messages[{i}]")
-        role = fields.text("role") or ""
-        mark = cache_mark(fields.left.pop("cache_control", None))
+        role, mark = fields.text("role") or "", fields.mark()
         if role == "assistant":
             ask.atoms += read_assistant(fields, i, legacy, mark)
         else:
-            if role in ("tool", "function") and type(fields.left.get("content")) in (
-                    int, float, bool, dict):
-                fields.left["content"] = compact(fields.left["content"])
-            parts = read_content(fields, "content", chat_part_of)
-            if i > last and role == "user":
-                parts = [part._replace(current=True) for part in parts]
-            atom = read_chat_turn(fields, role, parts, legacy)
-            if mark and isinstance(atom, Out):
-                atom = atom._replace(mark=mark)
-            elif mark:
-                mark_last(parts, mark)
+            atom = read_chat_turn(fields, role, mark, legacy, i > last)
             if isinstance(atom, System) and not ask.atoms:
                 ask.system += atom.parts
             else:
@@ -4556,27 +4406,34 @@ def read_chat_messages(ask: Ask, messages: list[Any], ctx: Context) -> None:
 MESSAGE_TRIFLES = frozenset(("annotations", "parsed", "id", "provider_specific_fields"))
 
 
-def mark_last(parts: list[Part], mark: Json) -> None:
+def mark_last(parts: list[Part], mark: Json | None) -> None:
     """Put a message's cache mark on the last of its parts that is sent."""
-    at = next((i for i in reversed(range(len(parts)))
-               if parts[i].kind != "text" or parts[i].text.strip()), None)
-    if at is not None:
-        parts[at] = parts[at]._replace(mark=mark)
+    for at in reversed(range(len(parts) if mark else 0)):
+        if parts[at].kind != "text" or parts[at].text.strip():
+            parts[at] = parts[at]._replace(mark=mark)
+            return
 
 
-def read_chat_turn(fields: Fields, role: str, parts: list[Part],
-                   legacy: list[tuple[str, str]]) -> Atom:
+def read_chat_turn(fields: Fields, role: str, mark: Json | None, legacy: list[tuple[str, str]],
+                   current: bool) -> Atom:
     """A message of anyone but the assistant."""
-    if role in ("system", "developer"):
-        return System(parts, role)
-    if role == "tool":
-        return Out(own_id(fields, "tool_call_id"), parts, name=fields.text("name") or "")
-    if role == "function":
+    result = role in ("tool", "function")
+    content = fields.left.get("content")
+    if result and type(content) in (int, float, bool, dict):
+        fields.left["content"] = compact(content)
+    parts = read_content(fields, "content", chat_part_of)
+    if result:
         name = fields.text("name") or ""
         found = next((pair for pair in reversed(legacy) if pair[0] == name), None)
-        if found:
+        id = own_id(fields, "tool_call_id") if role == "tool" else found[1] if found else name
+        if found and role == "function":
             legacy.remove(found)
-        return Out(found[1] if found else name, parts, name=name)
+        return Out(id, parts, name=name, mark=mark)
+    if current and role == "user":
+        parts = [part._replace(current=True) for part in parts]
+    mark_last(parts, mark)
+    if role in ("system", "developer"):
+        return System(parts, role)
     if role != "user":
         fields.ctx.drop(fields.at("role"), "unknown role, taken for the user's")
     return User(parts)
@@ -4588,17 +4445,16 @@ def read_assistant(fields: Fields, i: int, legacy: list[tuple[str, str]],
     parts = read_content(fields, "content", chat_part_of)
     if refusal := fields.text("refusal"):
         parts.append(Part("refusal", refusal, path=fields.at("refusal")))
-    calls = [read_chat_call(Fields(fields.ctx, call, f"{fields.at('tool_calls')}[{k}]"))
-             for k, call in enumerate(fields.list("tool_calls"))]
+    calls = [read_chat_call(call) for call in fields.objects("tool_calls")]
     if (old := fields.object("function_call")) is not None:
         name = old.text("name") or ""
         legacy.append((name, f"fc_{i}"))
         calls.append(Call(f"fc_{i}", name, old.text("arguments") or ""))
     if mark and calls:
         calls[-1] = calls[-1]._replace(mark=mark)
-    elif mark:
+    else:
         mark_last(parts, mark)
-    if fields.left.pop("audio", None):
+    if fields.get("audio"):
         fields.ctx.drop(fields.at("audio"))
     thoughts = read_details(fields)
     if any(at and at[0] > sum(len(p.text) for p in parts) for at, _ in thoughts):
@@ -4638,34 +4494,26 @@ def own_id(fields: Fields, name: str) -> str:
 
 def read_chat_call(fields: Fields) -> Call:
     """One entry of tool_calls."""
-    kind, id = fields.text("type") or "function", own_id(fields, "id")
-    inner = fields.object("custom" if kind == "custom" else "function") or fields
-    name = inner.text("name") or ""
-    mark = cache_mark(fields.left.pop("cache_control", None))
-    if kind == "custom":
-        text = inner.text("input") or ""
-        return Call(id, name, compact({"input": text}), {"input": text}, "custom", mark=mark)
-    value = inner.get("arguments", str, dict)
-    arguments = compact(value) if isinstance(value, dict) else value or ""
-    return Call(id, name, arguments, mark=mark)
+    kind, id, mark = fields.text("type") or "function", own_id(fields, "id"), fields.mark()
+    custom = kind == "custom"
+    return read_call(fields.object("custom" if custom else "function") or fields, id, custom, mark)
 
 
 def read_details(fields: Fields) -> list[tuple[tuple[int, int] | None, Thought]]:
     """The reasoning of an assistant message that can be sent back, with its places."""
-    ctx, plain = fields.ctx, fields.left.pop("reasoning_content", None)
-    plain = plain or fields.left.pop("reasoning", None)
-    fields.left.pop("reasoning", None)
-    details = fields.left.pop("reasoning_details", None)
-    blocks = fields.left.pop("thinking_blocks", None) or mapping(
-        fields.left.get("provider_specific_fields")).get("thinking_blocks")
-    found = []
+    ctx = fields.ctx
+    plain, older, details, blocks = (fields.get(name) for name in (
+        "reasoning_content", "reasoning", "reasoning_details", "thinking_blocks"))
+    plain = plain or older
+    blocks = blocks or mapping(fields.left.get("provider_specific_fields")).get("thinking_blocks")
+    found: list[tuple[tuple[int, int] | None, Thought]] = []
     for entry in map(mapping, listing(details)):
         at = re.fullmatch(r"(\d{1,9}):(\d{1,9})", str(entry.get("x_at")))
         if thought := detail_thought(entry, ctx):
             found.append(((int(at[1]), int(at[2])) if at else None, thought))
-    if not found:
+    if not found:  # Anthropic's own blocks, as LiteLLM hands them to clients
         found = [(None, thought) for block in map(mapping, listing(blocks))
-                 if (thought := block_thought(block))]
+                 if (thought := signed_thought(block.get("thinking"), block))]
     if not found and isinstance(plain, str) and plain and ctx.caps.lenient_thinking:
         found = [(None, Thought("at", plain, ""))]
     elif plain and not found:
@@ -4675,54 +4523,49 @@ def read_details(fields: Fields) -> list[tuple[tuple[int, int] | None, Thought]]
 
 def detail_thought(entry: Json, ctx: Context) -> Thought | None:
     """An entry of reasoning_details that this provider's own answer was the source of."""
-    form, text, data = entry.get("format"), entry.get("text"), entry.get("data")
-    if isinstance(data, str) and data.startswith(CARRIER):
+    if text_of(data := entry.get("data")).startswith(CARRIER):
         return unseal(data, "", ctx)
-    if form not in (None, "anthropic-claude-v1"):
-        return None
-    if isinstance(entry.get("signature"), str) and isinstance(text, str):
-        return Thought("at", text, entry["signature"])
+    if entry.get("format") in (None, "anthropic-claude-v1"):
+        return signed_thought(entry.get("text"), entry)
+    return None
+
+
+def signed_thought(text: Any, block: Json) -> Thought | None:
+    """Reasoning of Anthropic's, with its signature or as data that is redacted."""
+    signature, data = block.get("signature"), block.get("data")
+    if isinstance(signature, str) and isinstance(text, str):
+        return Thought("at", text, signature)
     return Thought("ar", "", data) if isinstance(data, str) and data else None
-
-
-def block_thought(block: Json) -> Thought | None:
-    """Anthropic's own block, as LiteLLM hands it to clients."""
-    if isinstance(block.get("thinking"), str) and isinstance(block.get("signature"), str):
-        return Thought("at", block["thinking"], block["signature"])
-    return Thought("ar", "", block["data"]) if isinstance(block.get("data"), str) else None
 
 
 def chat_part_of(fields: Fields, kind: str) -> Part:
     """A content part of a Chat message."""
-    path = fields.path
-    mark = cache_mark(fields.left.get("cache_control")) or openai_mark(
-        fields.left.get("prompt_cache_breakpoint"))
-    if kind in ("text", "input_text", "output_text") or (not kind and "text" in fields.left):
-        return Part("text", fields.text("text") or "", path=path, mark=mark, type=kind)
+    path, raw = fields.path, dict(fields.left)
+    mark = fields.mark() or openai_mark(fields)
+    more: Json = {"path": path, "mark": mark, "type": kind}
+    if kind in ("text", "input_text", "output_text") or (not kind and "text" in raw):
+        return Part("text", fields.text("text") or "", **more)
     if kind == "refusal":
         return Part("refusal", fields.text("refusal") or "", path=path, type=kind)
     if kind == "image_url":
         value = fields.get("image_url", str, dict)
         inner = Fields(fields.ctx, {"url": value} if isinstance(value, str) else value or {},
                        f"{path}.image_url")
-        url, detail = inner.text("url") or "", inner.text("detail")
-        more: Json = {"kind": "image", "detail": detail, "path": path, "mark": mark, "type": kind}
-        return Part(id=url, **more) if url.startswith("file_") or not url else media_part(url, **more)
+        url = inner.text("url") or ""
+        more |= {"kind": "image", "detail": inner.text("detail")}
+        return media_part(url, **more) if url and not url.startswith("file_") else Part(
+            id=url, **more)
     if kind == "file":
-        inner_file = fields.object("file") or fields
-        return file_part(inner_file, mark, kind)._replace(path=path)
-    if kind in ("image", "document", "tool_result", "search_result") and (
-            "source" in fields.left or kind in ("tool_result", "search_result")):
-        raw = {"type": kind, **fields.left}
-        return Part("raw", path=path, type=kind, raw=raw)
-    return Part("audio" if kind == "input_audio" else "unknown", path=path, type=kind,
-                raw=dict(fields.left))
+        return file_part(fields.object("file") or fields, mark, kind)._replace(path=path)
+    if kind in ("tool_result", "search_result") or (
+            kind in ("image", "document") and "source" in raw):
+        return Part("raw", path=path, type=kind, raw={"type": kind, **raw})
+    return Part("audio" if kind == "input_audio" else "unknown", path=path, type=kind, raw=raw)
 
 # -- reading Anthropic Messages (translation-responses.md 3.1, -chat.md 3.2-3.5)
 
 SERVER_STATE = ("mcp_servers", "thread", "compaction")
-BILLING_HEADER = re.compile(r"x-anthropic-billing-header:\s*(?:[\w.-]+=[^;\n]*;?[ \t]*)*\n?")
-# A client's word for the end of thinking that its later thinking cannot do without.
+BILLING_HEADER = re.compile(r"\Ax-anthropic-billing-header:\s*(?:[\w.-]+=[^;\n]*;?[ \t]*)*\n?")
 MESSAGES_ONLY = ("container", "context_management", "fallbacks", "fallback_credit_token",
                  "inference_geo", "diagnostics", "user_profile_id", "workspace_id", "betas",
                  "billing_policy")
@@ -4731,42 +4574,36 @@ MESSAGES_ONLY = ("container", "context_management", "fallbacks", "fallback_credi
 def read_messages(body: Json, ctx: Context) -> Ask:
     """An Anthropic Messages request in neutral form."""
     fields = Fields(ctx, body)
-    ask = Ask(fields.text("model") or ctx.model, stream=fields.flag("stream"))
-    messages = fields.list("messages")
-    if not messages:
-        raise RequestError("`messages` must be a non-empty array", param="messages")
+    ask, messages = begin(fields), read_messages_member(fields)
     for name in SERVER_STATE:
         if fields.get(name):
             raise RequestError(
                 f"`{name}` needs a server of Anthropic; this provider has none", param=name,
                 # what makes Anthropic's SDKs go on without a thread
                 details={"error_code": f"{name}_unsupported_request", "unsupported": [name]})
-    ask.max_tokens = fields.count("max_tokens")
-    ask.temperature, ask.top_p = fields.number("temperature"), fields.number("top_p")
-    ask.top_k = fields.count("top_k")
+    ask.max_tokens, ask.top_k = fields.count("max_tokens"), fields.count("top_k")
     ask.stop = [s for s in fields.list("stop_sequences") if isinstance(s, str) and s]
     fields.left["chat_template_kwargs"] = fields.json("chat_template_kwargs")
     keep(ask, fields, "chat_template_kwargs")
-    ask.system = [part for part in read_content(fields, "system", messages_part_of)
+    ask.system = [part._replace(text=BILLING_HEADER.sub("", part.text))
+                  for part in read_content(fields, "system", messages_part_of)
                   if part.kind == "text"]
-    ask.system = [p._replace(text=BILLING_HEADER.sub("", p.text, count=1))
-                  if p.text.startswith("x-anthropic-billing-header:") else p for p in ask.system]
     read_messages_wishes(ask, fields, ctx)
-    search = MessagesTools(ask, ctx)
-    search.read(fields.list("tools"))
-    effort = read_message_list(ask, messages, ctx, search)
+    tools = MessagesTools(ask, ctx)
+    for tool in fields.objects("tools"):
+        tools.add(tool)
+    effort = read_message_list(ask, messages, ctx, tools)
     if ctx.provider == CHAT.word:
         clear_thinking(ask, fields.json("context_management") or {})
-    if effort and ask.effort and not ask.effort.switched:
-        ask.effort = ask.effort._replace(level=effort)
-    elif effort and not ask.effort:
-        ask.effort = Effort(effort)
-    ask.choice = read_messages_choice(fields.object("tool_choice"), ask)
-    search.settle()
+    if effort and not (ask.effort and ask.effort.switched):
+        ask.effort = (ask.effort or Effort())._replace(level=effort)
+    if choice := fields.object("tool_choice"):
+        read_messages_choice(choice, ask)
+    tools.settle()
     for name in MESSAGES_ONLY:
-        if fields.left.pop(name, None):
+        if fields.get(name):
             ctx.drop(name)
-    fields.left.pop("cache_control", None)
+    fields.get("cache_control")
     fields.close()
     return ask
 
@@ -4788,10 +4625,9 @@ def clear_thinking(ask: Ask, management: Json) -> None:
 
 def read_messages_wishes(ask: Ask, fields: Fields, ctx: Context) -> None:
     """Thinking, effort, format, user and tier."""
-    output = fields.object("output_config")
-    thinking = fields.object("thinking")
+    output, thinking = fields.object("output_config"), fields.object("thinking")
     kind = thinking.text("type") if thinking else None
-    level = known_effort(output, "effort") if output else None
+    level = known_effort(output, "effort")
     # a Chat provider's reasoning must come back, whether or not it was asked for
     ctx.wants_thinking = kind in ("enabled", "adaptive") or ctx.provider == CHAT.word
     if thinking:
@@ -4802,69 +4638,58 @@ def read_messages_wishes(ask: Ask, fields: Fields, ctx: Context) -> None:
                             "off" if off else "on")
     elif level:
         ask.effort = Effort(level)
-    form = output.object("format") if output else None
-    old = fields.object("output_format")
-    form = form or old
-    if form:
+    older = fields.object("output_format")
+    if form := (output.object("format") if output else None) or older:
         if form.text("type") != "json_schema":
-            raise RequestError(f"`{form.at('type')}` must be json_schema", param=form.at("type"))
+            raise form.wrong("type", "json_schema")
         name = "output" if ctx.provider == CHAT.word else "anthropic_json_schema"
         ask.format = Format(form.json("schema") or {}, name)
     if output:
         output.close()
     metadata = fields.object("metadata")
     ask.user = metadata.text("user_id") if metadata else None
-    tier = fields.text("service_tier")
-    ask.tier = {"auto": "auto", "standard_only": "default"}.get(tier or "")
+    ask.tier = {"auto": "auto", "standard_only": "default"}.get(fields.text("service_tier") or "")
     if fields.text("speed") == "fast":
         ask.tier = "priority" if ctx.caps.vendor_fields else ask.tier
         if not ctx.caps.vendor_fields:
             ctx.drop("speed", "not taken by this provider")
 
 
-def read_messages_choice(fields: Fields | None, ask: Ask) -> Choice | None:
+def read_messages_choice(fields: Fields, ask: Ask) -> None:
     """The tool_choice of a Messages request."""
-    if fields is None:
-        return None
     kind = fields.text("type")
     if fields.flag("disable_parallel_tool_use"):
         ask.parallel = False
     if kind not in ("auto", "any", "none", "tool"):
-        raise RequestError("`tool_choice.type` must be auto, any, none or tool",
-                           param="tool_choice.type")
-    if kind == "tool":
-        return Choice("tool", (("", fields.text("name") or ""),))
-    return Choice("required" if kind == "any" else kind)
+        raise fields.wrong("type", "auto, any, none or tool")
+    names = (("", fields.text("name") or ""),) if kind == "tool" else ()
+    ask.choice = Choice("required" if kind == "any" else kind, names)
 
 
 def read_message_list(ask: Ask, messages: list[Any], ctx: Context,
                       tools: MessagesTools) -> str | None:
     """`messages` as atoms; the effort that the last system message among them asks for."""
     effort: str | None = None
-    users = [i for i, m in enumerate(messages) if mapping(m).get("role") == "user"]
-    last = users[-1] if users else -1
+    last = max((i for i, m in enumerate(messages) if mapping(m).get("role") == "user"), default=-1)
     for i, message in enumerate(messages):
         fields = Fields(ctx, message, f"messages[{i}]")
         role = fields.text("role")
         if role not in ("user", "assistant", "system"):
-            raise RequestError(f"`{fields.at('role')}` must be user or assistant",
-                               param=fields.at("role"))
+            raise fields.wrong("role", "user or assistant")
         content = fields.get("content", str, list)
-        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
+        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content or ()
         if role == "system":
-            if config := fields.object("output_config"):
-                effort = known_effort(config, "effort") or effort
+            effort = known_effort(fields.object("output_config"), "effort") or effort
             if fields.text("clear_at") == "next_user_message" and i < last:
                 continue
         atoms: list[Atom] = []
         for k, block in enumerate(blocks):
-            part = Fields(ctx, block, f"{fields.at('content')}[{k}]")
+            part = Fields(ctx, block, f"{fields.path}.content[{k}]")
             found = read_block(part, part.text("type") or "", role, tools, ctx)
-            if atoms and found and is_rendered(found[0]) and is_rendered(atoms[-1]):
-                last_said = cast(Said, atoms[-1]).parts[0]
-                text = join_lines([last_said.text, cast(Said, found[0]).parts[0].text])
-                atoms[-1] = Said([last_said._replace(text=text)])
-                continue
+            before, after = rendered(atoms[-1:]), rendered(found)
+            if before and after:  # a server tool's call and its result are one text
+                found = [Said([before._replace(text=join_lines([before.text, after.text]))])]
+                atoms.pop()
             atoms += found
         add_message(ask, role, atoms)
     return effort
@@ -4892,24 +4717,28 @@ def read_block(fields: Fields, kind: str, role: str, tools: MessagesTools,
     """One content block as atoms."""
     if kind == "tool_use" and role == "assistant":
         name = fields.text("name") or ""
-        tools.used(name)
+        tools.named.append(name)
         id = original_id(fields.text("id") or "")
-        value = fields.get("input")
-        return [Call(id, name, dump_arguments(parse_arguments(value)), parse_arguments(value))]
+        input = parse_arguments(fields.get("input"))
+        return [Call(id, name, dump_arguments(input), input)]
     if kind == "tool_result":
         parts = read_content(fields, "content", messages_part_of)
-        for part in parts:
-            if part.type == "tool_reference":
-                tools.used(part.name or "")
+        tools.named += [part.name or "" for part in parts if part.type == "tool_reference"]
         return [Out(original_id(fields.text("tool_use_id") or ""), parts,
                     bool(fields.flag("is_error")))]
-    if kind in ("thinking", "redacted_thinking") and role == "assistant":
-        return read_thinking(fields, kind, ctx)
+    if kind in THINKING and role == "assistant":
+        key = "signature" if kind == "thinking" else "data"
+        text = (fields.text("thinking") or "") if kind == "thinking" else ""
+        sealed = fields.text(key) or ""
+        if text and ctx.provider == CHAT.word and not sealed.startswith(CARRIER):
+            return [Thought("foreign", text, sealed)]  # plain text that a Chat provider can read
+        thought = own_thought(fields, sealed, text)
+        return [thought] if thought else []
     if kind in ("tool_addition", "tool_removal"):
         tools.change(fields, kind)
         return []
     if kind == "compaction":
-        text = fields.text("content")
+        text = fields.text("content") or ""
         return [User([Part("text", f"<summary>\n{text}\n</summary>")])] if text else []
     if kind in SERVER_BLOCKS or kind.endswith("_tool_result"):
         return read_server_block(fields, kind, tools, ctx)
@@ -4921,9 +4750,10 @@ def read_block(fields: Fields, kind: str, role: str, tools: MessagesTools,
     return [Said(parts)] if role == "assistant" else [User(parts)]
 
 
-def is_rendered(atom: Atom) -> bool:
-    """Whether an atom tells what a server's tool did."""
-    return isinstance(atom, Said) and atom.parts[0].type == "rendered"
+def rendered(atoms: list[Atom]) -> Part | None:
+    """The text of an atom that tells what a server's tool did; None where there is none."""
+    said = atoms[0] if atoms else None
+    return said.parts[0] if isinstance(said, Said) and said.parts[0].type == "rendered" else None
 
 
 def brief_kind(kind: str) -> str:
@@ -4931,86 +4761,65 @@ def brief_kind(kind: str) -> str:
     return kind if re.fullmatch(r"[a-z0-9_]{1,40}", kind) else "unknown"
 
 
-def read_thinking(fields: Fields, kind: str, ctx: Context) -> list[Atom]:
-    """A thinking block whose signature is our carrier."""
-    key, text = ("signature", fields.text("thinking") or "") if kind == "thinking" else ("data", "")
-    sealed = fields.text(key) or ""
-    thought = unseal(sealed, text, ctx)
-    if thought is None and text and ctx.provider == CHAT.word and not sealed.startswith(CARRIER):
-        return [Thought("foreign", text, sealed)]  # plain text that a Chat provider can read
-    if thought is None:
-        ctx.drop(fields.path, "reasoning_foreign: not of this provider, cut or edited")
-    return [thought] if thought else []
-
-
 SERVER_BLOCKS = ("server_tool_use", "mcp_tool_use", "mcp_tool_result", "advisor_tool_result")
+THINKING = ("thinking", "redacted_thinking")
 RENDERED_CHARS = 8000  # of a server tool's result in a history rendered as text
 
 
 def read_server_block(fields: Fields, kind: str, tools: MessagesTools,
                       ctx: Context) -> list[Atom]:
     """What a server's tool did, as the text that another provider's model can read."""
-    if kind in ("server_tool_use", "mcp_tool_use"):
-        input = mapping(fields.get("input"))
-        id, name = fields.text("id") or "", fields.text("name") or "tool"
-        if id.startswith("srvtoolu_px_") and ctx.caps.web_search == "native":
-            inner = from_base64url(id.removeprefix("srvtoolu_px_"))
-            return [Thought("search", "", ((inner or b"").decode("utf-8", "replace"),
-                                           str(input.get("query") or "")))]
-        said = next((str(input[k]) for k in ("query", "url", "command", "code")
-                     if isinstance(input.get(k), str)), "")
-        return [Said([Part("text", f'[{name} "{said}"]' if said else f"[{name}]",
-                           type="rendered")])]
-    id = fields.text("tool_use_id") or ""
-    if id.startswith("srvtoolu_px_") and ctx.caps.web_search == "native":
-        return []
-    text = rendered_result(fields.get("content"), tools)
-    return [Said([Part("text", text, type="rendered")])] if text else []
+    called = kind in ("server_tool_use", "mcp_tool_use")
+    id = fields.text("id" if called else "tool_use_id") or ""
+    own = id.startswith("srvtoolu_px_") and ctx.caps.web_search == "native"
+    if not called:
+        text = "" if own else rendered_result(fields.get("content"), tools)
+        return [Said([Part("text", text, type="rendered")])] if text else []
+    input, name = mapping(fields.get("input")), fields.text("name") or "tool"
+    if own:
+        inner = from_base64url(id.removeprefix("srvtoolu_px_")) or b""
+        query = str(input.get("query") or "")
+        return [Thought("search", "", (inner.decode("utf-8", "replace"), query))]
+    said = next((str(input[k]) for k in ("query", "url", "command", "code")
+                 if isinstance(input.get(k), str)), "")
+    return [Said([Part("text", f'[{name} "{said}"]' if said else f"[{name}]", type="rendered")])]
 
 
 def rendered_result(content: Any, tools: MessagesTools) -> str:
     """The result of a server tool as text; encrypted content stays out."""
-    if isinstance(content, str):
-        return content[:RENDERED_CHARS]
+    texts: list[str] = [content] if isinstance(content, str) else []
     if isinstance(content, dict):
         if isinstance(content.get("error_code"), str):
             return f"[failed: {content['error_code']}]"
-        inner = content.get("content")
-        references = listing(content.get("tool_references"))
-        if references:
+        if references := listing(content.get("tool_references")):
             names = [str(mapping(r).get("tool_name")) for r in references]
-            for name in names:
-                tools.used(name)
+            tools.named += names
             return "Found tools: " + ", ".join(names)
         texts = [str(content[k]) for k in ("url", "stdout", "stderr") if content.get(k)]
-        source = mapping(mapping(inner).get("source"))
+        source = mapping(mapping(content.get("content")).get("source"))
         if isinstance(source.get("data"), str) and source.get("type") == "text":
             texts.append(source["data"])
-        return join_lines(texts)[:RENDERED_CHARS]
-    lines = []
     for entry in map(mapping, listing(content)):
         if isinstance(entry.get("url"), str):
-            lines.append(f"- {entry.get('title') or entry['url']}: {entry['url']}")
+            texts.append(f"- {entry.get('title') or entry['url']}: {entry['url']}")
         elif isinstance(entry.get("text"), str):
-            lines.append(entry["text"])
-    return join_lines(lines)[:RENDERED_CHARS]
+            texts.append(entry["text"])
+    return join_lines(texts)[:RENDERED_CHARS]
 
 
 def messages_part_of(fields: Fields, kind: str) -> Part:
     """A content block that is a piece of content."""
-    path, mark = fields.path, cache_mark(fields.left.get("cache_control"))
-    more: Json = {"path": path, "mark": mark, "type": kind}
+    more: Json = {"path": fields.path, "mark": fields.mark(), "type": kind}
     if kind == "text":
         return Part("text", fields.text("text") or "", **more)
     if kind in ("image", "document"):
         return source_part(fields, kind, more)
     if kind == "search_result":
-        texts = [text for block in fields.list("content")
-                 if isinstance(text := mapping(block).get("text"), str)]
-        source = fields.get("source")
-        return Part("text", join_lines([f"Title: {fields.text('title') or ''}",
-                                        f"Source: {source if isinstance(source, str) else ''}",
-                                        *texts]), **more)
+        source = text_of(fields.get("source"))
+        lines = [f"Title: {fields.text('title') or ''}", f"Source: {source}"]
+        lines += [text for block in fields.list("content")
+                  if isinstance(text := mapping(block).get("text"), str)]
+        return Part("text", join_lines(lines), **more)
     if kind == "tool_reference":
         name = fields.text("tool_name") or fields.text("name") or ""
         return Part("text", f"Tool loaded: {name}", name=name, **more)
@@ -5027,59 +4836,50 @@ def source_part(fields: Fields, kind: str, more: Json) -> Part:
     what = source.text("type") if source else None
     if source is None or what is None:
         return Part("text", f"[{kind} omitted]", **more)
+    shape = "image" if kind == "image" else "file"
     if what == "base64":
         media = (source.text("media_type") or "").lower()
-        shape = "image" if kind == "image" else "file"
         return Part(shape, media=media, data=source.text("data") or "", name=title, **more)
     if what == "url":
-        return Part("image" if kind == "image" else "file", url=source.text("url") or "",
-                    name=title, **more)
+        return Part(shape, url=source.text("url") or "", name=title, **more)
     if what == "text":
-        part = Part("file", name=title, **more)
-        return part._replace(kind="text", text=document_text(part, source.text("data") or ""))
+        text = document_text(title, source.text("data") or "")
+        return Part("text", text, name=title, **more)
     if what == "content":
-        inner = read_content(source, "content", messages_part_of)
-        return Part("several", raw=inner, **more)
+        return Part("several", raw=read_content(source, "content", messages_part_of), **more)
     id = source.text("file_id") or ""
     return Part("text", f"[{kind} omitted: file {id}]" if fields.ctx.provider == CHAT.word
                 else f"[file {id} omitted]", **more)
 
 
-EDIT_FIELDS: Json = {
-    "path": {"type": "string"}, "old_str": {"type": "string"}, "new_str": {"type": "string"},
-    "insert_line": {"type": "integer"}, "insert_text": {"type": "string"},
-    "file_text": {"type": "string"},
-    "view_range": {"type": "array", "items": {"type": "integer"}}}
+EDIT_FIELDS: Json = {"path": STRING, "old_str": STRING, "new_str": STRING, "insert_line": INTEGER,
+                     "insert_text": STRING, "file_text": STRING, "view_range": INTEGERS}
 
 
-def enum_schema(key: str, values: str, properties: Json, required: Sequence[str]) -> Json:
+def command_schema(key: str, values: str, properties: Json, *required: str) -> Json:
     """The schema of a tool with one field that says what to do."""
-    return {"type": "object", "required": list(required),
-            "properties": {key: {"type": "string", "enum": values.split()}, **properties}}
+    schema = object_schema({key: {**STRING, "enum": values.split()}, **properties})
+    return {"type": "object", "required": [key, *required], **schema}
 
 
-PAIR_OF_NUMBERS: Json = {"type": "array", "items": {"type": "integer"}}
 # Tools that Anthropic's models know by name and clients run: (pattern, description, schema).
 ANTHROPIC_TOOLS: tuple[tuple[str, str, Json], ...] = (
-    ("bash_", "Runs a command in a shell that keeps its state.", {
-        "type": "object", "properties": {"command": {"type": "string"},
-                                         "restart": {"type": "boolean"}}}),
-    ("text_editor_2024|text_editor_20250124", "Views and edits text files.", enum_schema(
-        "command", "view create str_replace insert undo_edit", EDIT_FIELDS, ("command", "path"))),
-    ("text_editor_", "Views and edits text files.", enum_schema(
-        "command", "view create str_replace insert", EDIT_FIELDS, ("command", "path"))),
-    ("memory_", "Keeps notes in files between conversations.", enum_schema(
+    ("bash_", "Runs a command in a shell that keeps its state.", object_schema(
+        {"command": STRING, "restart": {"type": "boolean"}})),
+    ("text_editor_2024|text_editor_20250124", "Views and edits text files.", command_schema(
+        "command", "view create str_replace insert undo_edit", EDIT_FIELDS, "path")),
+    ("text_editor_", "Views and edits text files.", command_schema(
+        "command", "view create str_replace insert", EDIT_FIELDS, "path")),
+    ("memory_", "Keeps notes in files between conversations.", command_schema(
         "command", "view create str_replace insert delete rename",
-        {**EDIT_FIELDS, "old_path": {"type": "string"}, "new_path": {"type": "string"}},
-        ("command",))),
-    ("computer_", "Uses a screen, mouse and keyboard.", enum_schema(
+        {**EDIT_FIELDS, "old_path": STRING, "new_path": STRING})),
+    ("computer_", "Uses a screen, mouse and keyboard.", command_schema(
         "action", "key type mouse_move left_click left_click_drag right_click middle_click"
         " double_click triple_click left_mouse_down left_mouse_up scroll hold_key wait screenshot"
         " cursor_position zoom",
-        {"coordinate": PAIR_OF_NUMBERS, "start_coordinate": PAIR_OF_NUMBERS,
-         "text": {"type": "string"}, "scroll_direction": {"type": "string"},
-         "scroll_amount": {"type": "integer"}, "duration": {"type": "number"},
-         "region": PAIR_OF_NUMBERS}, ("action",))),
+        {"coordinate": INTEGERS, "start_coordinate": INTEGERS, "text": STRING,
+         "scroll_direction": STRING, "scroll_amount": INTEGER, "duration": {"type": "number"},
+         "region": INTEGERS})),
 )
 SEARCH_TOOL = re.compile(r"tool_search_tool_(regex|bm25)")
 HOSTED_TOOL = re.compile(r"(web_search|web_fetch|code_execution|advisor|mcp_toolset|tool_search)"
@@ -5095,53 +4895,38 @@ class MessagesTools:
         self.dropped: list[str] = []
         self.server_search = False
 
-    def read(self, values: list[Any]) -> None:
-        """The declared tools."""
-        for i, value in enumerate(values):
-            fields = Fields(self.ctx, value, f"tools[{i}]")
-            tool = self.tool(fields, fields.text("type") or "custom")
-            if tool:
-                self.ask.tools.append(tool)
-
-    def tool(self, fields: Fields, kind: str) -> Tool | None:
-        """One declared tool; None for one that only Anthropic's servers run."""
+    def add(self, fields: Fields, loaded: bool = False) -> None:
+        """One declared tool, or one `loaded` on the way; those that only Anthropic's servers run
+        are dropped."""
+        kind, path = fields.text("type") or "custom", fields.path
+        known = next((row for row in ANTHROPIC_TOOLS if re.match(row[0], kind)), None)
         if kind.startswith("web_search_") and self.ctx.caps.web_search != "off":
             raw = {key: fields.left[key] for key in ("allowed_domains", "user_location", "max_uses")
                    if fields.left.get(key) is not None}
-            return Tool("web_search", "web_search", raw=raw, path=fields.path)
-        if HOSTED_TOOL.match(kind):
+            self.ask.tools.append(Tool("web_search", "web_search", raw=raw, path=path))
+        elif HOSTED_TOOL.match(kind) or not (known or kind in ("custom", "function")):
             self.server_search = self.server_search or bool(SEARCH_TOOL.match(kind))
             self.dropped.append(kind)
-            self.ctx.drop(fields.path, f"no {brief_kind(kind)} with this provider")
-            return None
-        inner = fields.object("function") if kind == "function" else None
-        fields = inner or fields
-        name = fields.text("name")
-        if not name:
-            raise RequestError(f"`{fields.at('name')}` must be a non-empty string",
-                               param=fields.at("name"))
-        known = next((row for row in ANTHROPIC_TOOLS if re.match(row[0], kind)), None)
-        if known:
+            self.ctx.drop(path, f"no {brief_kind(kind)} with this provider")
+        elif known:
             about = known[1]
             if kind.startswith("computer_"):
                 width, height = (fields.left.get(f"display_{k}_px") for k in ("width", "height"))
                 about += f" The display is {width} x {height} pixels."
-            return Tool("function", name, about, known[2], path=fields.path)
-        if kind not in ("custom", "function"):
-            self.dropped.append(kind)
-            self.ctx.drop(fields.path, f"no {brief_kind(kind)} with this provider")
-            return None
-        text = fields.text("description")
+            self.ask.tools.append(Tool("function", fields.name(), about, known[2], path=path))
+        else:
+            tool = self.function((kind == "function" and fields.object(kind)) or fields)
+            self.ask.tools.append(tool._replace(deferred=tool.deferred and not loaded))
+
+    def function(self, fields: Fields) -> Tool:
+        """A tool that the client defines."""
+        name, text = fields.name(), fields.text("description")
         if examples := fields.list("input_examples"):
             text = f"{text or ''}\n\nExamples: {compact(examples)}"
         schema = fields.json("input_schema") or fields.json("parameters")
         return Tool("function", name, text, schema, strict=fields.flag("strict"),
                     deferred=bool(fields.flag("defer_loading")), path=fields.path,
-                    mark=cache_mark(fields.left.pop("cache_control", None)))
-
-    def used(self, name: str) -> None:
-        """A call or a reference names a tool."""
-        self.named.append(name)
+                    mark=fields.mark())
 
     def change(self, fields: Fields, kind: str) -> None:
         """A tool_addition or tool_removal block within the conversation."""
@@ -5150,14 +4935,12 @@ class MessagesTools:
             found = found.object("tool") or found.object("definition") or found
         inner = found.left if found else fields.left
         name = inner.get("name") or inner.get("tool_name")
-        if inner.get("type") == "tool_reference":
-            found = None
         if kind == "tool_removal":
             self.ask.tools = [tool for tool in self.ask.tools if tool.name != name]
-        elif found and (tool := self.tool(found, found.text("type") or "custom")):
-            self.ask.tools.append(tool._replace(deferred=False))
+        elif found and inner.get("type") != "tool_reference":
+            self.add(found, loaded=True)
         elif isinstance(name, str):
-            self.used(name)
+            self.named.append(name)
 
     def settle(self) -> None:
         """Leave the tools that are sent: deferred ones behind, in the order they were named."""
@@ -5176,6 +4959,185 @@ class MessagesTools:
                                " this provider", param="tools")
         self.ask.tools = tools
 
+# -- what the writers share --------------------------------------------------
+
+WORDS = ("text", "refusal")  # the kinds of part that are text
+NO_SAMPLING = "this model takes no sampling parameters"
+IN_JSON, BY_SCHEMA = "Answer in JSON.", "Answer only with JSON that matches this JSON schema:\n"
+STOP_NAMES = {"responses": "stop", "chat": "stop", "messages": "stop_sequences"}
+
+
+def spoken(parts: Iterable[Part]) -> list[Part]:
+    """Parts without texts that are empty."""
+    return [part for part in parts if part.kind not in WORDS or part.text.strip()]
+
+
+def words_for(part: Part, ctx: Context) -> str:
+    """The text of a part, or the words that stand for what the provider does not take; in a Chat
+    request at hand that is refused instead."""
+    if part.kind in WORDS:
+        return part.text
+    if part.kind == "image" and not ctx.caps.vision:
+        return "[image omitted: this model cannot see images]"
+    what = part.kind if part.kind in ("image", "file", "audio") else "part"
+    if part.current:
+        said = f" of type {part.media}" if part.media else ""
+        raise RequestError(f"this provider takes no such {what}{said}", param=part.path)
+    if ctx.inbound == RESPONSES.word:
+        where = f" ({part.url})" if part.url else ""
+        return omitted_words("content", brief_kind(part.type), ctx) + where
+    if ctx.provider == CHAT.word and part.kind != "image":
+        return (f"[document: {part.url}]" if part.url else
+                f'[document "{part.name or ""}" omitted: provider takes no files]')
+    note = part.media if part.kind == "image" else part.name
+    return f"[{what} omitted: {note}]" if note and ctx.provider == MESSAGES.word \
+        else f"[{what} omitted]"
+
+
+def marked(block: Json, mark: Json | None) -> Json:
+    """A block with a cache mark, where there is one."""
+    if mark is not None:
+        block["cache_control"] = mark
+    return block
+
+
+def asked_level(ask: Ask) -> str | None:
+    """The effort level that a request comes to, None where it asks for none in particular."""
+    wish = ask.effort or Effort()
+    return budget_level(wish.budget) if not wish.level and wish.budget is not None else wish.level
+
+
+def write_tools(ask: Ask, names: ToolNames, ctx: Context,
+                write: Callable[[Tool, str, Context], Json],
+                search: Callable[[Json], Json] | None) -> list[Json]:
+    """The tools, each remembered under the name it goes by. `search` makes a tool of a wish for
+    web search, where the protocol has it as a tool."""
+    found: list[Json] = []
+    for tool in ask.tools:
+        if tool.kind == "raw":
+            found.append(dict(tool.raw))
+        elif tool.kind != "web_search":
+            wire = names.of(tool.space, tool.name)
+            ctx.tools[wire] = tool
+            found.append(write(tool, wire, ctx))
+        elif search:
+            found.append(search(mapping(tool.raw)))
+            ctx.web_search = True
+    if search and ask.search is not None:
+        if ctx.caps.web_search == "native":
+            found.append(search(ask.search))
+            ctx.web_search = True
+        else:
+            ctx.drop("web_search_options")
+    return found
+
+
+def function_of(tool: Tool, wire: str, key: str, schema: Json) -> Json:
+    """A tool as a function with its schema at `key`. A free text tool has one string; its grammar
+    is only told."""
+    description = tool.description
+    if tool.kind == "custom":
+        schema = {"type": "object", "properties": {"input": {"type": "string"}},
+                  "required": ["input"], "additionalProperties": False}
+        format_ = mapping(mapping(tool.raw).get("format"))
+        grammar = mapping(format_.get("grammar")) or format_
+        if isinstance(definition := grammar.get("definition"), str):
+            note = (f'"input" must match this {grammar.get("syntax") or ""} grammar:\n'
+                    f"```\n{definition}\n```")
+            description = f"{description}\n\n{note}" if description else note
+    return {"name": wire, **({"description": description} if description else {}), key: schema}
+
+
+def native_custom(tool: Tool, wire: str, ctx: Context) -> Json:
+    """A free text tool as OpenAI has it; a grammar is nested in Chat, flat in Responses."""
+    out: Json = {"name": wire, **({"description": tool.description} if tool.description else {})}
+    form = mapping(mapping(tool.raw).get("format"))
+    if form.get("type") == "grammar":
+        inner = mapping(form.get("grammar")) or {
+            key: form[key] for key in ("syntax", "definition") if key in form}
+        form = {"type": "grammar", **({"grammar": inner} if ctx.provider == CHAT.word else inner)}
+    return {**out, "format": form} if form else out
+
+
+def call_kind(tool: Tool, ctx: Context) -> str:
+    """Whether a tool goes to the provider as a custom tool or as a function."""
+    return "custom" if tool.kind == "custom" and ctx.caps.custom_tools else "function"
+
+
+def is_strict_tool(tool: Tool, schema: Json, ctx: Context) -> bool:
+    """Whether a tool's schema is to be strict; Anthropic's strict is the weaker one."""
+    return bool(tool.strict and ctx.caps.strict_tools
+                and (ctx.inbound != MESSAGES.word or is_strict(schema)))
+
+
+def is_strict_format(form: Format, ctx: Context) -> bool:
+    """Whether an answer's schema is to be strict; Anthropic's always is, as far as it can be."""
+    if ctx.inbound != MESSAGES.word:
+        return bool(form.strict)
+    return bool(ctx.caps.strict_tools) and is_strict(form.schema)
+
+
+def put_tools(ask: Ask, names: ToolNames, mode: str | None, forced: str | None, tools: list[Json],
+              ctx: Context, out: Json) -> None:
+    """tools, tool_choice and parallel_tool_calls of either OpenAI protocol; Chat Completions nests
+    what a choice names."""
+    if not tools:
+        return
+    nested = ctx.provider == CHAT.word
+
+    def named(wire: str) -> Json:
+        kind = call_kind(names.declared[wire], ctx)
+        return {"type": kind, kind: {"name": wire}} if nested else {"type": kind, "name": wire}
+
+    out["tools"] = tools
+    if mode == "tool" and forced:
+        search = names.declared[forced].kind == "web_search" and not nested
+        out["tool_choice"] = {"type": "web_search"} if search else named(forced)
+    elif mode == "allowed" and ask.choice:
+        allowed: Json = {"mode": "required" if ask.choice.required else "auto",
+                         "tools": [named(wire) for wire in names.pick(ask.choice)]}
+        out["tool_choice"] = {"type": "allowed_tools",
+                              **({"allowed_tools": allowed} if nested else allowed)}
+    elif mode:
+        out["tool_choice"] = mode
+    if ctx.caps.parallel_tool_calls is not False and (
+            ask.parallel is False or (ask.parallel and ctx.inbound == CHAT.word)):
+        out["parallel_tool_calls"] = ask.parallel
+
+
+def put_sampling(ask: Ask, ctx: Context, out: Json, **reasons: str | None) -> None:
+    """temperature, top_p and top_k, each unless there is a reason against it."""
+    for name, reason in reasons.items():
+        value = getattr(ask, name)
+        if value is not None and reason is None:
+            out[name] = value
+        elif value is not None:
+            ctx.drop(name, reason or "")
+
+
+def put_user(ask: Ask, ctx: Context, out: Json) -> None:
+    """Anthropic's user_id for OpenAI, in a form that names nobody; for others it stays here."""
+    if ctx.inbound == MESSAGES.word and ask.user:
+        if ctx.caps.vendor_fields:
+            plain = len(ask.user) <= 64 and not ask.user.startswith("{")
+            out["safety_identifier"] = ask.user if plain else sha(ask.user)
+            out["prompt_cache_key"] = sha(ask.user)[:32]
+        else:
+            ctx.drop("metadata.user_id", "stays here: it may name an account")
+
+
+def put_extras(ask: Ask, ctx: Context, out: Json, taken: Iterable[str], tier: str | None) -> None:
+    """The members of `ask.more` that are `taken`, and the tier; what is left is dropped."""
+    for name in taken:
+        if name in ask.more:
+            out[name] = ask.more.pop(name)[1]
+    if tier and ctx.caps.vendor_fields:
+        out["service_tier"] = tier
+    elif ask.tier:
+        ctx.drop("service_tier", "not taken by this provider")
+    for path, _ in ask.more.values():
+        ctx.drop(path)
+
 # -- writing Anthropic Messages (translation-responses.md 2.1, -chat.md 2.2-2.8)
 
 CACHED_FROM = 2048  # tokens, below which a cache mark costs more than it saves
@@ -5186,7 +5148,7 @@ def write_messages(ask: Ask, ctx: Context) -> Json:
     """A neutral request as the body of an Anthropic Messages request."""
     names = ToolNames(ask.tools, 64 if ctx.inbound == RESPONSES.word else 128)
     mode, tool = settle_choice(ask, names)
-    tools = messages_tools(ask, names, ctx)
+    tools = write_tools(ask, names, ctx, anthropic_tool, anthropic_search)
     system = [text_block(part) for part in system_parts(ask.system, ctx) if part.text.strip()]
     atoms = pair_up(ask.atoms, safe_id, ctx)
     messages = messages_turns(atoms, names, ctx)
@@ -5211,7 +5173,7 @@ def write_messages(ask: Ask, ctx: Context) -> Json:
         out["system"] = system
     messages_sampling(ask, ctx, out)
     messages_extras(ask, ctx, out)
-    finish_thinking(atoms, ctx, out)
+    finish_thinking(ctx, out)
     end_with_user(out, ctx.kind)
     set_marks(ask, ctx, out)
     shorten(out)
@@ -5225,7 +5187,7 @@ def system_parts(parts: list[Part], ctx: Context) -> list[Part]:
         if part.kind == "text":
             out.append(part)
         elif ctx.inbound == RESPONSES.word:
-            out.append(Part("text", cannot_send(part, ctx)))
+            out.append(Part("text", words_for(part, ctx)))
         else:
             ctx.drop(part.path, "only text has a place in a system message")
     return out
@@ -5236,61 +5198,38 @@ def text_block(part: Part) -> Json:
     return marked({"type": "text", "text": part.text}, part.mark)
 
 
-def marked(block: Json, mark: Json | None) -> Json:
-    """A block with a cache mark, where there is one."""
-    if mark is not None:
-        block["cache_control"] = mark
-    return block
-
-
 def anthropic_blocks(part: Part, ctx: Context) -> list[Json]:
     """A part as content blocks: none for an empty text."""
-    if part.kind in ("text", "refusal"):
+    if part.kind in WORDS:
         return [text_block(part)] if part.text.strip() else []
     if part.kind == "raw":
-        return [part.raw]
-    if part.kind == "image" and not ctx.caps.vision:
-        return [text_block(Part("text", "[image omitted: this model cannot see images]"))]
-    if part.detail:
-        ctx.drop(f"{part.path}.{'image_url.' if part.type == 'image_url' else ''}detail")
-    block = anthropic_media(part) if part.kind in ("image", "file") else None
+        return [copy.deepcopy(part.raw)]
+    block = None
+    if part.kind != "image" or ctx.caps.vision:
+        block = anthropic_media(part)
+        if part.detail:
+            ctx.drop(f"{part.path}.{'image_url.' if part.type == 'image_url' else ''}detail")
     if block is None:
-        return [text_block(Part("text", cannot_send(part, ctx)))]
+        return [text_block(Part("text", words_for(part, ctx)))]
     return [marked(block, part.mark)]
 
 
 def anthropic_media(part: Part) -> Json | None:
     """An image or document block; None for what Anthropic takes in no form."""
-    if part.url and part.kind == "image":
-        return {"type": "image", "source": {"type": "url", "url": part.url}}
-    if part.url and (part.type == "input_file" or part.url.split("?")[0].endswith(".pdf")):
-        return {"type": "document", "source": {"type": "url", "url": part.url}}
+    if part.url and (part.kind == "image" or part.type == "input_file"
+                     or part.url.split("?")[0].endswith(".pdf")):
+        return {"type": "image" if part.kind == "image" else "document",
+                "source": {"type": "url", "url": part.url}}
     if not part.data:
         return None
+    source: Json = {"type": "base64", "media_type": part.media, "data": part.data}
     if part.media in IMAGE_TYPES:
-        return {"type": "image",
-                "source": {"type": "base64", "media_type": part.media, "data": part.data}}
-    title = {"title": part.name} if part.name else {}
-    if part.media == "application/pdf":
-        return {"type": "document", "source": {
-            "type": "base64", "media_type": "application/pdf", "data": part.data}, **title}
-    if part.kind == "file" and part.media and TEXT_TYPES.fullmatch(part.media):
-        return {"type": "document", "source": {
-            "type": "text", "media_type": "text/plain", "data": decoded_text(part)}, **title}
-    return None
-
-
-def cannot_send(part: Part, ctx: Context) -> str:
-    """The words that stand for a part; a Chat request at hand is refused instead."""
-    what = {"image": "image", "file": "file", "audio": "audio"}.get(part.kind, "part")
-    if ctx.inbound == CHAT.word:
-        if part.current:
-            said = f" of type {part.media}" if part.media else ""
-            raise RequestError(f"this provider takes no such {what}{said}", param=part.path)
-        note = part.media if part.kind == "image" else part.name
-        return f"[{what} omitted: {note}]" if note else f"[{what} omitted]"
-    return (f"[OpenAI Responses content `{brief_kind(part.type)}` omitted during"
-            f" {TRANSLATED_TO[ctx.provider]} translation]")
+        return {"type": "image", "source": source}
+    if part.media != "application/pdf":
+        if part.kind != "file" or not TEXT_TYPES.fullmatch(part.media or ""):
+            return None
+        source = {"type": "text", "media_type": "text/plain", "data": decoded_text(part)}
+    return {"type": "document", "source": source, **({"title": part.name} if part.name else {})}
 
 
 def messages_turns(atoms: list[Atom], names: ToolNames, ctx: Context) -> list[Json]:
@@ -5364,19 +5303,14 @@ def assistant_blocks(group: list[Atom], names: ToolNames, ctx: Context) -> list[
             or block.get("id") in answered or i == len(blocks) - 1]
 
 
-THINKING = ("thinking", "redacted_thinking")
-
-
 def thought_blocks(thought: Thought, ctx: Context) -> list[Json]:
     """Reasoning as the provider gave it; that of another protocol's provider is left out."""
     if thought.kind == "at" and (thought.body or ctx.caps.lenient_thinking):
         return [{"type": "thinking", "thinking": thought.text, "signature": thought.body}]
     if thought.kind == "ar":
         return [{"type": "redacted_thinking", "data": thought.body}]
-    if thought.kind == "ab":
-        return [block for block in listing(thought.body)
-                if isinstance(block, dict) and isinstance(block.get("type"), str)]
-    return []
+    return [block for block in listing(thought.body) if thought.kind == "ab"
+            and isinstance(mapping(block).get("type"), str)]
 
 
 def result_blocks(out: Out, ctx: Context) -> list[Json]:
@@ -5391,49 +5325,23 @@ def result_blocks(out: Out, ctx: Context) -> list[Json]:
     return [marked(block, out.mark)]
 
 
-def messages_tools(ask: Ask, names: ToolNames, ctx: Context) -> list[Json]:
-    """The tools, each remembered under the name it goes by."""
-    found = []
-    for tool in ask.tools:
-        if tool.kind == "raw":
-            found.append(tool.raw)
-            continue
-        if tool.kind == "web_search":
-            ctx.web_search = True
-            found.append(hosted_search(mapping(tool.raw)))
-            continue
-        wire = names.of(tool.space, tool.name)
-        ctx.tools[wire] = tool
-        item: Json = {"name": wire}
-        description = tool.description
-        schema = input_schema(tool.schema)
-        if tool.kind == "custom":
-            description, schema = custom_tool(tool)
-        if description:
-            item["description"] = description
-        item["input_schema"] = schema
-        if tool.strict:
-            if ctx.kind.schema and ctx.caps.strict_tools and \
-                    schema.get("additionalProperties") is False:
-                item["strict"] = True
-            else:
-                ctx.drop(f"{tool.path}.strict", "needs a closed schema and a newer model")
-        if ctx.inbound == CHAT.word and isinstance(tool.raw, dict) and tool.kind == "function":
-            item |= tool.raw
-        found.append(marked(item, tool.mark))
-    if ask.search is not None:
-        if ctx.caps.web_search == "native":
-            ctx.web_search = True
-            found.append(hosted_search(ask.search))
-        else:
-            ctx.drop("web_search_options")
-    return found
+def anthropic_tool(tool: Tool, wire: str, ctx: Context) -> Json:
+    """A function for Anthropic."""
+    item = function_of(tool, wire, "input_schema", input_schema(tool.schema))
+    closed = item["input_schema"].get("additionalProperties") is False
+    if tool.strict and closed and ctx.kind.schema and ctx.caps.strict_tools:
+        item["strict"] = True
+    elif tool.strict:
+        ctx.drop(f"{tool.path}.strict", "needs a closed schema and a newer model")
+    if ctx.inbound == CHAT.word and tool.kind == "function":
+        item |= mapping(tool.raw)
+    return marked(item, tool.mark)
 
 
 SEARCH_USES = {"low": 1, "medium": 5, "high": 10}
 
 
-def hosted_search(options: Json) -> Json:
+def anthropic_search(options: Json) -> Json:
     """Anthropic's web search by the options of either OpenAI protocol."""
     out: Json = {"type": "web_search_20250305", "name": "web_search"}
     filters = mapping(options.get("filters"))
@@ -5450,19 +5358,6 @@ def hosted_search(options: Json) -> Json:
     if uses and "type" not in options:
         out["max_uses"] = uses
     return out
-
-
-def custom_tool(tool: Tool) -> tuple[str | None, Json]:
-    """A free text tool as a function with one string; its grammar is only told."""
-    format_ = mapping(mapping(tool.raw).get("format"))
-    grammar = mapping(format_.get("grammar")) or format_
-    description, definition = tool.description, grammar.get("definition")
-    if isinstance(definition, str):
-        note = (f'"input" must match this {grammar.get("syntax") or ""} grammar:\n'
-                f"```\n{definition}\n```")
-        description = f"{description}\n\n{note}" if description else note
-    return description, {"type": "object", "properties": {"input": {"type": "string"}},
-                         "required": ["input"], "additionalProperties": False}
 
 
 def messages_choice(mode: str | None, tool: str | None, ask: Ask,
@@ -5495,46 +5390,41 @@ def format_texts(ask: Ask, ctx: Context, out: Json) -> list[str]:
         return []
     if form.schema is None:
         return ["Answer with one JSON object only."]
-    if ctx.kind.schema:
-        out["output_config"] = {"format": {"type": "json_schema",
-                                           "schema": closed_schema(form.schema)}}
-        return []
-    return [f"Answer only with JSON that matches this JSON schema:\n{compact(form.schema)}"]
+    if not ctx.kind.schema:
+        return [BY_SCHEMA + compact(form.schema)]
+    out["output_config"] = {"format": {"type": "json_schema",
+                                       "schema": closed_schema(form.schema)}}
+    return []
 
 
 def ask_for_thinking(ask: Ask, ctx: Context, out: Json, choice: Json | None) -> None:
-    """thinking and output_config.effort by the model's class (-chat.md 2.6, -responses.md 2.1.8)."""
+    """thinking and output_config.effort by the model's class (-chat.md 2.6, -responses.md
+    2.1.8)."""
     wish, kind = ask.effort, ctx.kind
     if wish is None:
         return
     if not kind.manual and not kind.adaptive:
         ctx.drop("thinking" if wish.switched else "reasoning", "this model does not reason")
         return
-    level = wish.level or (budget_level(wish.budget) if wish.budget is not None else None)
+    level, effort = asked_level(ask), None
     forced = choice is not None and choice["type"] in ("any", "tool")
-    effort = None
+    disabled = {"type": "disabled"}
     if level == "none":
         if kind.disabled and kind.name != "K1":
-            out["thinking"] = {"type": "disabled"}
+            out["thinking"] = disabled
         elif kind.name == "K5":
             effort = "low"
     elif kind.adaptive and not (kind.manual and wish.switched == "enabled" and wish.budget):
-        if forced and kind.disabled:
-            out["thinking"] = {"type": "disabled"}
-        else:
-            out["thinking"] = {"type": "adaptive"}
-            if wish.display:
-                out["thinking"]["display"] = wish.display
+        shown = {"display": wish.display} if wish.display else {}
+        out["thinking"] = disabled if forced and kind.disabled else {"type": "adaptive", **shown}
         effort = {"minimal": "low", "xhigh": "max" if kind.name == "K2" else "xhigh"}.get(
             level or "", level)
-    elif forced:
-        if ctx.inbound == RESPONSES.word:
-            out["thinking"] = {"type": "disabled"}
-    else:
+    elif not forced:
         budget = wish.budget if wish.budget is not None else BUDGETS[level or "medium"]
         out["thinking"] = {"type": "enabled", "budget_tokens": max(budget, 1024)}
-    if effort in ("xhigh", "max") and "opus-5" in ctx.model and \
-            mapping(out.get("thinking")).get("type") == "disabled":
+    elif ctx.inbound == RESPONSES.word:
+        out["thinking"] = disabled
+    if effort in ("xhigh", "max") and "opus-5" in ctx.model and out.get("thinking") == disabled:
         effort = "high"
     if effort:
         out.setdefault("output_config", {})["effort"] = effort
@@ -5542,40 +5432,30 @@ def ask_for_thinking(ask: Ask, ctx: Context, out: Json, choice: Json | None) -> 
 
 def fit_tokens(ask: Ask, ctx: Context, out: Json) -> None:
     """max_tokens, and the thinking budget that must be below it."""
-    default = ctx.caps.default_max_tokens or ctx.kind.default_max_tokens
-    limit = min(ctx.kind.max_tokens, ctx.caps.max_tokens_cap or 1 << 30)
     thinking = mapping(out.get("thinking"))
     budget = thinking.get("budget_tokens")
-    if ask.max_tokens is None:
-        out["max_tokens"] = min(limit, default + (budget or 0))
-    else:
-        out["max_tokens"] = max(1, min(ask.max_tokens, limit))
+    wanted = ask.max_tokens
+    if wanted is None:
+        wanted = (ctx.caps.default_max_tokens or ctx.kind.default_max_tokens) + (budget or 0)
+    limit = min(ctx.kind.max_tokens, ctx.caps.max_tokens_cap or 1 << 30)
+    out["max_tokens"] = max(1, min(wanted, limit))
     if budget is not None:
-        budget = min(budget, out["max_tokens"] - 1024)
-        if budget < 1024:
+        thinking["budget_tokens"] = min(budget, out["max_tokens"] - 1024)
+        if thinking["budget_tokens"] < 1024:
             del out["thinking"]
             ctx.drop("reasoning", "the output limit leaves no room for thinking")
-        else:
-            thinking["budget_tokens"] = budget
 
 
 def messages_sampling(ask: Ask, ctx: Context, out: Json) -> None:
     """temperature, top_p and top_k where the class takes them; never beside thinking."""
-    thinks = mapping(out.get("thinking")).get("type") in ("enabled", "adaptive")
-    reason = ("not beside thinking" if thinks else
-              None if ctx.kind.sampling else "this model takes no sampling parameters")
-    for name, value in (("temperature", ask.temperature), ("top_p", ask.top_p),
-                        ("top_k", ask.top_k)):
-        if value is None:
-            continue
-        if reason:
-            ctx.drop(name, reason)
-        elif name == "top_p" and ask.temperature is not None and ctx.kind.name in ("K1", "K2"):
-            ctx.drop(name, "not beside temperature")
-        elif name == "temperature":
-            out[name] = max(0, min(value, 1.0))
-        else:
-            out[name] = value
+    why = None if ctx.kind.sampling else NO_SAMPLING
+    if mapping(out.get("thinking")).get("type") in ("enabled", "adaptive"):
+        why = "not beside thinking"
+    one = "not beside temperature" if ask.temperature is not None and (
+        ctx.kind.name in ("K1", "K2")) else None
+    put_sampling(ask, ctx, out, temperature=why, top_p=why or one, top_k=why)
+    if "temperature" in out:
+        out["temperature"] = max(0, min(out["temperature"], 1.0))
 
 
 MAIL_OR_PHONE = re.compile(r"[^@\s]+@[^@\s]+|\+?[\d\s().-]{7,}")
@@ -5589,98 +5469,76 @@ def messages_extras(ask: Ask, ctx: Context, out: Json) -> None:
         if len(user) > 256 or not user.isprintable() or MAIL_OR_PHONE.fullmatch(user):
             user = sha(user)
         out["metadata"] = {"user_id": user}
-    tier = {"auto": "auto", "default": "standard_only"}.get(ask.tier or "")
-    if tier and ctx.caps.vendor_fields:
-        out["service_tier"] = tier
-    elif ask.tier:
-        ctx.drop("service_tier", "not taken by this provider")
-    for name, (path, _) in ask.more.items():
-        if name not in ("user", "safety_identifier"):
-            ctx.drop(path)
+    for name in ("user", "safety_identifier"):
+        ask.more.pop(name, None)
+    put_extras(ask, ctx, out, (), {"auto": "auto", "default": "standard_only"}.get(ask.tier or ""))
 
 
-def finish_thinking(atoms: list[Atom], ctx: Context, out: Json) -> None:
+def finish_thinking(ctx: Context, out: Json) -> None:
     """Thinking and the history's thinking blocks, so that they go together (-chat.md 1.5a)."""
     messages = out["messages"]
-    manual = mapping(out.get("thinking")).get("type") == "enabled" and ctx.kind.name == "K1"
-    if manual:
-        last = next((m for m in reversed(messages) if m["role"] == "assistant"), None)
-        calls = last and any(b["type"] == "tool_use" for b in last["content"])
-        if last and calls and messages[-1]["role"] == "user" and any(
-                b["type"] == "tool_result" for b in messages[-1]["content"]) and \
-                last["content"][0]["type"] not in THINKING:
+    turns = [m["content"] for m in messages if m["role"] == "assistant"]
+    if turns and ctx.kind.name == "K1" and messages[-1]["role"] == "user" and \
+            mapping(out.get("thinking")).get("type") == "enabled":
+        called = any(b["type"] == "tool_use" for b in turns[-1])
+        answered = any(b["type"] == "tool_result" for b in messages[-1]["content"])
+        if called and answered and turns[-1][0]["type"] not in THINKING:
             del out["thinking"]
             strip_thinking(messages)
             ctx.drop("reasoning", "the last tool call came without its thinking")
-    if ctx.caps.thinking_binding:
-        has = any(b["type"] in THINKING for m in messages if m["role"] == "assistant"
-                  for b in m["content"])
-        if ctx.kind.disabled and "thinking" not in out:
-            strip_thinking(messages)
-        elif has or "thinking" in out:
-            thinking = out.setdefault("thinking", {"type": "adaptive"})
-            thinking["block_binding"] = {"prefix_mismatch_behavior": "drop_block"}
-            ctx.headers.append(b"anthropic-beta: thinking-binding-controls-2026-08-01")
+    if not ctx.caps.thinking_binding:
+        return
+    if ctx.kind.disabled and "thinking" not in out:
+        strip_thinking(messages)
+    elif "thinking" in out or any(b["type"] in THINKING for blocks in turns for b in blocks):
+        thinking = out.setdefault("thinking", {"type": "adaptive"})
+        thinking["block_binding"] = {"prefix_mismatch_behavior": "drop_block"}
+        ctx.headers.append(b"anthropic-beta: thinking-binding-controls-2026-08-01")
 
 
 def strip_thinking(messages: list[Json]) -> None:
     """Leave all thinking blocks out, and messages that had nothing else."""
-    for message in messages:
-        message["content"] = [b for b in message["content"] if b["type"] not in THINKING]
     kept: list[Json] = []
     for message in messages:
-        if message["content"]:
-            add_turn(kept, message["role"], message["content"])
+        if content := [b for b in message["content"] if b["type"] not in THINKING]:
+            add_turn(kept, message["role"], content)
     messages[:] = kept
 
 
 def end_with_user(out: Json, kind: ModelClass) -> None:
     """A conversation that ends with the assistant is a prefill, where the class knows that."""
     last = out["messages"][-1]
-    if last["role"] != "assistant" or last["content"][-1]["type"] == "server_tool_use" or \
-            last["content"][-1]["type"].endswith("_tool_result"):
+    block = last["content"][-1]
+    if last["role"] != "assistant" or block["type"] == "server_tool_use" or \
+            block["type"].endswith("_tool_result"):
         return
     if not kind.prefill:
-        out["messages"].append({"role": "user",
-                                "content": [{"type": "text", "text": "Continue."}]})
-        return
-    if last["content"][-1]["type"] == "text":
-        last["content"][-1] = {**last["content"][-1],
-                               "text": last["content"][-1]["text"].rstrip()}
+        add_turn(out["messages"], "user", [{"type": "text", "text": "Continue."}])
+    elif block["type"] == "text":
+        last["content"][-1] = {**block, "text": block["text"].rstrip()}
 
 
 def set_marks(ask: Ask, ctx: Context, out: Json) -> None:
     """Cache marks: the client's own, at most four, else automatic ones (-chat.md 2.7)."""
-    blocks = marked_blocks(out)
-    if blocks:
-        keep_marks(blocks, ask.ttl)
+    messages, tools, system = out["messages"], out.get("tools", []), out.get("system", [])
+    fixed = [b for b in (*tools, *system) if "cache_control" in b]
+    moving = [b for m in messages for b in m["content"] if "cache_control" in b]
+    moving += [b for m in messages for result in m["content"] if result["type"] == "tool_result"
+               for b in map(mapping, listing(result.get("content"))) if "cache_control" in b]
+    if fixed or moving:
+        keep_marks(fixed, moving, ask.ttl)
         return
-    messages, tools = out["messages"], out.get("tools")
     worth = tools or any(m["role"] == "assistant" for m in messages)
-    if ctx.caps.cache != "on" or not ask.marks or not worth or \
-            estimate_tokens(out) < CACHED_FROM:
-        return
-    mark: Json = {"type": "ephemeral", "ttl": ask.ttl} if ask.ttl else {"type": "ephemeral"}
-    users = [m for m in messages if m["role"] == "user"][-2:]
-    for place in (tools, out.get("system"), *(m["content"] for m in users)):
-        if place:
-            place[-1] = {**place[-1], "cache_control": mark}
+    if ctx.caps.cache == "on" and ask.marks and worth and estimate_tokens(out) >= CACHED_FROM:
+        users = [m["content"] for m in messages if m["role"] == "user"][-2:]
+        for place in (tools, system, *users):
+            if place:
+                place[-1] = {**place[-1], "cache_control": cache_mark(ask.ttl)}
 
 
-def marked_blocks(out: Json) -> list[list[Json]]:
-    """The blocks with a cache mark: of tools and system, and of messages."""
-    fixed = [b for b in [*out.get("tools", ()), *out.get("system", ())] if "cache_control" in b]
-    moving = [b for m in out["messages"] for b in m["content"] if "cache_control" in b]
-    moving += [b for m in out["messages"] for result in m["content"]
-               if result["type"] == "tool_result" and isinstance(result.get("content"), list)
-               for b in result["content"] if "cache_control" in b]
-    return [fixed, moving] if fixed or moving else []
-
-
-def keep_marks(blocks: list[list[Json]], ttl: str | None) -> None:
+def keep_marks(fixed: list[Json], moving: list[Json], ttl: str | None) -> None:
     """At most four marks, those of system and tools first, then the last; none of five minutes
     stands before one of an hour."""
-    fixed, moving = blocks
     kept = fixed[:MARKS]
     kept += moving[len(moving) - min(len(moving), MARKS - len(kept)):]
     for block in (*fixed, *moving):
@@ -5688,46 +5546,37 @@ def keep_marks(blocks: list[list[Json]], ttl: str | None) -> None:
             del block["cache_control"]
     long = False
     for block in reversed(kept):
-        if ttl and "ttl" not in block["cache_control"]:
-            block["cache_control"] = {**block["cache_control"], "ttl": ttl}
+        block["cache_control"] = {"ttl": ttl, **block["cache_control"]} if ttl else block[
+            "cache_control"]
         long = long or block["cache_control"].get("ttl") == "1h"
         if long:
-            block["cache_control"] = {**block["cache_control"], "ttl": "1h"}
+            block["cache_control"] = cache_mark("1h")
 
 
 def shorten(out: Json) -> None:
     """Write a content of one unmarked text as a string."""
-    for message in out["messages"]:
-        if message["role"] != "system":
-            message["content"] = shortest(message["content"])
-    if "system" in out:
-        out["system"] = shortest(out["system"])
-
-
-def shortest(blocks: list[Json]) -> Any:
-    """A string for one unmarked text block, else the blocks."""
-    if len(blocks) == 1 and blocks[0].keys() == {"type", "text"}:
-        return blocks[0]["text"]
-    return blocks
+    places = [(m, "content") for m in out["messages"] if m["role"] != "system"]
+    for place, key in (*places, (out, "system")):
+        blocks = place.get(key, ())
+        if len(blocks) == 1 and blocks[0].keys() == {"type", "text"}:
+            place[key] = blocks[0]["text"]
 
 # -- writing Chat Completions (translation-responses.md 4.1) -----------------
 
 THINK, END_THINK = "<think>", "</think>"
+MESSAGES_LIMIT = 4096  # of a Messages request without the limit it should have
 
 
 def write_chat(ask: Ask, ctx: Context) -> Json:
     """A neutral request as the body of a Chat Completions request."""
-    caps = ctx.caps
-    names = ToolNames(ask.tools, 64)
-    narrows = not caps.allowed_tools
-    mode, tool = settle_choice(ask, names, narrows)
+    caps, names = ctx.caps, ToolNames(ask.tools, 64)
+    mode, tool = settle_choice(ask, names, narrows=not caps.allowed_tools)
     atoms = pair_up(ask.atoms, CALL_IDS[caps.call_ids or "any"], ctx)
     level = asked_level(ask)
-    out: Json = {"model": ctx.model}
     messages = chat_system(ask, ctx) + chat_turns(atoms, names, level, ctx)
     if not any(message["role"] not in ("system", "developer") for message in messages):
         messages.append({"role": "user", "content": " " if ctx.inbound == MESSAGES.word else "."})
-    out["messages"] = messages
+    out: Json = {"model": ctx.model, "messages": messages}
     if ask.stream is not None:
         out["stream"] = ask.stream
         if ask.stream and caps.stream_usage:
@@ -5737,9 +5586,12 @@ def write_chat(ask: Ask, ctx: Context) -> Json:
     if ask.max_tokens is not None:
         limit = max(ask.max_tokens, 1)
         out[caps.max_tokens_field or "max_tokens"] = min(limit, caps.max_tokens_cap or limit)
-    chat_tools(ask, names, mode, tool, ctx, out)
+    for options in (*(mapping(t.raw) for t in ask.tools if t.kind == "web_search"), ask.search):
+        if options is not None:
+            search_fields(options, ctx, out)
+    put_tools(ask, names, mode, tool, write_tools(ask, names, ctx, chat_tool, None), ctx, out)
     chat_sampling(ask, level, ctx, out)
-    out |= reasoning_fields(ask, level, bool(out.get("tools")), ctx)
+    out |= reasoning_fields(ask, level, "tools" in out, ctx)
     if "chat_template_kwargs" in ask.more:
         out["chat_template_kwargs"] = {**mapping(out.get("chat_template_kwargs")),
                                        **ask.more.pop("chat_template_kwargs")[1]}
@@ -5748,33 +5600,15 @@ def write_chat(ask: Ask, ctx: Context) -> Json:
     return out
 
 
-MESSAGES_LIMIT = 4096  # of a Messages request without the limit it should have
-
-
-def asked_level(ask: Ask) -> str | None:
-    """The effort level that a request comes to, None where it asks for none in particular."""
-    wish = ask.effort
-    if wish is None or wish.level is not None:
-        return wish.level if wish else None
-    return budget_level(wish.budget) if wish.budget is not None else None
-
-
 def chat_system(ask: Ask, ctx: Context) -> list[Json]:
     """The leading system messages: as they were, or in one, which is what templates accept."""
     texts = texts_of(ask.system)
-    if not texts:
-        return []
-    if ctx.caps.late_system == "keep" and ctx.inbound == RESPONSES.word:
-        return [{"role": chat_role(part, ctx), "content": part.text} for part in ask.system
-                if part.text.strip()]
-    if ctx.caps.cache == "on" and any(part.mark for part in ask.system):
+    if texts and ctx.caps.late_system == "keep" and ctx.inbound == RESPONSES.word:
+        return [{"role": "developer" if part.type == "developer" else "system",
+                 "content": part.text} for part in ask.system if part.text.strip()]
+    if texts and ctx.caps.cache == "on" and any(part.mark for part in ask.system):
         return [{"role": "system", "content": [chat_part(part, ctx) for part in ask.system]}]
-    return [{"role": "system", "content": join_lines(texts)}]
-
-
-def chat_role(part: Part, ctx: Context) -> str:
-    """Which of the two system roles a text came with."""
-    return "developer" if part.type == "developer" else "system"
+    return [{"role": "system", "content": join_lines(texts)}] if texts else []
 
 
 def chat_turns(atoms: list[Atom], names: ToolNames, level: str | None,
@@ -5801,8 +5635,8 @@ def chat_turns(atoms: list[Atom], names: ToolNames, level: str | None,
                 parts = atom.parts
                 if ctx.inbound == MESSAGES.word and out and out[-1]["role"] == "tool":
                     # a word of the client beside a result is no turn of the user
-                    out[-1]["content"] = join_lines([out[-1]["content"], *(
-                        p.text for p in parts if REMINDER.fullmatch(p.text))])
+                    if told := [p.text for p in parts if REMINDER.fullmatch(p.text)]:
+                        out[-1]["content"] = merged(out[-1]["content"], join_lines(told))
                     parts = [p for p in parts if not REMINDER.fullmatch(p.text)]
                 content = chat_content(parts, ctx)
                 if content and fold and out and out[-1]["role"] == "user":
@@ -5843,7 +5677,7 @@ def as_parts(content: Any) -> list[Json]:
 
 def chat_content(parts: list[Part], ctx: Context) -> Any:
     """The content of a user message: a string where it is all text, else parts in order."""
-    parts = [p for p in parts if p.kind not in ("text", "refusal") or p.text.strip()]
+    parts = spoken(parts)
     found = [chat_part(part, ctx) for part in parts]
     texts = [part["text"] for part in found if part["type"] == "text"]
     lists = ctx.caps.files == "native" and ctx.inbound == RESPONSES.word
@@ -5855,12 +5689,7 @@ def chat_content(parts: list[Part], ctx: Context) -> Any:
 
 def chat_part(part: Part, ctx: Context) -> Json:
     """A piece of content as a Chat part."""
-    if part.kind in ("text", "refusal"):
-        found: Json = {"type": "text", "text": part.text}
-        return marked(found, part.mark) if ctx.caps.cache == "on" else found
-    if part.kind == "image" and not ctx.caps.vision:
-        return {"type": "text", "text": "[image omitted: this model cannot see images]"}
-    if part.kind == "image" and (part.url or part.media in IMAGE_TYPES):
+    if part.kind == "image" and ctx.caps.vision and (part.url or part.media in IMAGE_TYPES):
         image: Json = {"url": part.url or data_url(part)}
         if part.detail:
             image["detail"] = "high" if part.detail == "original" else part.detail
@@ -5869,37 +5698,24 @@ def chat_part(part: Part, ctx: Context) -> Json:
         return file
     if part.kind == "audio" and ctx.caps.vendor_fields and isinstance(part.raw, dict):
         return {"type": "input_audio", **part.raw}
-    return {"type": "text", "text": omitted_part(part, ctx)}
+    found: Json = {"type": "text", "text": words_for(part, ctx)}
+    return marked(found, part.mark) if ctx.caps.cache == "on" and part.kind in WORDS else found
 
 
 def chat_file(part: Part, ctx: Context) -> Json | None:
     """A file as a Chat part: native where files are taken, text where it is text."""
+    file: Json = {"filename": part.name or "document.pdf"}
     if part.data and part.media in IMAGE_TYPES:
         return {"type": "image_url", "image_url": {"url": data_url(part)}}
-    if part.data and part.media and TEXT_TYPES.fullmatch(part.media):
-        return {"type": "text", "text": document_text(part, decoded_text(part))}
+    if part.data and TEXT_TYPES.fullmatch(part.media or ""):
+        return {"type": "text", "text": document_text(part.name, decoded_text(part))}
     if part.data and part.media == "application/pdf" and ctx.caps.files == "native":
-        name = part.name or "document.pdf"
-        return {"type": "file", "file": {"filename": name, "file_data": data_url(part)}}
+        return {"type": "file", "file": {**file, "file_data": data_url(part)}}
     if part.id and ctx.caps.vendor_fields:
         return {"type": "file", "file": {"file_id": part.id}}
     if part.url and ctx.caps.web_search == "openrouter":
-        return {"type": "file", "file": {"filename": part.name or "document.pdf",
-                                         "file_data": part.url}}
+        return {"type": "file", "file": {**file, "file_data": part.url}}
     return None
-
-
-def omitted_part(part: Part, ctx: Context) -> str:
-    """The words that stand for what a Chat provider does not take."""
-    if ctx.inbound == MESSAGES.word:
-        if part.kind == "image":
-            return "[image omitted]"
-        if part.url:
-            return f"[document: {part.url}]"
-        return f'[document "{part.name or ""}" omitted: provider takes no files]'
-    where = f" ({part.url})" if part.url else ""
-    return (f"[OpenAI Responses content `{brief_kind(part.type)}` omitted during"
-            f" {TRANSLATED_TO[ctx.provider]} translation]{where}")
 
 
 def chat_result(out: Out, shown: int, ctx: Context) -> tuple[Json, list[Json]]:
@@ -5912,7 +5728,7 @@ def chat_result(out: Out, shown: int, ctx: Context) -> tuple[Json, list[Json]]:
         if found["type"] == "text":
             texts.append(found["text"])
         elif ctx.caps.tool_images == "drop":
-            texts.append(omitted_part(part, ctx))
+            texts.append(words_for(part, ctx))
         else:
             media.append(found)
             if ctx.caps.tool_images == "user":
@@ -5921,12 +5737,11 @@ def chat_result(out: Out, shown: int, ctx: Context) -> tuple[Json, list[Json]]:
     if out.error and ctx.inbound == MESSAGES.word and not out.stub:
         text = with_error(text)
     message: Json = {"role": "tool", "tool_call_id": out.id, "content": text}
-    if not media:
-        return message, []
-    if ctx.caps.tool_images == "inline":
-        message["content"] = [*([{"type": "text", "text": text}] if text else []), *media]
-        return message, []
-    return message, [{"type": "text", "text": f"Images from tool result {out.id}:"}, *media]
+    if media and ctx.caps.tool_images == "inline":
+        message["content"] = [*(as_parts(text) if text else ()), *media]
+    elif media:
+        return message, [{"type": "text", "text": f"Images from tool result {out.id}:"}, *media]
+    return message, []
 
 
 def with_error(text: str) -> str:
@@ -5942,24 +5757,22 @@ def chat_assistant(group: list[Atom], names: ToolNames, level: str | None,
         if isinstance(atom, Said):
             own = [p for p in atom.parts if p.kind != "refusal" or not ctx.caps.vendor_fields]
             refusals += [p.text for p in atom.parts if p not in own]
-            text = "".join(p.text if p.kind in ("text", "refusal") else chat_part(p, ctx).get(
-                "text", "") for p in own)
+            text = "".join(chat_part(part, ctx).get("text", "") for part in own)
             if text.strip():
                 texts.append(text)
         elif isinstance(atom, Call):
             calls.append(chat_call(atom, names, ctx))
         elif isinstance(atom, Thought):
             thoughts.append(atom)
+    if not (texts or refusals or calls):
+        return None
     join = "\n\n".join if ctx.inbound == RESPONSES.word else join_lines
     message: Json = {"role": "assistant", "content": join(texts) if texts else None}
     if refusals:
         message["refusal"] = "\n".join(refusals)
     if calls:
         message["tool_calls"] = calls
-    reasoning = replayed_reasoning(thoughts, message["content"], calls, level, ctx)
-    if not (texts or refusals or calls):
-        return None
-    return {**message, **reasoning}
+    return message | replayed_reasoning(thoughts, message["content"], calls, level, ctx)
 
 
 def chat_call(call: Call, names: ToolNames, ctx: Context) -> Json:
@@ -5985,7 +5798,8 @@ def replayed_reasoning(thoughts: list[Thought], content: str | None, calls: list
         if thought.kind == "cr":
             found.append((thought.text, str(thought.body), []))
         elif thought.kind == "cd" and isinstance(thought.body, dict):
-            found.append((thought.text, "reasoning_details", listing(thought.body.get("d"))))
+            found.append((thought.text, "reasoning_details", [
+                with_text(d, thought.text) for d in map(mapping, listing(thought.body.get("d")))]))
             signatures |= mapping(thought.body.get("t"))
         elif thought.kind == "foreign" and ctx.caps.reasoning_replay != "auto":
             signed = {"signature": thought.body, "format": "anthropic-claude-v1"}
@@ -5999,8 +5813,7 @@ def replayed_reasoning(thoughts: list[Thought], content: str | None, calls: list
     if field == "auto" and found:
         field = "reasoning_details" if details else str(found[0][1])
     if found and field == "reasoning_details":
-        out[field] = ([with_text(d, text) for d in map(mapping, details)] if details else
-                      [{"type": "reasoning.text", "text": text, "index": 0}])
+        out[field] = details or [{"type": "reasoning.text", "text": text, "index": 0}]
     elif found and text and field in ("reasoning_content", "reasoning"):
         out[field] = text
     elif text and field == "think":
@@ -6020,77 +5833,28 @@ def replayed_reasoning(thoughts: list[Thought], content: str | None, calls: list
 
 def with_text(detail: Json, text: str) -> Json:
     """A reasoning detail with the text that its carrier did not repeat."""
-    if detail.get("type") == "reasoning.text" and "text" not in detail:
-        return {**detail, "text": text}
-    if detail.get("type") == "reasoning.summary" and "summary" not in detail:
-        return {**detail, "summary": text}
-    return detail
+    key = {"reasoning.text": "text", "reasoning.summary": "summary"}.get(str(detail.get("type")))
+    return {**detail, key: text} if key and key not in detail else detail
 
 
-def chat_tools(ask: Ask, names: ToolNames, mode: str | None, forced: str | None, ctx: Context,
-               out: Json) -> None:
-    """tools, tool_choice and parallel_tool_calls."""
-    caps, tools = ctx.caps, []
-    for tool in ask.tools:
-        if tool.kind == "web_search":
-            search_fields(mapping(tool.raw), ctx, out)
-            continue
-        wire = names.of(tool.space, tool.name)
-        ctx.tools[wire] = tool
-        if tool.kind == "custom" and caps.custom_tools:
-            tools.append({"type": "custom", "custom": native_custom(tool, wire)})
-            continue
-        description, schema = tool.description, cast(Any, filled_schema(tool.schema))
-        if tool.kind == "custom":
-            description, schema = custom_tool(tool)
-        function: Json = {"name": wire}
-        if description:
-            function["description"] = description
-        function["parameters"] = schema
-        if tool.strict and caps.strict_tools and (ctx.inbound != MESSAGES.word
-                                                  or is_strict(schema)):
-            function["strict"] = True
-        elif tool.strict:
-            ctx.drop(f"{tool.path}.strict", "not taken by this provider")
-        item = {"type": "function", "function": function}
-        tools.append(marked(item, tool.mark) if caps.cache == "on" else item)
-    if ask.search is not None:
-        search_fields(ask.search, ctx, out)
-    if not tools:
-        return
-    out["tools"] = tools
-    if ask.choice and ask.choice.mode == "allowed" and caps.allowed_tools:
-        out["tool_choice"] = {"type": "allowed_tools", "allowed_tools": {
-            "mode": "required" if ask.choice.required else "auto",
-            "tools": [{"type": kind, kind: {"name": name}} for name in names.pick(ask.choice)
-                      for kind in (call_kind(names.declared[name], ctx),)]}}
-    elif mode == "tool":
-        kind = call_kind(names.declared[forced or ""], ctx)
-        out["tool_choice"] = {"type": kind, kind: {"name": forced}}
-    elif mode:
-        out["tool_choice"] = mode
-    if ask.parallel is False and caps.parallel_tool_calls:
-        out["parallel_tool_calls"] = False
-
-
-def native_custom(tool: Tool, wire: str) -> Json:
-    """A custom tool in the nested shape of Chat Completions."""
-    out: Json = {"name": wire}
-    if tool.description:
-        out["description"] = tool.description
-    form = mapping(mapping(tool.raw).get("format"))
-    if form.get("type") == "grammar" and "grammar" not in form:
-        form = {"type": "grammar", "grammar": {key: form[key] for key in ("syntax", "definition")
-                                               if key in form}}
-    return {**out, "format": form} if form else out
+def chat_tool(tool: Tool, wire: str, ctx: Context) -> Json:
+    """A function or a custom tool of Chat Completions."""
+    if call_kind(tool, ctx) == "custom":
+        return {"type": "custom", "custom": native_custom(tool, wire, ctx)}
+    function = function_of(tool, wire, "parameters", filled_schema(tool.schema))
+    if is_strict_tool(tool, function["parameters"], ctx):
+        function["strict"] = True
+    elif tool.strict:
+        ctx.drop(f"{tool.path}.strict", "not taken by this provider")
+    item = {"type": "function", "function": function}
+    return marked(item, tool.mark) if ctx.caps.cache == "on" else item
 
 
 def search_fields(options: Json, ctx: Context, out: Json) -> None:
     """Web search, in the way of the provider."""
     if ctx.caps.web_search == "openrouter":
-        plugin: Json = {"id": "web"}
         uses = options.get("max_uses") or SEARCH_USES.get(str(options.get("search_context_size")))
-        out["plugins"] = [{**plugin, "max_results": uses} if uses else plugin]
+        out["plugins"] = [{"id": "web", **({"max_results": uses} if uses else {})}]
     elif ctx.caps.web_search != "off":
         names = ("search_context_size", "user_location")
         out["web_search_options"] = {n: options[n] for n in names if options.get(n)}
@@ -6102,72 +5866,54 @@ def chat_sampling(ask: Ask, level: str | None, ctx: Context, out: Json) -> None:
     name = ctx.model.lower().rsplit("/", 1)[-1]
     fixed = bool(FIXED_SAMPLING_MODEL.match(name)) and "-chat" not in name and level != "none"
     thinks = ctx.caps.reasoning_control == "deepseek" and level not in (None, "none")
-    for key, value in (("temperature", ask.temperature), ("top_p", ask.top_p)):
-        if value is not None and (fixed or thinks):
-            ctx.drop(key, "this model takes no sampling parameters")
-        elif value is not None:
-            out[key] = value
-    if ask.top_k is not None and ctx.caps.top_k:
-        out["top_k"] = ask.top_k
-    elif ask.top_k is not None:
-        ctx.drop("top_k")
-    if ask.stop:
+    why = NO_SAMPLING if fixed or thinks else None
+    put_sampling(ask, ctx, out, temperature=why, top_p=why, top_k=None if ctx.caps.top_k else "")
+    if ask.stop and ctx.caps.vendor_fields and fixed:
+        ctx.drop(STOP_NAMES[ctx.inbound])
+    elif ask.stop:
         stop = ask.stop[:4] if ctx.caps.vendor_fields else ask.stop
-        if ctx.caps.vendor_fields and fixed:
-            ctx.drop("stop_sequences" if ctx.inbound == MESSAGES.word else "stop")
-        else:
-            out["stop"] = stop[0] if len(stop) == 1 else stop
+        out["stop"] = stop[0] if len(stop) == 1 else stop
 
 
 def reasoning_fields(ask: Ask, level: str | None, tools: bool, ctx: Context) -> Json:
     """Reasoning control in the provider's dialect (translation-chat.md 1.3b)."""
     dialect, model = ctx.caps.reasoning_control or "", ctx.model.lower().rsplit("/", 1)[-1]
-    budget = ask.effort.budget if ask.effort else None
-    word_ = {"xhigh": "high", "max": "high", "minimal": "low"}.get(level or "", level)
     if level is None:
         return {"reasoning_format": "parsed"} if dialect == "groq" else {}
-    off, out = level == "none", cast(Json, {})
+    off, budget = level == "none", ask.effort.budget if ask.effort else None
     if dialect == "effort":
         if tools and not off and re.match(r"gpt-5[.-]([4-9]|\d\d)", model):
             ctx.drop("reasoning.effort", "this model takes no effort beside tools here")
-        elif not off or re.match(r"gpt-5[.-][1-9]|gpt-[6-9]", model):
-            known = openai_efforts(model) if model.startswith("gpt") else EFFORTS[2:5]
-            out = {"reasoning_effort": clamp_effort(level, known)}
-    elif dialect == "effort-basic":
-        out = {"reasoning_effort": "none" if off else word_}
-    elif dialect == "effort-lowhigh":
-        if not off and not model.startswith("grok-4"):
-            out = {"reasoning_effort": "low" if word_ == "low" else "high"}
-    elif dialect == "openrouter":
-        out = {"reasoning": {"enabled": False} if off else {"max_tokens": budget} if budget else
-               {"effort": "xhigh" if level == "max" else level}}
-    elif dialect == "deepseek":
-        out = {"thinking": {"type": "disabled"}} if off else {
+            return {}
+        if off and not re.match(r"gpt-5[.-][1-9]|gpt-[6-9]", model):
+            return {}
+        known = openai_efforts(model) if model.startswith("gpt") else EFFORTS[2:5]
+        return {"reasoning_effort": clamp_effort(level, known)}
+    basic = {"xhigh": "high", "max": "high", "minimal": "low"}.get(level, level)
+    parsed, disabled, qwen = {"reasoning_format": "parsed"}, {"type": "disabled"}, "qwen" in model
+    dialects: Mapping[str, tuple[Json, Json]] = {  # what switches reasoning off, and what on
+        "effort-basic": ({"reasoning_effort": "none"}, {"reasoning_effort": basic}),
+        "effort-lowhigh": ({}, {} if model.startswith("grok-4") else {
+            "reasoning_effort": "low" if basic == "low" else "high"}),
+        "openrouter": ({"reasoning": {"enabled": False}}, {
+            "reasoning": {"max_tokens": budget} if budget else
+            {"effort": "xhigh" if level == "max" else level}}),
+        "deepseek": ({"thinking": disabled}, {
             "thinking": {"type": "enabled"},
-            "reasoning_effort": "max" if level in ("xhigh", "max") else "high"}
-    elif dialect == "kimi":
-        out = {"thinking": {"type": "disabled" if off else "enabled"}}
-    elif dialect == "glm":
-        out = {"thinking": {"type": "disabled"} if off else
-               {"type": "enabled", "clear_thinking": False}}
-    elif dialect == "qwen":
-        out = {"enable_thinking": not off}
-        if budget and not off:
-            out["thinking_budget"] = budget
-    elif dialect == "groq":
-        out = {"reasoning_format": "parsed"}
-        if "qwen" in model:
-            out["reasoning_effort"] = "none" if off else "default"
-        elif not off:
-            out["reasoning_effort"] = word_
-    elif dialect == "mistral":
-        if not off and model.startswith("magistral"):
-            out = {"prompt_mode": "reasoning"}
-    elif dialect == "template":
-        out = {"chat_template_kwargs": {"enable_thinking": not off}}
-        if not off:
-            out["reasoning_effort"] = word_
-    return out
+            "reasoning_effort": "max" if level in ("xhigh", "max") else "high"}),
+        "kimi": ({"thinking": disabled}, {"thinking": {"type": "enabled"}}),
+        "glm": ({"thinking": disabled}, {
+            "thinking": {"type": "enabled", "clear_thinking": False}}),
+        "qwen": ({"enable_thinking": False}, {
+            "enable_thinking": True, **({"thinking_budget": budget} if budget else {})}),
+        "groq": ({**parsed, "reasoning_effort": "none"} if qwen else parsed,
+                 {**parsed, "reasoning_effort": "default" if qwen else basic}),
+        "mistral": ({}, {"prompt_mode": "reasoning"} if model.startswith("magistral") else {}),
+        "template": ({"chat_template_kwargs": {"enable_thinking": False}}, {
+            "chat_template_kwargs": {"enable_thinking": True}, "reasoning_effort": basic}),
+    }
+    switched_off, switched_on = dialects.get(dialect, ({}, {}))
+    return switched_off if off else switched_on
 
 
 def chat_format(ask: Ask, ctx: Context, out: Json) -> None:
@@ -6177,20 +5923,18 @@ def chat_format(ask: Ask, ctx: Context, out: Json) -> None:
         return
     if form.schema is not None and ctx.caps.json_schema == "schema":
         inner: Json = {"name": form.name, "schema": form.schema}
-        if form.strict is not None and ctx.inbound != MESSAGES.word:
-            inner["strict"] = form.strict
-        elif ctx.inbound == MESSAGES.word and ctx.caps.strict_tools and is_strict(form.schema):
-            inner["strict"] = True
+        strict = is_strict_format(form, ctx)
+        if strict or (form.strict is not None and ctx.inbound != MESSAGES.word):
+            inner["strict"] = strict
         if form.description:
             inner["description"] = form.description
         out["response_format"] = {"type": "json_schema", "json_schema": inner}
         return
     out["response_format"] = {"type": "json_object"}
     if form.schema is not None:
-        add_system(out["messages"],
-                   f"Answer only with JSON that matches this JSON schema:\n{compact(form.schema)}")
+        add_system(out["messages"], BY_SCHEMA + compact(form.schema))
     elif not any("json" in str(m.get("content")).lower() for m in out["messages"]):
-        add_system(out["messages"], "Answer in JSON.")
+        add_system(out["messages"], IN_JSON)
 
 
 def add_system(messages: list[Json], text: str) -> None:
@@ -6208,29 +5952,12 @@ CHAT_EXTRAS = ("verbosity", "safety_identifier", "prompt_cache_key", "prompt_cac
 
 def chat_extras(ask: Ask, ctx: Context, out: Json) -> None:
     """What OpenAI's Chat Completions has and others may not know."""
-    vendor = ctx.caps.vendor_fields
-    more = dict(ask.more)
-    if ctx.inbound == MESSAGES.word and ask.user and vendor:
-        out["safety_identifier"] = ask.user if len(ask.user) <= 64 else sha(ask.user)
-        out["prompt_cache_key"] = sha(ask.user)[:32]
-    elif ctx.inbound == MESSAGES.word and ask.user:
-        ctx.drop("metadata.user_id", "stays here: it may name an account")
-    if "user" in more:
-        out["user"] = more.pop("user")[1]
-    if "top_logprobs" in more or "logprobs" in more:
+    put_user(ask, ctx, out)
+    if "top_logprobs" in ask.more or "logprobs" in ask.more:
         out["logprobs"] = True
-        more.pop("logprobs", None)
-        if "top_logprobs" in more:
-            out["top_logprobs"] = more.pop("top_logprobs")[1]
-    for name in CHAT_EXTRAS:
-        if name in more and vendor:
-            out[name] = more.pop(name)[1]
-    if ask.tier and vendor:
-        out["service_tier"] = ask.tier
-    elif ask.tier:
-        ctx.drop("service_tier", "not taken by this provider")
-    for path, _ in more.values():
-        ctx.drop(path)
+        ask.more.pop("logprobs", None)
+    taken = CHAT_EXTRAS if ctx.caps.vendor_fields else ()
+    put_extras(ask, ctx, out, ("user", "top_logprobs", *taken), ask.tier)
 
 # -- writing Responses (translation-responses.md 3.1, 5.1) -------------------
 
@@ -6239,15 +5966,15 @@ LEAST_OUTPUT_TOKENS = 16  # that the Responses API takes
 
 def write_responses(ask: Ask, ctx: Context) -> Json:
     """A neutral request as the body of a Responses request."""
-    caps, out = ctx.caps, cast(Json, {"model": ctx.model})
-    names = ToolNames(ask.tools, 64)
+    caps, names = ctx.caps, ToolNames(ask.tools, 64)
+    out: Json = {"model": ctx.model}
     mode, tool = settle_choice(ask, names, narrows=False)
     texts = texts_of(ask.system)
-    instructions = (join_lines(texts) if ctx.inbound == MESSAGES.word else "\n\n".join(texts))
+    instructions = join_lines(texts) if ctx.inbound == MESSAGES.word else "\n\n".join(texts)
     items = response_items(pair_up(ask.atoms, short_call_id, ctx), names, ctx)
     if ask.format and ask.format.schema is None and \
             "json" not in (instructions + compact(items)).lower():
-        instructions = join_lines([t for t in (instructions, "Answer in JSON.") if t])
+        instructions = join_lines([instructions, IN_JSON] if instructions else [IN_JSON])
     if instructions:
         out["instructions"] = instructions
     out["input"] = items or [message_item("user", [Part("text", ".")], ctx)]
@@ -6261,21 +5988,21 @@ def write_responses(ask: Ask, ctx: Context) -> Json:
         out["max_output_tokens"] = max(limit, LEAST_OUTPUT_TOKENS)
     elif ask.max_tokens is not None:
         ctx.drop("max_tokens", "not taken by this provider")
-    response_tools(ask, names, mode, tool, ctx, out)
+    tools = write_tools(ask, names, ctx, response_tool, response_search)
+    put_tools(ask, names, mode, tool, tools, ctx, out)
     effort = response_reasoning(ask, ctx, out)
-    response_sampling(ask, effort, ctx, out)
+    why = None if caps.sampling or effort == "none" else NO_SAMPLING
+    put_sampling(ask, ctx, out, temperature=why, top_p=why, top_k="")
+    if ask.stop:
+        ctx.drop(STOP_NAMES[ctx.inbound])
     response_text(ask, ctx, out)
+    include = {"reasoning.encrypted_content": caps.encrypted_reasoning and ctx.wants_thinking,
+               "web_search_call.action.sources": ctx.web_search and caps.web_search == "native",
+               "message.output_text.logprobs": "logprobs" in ask.more and not caps.reasoning}
     response_extras(ask, ctx, out)
     out["store"] = False
-    include = []
-    if caps.encrypted_reasoning and ctx.wants_thinking:
-        include.append("reasoning.encrypted_content")
-    if ctx.web_search and caps.web_search == "native":
-        include.append("web_search_call.action.sources")
-    if ask.more.get("logprobs") and not caps.reasoning:
-        include.append("message.output_text.logprobs")
-    if include:
-        out["include"] = include
+    if any(include.values()):
+        out["include"] = [name for name, wanted in include.items() if wanted]
     return out
 
 
@@ -6295,13 +6022,10 @@ def response_items(atoms: list[Atom], names: ToolNames, ctx: Context) -> list[Js
         if media:
             out.append(message_item("user", media, ctx))
         for atom in group:
-            if isinstance(atom, User):
-                parts = [p for p in atom.parts if p.kind != "text" or p.text.strip()]
-                if parts:
-                    out.append(message_item("user", parts, ctx))
-            elif isinstance(atom, System) and texts_of(atom.parts):
-                out.append(message_item("developer", [Part("text", join_lines(
-                    texts_of(atom.parts)))], ctx))
+            if isinstance(atom, User) and (parts := spoken(atom.parts)):
+                out.append(message_item("user", parts, ctx))
+            elif isinstance(atom, System) and (texts := texts_of(atom.parts)):
+                out.append(message_item("developer", [Part("text", join_lines(texts))], ctx))
     return out
 
 
@@ -6313,14 +6037,9 @@ def message_item(role: str, parts: list[Part], ctx: Context) -> Json:
 
 def response_part(part: Part, ctx: Context) -> Json:
     """A piece of content as an input part."""
-    found: Json | None = None
-    if part.kind in ("text", "refusal"):
-        found = {"type": "input_text", "text": part.text}
-    elif part.kind == "image" and not ctx.caps.vision:
-        found = {"type": "input_text", "text": "[image omitted: this model cannot see images]"}
-    elif part.kind == "image" and (part.url or part.media in IMAGE_TYPES):
-        found = {"type": "input_image", "image_url": part.url or data_url(part),
-                 "detail": part.detail or "auto"}
+    if part.kind == "image" and ctx.caps.vision and (part.url or part.media in IMAGE_TYPES):
+        found: Json = {"type": "input_image", "image_url": part.url or data_url(part),
+                       "detail": part.detail or "auto"}
     elif part.kind == "file" and part.url:
         found = {"type": "input_file", "file_url": part.url}
     elif part.kind == "file" and part.data:
@@ -6328,11 +6047,8 @@ def response_part(part: Part, ctx: Context) -> Json:
                  "file_data": data_url(part)}
     elif part.kind == "file" and part.id:
         found = {"type": "input_file", "file_id": part.id}
-    if found is None:
-        what = part.kind if part.kind in ("image", "file", "audio") else "part"
-        if part.current:
-            raise RequestError(f"this provider takes no such {what}", param=part.path)
-        found = {"type": "input_text", "text": f"[{what} omitted]"}
+    else:
+        found = {"type": "input_text", "text": words_for(part, ctx)}
     if part.mark and ctx.caps.cache == "on":
         found["prompt_cache_breakpoint"] = {"mode": "explicit"}
     return found
@@ -6342,11 +6058,7 @@ def assistant_items(group: list[Atom], names: ToolNames, ctx: Context) -> list[J
     """One run of the assistant as items; reasoning that nothing follows is left out."""
     out: list[Json] = []
     for k, atom in enumerate(group):
-        if isinstance(atom, Said):
-            parts = [output_part(part) for part in atom.parts
-                     if part.kind not in ("text", "refusal") or part.text.strip()]
-            if not parts:
-                continue
+        if isinstance(atom, Said) and (parts := [output_part(p) for p in spoken(atom.parts)]):
             if out and out[-1]["type"] == "message":
                 out[-1]["content"] += parts
                 continue
@@ -6402,87 +6114,32 @@ def thought_items(thought: Thought, ctx: Context) -> list[Json]:
 
 def output_item(out: Out, ctx: Context) -> tuple[Json, list[Part]]:
     """The result of a call, and the media that must go into a user message behind all results."""
-    kind = "custom_tool_call_output" if out.kind == "custom" and ctx.caps.custom_tools \
-        else "function_call_output"
-    texts = [p.text for p in out.parts if p.kind in ("text", "refusal")]
-    media = [p for p in out.parts if p.kind not in ("text", "refusal")]
-    text = "\n".join(texts)
-    if out.error and not out.stub:
-        text = with_error(text)
-    item: Json = {"type": kind, "call_id": out.id, "output": text}
-    if media and ctx.caps.output_lists:
-        parts = list(out.parts)
-        if text != "\n".join(texts):
-            parts = noted("Error:", parts) if not texts else [
-                parts[0]._replace(text=f"Error: {parts[0].text}"), *parts[1:]]
-        item["output"] = [response_part(part, ctx) for part in parts]
-        media = []
-    if media:
-        media = [Part("text", f"Images from tool result {out.id}:"), *media]
-    return item, media
+    custom = out.kind == "custom" and ctx.caps.custom_tools
+    said = "\n".join(p.text for p in out.parts if p.kind in WORDS)
+    media = [p for p in out.parts if p.kind not in WORDS]
+    text = with_error(said) if out.error and not out.stub else said
+    item: Json = {"type": f"{'custom_tool' if custom else 'function'}_call_output",
+                  "call_id": out.id, "output": text}
+    if not media:
+        return item, []
+    if not ctx.caps.output_lists:
+        return item, [Part("text", f"Images from tool result {out.id}:"), *media]
+    parts = out.parts
+    if text != said:
+        first = parts[0]
+        parts = [first._replace(text=f"Error: {first.text}"), *parts[1:]] \
+            if first.kind in WORDS else [Part("text", "Error:"), *parts]
+    item["output"] = [response_part(part, ctx) for part in parts]
+    return item, []
 
 
-def response_tools(ask: Ask, names: ToolNames, mode: str | None, forced: str | None, ctx: Context,
-                   out: Json) -> None:
-    """tools, tool_choice and parallel_tool_calls."""
-    tools = []
-    for tool in ask.tools:
-        if tool.kind == "web_search":
-            tools.append(response_search(mapping(tool.raw)))
-            ctx.web_search = True
-            continue
-        wire = names.of(tool.space, tool.name)
-        ctx.tools[wire] = tool
-        if tool.kind == "custom" and ctx.caps.custom_tools:
-            tools.append({"type": "custom", **flat_custom(tool, wire)})
-            continue
-        description, schema = tool.description, cast(Any, filled_schema(tool.schema))
-        if tool.kind == "custom":
-            description, schema = custom_tool(tool)
-        item: Json = {"type": "function", "name": wire}
-        if description:
-            item["description"] = description
-        strict = bool(tool.strict and ctx.caps.strict_tools
-                      and (ctx.inbound != MESSAGES.word or is_strict(schema)))
-        tools.append({**item, "parameters": schema, "strict": strict})
-    if ask.search is not None and ctx.caps.web_search == "native":
-        tools.append(response_search(ask.search))
-        ctx.web_search = True
-    if not tools:
-        return
-    out["tools"] = tools
-    if mode == "tool":
-        kind = names.declared[forced or ""].kind
-        if kind == "web_search":
-            out["tool_choice"] = {"type": "web_search"}
-        else:
-            kind = call_kind(names.declared[forced or ""], ctx)
-            out["tool_choice"] = {"type": kind, "name": forced}
-    elif mode == "allowed" and ask.choice:
-        out["tool_choice"] = {
-            "type": "allowed_tools", "mode": "required" if ask.choice.required else "auto",
-            "tools": [{"type": call_kind(names.declared[name], ctx), "name": name}
-                      for name in names.pick(ask.choice)]}
-    elif mode:
-        out["tool_choice"] = mode
-    if ask.parallel is not None and (ask.parallel is False or ctx.inbound == CHAT.word):
-        out["parallel_tool_calls"] = ask.parallel
-
-
-def call_kind(tool: Tool, ctx: Context) -> str:
-    """Whether a tool goes to the provider as a custom tool or as a function."""
-    return "custom" if tool.kind == "custom" and ctx.caps.custom_tools else "function"
-
-
-def flat_custom(tool: Tool, wire: str) -> Json:
-    """A custom tool in the flat shape of Responses."""
-    out: Json = {"name": wire}
-    if tool.description:
-        out["description"] = tool.description
-    form = mapping(mapping(tool.raw).get("format"))
-    if isinstance(form.get("grammar"), dict):
-        form = {"type": "grammar", **form["grammar"]}
-    return {**out, "format": form} if form else out
+def response_tool(tool: Tool, wire: str, ctx: Context) -> Json:
+    """A function or a custom tool of Responses."""
+    if call_kind(tool, ctx) == "custom":
+        return {"type": "custom", **native_custom(tool, wire, ctx)}
+    function = function_of(tool, wire, "parameters", filled_schema(tool.schema))
+    return {"type": "function", **function,
+            "strict": is_strict_tool(tool, function["parameters"], ctx)}
 
 
 def response_search(options: Json) -> Json:
@@ -6521,30 +6178,15 @@ def response_reasoning(ask: Ask, ctx: Context, out: Json) -> str | None:
     return found.get("effort")
 
 
-def response_sampling(ask: Ask, effort: str | None, ctx: Context, out: Json) -> None:
-    """temperature and top_p where the model takes them; the API knows no others."""
-    for name, value in (("temperature", ask.temperature), ("top_p", ask.top_p)):
-        if value is not None and (ctx.caps.sampling or effort == "none"):
-            out[name] = value
-        elif value is not None:
-            ctx.drop(name, "this model takes no sampling parameters")
-    if ask.top_k is not None:
-        ctx.drop("top_k")
-    if ask.stop:
-        ctx.drop("stop_sequences" if ctx.inbound == MESSAGES.word else "stop")
-
-
 def response_text(ask: Ask, ctx: Context, out: Json) -> None:
     """The answer's format and verbosity."""
     text: Json = {}
     form = ask.format
     if form is not None and form.schema is None:
         text["format"] = {"type": "json_object"}
-    elif form is not None and form.schema is not None:
-        strict = (is_strict(form.schema) and bool(ctx.caps.strict_tools)
-                  if ctx.inbound == MESSAGES.word else bool(form.strict))
+    elif form is not None:
         text["format"] = {"type": "json_schema", "name": form.name, "schema": form.schema,
-                          "strict": strict}
+                          "strict": is_strict_format(form, ctx)}
         if form.description:
             text["format"]["description"] = form.description
     if "verbosity" in ask.more:
@@ -6560,28 +6202,12 @@ RESPONSES_EXTRAS = ("user", "safety_identifier", "prompt_cache_key", "prompt_cac
 
 def response_extras(ask: Ask, ctx: Context, out: Json) -> None:
     """What OpenAI's Responses API has and others may not know."""
-    vendor, more = ctx.caps.vendor_fields, dict(ask.more)
-    if ctx.inbound == MESSAGES.word and ask.user:
-        if vendor:
-            plain = len(ask.user) <= 64 and not ask.user.startswith("{")
-            out["safety_identifier"] = ask.user if plain else sha(ask.user)
-            out["prompt_cache_key"] = sha(ask.user)[:32]
-        else:
-            ctx.drop("metadata.user_id", "stays here: it may name an account")
-    if vendor:
-        for name in RESPONSES_EXTRAS:
-            if name in more:
-                out[name] = more.pop(name)[1]
-    if ask.tier and vendor and ask.tier != "scale":
-        out["service_tier"] = ask.tier
-    elif ask.tier:
-        ctx.drop("service_tier", "not taken by this provider")
-    if "top_logprobs" in more and not ctx.caps.reasoning:
-        out["top_logprobs"] = more.pop("top_logprobs")[1]
+    put_user(ask, ctx, out)
+    taken = RESPONSES_EXTRAS if ctx.caps.vendor_fields else ()
     if not ctx.caps.reasoning:
-        more.pop("logprobs", None)
-    for path, _ in more.values():
-        ctx.drop(path)
+        taken = (*taken, "top_logprobs")
+        ask.more.pop("logprobs", None)
+    put_extras(ask, ctx, out, taken, ask.tier if ask.tier != "scale" else None)
 
 
 
@@ -6975,6 +6601,9 @@ PLAIN_DELTA = {"role", "content"}  # the members of nearly all chunks
 CHAT_FAULTS = ("error", "network_error", "abort", "cancelled", "insufficient_system_resource")
 
 
+GROWING = ("text", "summary", "data", "signature")  # members of reasoning details
+
+
 class ChatCall:
     """A tool call as fragments of it come in; its segment is opened when it has `begun`."""
 
@@ -7102,9 +6731,8 @@ class ChatReader(Reader):
                text_of(detail.get("type")))
         known = self.details.setdefault(key, {})
         for name, value in detail.items():
-            grows = name in ("text", "summary", "data", "signature")
-            if grows and isinstance(value, str) and isinstance(known.get(name), str):
-                known[name] += value
+            if name in GROWING and isinstance(value, str):
+                known.setdefault(name, []).append(value)  # joined once, by carrier()
             elif value is not None:
                 known[name] = value
 
@@ -7177,9 +6805,11 @@ class ChatReader(Reader):
         """Kind and body of the carrier of a stretch of reasoning."""
         if not self.details and not self.signatures:
             return "cr", self.source or "reasoning_content"
+        whole = [{name: "".join(value) if name in GROWING and isinstance(value, list) else value
+                  for name, value in detail.items()} for detail in self.details.values()]
         body: Json = {"d": [{name: value for name, value in detail.items()
                              if not (name in ("text", "summary") and value == text)}
-                            for detail in self.details.values()]}
+                            for detail in whole]}
         if self.signatures:
             body["t"] = self.signatures
         self.details, self.signatures = {}, {}
@@ -7691,7 +7321,7 @@ class ResponsesWriter(Writer):
         self.output: list[Json] = []
         # open items, with their place in the output
         self.message: tuple[Json, int] | None = None
-        self.search: tuple[Json, int] | None = None
+        self.searches: dict[str, tuple[Json, int]] = {}  # by the id of their block
         self.blocks: list[Json] = []  # opaque ones that await their carrier
         self.base: Json = {}
 
@@ -7705,7 +7335,7 @@ class ResponsesWriter(Writer):
     def start_answer(self, id: str, model: str, created: int) -> None:
         """created and in_progress, with what the request said."""
         ctx = self.ctx
-        self.bare = bare_id(id) or sha(f"{compact(ctx.echo)}{ctx.now}")[:24]
+        self.bare = bare_id(id) or sha(f"{compact(ctx.echo)}{ctx.now}{ctx.seed}")[:24]
         self.base = {
             "id": f"resp_{(id or self.bare).removeprefix('resp_')}", "object": "response",
             "created_at": created, "completed_at": None, "status": "in_progress", "error": None,
@@ -7896,22 +7526,24 @@ class ResponsesWriter(Writer):
         self.blocks.append(block)
         kind, content = block.get("type"), block.get("content")
         if kind == "server_tool_use" and block.get("name") == "web_search":
-            self.search = item, index = self.open_item("ws", "web_search_call")
+            item, index = self.open_item("ws", "web_search_call")
+            self.searches[text_of(block.get("id"))] = item, index
             for step in ("in_progress", "searching"):
                 self.emit(f"response.web_search_call.{step}",
                           {"item_id": item["id"], "output_index": index})
             query = text_of(mapping(block.get("input")).get("query"))
             item["action"] = {"type": "search", "query": query, "queries": [query], "sources": []}
-        elif kind == "web_search_tool_result" and self.search:
-            self.search[0]["action"]["sources"] = [
-                {"type": "url", "url": entry["url"]} for entry in map(mapping, listing(content))
-                if isinstance(entry.get("url"), str)]
-            self.end_search("completed" if isinstance(content, list) else "failed")
+        elif kind == "web_search_tool_result":
+            id = text_of(block.get("tool_use_id"))
+            sources = [{"type": "url", "url": entry["url"]} for entry in map(
+                mapping, listing(content)) if isinstance(entry.get("url"), str)]
+            self.end_search(id, sources, "completed" if isinstance(content, list) else "failed")
 
-    def end_search(self, status: str) -> None:
+    def end_search(self, id: str, sources: list[Json], status: str) -> None:
         """A web search is over."""
-        if self.search:
-            (item, index), self.search = self.search, None
+        if id in self.searches:
+            item, index = self.searches.pop(id)
+            item["action"]["sources"] = sources
             if status == "completed":
                 self.emit("response.web_search_call.completed",
                           {"item_id": item["id"], "output_index": index})
@@ -7920,7 +7552,8 @@ class ResponsesWriter(Writer):
     def end_opaque(self) -> None:
         """The carrier of the blocks that were kept."""
         if self.blocks:
-            self.end_search("failed")
+            for id in list(self.searches):
+                self.end_search(id, [], "failed")
             blocks, self.blocks = self.blocks, []
             item, index = self.open_item("rs", "reasoning", summary=[], encrypted_content=None)
             item["encrypted_content"] = seal("ab", pack(blocks), "", self.ctx)
@@ -8025,7 +7658,7 @@ class ChatWriter(Writer):
 
     def start_answer(self, id: str, model: str, created: int) -> None:
         """The only chunk with a role: SDKs join the strings of all."""
-        bare = bare_id(id) or sha(f"{self.ctx.model}{created}")[:24]
+        bare = bare_id(id) or sha(f"{self.ctx.model}{created}{self.ctx.seed}")[:24]
         self.base = {"id": f"chatcmpl_{id or bare}" if self.own else f"chatcmpl-{bare}",
                      "object": "chat.completion.chunk", "created": created, "model": model}
         if self.ctx.include_usage and self.ctx.stream:
@@ -8189,7 +7822,7 @@ class MessagesWriter(Writer):
     def start_answer(self, id: str, model: str, created: int) -> None:
         """message_start; the real numbers come at the end."""
         self.id = id if self.ctx.provider == RESPONSES.word and id else \
-            "msg_" + (bare_id(id) or sha(f"{self.ctx.model}{created}")[:24])
+            "msg_" + (bare_id(id) or sha(f"{self.ctx.model}{created}{self.ctx.seed}")[:24])
         self.emit("message_start", message={
             "id": self.id, "type": "message", "role": "assistant", "model": model, "content": [],
             "stop_reason": None, "stop_sequence": None, "stop_details": None,
@@ -8489,52 +8122,85 @@ def collect(inbound: str, events: list[Any]) -> Json:
 # -- the pairs ---------------------------------------------------------------
 
 class Pair(NamedTuple):
-    """Two protocols: how a request is read and written, how its answer is heard and told."""
+    """The three functions of a pair, named by the way the data travels."""
 
-    read: Callable[[Json, Context], Ask]
-    write: Callable[[Ask, Context], Json]
-    hear: Callable[[Writer, Context], Reader]
-    tell: Callable[[Context], Writer]
+    request: Callable[[Json, Context], Json]
+    response: Callable[[Any, Context], Json]
+    stream: Callable[[Context], Stream]
 
-    def request(self, body: Json, ctx: Context) -> Json:
-        """The provider's request; RequestError for what the provider cannot do."""
-        try:
-            ask = self.read(body, ctx)
-            ctx.alias, ctx.stream, ctx.stops = ask.model, bool(ask.stream), ask.stop
-            payload = self.write(ask, ctx)
-        except RecursionError:
-            raise RequestError("the request body is nested too deeply") from None
+
+def rewritten(read: Callable[[Json, Context], Ask], write: Callable[[Ask, Context], Json],
+              body: Json, ctx: Context) -> Json:
+    """A request through a reader and a writer; RequestError for what the provider cannot do."""
+    try:
+        ask = read(body, ctx)
+        ctx.alias, ctx.stream, ctx.stops = ask.model, bool(ask.stream), ask.stop
+        payload = write(ask, ctx)
         if ctx.inbound == MESSAGES.word:
             ctx.estimate = estimate_tokens(payload)
         return payload
-
-    def stream(self, ctx: Context) -> Stream:
-        """The answer's stream, see translated()."""
-        out = self.tell(ctx)
-        return translated(self.hear(out, ctx), out)
-
-    def response(self, body: Any, ctx: Context) -> Json:
-        """An answer in one piece, through the stream."""
-        stream = self.stream(ctx)
-        next(stream)
-        out: list[Any] = []
-        try:
-            for event in [*explode(ctx.provider, body), None]:
-                out += stream.send(event)
-        except StopIteration as stop:
-            return collect(ctx.inbound, out + stop.value)
-        raise cut_short("its end")
+    except (RecursionError, ValueError):  # of dump(), which takes less depth than load()
+        raise RequestError("the request body is nested too deeply") from None
 
 
-PAIRS = {  # by (inbound, provider)
-    ("responses", "messages"): Pair(read_responses, write_messages,
-                                    MessagesReader, ResponsesWriter),
-    ("responses", "chat"): Pair(read_responses, write_chat, ChatReader, ResponsesWriter),
-    ("chat", "messages"): Pair(read_chat, write_messages, MessagesReader, ChatWriter),
-    ("messages", "responses"): Pair(read_messages, write_responses,
-                                    ResponsesReader, MessagesWriter),
-    ("messages", "chat"): Pair(read_messages, write_chat, ChatReader, MessagesWriter),
-    ("chat", "responses"): Pair(read_chat, write_responses, ResponsesReader, ChatWriter),
+def streamed(read: Callable[[Writer, Context], Reader], write: Callable[[Context], Writer],
+             ctx: Context) -> Stream:
+    """A stream through a reader and a writer, see translated()."""
+    out = write(ctx)
+    return translated(read(out, ctx), out)
+
+
+def answered(streams: Callable[[Context], Stream], body: Any, ctx: Context) -> Json:
+    """An answer in one piece through the stream of its pair."""
+    stream = streams(ctx)
+    next(stream)
+    out: list[Any] = []
+    try:
+        for event in [*explode(ctx.provider, body), None]:
+            out += stream.send(event)
+    except StopIteration as stop:
+        return collect(ctx.inbound, out + stop.value)
+    raise cut_short("its end")
+
+
+through = functools.partial
+responses_to_messages_request = through(rewritten, read_responses, write_messages)
+messages_to_responses_stream = through(streamed, MessagesReader, ResponsesWriter)
+messages_to_responses_response = through(answered, messages_to_responses_stream)
+
+responses_to_chat_request = through(rewritten, read_responses, write_chat)
+chat_to_responses_stream = through(streamed, ChatReader, ResponsesWriter)
+chat_to_responses_response = through(answered, chat_to_responses_stream)
+
+chat_to_messages_request = through(rewritten, read_chat, write_messages)
+messages_to_chat_stream = through(streamed, MessagesReader, ChatWriter)
+messages_to_chat_response = through(answered, messages_to_chat_stream)
+
+messages_to_responses_request = through(rewritten, read_messages, write_responses)
+responses_to_messages_stream = through(streamed, ResponsesReader, MessagesWriter)
+responses_to_messages_response = through(answered, responses_to_messages_stream)
+
+messages_to_chat_request = through(rewritten, read_messages, write_chat)
+chat_to_messages_stream = through(streamed, ChatReader, MessagesWriter)
+chat_to_messages_response = through(answered, chat_to_messages_stream)
+
+chat_to_responses_request = through(rewritten, read_chat, write_responses)
+responses_to_chat_stream = through(streamed, ResponsesReader, ChatWriter)
+responses_to_chat_response = through(answered, responses_to_chat_stream)
+
+PAIRS: dict[tuple[str, str], Pair] = {
+    ("responses", "messages"): Pair(responses_to_messages_request, messages_to_responses_response,
+                                    messages_to_responses_stream),
+    ("responses", "chat"): Pair(responses_to_chat_request, chat_to_responses_response,
+                                chat_to_responses_stream),
+    ("chat", "messages"): Pair(chat_to_messages_request, messages_to_chat_response,
+                               messages_to_chat_stream),
+    ("messages", "responses"): Pair(messages_to_responses_request, responses_to_messages_response,
+                                    responses_to_messages_stream),
+    ("messages", "chat"): Pair(messages_to_chat_request, chat_to_messages_response,
+                               chat_to_messages_stream),
+    ("chat", "responses"): Pair(chat_to_responses_request, responses_to_chat_response,
+                                responses_to_chat_stream),
 }
 # Need translation.extended_pairs.
 EXTENDED_PAIRS = (("messages", "chat"), ("chat", "responses"))
@@ -8595,9 +8261,9 @@ class Observed:
 
     def count(self, table: dict[str, int], name: Any, key: Any) -> None:
         """Count `name` once for each `key`; names come from the provider, so they are bounded."""
-        if key not in self.seen and len(self.seen) < OBSERVED_THINGS:
+        name = word(name)
+        if name and key not in self.seen and len(self.seen) < OBSERVED_THINGS:
             self.seen.add(key)
-            name = str(name)[:OBSERVED_CHARS]
             table[name] = table.get(name, 0) + 1
 
     def call(self, name: Any, source: str, key: Any) -> None:
@@ -8610,6 +8276,11 @@ class Observed:
         """Arguments of the tool call `key` are coming."""
         if key is not None and (key in self.pending or len(self.pending) < OBSERVED_THINGS):
             self.pending[key] = now
+
+    def finished(self) -> None:
+        """The terminal event of a stream has come."""
+        self.terminal = True
+        self.pending.clear()
 
     def restart_items(self) -> None:
         """A last word on the output follows: what was counted on the way does not
@@ -8762,8 +8433,7 @@ def observe_responses_event(seen: Observed, kind: str, event: Json, now: float) 
     elif isinstance(event.get("response"), dict):
         observe_responses_object(seen, event["response"])
     if kind in RESPONSES_TERMINAL:
-        seen.terminal = True
-        seen.pending.clear()
+        seen.finished()
         if kind in ("error", "response.error"):
             seen.fail(event.get("error") if isinstance(event.get("error"), dict) else event)
 
@@ -8771,9 +8441,8 @@ def observe_responses_event(seen: Observed, kind: str, event: Json, now: float) 
 def end_responses_call(seen: Observed, id: Any, place: Any) -> None:
     """The arguments of an item are complete: that of `id`,
     or that at `place` where either side has no id."""
-    for key in [k for k in seen.pending
-                if (k[0] == id if id is not None and k[0] is not None else k[1] == place)]:
-        del seen.pending[key]
+    seen.pending = {k: at for k, at in seen.pending.items()
+                    if (k[0] != id if id is not None and k[0] is not None else k[1] != place)}
 
 
 def observe_chat_object(seen: Observed, body: Json) -> None:
@@ -8782,18 +8451,12 @@ def observe_chat_object(seen: Observed, body: Json) -> None:
     observe_openai_usage(seen, body.get("usage"))
     for place, choice_ in enumerate(listing(body.get("choices"))):
         choice_ = mapping(choice_)
-        observe_finish(seen, choice_.get("finish_reason"), place)
+        seen.count(seen.finish, choice_.get("finish_reason"), ("finish", place))
         message = mapping(choice_.get("message"))
         if message:
             seen.count(seen.items, "message", ("item", place))
         for index, call in enumerate(listing(message.get("tool_calls"))):
             observe_chat_call(seen, mapping(call), (place, index))
-
-
-def observe_finish(seen: Observed, reason: Any, key: Any) -> None:
-    """A finish or stop reason, once for each choice."""
-    if word(reason):
-        seen.count(seen.finish, reason, ("finish", key))
 
 
 def observe_chat_call(seen: Observed, call: Json, key: Any) -> None:
@@ -8815,19 +8478,16 @@ def observe_chat_event(seen: Observed, kind: str, event: Json, now: float) -> No
             key = (place, key_of(call.get("index"), position))
             observe_chat_call(seen, call, key)
             # Chat has no end of a call; the next one's first part is the end of this one.
-            for other in [k for k in seen.pending if k[0] == place and k != key]:
-                del seen.pending[other]
+            seen.pending = {k: at for k, at in seen.pending.items() if k[0] != place or k == key}
             if any(mapping(call.get(k)).get(v)
                    for k, v in (("function", "arguments"), ("custom", "input"))):
                 seen.argument(key, now)
         if choice_.get("finish_reason"):
-            observe_finish(seen, choice_["finish_reason"], place)
-            for other in [k for k in seen.pending if k[0] == place]:
-                del seen.pending[other]
+            seen.count(seen.finish, choice_["finish_reason"], ("finish", place))
+            seen.pending = {k: at for k, at in seen.pending.items() if k[0] != place}
     if event.get("error"):
         seen.fail(event["error"])
-        seen.terminal = True
-        seen.pending.clear()
+        seen.finished()
 
 
 def observe_messages_object(seen: Observed, body: Json) -> None:
@@ -8835,7 +8495,7 @@ def observe_messages_object(seen: Observed, body: Json) -> None:
     observe_common(seen, body)
     observe_messages_usage(seen, body.get("usage"))
     seen.tier = word(mapping(body.get("usage")).get("service_tier")) or seen.tier
-    observe_finish(seen, body.get("stop_reason"), 0)
+    seen.count(seen.finish, body.get("stop_reason"), ("finish", 0))
     for index, block in enumerate(listing(body.get("content"))):
         observe_messages_block(seen, mapping(block), index)
     if body.get("type") == "error":
@@ -8845,12 +8505,11 @@ def observe_messages_object(seen: Observed, body: Json) -> None:
 def observe_messages_block(seen: Observed, block: Json, index: Any) -> None:
     """One content block."""
     kind = block.get("type")
-    if isinstance(kind, str):
-        seen.count(seen.items, kind, ("item", index))
-        if kind == "tool_use":
-            seen.call(block.get("name"), "tool", index)
-        elif kind in ("server_tool_use", "mcp_tool_use"):
-            seen.call(block.get("name"), "server_tool", index)
+    seen.count(seen.items, kind, ("item", index))
+    if kind == "tool_use":
+        seen.call(block.get("name"), "tool", index)
+    elif kind in ("server_tool_use", "mcp_tool_use"):
+        seen.call(block.get("name"), "server_tool", index)
 
 
 def observe_messages_event(seen: Observed, kind: str, event: Json, now: float) -> None:
@@ -8867,10 +8526,9 @@ def observe_messages_event(seen: Observed, kind: str, event: Json, now: float) -
         seen.pending.pop(index, None)
     elif kind == "message_delta":
         observe_messages_usage(seen, event.get("usage"))
-        observe_finish(seen, mapping(event.get("delta")).get("stop_reason"), 0)
+        seen.count(seen.finish, mapping(event.get("delta")).get("stop_reason"), ("finish", 0))
     elif kind in ("message_stop", "error"):
-        seen.terminal = True
-        seen.pending.clear()
+        seen.finished()
         if kind == "error":
             seen.fail(event.get("error"))
 
@@ -8881,33 +8539,37 @@ class Watcher(NamedTuple):
     `loose` markers are for a stream whose JSON is not written as vendors write it.
     """
 
-    markers: tuple[bytes, ...]
-    loose: tuple[bytes, ...]
     event: Callable[[Observed, str, Json, float], None]
     whole: Callable[[Observed, Json], None]
+    markers: tuple[bytes, ...]
+    loose: tuple[bytes, ...] = ()
 
 
-RESPONSES_MARKERS = (b"response.created", b"response.completed", b"response.incomplete",
-                     b"response.failed", b"response.cancelled", b"error", b"_arguments.",
-                     b"_input.", b"output_item.")
 CHAT_MARKERS = (b"[DONE]", b"tool_calls", b"prompt_tokens", b'"error"')
-MESSAGES_MARKERS = (b"message_start", b"message_delta", b"message_stop", b"content_block_start",
-                    b"content_block_stop", b"partial_json", b"error")
 WATCHERS = {
-    "responses": Watcher(RESPONSES_MARKERS, RESPONSES_MARKERS, observe_responses_event,
-                         observe_responses_object),
+    "responses": Watcher(observe_responses_event, observe_responses_object, (
+        b"response.created", b"response.completed", b"response.incomplete", b"response.failed",
+        b"response.cancelled", b"error", b"_arguments.", b"_input.", b"output_item.")),
     # Each Chat chunk has "finish_reason":null; only another value is worth a look.
-    "chat": Watcher((*CHAT_MARKERS, b'"finish_reason":"', b'"finish_reason": "'),
-                    (*CHAT_MARKERS, b"finish_reason"), observe_chat_event, observe_chat_object),
-    "messages": Watcher(MESSAGES_MARKERS, MESSAGES_MARKERS, observe_messages_event,
-                        observe_messages_object),
+    "chat": Watcher(observe_chat_event, observe_chat_object,
+                    (*CHAT_MARKERS, b'"finish_reason":"', b'"finish_reason": "'),
+                    (*CHAT_MARKERS, b"finish_reason")),
+    "messages": Watcher(observe_messages_event, observe_messages_object, (
+        b"message_start", b"message_delta", b"message_stop", b"content_block_start",
+        b"content_block_stop", b"partial_json", b"error")),
 }
 # How the first chunk of a Chat stream shows that its JSON is written as vendors write it.
 COMMON_SPELLINGS = (b'"finish_reason":null', b'"finish_reason": null')
 
 
 # NaN, which local servers write into log probabilities, must not reach a client.
-STREAM_DECODER = json.JSONDecoder(parse_constant=lambda name: None)
+def finite_or_none(text: str) -> float | None:
+    """A number that JSON can say again."""
+    value = float(text)
+    return value if math.isfinite(value) else None
+
+
+STREAM_DECODER = json.JSONDecoder(parse_constant=lambda name: None, parse_float=finite_or_none)
 
 
 def not_translatable(name: str, fault: str) -> UpstreamError:
@@ -8926,7 +8588,7 @@ class StreamObserver:
 
     def __init__(self, protocol: Protocol, limit: int, choices: int = 1) -> None:
         self.watcher, self.choices = WATCHERS[protocol.word], choices
-        self.markers = self.watcher.loose
+        self.markers = self.watcher.loose or self.watcher.markers
         self.splitter = EventSplitter(limit)
         self.seen = Observed()
         self.opened = False  # whether an event was parsed: the first tells the id and the model
@@ -8962,7 +8624,7 @@ class StreamObserver:
             return
         self.opened = True
         if event.data == "[DONE]" and self.watcher.event is observe_chat_event:
-            self.finish()
+            self.seen.finished()
             return
         try:
             payload = json.loads(event.data)
@@ -8970,11 +8632,6 @@ class StreamObserver:
             return
         if isinstance(payload, dict):
             self.note(event, payload, now)
-
-    def finish(self) -> None:
-        """The end of a Chat stream."""
-        self.seen.terminal = True
-        self.seen.pending.clear()
 
     def note(self, event: Event, payload: Json, now: float) -> None:
         """Take note of an event that is parsed already."""
@@ -9002,7 +8659,7 @@ class StreamObserver:
             name, text = event
             if text == DONE:
                 if chat:
-                    self.finish()
+                    self.seen.finished()
                     yield DONE
                 continue
             try:
@@ -9159,8 +8816,7 @@ def tool_name(tool: Json, category: str) -> str | None:
     """A tool's name as hints show it."""
     if category == "mcp":
         label, allowed = brief_name(tool.get("server_label") or "mcp"), tool.get("allowed_tools")
-        names = listing(mapping(allowed).get("tool_names") if isinstance(allowed, dict)
-                        else allowed)
+        names = listing(mapping(allowed).get("tool_names", allowed))
         if isinstance(mapping(allowed).get("read_only"), bool) and not names:
             return f"{label}[{'ro' if mapping(allowed)['read_only'] else 'rw'}]"
         return ",".join(sorted({f"{label}/{brief_name(name)}" for name in names})) or label
@@ -9221,10 +8877,8 @@ def request_effort(protocol: Protocol, body: Json) -> str | None:
 
 def request_max_tokens(body: Json) -> int | None:
     """The output limit that a provider request sets."""
-    for key in ("max_output_tokens", "max_completion_tokens", "max_tokens"):
-        if type(body.get(key)) is int:
-            return int(body[key])
-    return None
+    return next((body[key] for key in ("max_output_tokens", "max_completion_tokens", "max_tokens")
+                 if type(body.get(key)) is int), None)
 
 
 
@@ -9363,16 +9017,8 @@ def rate_fields(fields: Sequence[Field]) -> Json:
         if re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,15})?", text):
             key = (name.replace("-seconds", "-secs").replace("-limit-percent", "-percent")
                    .replace("-", "_"))
-            out[f"codex_{key}"] = decimal(text)
+            out[f"codex_{key}"] = float(text)
     return out
-
-
-def decimal(text: str) -> float:
-    """A number in a header; 0 where it is none."""
-    try:
-        return float(text)
-    except ValueError:
-        return 0.0
 
 
 def milliseconds(secs: float) -> int:
@@ -9655,8 +9301,10 @@ class LineWriter(logging.Handler):
         limits = settings.duration_thresholds
         self.lines = HumanLines(color, limits.warn_ms, limits.error_ms,
                                 LEVELS[settings.level] <= logging.DEBUG)
-        self.json = settings.output_format == "json"
-        self.in_place = color and not self.json  # `wait` lines overwrite one another on a terminal
+        as_json = settings.output_format == "json"
+        self.render: Callable[[float, str, str, Json], str | None] = (
+            json_line if as_json else self.lines.render)
+        self.in_place = color and not as_json  # `wait` lines overwrite one another on a terminal
         self.stream, self.dropped = stream, 0
         self.queue: queue.SimpleQueue[tuple[str, str] | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self.write_lines, name="proxai-log", daemon=True)
@@ -9672,8 +9320,7 @@ class LineWriter(logging.Handler):
             fields = {**fields, "traceback": logging.Formatter().formatException(record.exc_info)}
         level = LEVEL_NAMES.get(record.levelno, "error")
         try:
-            render = json_line if self.json else self.lines.render
-            line = render(record.created, level, event, fields)
+            line = self.render(record.created, level, event, fields)
         except Exception:  # a line that cannot be rendered must not take a request with it
             line = self.own_line("error", "log-fault", {"lost": event})
         if line is None:
@@ -9685,8 +9332,7 @@ class LineWriter(logging.Handler):
 
     def own_line(self, level: str, event: str, fields: Json) -> str:
         """A line about the log itself."""
-        return str((json_line if self.json else self.lines.render)(
-            time.time(), level, event, fields))
+        return str(self.render(time.time(), level, event, fields))
 
     def write_lines(self) -> None:
         """The thread: print what is queued until told to end."""
@@ -10226,11 +9872,10 @@ def check_unfinished_answer(data: bytes, scanned: int) -> None:
 class ResponseBody:
     """The payload of an answer as it comes: chunks taken apart, compression undone."""
 
-    __slots__ = ("decoder", "inflater", "link", "released", "rest")
+    __slots__ = ("decoder", "inflater", "link", "rest")
 
     def __init__(self, link: Link, head: ResponseHead, rest: bytes) -> None:
         self.link, self.rest = link, rest
-        self.released = False  # whether the connection may be another request's already
         self.decoder = body_decoder(head.length)
         self.inflater: Inflater | None = None
         coding = head.values.get(b"content-encoding", b"identity").lower()
@@ -10910,172 +10555,206 @@ class Proxy:
         self.pool, self.ids = Pool(), RequestIds()
         self.slots = asyncio.Semaphore(config.server.max_concurrent_requests)
         self.streams: set[Exchange] = set()
+        self.drains: set[asyncio.Task[None]] = set()
         self.ticker: asyncio.TimerHandle | None = None
 
     def close(self) -> None:
         """Let go of connections and timers."""
         self.pool.close()
+        for task in self.drains:
+            task.cancel()
         if self.ticker:
             self.ticker.cancel()
 
-    # -- one request
-
     async def serve(self, connection: Connection, head: RequestHead) -> None:
         """Answer one request, whatever happens."""
-        exchange = Exchange(self.ids.next(), head.method.decode("ascii"), head.path,
-                            time.perf_counter())
-        connection.extra = [b"x-proxai-request-id: %d" % exchange.id]
+        await Turn(self, connection, head.method.decode("ascii"), head.path).serve(head)
+
+    def refuse(self, connection: Connection, error: ProxyError) -> None:
+        """Answer bytes that are no request, or that stopped coming."""
+        Turn(self, connection, "-", "-").fail(error)
+
+    # -- streams that are silent
+
+    def watch(self, exchange: Exchange) -> None:
+        """Have `wait` lines written while a stream is silent, where such lines are wanted."""
+        if self.log.info_on:
+            loop = asyncio.get_running_loop()
+            exchange.last_byte_at = loop.time()
+            self.streams.add(exchange)
+            self.ticker = self.ticker or loop.call_later(SWEEP_SECS, self.tick)
+
+    def tick(self) -> None:
+        """Write a `wait` line for each stream that has been silent for a while."""
+        loop = asyncio.get_running_loop()
+        now, clock = loop.time(), time.perf_counter()
+        for exchange in self.streams:
+            idle = now - exchange.last_byte_at
+            if idle >= SWEEP_SECS:
+                self.log.event(logging.INFO, "wait", {
+                    **base_fields(exchange), "idle_ms": milliseconds(idle),
+                    "duration_ms": milliseconds(clock - exchange.started),
+                    "chunks": exchange.chunks, "down": exchange.down})
+        self.ticker = loop.call_later(SWEEP_SECS, self.tick) if self.streams else None
+
+
+class Turn:
+    """One request on its way through a proxy; what is known of it grows on the way."""
+
+    __slots__ = ("answer", "body", "connection", "exchange", "head", "idle_secs", "inbound", "job",
+                 "lines", "link", "log", "provider", "proxy", "stall_secs")
+
+    def __init__(self, proxy: Proxy, connection: Connection, method: str, path: str) -> None:
+        self.proxy, self.log, self.connection = proxy, proxy.log, connection
+        self.exchange = Exchange(proxy.ids.next(), method, path, time.perf_counter())
+        connection.extra = [b"x-proxai-request-id: %d" % self.exchange.id]
+        self.head: RequestHead
+        self.inbound: Protocol
+        self.provider: Provider
+        self.idle_secs: float  # how long the provider may be silent
+        self.stall_secs = proxy.config.tool_calls.timeout_secs
+        self.job: Job | None = None  # None where nothing is translated
+        self.link: Link | None = None  # until another request may have it
+        self.answer: ResponseHead
+        self.body: ResponseBody
+        self.lines: list[bytes]  # of the answer's head
+
+    async def serve(self, head: RequestHead) -> None:
+        """Answer the request, whatever happens."""
+        connection, self.head = self.connection, head
         try:
-            await self.answer(connection, head, exchange)
+            await self.run()
         except ProxyError as error:
-            self.fail(connection, exchange, error)
+            self.fail(error)
         except asyncio.CancelledError:
-            self.interrupted(connection, exchange, connection.take_reason())
+            self.interrupted(connection.take_reason())
         except FramingError as error:  # in the client's body
             connection.keep = False
-            self.fail(connection, exchange, malformed(error))
+            self.fail(malformed(error))
         except OSError:
-            self.log_end(exchange, logging.INFO, "closed", ENDED_BY["client_gone"])
+            self.log_end(logging.INFO, "closed", ENDED_BY["client_gone"])
             raise
         except Exception:
-            self.log.logger.exception("a bug in the proxy", extra={"fields": base_fields(exchange)})
-            self.fail(connection, exchange,
-                      ProxyError("the proxy failed; this is a bug, its log has the details"))
+            self.log.logger.exception("a bug in the proxy",
+                                      extra={"fields": base_fields(self.exchange)})
+            self.fail(ProxyError("the proxy failed; this is a bug, its log has the details"))
         finally:
-            connection.exchanging = False
+            self.end_exchange()
             connection.watch.disarm()
+            if self.link:
+                self.link.abort()
 
-    async def answer(self, connection: Connection, head: RequestHead, exchange: Exchange) -> None:
+    async def run(self) -> None:
         """The way of a request that is let in."""
+        head, exchange, connection = self.head, self.exchange, self.connection
+        settings = self.proxy.config.server
         if self.log.debug_on:
             self.log.event(logging.DEBUG, "recv",
                            {**base_fields(exchange), "content_length": head.length})
         # so that a refusal has the shape the client expects
         exchange.inbound = protocol_of(head.path)
-        connection.extra += check_origin(head, self.config.server)
-        protocol = admit(head, self.config.server)
+        connection.extra += check_origin(head, settings)
+        protocol = admit(head, settings)
         if isinstance(protocol, int):
-            self.answer_here(connection, head, protocol)
-            exchange.status = protocol
-            self.log_end(exchange, logging.DEBUG, "end")
+            self.answer_here(protocol)
             return
-        raw = await connection.read_body(self.config.server.max_request_body_bytes)
+        self.inbound = protocol
+        raw = await connection.read_body(settings.max_request_body_bytes)
         exchange.inbound_bytes = len(raw)
         request = read_model_request(protocol, raw)
-        exchange.model = request.model
-        decision = choose(self.routes, self.defaults, protocol.name, request.model)
-        provider = self.provider_for(decision, exchange)
-        pair = pair_for(protocol, provider.protocol, self.config.translation.extended_pairs)
+        pair = self.route(request.model)
         if head.path in COUNT_PATHS:
-            await self.count(connection, head, exchange, provider, request, pair)
+            await self.count(request.body, pair)
             return
         if pair:
-            job, body = self.translate_request(connection, exchange, provider, pair, request.body)
+            body = self.translate_request(pair, request.body)
         else:
-            job, body = None, pass_through_body(protocol, request, decision.model)
-        exchange.body, exchange.provider_bytes, exchange.phase = request.body, len(body), PHASES[1]
-        link, answer, rest = await self.send(connection, head, exchange, provider, body,
-                                             job and job.lines)
-        exchange.choices = number(request.body.get("n")) or 1
+            body = pass_through_body(protocol, request, exchange.upstream_model)
+            exchange.choices = number(request.body.get("n")) or 1
+        await self.send(request.body, body, self.job and self.job.lines)
         del raw, request, body  # a stream may take hours, and bodies megabytes
         exchange.body = None
-        payload: ResponseBody | None = None
-        try:
-            payload = response_body(provider, link, answer, rest)
-            await self.respond(connection, exchange, provider, answer, payload, job)
-        except BaseException:
-            if payload is None or not payload.released:
-                link.abort()
-            raise
+        await self.respond()
 
-    async def count(self, connection: Connection, head: RequestHead, exchange: Exchange,
-                    provider: Provider, request: ModelRequest, pair: Pair | None) -> None:
-        """Answer count_tokens: by the provider where it can count, else with an estimate, which a
-        header tells. Claude Code asks often, so this never fails for want of a counter."""
-        ask: Json = {**request.body, "model": exchange.upstream_model}
-        payload = ask
-        if pair:
-            raw = self.translate_request(connection, exchange, provider, pair, request.body)[1]
-            payload = load(raw)
-        lines = [b"content-type: application/json", date_line()]
-        native = provider.protocol is MESSAGES or provider.settings.profile.count_native
-        if native:
-            if provider.protocol is RESPONSES:
-                ask = {name: payload[name] for name in COUNTED_MEMBERS if name in payload}
-            for name in ("max_tokens", "stream"):
-                ask.pop(name, None)
-            body = dump(ask)
-            exchange.body, exchange.provider_bytes, exchange.phase = ask, len(body), PHASES[1]
-            link, answer, rest = await self.send(
-                connection, head, exchange, provider, body,
-                translated_lines(False, ()) if pair else None, COUNT_TARGETS[provider.protocol.word])
-            content = response_body(provider, link, answer, rest)
-            try:
-                exchange.status = answer.status
-                if not pair and answer.status not in CANNOT_COUNT:
-                    await self.respond(connection, exchange, provider, answer, content, None)
-                    return
-                found, complete = await self.read_up_to(connection, provider, content,
-                                                        ERROR_BODY_BYTES)
-                self.release(content, answer, complete)
-            except BaseException:
-                if not content.released:
-                    link.abort()
-                raise
-            counted = counted_tokens(answer.status, found)
-        else:
-            counted = None
-        if counted is None:
-            counted = estimate_tokens(payload)
-            lines.append(b"x-proxai-token-count: estimate")
-        raw = dump({"input_tokens": counted})
-        exchange.status, exchange.phase, exchange.down = 200, PHASES[3], len(raw)
-        connection.write_head(200, lines, len(raw), raw)
-        self.log_end(exchange, logging.INFO, "end")
-
-    def answer_here(self, connection: Connection, head: RequestHead, status: int) -> None:
+    def answer_here(self, status: int) -> None:
         """Health, and the preflight of a browser that may call (Fetch, CORS protocol)."""
         if status == 200:
             body = b'{"status":"ok"}'
-            connection.write_head(200, [b"content-type: application/json", date_line()],
-                                  len(body), body)
-            return
-        wanted = head.values.get(b"access-control-request-headers", b"*")
-        connection.write_head(204, [b"access-control-allow-methods: POST",
-                                    b"access-control-allow-headers: " + wanted,
-                                    b"access-control-max-age: 600"], 0)
+            lines = [b"content-type: application/json", date_line()]
+        else:
+            body = b""
+            wanted = self.head.values.get(b"access-control-request-headers", b"*")
+            lines = [b"access-control-allow-methods: POST",
+                     b"access-control-allow-headers: " + wanted, b"access-control-max-age: 600"]
+        self.connection.write_head(status, lines, len(body), body)
+        self.exchange.status = status
+        self.log_end(logging.DEBUG, "end")
 
-    def provider_for(self, decision: Decision, exchange: Exchange) -> Provider:
-        """The provider of a decision, noted in the exchange;
+    def route(self, model: str) -> Pair | None:
+        """Choose the provider, and the pair where it speaks another protocol;
         SetupError while its key is a template."""
-        provider = self.providers[decision.provider]
+        proxy, exchange = self.proxy, self.exchange
+        exchange.model = model
+        decision = choose(proxy.routes, proxy.defaults, self.inbound.name, model)
+        self.provider = provider = proxy.providers[decision.provider]
+        self.idle_secs = provider.settings.read_idle_timeout_secs
         exchange.provider, exchange.provider_protocol = provider.name, provider.protocol
         exchange.route, exchange.upstream_model = decision.route, decision.model
         if provider.template_key:
             raise SetupError(f"providers.{provider.name}.api_key is still the template's",
                              fix="put your key there, or name api_key_env or api_key_file")
-        return provider
+        return pair_for(self.inbound, provider.protocol, proxy.config.translation.extended_pairs)
 
-    def translate_request(self, connection: Connection, exchange: Exchange, provider: Provider,
-                          pair: Pair, body: Json) -> tuple[Job, bytes]:
+    async def count(self, body: Json, pair: Pair | None) -> None:
+        """Answer count_tokens: by the provider where it can count, else with an estimate, which a
+        header tells. Claude Code asks often, so this never fails for want of a counter."""
+        exchange, provider = self.exchange, self.provider
+        ask: Json = {**body, "model": exchange.upstream_model}
+        payload = load(self.translate_request(pair, body)) if pair else ask
+        counted: int | None = None
+        if provider.protocol is MESSAGES or provider.settings.profile.count_native:
+            if provider.protocol is RESPONSES:
+                ask = {name: payload[name] for name in COUNTED_MEMBERS if name in payload}
+            for name in ("max_tokens", "stream"):
+                ask.pop(name, None)
+            await self.send(ask, dump(ask), translated_lines(False, ()) if pair else None,
+                            COUNT_TARGETS[provider.protocol.word])
+            exchange.status = self.answer.status
+            if not pair and exchange.status not in CANNOT_COUNT:
+                await self.respond()
+                return
+            found, complete = await self.read_up_to(ERROR_BODY_BYTES)
+            self.release(complete)
+            counted = counted_tokens(exchange.status, found)
+        lines = [b"content-type: application/json", date_line()]
+        if counted is None:
+            counted = estimate_tokens(payload)
+            lines.append(b"x-proxai-token-count: estimate")
+        raw = dump({"input_tokens": counted})
+        exchange.status, exchange.phase, exchange.down = 200, PHASES[3], len(raw)
+        self.connection.write_head(200, lines, len(raw), raw)
+        self.log_end(logging.INFO, "end")
+
+    def translate_request(self, pair: Pair, body: Json) -> bytes:
         """The body for a provider of another protocol; RequestError for what it cannot express."""
-        assert exchange.inbound
-        ctx = Context(exchange.inbound.word, provider.protocol.word, exchange.upstream_model,
+        provider = self.provider
+        ctx = Context(self.inbound.word, provider.protocol.word, self.exchange.upstream_model,
                       host=provider.origin.authority, now=int(time.time()),
-                      profile=provider.settings.profile)
+                      profile=provider.settings.profile, seed=str(self.exchange.id))
         payload = pair.request(body, ctx)
         try:
             raw = dump(payload)
         except ValueError as error:
             raise RequestError(f"the request body is {error}") from None
-        exchange.estimate = ctx.estimate
-        self.tell_dropped(connection, exchange, ctx.dropped)
-        return Job(pair, ctx, translated_lines(payload.get("stream") is True, ctx.headers)), raw
+        self.exchange.estimate = ctx.estimate
+        self.tell_dropped(ctx.dropped)
+        self.job = Job(pair, ctx, translated_lines(payload.get("stream") is True, ctx.headers))
+        return raw
 
-    def tell_dropped(self, connection: Connection, exchange: Exchange,
-                     dropped: Mapping[str, str]) -> None:
+    def tell_dropped(self, dropped: Mapping[str, str]) -> None:
         """Name what the translation has left out so far to the client, and to the log with the
         reasons."""
+        connection, exchange = self.connection, self.exchange
         if len(dropped) == exchange.dropped:
             return
         connection.extra = [line for line in connection.extra if not line.startswith(DROPPED_FIELD)]
@@ -11087,215 +10766,211 @@ class Proxy:
                            {"request_id": str(exchange.id), "dropped": bounded(told)})
         exchange.dropped = len(dropped)
 
-    async def send(self, connection: Connection, head: RequestHead, exchange: Exchange,
-                   provider: Provider, body: bytes, translated: Sequence[bytes] | None = None,
-                   path: str = "") -> tuple[Link, ResponseHead, bytes]:
-        """Send the provider request when its turn has come;
-        holds a slot until the answer's head is there."""
+    async def send(self, asked: Json, body: bytes, translated: Sequence[bytes] | None,
+                   path: str = "") -> None:
+        """Send the provider request when its turn has come, and read the answer's head; that is
+        how long a slot is held. `asked` is what its line in the log tells of."""
+        connection, exchange, provider = self.connection, self.exchange, self.provider
+        exchange.body, exchange.provider_bytes, exchange.phase = asked, len(body), PHASES[1]
         if connection.gone:
             raise ConnectionResetError
         connection.exchanging = True
         connection.watch.disarm()
-        settings = provider.settings
-
-        async with self.slots:
+        async with self.proxy.slots:
             try:
-                found = await self.pool.exchange(
-                    provider.origin, provider.request_head(head, len(body), translated, path), body,
-                    connection.watch, settings.connect_timeout_secs,
-                    settings.read_idle_timeout_secs, functools.partial(self.log_sent, exchange))
+                self.link, self.answer, rest = await self.proxy.pool.exchange(
+                    provider.origin,
+                    provider.request_head(self.head, len(body), translated, path), body,
+                    connection.watch, provider.settings.connect_timeout_secs, self.idle_secs,
+                    self.log_sent)
             except UpstreamError as error:
                 error.message = f"{error.message} (provider `{provider.name}`)"
                 raise
         exchange.head_at = time.perf_counter()
-        return found
+        try:
+            self.body = ResponseBody(self.link, self.answer, rest)
+        except FramingError as error:  # a coding that we cannot undo
+            raise self.unreadable(error) from None
 
-    def log_sent(self, exchange: Exchange) -> None:
+    def log_sent(self) -> None:
         """The line for a request that is on its way, once, also when it had to be sent again."""
+        exchange = self.exchange
         if exchange.phase == PHASES[2]:
             return
         exchange.phase = PHASES[2]
         if self.log.info_on:
             self.log.event(logging.INFO, "fwd", fwd_fields(exchange))
         thinking = mapping(mapping(exchange.body).get("thinking"))
-        if thinking.get("type") == "enabled" and exchange.inbound is MESSAGES:
-            budget = number(thinking.get("budget_tokens"))
+        if thinking.get("type") == "enabled" and self.inbound is MESSAGES:
             self.log.event(logging.WARNING, "anthropic_legacy_thinking_budget",
                            {**base_fields(exchange), "model": exchange.model,
-                            "budget_tokens": budget})
+                            "budget_tokens": number(thinking.get("budget_tokens"))})
 
     # -- answers
 
-    async def respond(self, connection: Connection, exchange: Exchange, provider: Provider,
-                      answer: ResponseHead, body: ResponseBody, job: Job | None) -> None:
+    async def respond(self) -> None:
         """Give the client what the provider answered."""
+        exchange, answer, job = self.exchange, self.answer, self.job
         content_type = answer.values.get(b"content-type")
         exchange.status, exchange.sse = answer.status, is_event_stream(content_type)
         exchange.content_type, exchange.encoding = (
             content_type, None if answer.length is not None else "chunked")
         exchange.rates = answer.fields
         if not 200 <= answer.status < 300:
-            await self.respond_error(connection, exchange, provider, answer, body, job)
+            await self.respond_error()
             return
         if self.log.info_on:
             self.log.event(logging.INFO, "hdr", end_fields(exchange))
-        lines = (self.mapped(exchange, answer, job) if job
-                 else client_lines(answer, decoded=body.inflater is not None))
+        self.lines = (self.mapped(job) if job
+                      else client_lines(answer, decoded=self.body.inflater is not None))
         if b"date" not in answer.values:
-            lines.append(date_line())
+            self.lines.append(date_line())
         if job:
-            translate = self.translate_stream if exchange.sse else self.translate_whole
-            await translate(connection, exchange, provider, answer, body, lines, job)
+            await (self.translate_stream if exchange.sse else self.translate_whole)(job)
         elif exchange.sse:
-            lines.append(b"content-type: text/event-stream")
-            await self.stream(connection, exchange, provider, answer, body, lines)
+            self.lines.append(b"content-type: text/event-stream")
+            await self.stream()
         else:
-            lines.append(b"content-type: application/json")
-            await self.whole(connection, exchange, provider, answer, body, lines)
+            self.lines.append(b"content-type: application/json")
+            await self.whole()
 
-    async def read_up_to(self, connection: Connection, provider: Provider, body: ResponseBody,
-                         limit: int) -> tuple[bytes, bool]:
-        """An answer's payload, and whether that is all of it:
+    async def read_up_to(self, limit: int) -> tuple[bytes, bool]:
+        """The answer's payload, and whether that is all of it:
         reading stops behind `limit` bytes."""
-        secs, watch = provider.settings.read_idle_timeout_secs, connection.watch
-        whole = body.take_whole()
+        whole = self.body.take_whole()
         if whole is not None:
             return whole, True
         parts: list[bytes] = []
         size = 0
         try:
             while size <= limit:
-                watch.arm(secs, "upstream_body")
-                data = await body.read()
+                self.connection.watch.arm(self.idle_secs, "upstream_body")
+                data = await self.body.read()
                 if not data:
-                    return (parts[0] if len(parts) == 1 else b"".join(parts)), True
+                    return b"".join(parts), True
                 parts.append(data)
                 size += len(data)
         except (FramingError, OSError) as error:
-            raise body_fault(provider, error) from None
+            raise self.unreadable(error) from None
         return b"".join(parts), False
 
-    def mapped(self, exchange: Exchange, answer: ResponseHead, job: Job) -> list[bytes]:
-        """The header lines of an answer for a client of another protocol."""
-        assert exchange.inbound and exchange.provider_protocol
-        return mapped_lines(answer.fields, exchange.inbound, exchange.provider_protocol,
-                            job.ctx.now)
+    def unreadable(self, error: Exception) -> UpstreamError:
+        """The answer cannot be read to its end."""
+        said = str(error) if isinstance(error, FramingError) else "the connection broke"
+        return UpstreamError(f"the provider's answer could not be read: {said}"
+                             f" (provider `{self.provider.name}`)", type=UPSTREAM_BODY_READ)
 
-    async def respond_error(self, connection: Connection, exchange: Exchange, provider: Provider,
-                            answer: ResponseHead, body: ResponseBody, job: Job | None) -> None:
+    def mapped(self, job: Job) -> list[bytes]:
+        """The header lines of the answer for a client of another protocol."""
+        return mapped_lines(self.answer.fields, self.inbound, self.provider.protocol, job.ctx.now)
+
+    async def respond_error(self) -> None:
         """A provider's own error: its body as it is where the client knows its shape, else ours."""
-        raw, complete = await self.read_up_to(connection, provider, body, ERROR_BODY_BYTES)
-        lines = self.mapped(exchange, answer, job) if job else error_lines(answer.fields)
-        error = upstream_error(answer.status, raw, lines)
-        self.release(body, answer, complete)
-        exchange.down = len(raw)
-        if (self.style == "native" and exchange.inbound is provider.protocol
+        raw, complete = await self.read_up_to(ERROR_BODY_BYTES)
+        lines = self.mapped(self.job) if self.job else error_lines(self.answer.fields)
+        error = upstream_error(self.answer.status, raw, lines)
+        self.release(complete)
+        self.exchange.down = len(raw)
+        if (self.proxy.style == "native" and self.inbound is self.provider.protocol
                 and error.type == UPSTREAM and complete):
             error.native = raw
-        self.fail(connection, exchange, error, "hdr-error")
+        self.fail(error, "hdr-error")
 
-    async def whole(self, connection: Connection, exchange: Exchange, provider: Provider,
-                    answer: ResponseHead, body: ResponseBody, lines: list[bytes]) -> None:
+    async def whole(self) -> None:
         """An answer in one piece: held until it is known to be JSON,
         relayed when it is too large for that."""
-        raw, complete = await self.read_up_to(connection, provider, body, CHECKED_RESPONSE_BYTES)
+        exchange, provider = self.exchange, self.provider
+        raw, complete = await self.read_up_to(CHECKED_RESPONSE_BYTES)
         exchange.down, exchange.phase = len(raw), PHASES[3]
         if not complete:
-            await self.relay_rest(connection, exchange, provider, answer, body, lines, raw)
+            await self.relay_rest(raw)
             return
-        value, strict = load_answer(raw, answer.status)
+        value, strict = load_answer(raw, self.answer.status)
         if provider.fills_gaps and strict and fill_gaps_in_body(value):
             with contextlib.suppress(ValueError):
                 raw = dump(value)
-        connection.write_head(answer.status, lines, len(raw), raw)
-        self.release(body, answer, True)
-        await connection.flush()
+        self.connection.write_head(self.answer.status, self.lines, len(raw), raw)
+        self.release(True)
+        await self.connection.flush()
         if self.log.info_on:
             exchange.observed = observe_body(provider.protocol, value)
-            self.log_end(exchange, logging.INFO, "end")
+            self.log_end(logging.INFO, "end")
 
-    async def relay_rest(self, connection: Connection, exchange: Exchange, provider: Provider,
-                         answer: ResponseHead, body: ResponseBody, lines: list[bytes],
-                         data: bytes) -> None:
+    async def relay_rest(self, data: bytes) -> None:
         """An answer beyond what is held for checking: its bytes pass as they come."""
-        length = (answer.length if answer.length and answer.length > 0
-                  and not body.inflater else None)
-        connection.write_head(answer.status, lines, length)
-        secs = provider.settings.read_idle_timeout_secs
+        connection, length = self.connection, self.answer.length
+        connection.write_head(self.answer.status, self.lines,
+                              length if length and length > 0 and not self.body.inflater else None)
         try:
             while data:
                 connection.write_part(data)
                 await connection.flush()
-                connection.watch.arm(secs, "upstream_body")
-                data = await body.read()
-                exchange.down += len(data)
+                connection.watch.arm(self.idle_secs, "upstream_body")
+                data = await self.body.read()
+                self.exchange.down += len(data)
         except (FramingError, OSError) as error:
             connection.cut()
-            self.log_end(exchange, logging.WARNING, "stream-error", str(error))
-            body.link.abort()
+            self.log_end(logging.WARNING, "stream-error", str(error))
             return
         connection.write_end()
-        self.release(body, answer, True)
-        self.log_end(exchange, logging.INFO, "end")
+        self.release(True)
+        self.log_end(logging.INFO, "end")
 
-    def release(self, body: ResponseBody, answer: ResponseHead, complete: bool) -> None:
+    def release(self, complete: bool) -> None:
         """Give the connection back if another request can use it."""
-        body.released = True
-        if complete and body.clean(answer):
-            self.pool.give(body.link)
+        link, self.link = self.body.link, None
+        if complete and self.body.clean(self.answer):
+            self.proxy.pool.give(link)
         else:
-            body.link.abort()
+            link.abort()
 
     # -- streams
 
-    async def stream(self, connection: Connection, exchange: Exchange, provider: Provider,
-                     answer: ResponseHead, body: ResponseBody, lines: list[bytes]) -> None:
+    def observe(self) -> StreamObserver:
+        """Begin to watch the stream that the answer is."""
+        self.exchange.phase = PHASES[3]
+        observer = StreamObserver(self.provider.protocol,
+                                  self.proxy.config.server.max_sse_event_bytes,
+                                  self.exchange.choices)
+        self.exchange.observed = observer.seen
+        self.proxy.watch(self.exchange)
+        return observer
+
+    async def stream(self) -> None:
         """A stream of the client's own protocol: bytes as they come, watched beside their way."""
-        exchange.phase = PHASES[3]
-        observer = StreamObserver(provider.protocol, self.config.server.max_sse_event_bytes,
-                                  exchange.choices)
-        exchange.observed = observer.seen
-        self.watch_streams(exchange)
-        connection.write_head(answer.status, lines, None)
+        connection, observer = self.connection, self.observe()
+        connection.write_head(self.answer.status, self.lines, None)
         fault: str | None = None
         try:
-            await self.pass_stream(connection, exchange, provider, body, observer)
+            await self.pass_stream(observer)
         except (FramingError, OSError) as error:
             fault = (str(error) if isinstance(error, FramingError)
                      else "the connection to the provider broke")
         except asyncio.CancelledError:
             fault = connection.take_reason()
-        finally:
-            self.streams.discard(exchange)
-            connection.exchanging = False
-        level, outcome, said = stream_outcome(
-            observer, fault, provider.settings.read_idle_timeout_secs,
-            self.config.tool_calls.timeout_secs)
+        level, outcome, said = self.stream_outcome(observer, fault)
         whole = observer.seen.terminal or (fault is None and observer.complete)
-        if fault == "tool_stall" and (provider.fills_gaps or not observer.splitter.size):
-            assert exchange.inbound
+        if fault == "tool_stall" and (self.provider.fills_gaps or not observer.splitter.size):
             stalled = UpstreamError(said or "", status=504, type=UPSTREAM_BODY_READ)
-            connection.write_part(render_error_event(stalled, self.style, exchange.inbound,
+            connection.write_part(render_error_event(stalled, self.proxy.style, self.inbound,
                                                      observer.seen.sequence))
             whole = True
         if whole:
             connection.write_end()
         else:
             connection.cut()
-        self.release(body, answer, fault is None)
-        self.log_end(exchange, level, outcome, said)
+        self.release(fault is None)
+        self.log_end(level, outcome, said)
 
-    async def pass_stream(self, connection: Connection, exchange: Exchange, provider: Provider,
-                          body: ResponseBody, observer: StreamObserver) -> None:
+    async def pass_stream(self, observer: StreamObserver) -> None:
         """Relay a stream to its end. Not reading while the client does not is all the
         backpressure there is."""
+        connection, body, exchange = self.connection, self.body, self.exchange
         watch, clock, seen = connection.watch, connection.server.loop.time, observer.seen
-        idle_secs, stall_secs = (provider.settings.read_idle_timeout_secs,
-                                 self.config.tool_calls.timeout_secs)
-        fills_gaps, transport = provider.fills_gaps, connection.transport
+        idle_secs, fills_gaps = self.idle_secs, self.provider.fills_gaps
         while True:
             if seen.pending:
-                left = observer.stall_at(stall_secs) - clock()
+                left = observer.stall_at(self.stall_secs) - clock()
                 watch.arm(min(left, idle_secs),
                           "tool_stall" if left < idle_secs else "upstream_idle")
             elif seen.terminal:
@@ -11315,106 +10990,96 @@ class Proxy:
                 if not data:
                     continue
             connection.write_part(data)
-            if transport.get_write_buffer_size():
+            if connection.transport.get_write_buffer_size():
                 await connection.flush()
         if fills_gaps and (tail := observer.splitter.close()):
             connection.write_part(tail)
 
     # -- translated answers
 
-    async def translate_whole(self, connection: Connection, exchange: Exchange, provider: Provider,
-                              answer: ResponseHead, body: ResponseBody, lines: list[bytes],
-                              job: Job) -> None:
+    async def translate_whole(self, job: Job) -> None:
         """An answer in one piece for a client of another protocol, which may have asked for a
         stream."""
-        raw, complete = await self.read_up_to(connection, provider, body,
-                                              self.config.server.max_sse_event_bytes)
+        exchange, provider = self.exchange, self.provider
+        raw, complete = await self.read_up_to(self.proxy.config.server.max_sse_event_bytes)
         exchange.down, exchange.phase = len(raw), PHASES[3]
-        self.release(body, answer, complete)
+        self.release(complete)
         if not complete:
             raise UpstreamError("the provider's answer is larger than server.max_sse_event_bytes",
                                 type=UPSTREAM_BODY_READ)
-        value, _ = load_answer(raw, answer.status, [STREAM_DECODER])
+        value, _ = load_answer(raw, self.answer.status, [STREAM_DECODER])
         if not isinstance(value, dict):
             raise UpstreamError("the provider's answer is not a JSON object", type=INTERNAL)
         exchange.observed = observe_body(provider.protocol, value)
-        assert exchange.inbound
         if job.ctx.stream:
-            outlet = Outlet(connection, exchange.inbound, job, lines, live=False)
+            outlet = Outlet(self.connection, self.inbound, job, self.lines, live=False)
             outlet.feed(explode(provider.protocol.word, value))
             if not outlet.done:
                 outlet.end_input()
             outlet.end()
         else:
             translated = job.pair.response(value, job.ctx)
-            self.tell_dropped(connection, exchange, job.ctx.dropped)
-            write_json(connection, lines, translated)
-        await connection.flush()
-        self.log_end(exchange, logging.INFO, "end")
+            self.tell_dropped(job.ctx.dropped)
+            write_json(self.connection, self.lines, translated)
+        await self.connection.flush()
+        self.log_end(logging.INFO, "end")
 
-    async def translate_stream(self, connection: Connection, exchange: Exchange,
-                               provider: Provider, answer: ResponseHead, body: ResponseBody,
-                               lines: list[bytes], job: Job) -> None:
+    async def translate_stream(self, job: Job) -> None:
         """A stream for a client of another protocol, which may have asked for one piece."""
-        assert exchange.inbound
-        exchange.phase = PHASES[3]
-        observer = StreamObserver(provider.protocol, self.config.server.max_sse_event_bytes)
-        exchange.observed = observer.seen
-        self.watch_streams(exchange)
-        outlet = Outlet(connection, exchange.inbound, job, lines, live=job.ctx.stream)
+        connection, observer = self.connection, self.observe()
+        outlet = Outlet(connection, self.inbound, job, self.lines, live=job.ctx.stream)
         fault: str | None = None
         error: ProxyError | None = None
         try:
-            fault = await self.pull_stream(connection, exchange, provider, body, observer, outlet)
+            fault = await self.pull_stream(observer, outlet)
             if fault is None:
                 outlet.end()
         except ProxyError as raised:
             error = raised
         except (FramingError, OSError) as broken:
-            error = body_fault(provider, broken)
+            error = self.unreadable(broken)
         except asyncio.CancelledError:
             fault = connection.take_reason()
-        finally:
-            self.streams.discard(exchange)
-            connection.exchanging = False
-        self.tell_dropped(connection, exchange, job.ctx.dropped)
+        self.tell_dropped(job.ctx.dropped)
         if fault in ENDED_BY:
-            self.release(body, answer, False)
-            self.interrupted(connection, exchange, fault)
+            self.interrupted(fault)
             return
-        said = fault or (error.message if error and not outlet.ended else None)
-        outcome = stream_outcome(observer, said, provider.settings.read_idle_timeout_secs,
-                                 self.config.tool_calls.timeout_secs)
+        level, event, said = self.stream_outcome(
+            observer, fault or (error.message if error and not outlet.ended else None))
         if fault:
-            error = UpstreamError(outcome[2] or fault, status=504, type=UPSTREAM_BODY_READ)
+            error = UpstreamError(said or fault, status=504, type=UPSTREAM_BODY_READ)
         if error:
-            self.release(body, answer, False)
-            self.fail_stream(connection, exchange, outlet, error, outcome)
-        else:
-            # a pair may take an end for whole that nobody announced
-            self.log_end(exchange, *(outcome if observer.seen.failed else (logging.INFO, "end")))
-            await self.drain(connection, answer, body)
+            error = outlet.failed(error)
+            if event == "end":  # the provider thinks so
+                level, event, said = logging.WARNING, "stream-error", error.message
+            if connection.answered:
+                outlet.fail(self.as_told(error), self.proxy.style)
+                self.log_end(level, event, said)
+            else:
+                self.fail(error, event)
+            return
+        if not observer.seen.failed:  # a pair may take an end for whole that nobody announced
+            level, event, said = logging.INFO, "end", None
+        self.log_end(level, event, said)
+        await self.drain()
 
-    async def pull_stream(self, connection: Connection, exchange: Exchange, provider: Provider,
-                          body: ResponseBody, observer: StreamObserver,
-                          outlet: Outlet) -> str | None:
+    async def pull_stream(self, observer: StreamObserver, outlet: Outlet) -> str | None:
         """Translate a stream until the client's is whole;
         returns the reason if it was ended from outside."""
-        watch, clock, transport = connection.watch, outlet.clock, connection.transport
-        seen, chat = observer.seen, provider.protocol is CHAT
-        idle_secs, stall_secs = (provider.settings.read_idle_timeout_secs,
-                                 self.config.tool_calls.timeout_secs)
+        connection, body, exchange = self.connection, self.body, self.exchange
+        clock, transport = outlet.clock, connection.transport
+        seen, chat = observer.seen, self.provider.protocol is CHAT
         heard = clock()
         while not outlet.done:
             if transport.get_write_buffer_size():
                 await connection.flush()
-            limits = [(heard + idle_secs, "upstream_idle"), (outlet.due, "silence")]
+            limits = [(heard + self.idle_secs, "upstream_idle"), (outlet.due, "silence")]
             if seen.pending:
-                limits.append((observer.stall_at(stall_secs), "tool_stall"))
+                limits.append((observer.stall_at(self.stall_secs), "tool_stall"))
             if chat and seen.finish:  # all is said, and [DONE] may not come
                 limits.append((heard + AFTER_TERMINAL_SECS, "finished"))
             when, reason = min(limits)
-            watch.arm(when - clock(), reason)
+            connection.watch.arm(when - clock(), reason)
             try:
                 data = await body.read()
             except asyncio.CancelledError:
@@ -11436,146 +11101,120 @@ class Proxy:
             outlet.feed(observer.payloads(data, heard))
         return None
 
-    async def drain(self, connection: Connection, answer: ResponseHead,
-                    body: ResponseBody) -> None:
+    async def drain(self) -> None:
         """Let the provider end a stream that is complete, so that its connection can carry
-        another request."""
-        complete = False
-        connection.watch.arm(AFTER_TERMINAL_SECS, "after_terminal")
+        another request. The client's next request does not wait for that."""
+        self.end_exchange()
+        self.connection.watch.disarm()
+        self.link = None
+        task = asyncio.create_task(self.read_rest())
+        self.proxy.drains.add(task)
+        task.add_done_callback(self.proxy.drains.discard)
         try:
-            while await body.read():
-                pass
+            await asyncio.wait({task}, timeout=DRAIN_SECS)
+        except asyncio.CancelledError:
+            self.connection.take_reason()
+
+    async def read_rest(self) -> None:
+        """Read a provider's stream to its end, if that comes soon."""
+        complete = False
+        try:
+            async with asyncio.timeout(AFTER_TERMINAL_SECS):
+                while await self.body.read():
+                    pass
             complete = True
         except (FramingError, OSError):
             pass
-        except asyncio.CancelledError:
-            connection.take_reason()
-        self.release(body, answer, complete)
-
-    def fail_stream(self, connection: Connection, exchange: Exchange, outlet: Outlet,
-                    error: ProxyError, outcome: tuple[int, str, str | None]) -> None:
-        """Tell a client that its stream has failed, with a status if it has none yet."""
-        error = outlet.failed(error)
-        level, event, said = outcome
-        if event == "end":  # the provider thinks so
-            level, event, said = logging.WARNING, "stream-error", error.message
-        if connection.answered:
-            outlet.fail(error_for(exchange, error), self.style)
-            self.log_end(exchange, level, event, said)
-        else:
-            self.fail(connection, exchange, error, event)
+        finally:
+            self.release(complete)
 
     # -- ends
 
-    def fail(self, connection: Connection, exchange: Exchange, error: ProxyError,
-             event: str = "request-failed") -> None:
+    def end_exchange(self) -> None:
+        """The client has all it gets: it may go away, and nobody waits for the stream."""
+        self.connection.exchanging = False
+        self.proxy.streams.discard(self.exchange)
+
+    def as_told(self, error: ProxyError) -> ProxyError:
+        """An error as the client understands it."""
+        exchange = self.exchange
+        if isinstance(error, UpstreamError) and exchange.inbound and translation_name(exchange):
+            return translated_error(error, exchange.inbound, exchange.estimate)
+        return error
+
+    def fail(self, error: ProxyError, event: str = "request-failed") -> None:
         """Answer with an error; a stream that has begun can only be cut."""
-        error = error_for(exchange, error)
+        connection, error = self.connection, self.as_told(error)
         if connection.answered:
             connection.cut()
-            self.log_end(exchange, logging.WARNING, "stream-error", error.message)
+            self.log_end(logging.WARNING, "stream-error", error.message)
             return
-        exchange.status = error.status
-        write_error(connection, error, self.style, exchange.inbound)
-        self.log_end(exchange, logging.WARNING, event, error.message, {
+        self.exchange.status = error.status
+        write_error(connection, error, self.proxy.style, self.exchange.inbound)
+        self.log_end(logging.WARNING, event, error.message, {
             "error_type": error.type, "error_code": error.code,
             "error_param": None if error.param in (ABSENT, None) else brief_param(error.param)})
 
-    def interrupted(self, connection: Connection, exchange: Exchange, reason: str) -> None:
+    def interrupted(self, reason: str) -> None:
         """A wait that was ended from outside before a stream began."""
-        name = exchange.provider
-        limits = {
-            "connect": (UPSTREAM_REQUEST,
-                        "upstream request failed: no connection within connect_timeout_secs"),
-            "upstream": (UPSTREAM_REQUEST,
-                         "upstream request failed: no answer within read_idle_timeout_secs"),
-            "upstream_body": (UPSTREAM_BODY_READ,
-                              "the provider's answer stopped for read_idle_timeout_secs"),
-        }
-        if reason in limits:
-            kind, said = limits[reason]
-            self.fail(connection, exchange, UpstreamError(f"{said} (provider `{name}`)", type=kind),
+        connection = self.connection
+        if reason in TIMEOUTS:
+            kind, said = TIMEOUTS[reason]
+            self.fail(UpstreamError(f"{said} (provider `{self.exchange.provider}`)", type=kind),
                       "timeout")
-        elif reason == "body":
+        elif reason == "body" or (reason == "shutdown" and not connection.answered):
             connection.keep = False
-            self.fail(connection, exchange,
-                      RequestError("the request body did not arrive in time", status=408))
-        elif reason == "shutdown" and not connection.answered:
-            connection.keep = False
-            self.fail(connection, exchange, ProxyError("the proxy is shutting down", status=503))
+            self.fail(RequestError("the request body did not arrive in time", status=408)
+                      if reason == "body" else ProxyError("the proxy is shutting down", status=503))
         else:
             connection.cut()
-            self.log_end(exchange, logging.INFO, "closed", ENDED_BY.get(reason, reason))
+            self.log_end(logging.INFO, "closed", ENDED_BY.get(reason, reason))
 
-    def log_end(self, exchange: Exchange, level: int, event: str, said: str | None = None,
+    def log_end(self, level: int, event: str, said: str | None = None,
                 more: Json | None = None) -> None:
         """The line that closes an exchange."""
-        if not self.log.logger.isEnabledFor(level):
-            return
-        exchange.error = said[:LOG_TEXT_CHARS] if said else None
-        self.log.event(level, event, {**end_fields(exchange), **(more or {})})
+        if self.log.logger.isEnabledFor(level):
+            self.exchange.error = said[:LOG_TEXT_CHARS] if said else None
+            self.log.event(level, event, {**end_fields(self.exchange), **(more or {})})
 
-    def refuse(self, connection: Connection, error: ProxyError) -> None:
-        """Answer bytes that are no request, or that stopped coming."""
-        exchange = Exchange(self.ids.next(), "-", "-", time.perf_counter())
-        connection.extra = [b"x-proxai-request-id: %d" % exchange.id]
-        self.fail(connection, exchange, error)
-
-    # -- streams that are silent
-
-    def watch_streams(self, exchange: Exchange) -> None:
-        """Have `wait` lines written while the stream is silent, where such lines are wanted."""
-        if self.log.info_on:
-            exchange.last_byte_at = asyncio.get_running_loop().time()
-            self.streams.add(exchange)
-            if self.ticker is None:
-                self.ticker = asyncio.get_running_loop().call_later(SWEEP_SECS, self.tick)
-
-    def tick(self) -> None:
-        """Write a `wait` line for each stream that has been silent for a while."""
-        self.ticker = None
-        loop = asyncio.get_running_loop()
-        now, clock = loop.time(), time.perf_counter()
-        for exchange in self.streams:
-            idle = now - exchange.last_byte_at
-            if idle >= SWEEP_SECS:
-                self.log.event(logging.INFO, "wait", {
-                    **base_fields(exchange), "idle_ms": milliseconds(idle),
-                    "duration_ms": milliseconds(clock - exchange.started),
-                    "chunks": exchange.chunks, "down": exchange.down})
-        if self.streams:
-            self.ticker = loop.call_later(SWEEP_SECS, self.tick)
+    def stream_outcome(self, observer: StreamObserver,
+                       fault: str | None) -> tuple[int, str, str | None]:
+        """Level, event and words for the end of a stream;
+        `fault` is None for a clean end of the bytes."""
+        seen = observer.seen
+        if fault == "tool_stall":
+            return (logging.WARNING, "stream-error",
+                    "upstream SSE stalled while streaming tool arguments:"
+                    f" none for tool_calls.timeout_secs = {self.stall_secs:g}")
+        if seen.failed:
+            return (logging.WARNING, "stream-error",
+                    seen.error_message or "the provider sent an error")
+        if seen.terminal or (fault is None and observer.complete):
+            return logging.INFO, "end", None
+        if fault == "upstream_idle":
+            return (logging.WARNING, "timeout",
+                    f"the provider was silent for read_idle_timeout_secs = {self.idle_secs:g}")
+        if fault in ENDED_BY:
+            return logging.INFO, "closed", ENDED_BY[fault]
+        if fault:
+            return logging.WARNING, "stream-error", fault
+        if seen.pending:
+            return (logging.WARNING, "unfinished-tool",
+                    "the stream ended within the arguments of a tool call")
+        return logging.INFO, "closed", "the stream ended before its terminal event"
 
 
 ENDED_BY = {"client_gone": "the client went away",
             "client_write": "the client took no bytes for write_timeout_secs",
             "shutdown": "the proxy shut down"}
-
-
-def stream_outcome(observer: StreamObserver, fault: str | None, idle_secs: float,
-                   stall_secs: float) -> tuple[int, str, str | None]:
-    """Level, event and words for the end of a stream;
-    `fault` is None for a clean end of the bytes."""
-    seen = observer.seen
-    if fault == "tool_stall":
-        return (logging.WARNING, "stream-error",
-                "upstream SSE stalled while streaming tool arguments:"
-                f" none for tool_calls.timeout_secs = {stall_secs:g}")
-    if seen.failed:
-        return logging.WARNING, "stream-error", seen.error_message or "the provider sent an error"
-    if seen.terminal or (fault is None and observer.complete):
-        return logging.INFO, "end", None
-    if fault == "upstream_idle":
-        return (logging.WARNING, "timeout",
-                f"the provider was silent for read_idle_timeout_secs = {idle_secs:g}")
-    if fault in ENDED_BY:
-        return logging.INFO, "closed", ENDED_BY[fault]
-    if fault:
-        return logging.WARNING, "stream-error", fault
-    if seen.pending:
-        return (logging.WARNING, "unfinished-tool",
-                "the stream ended within the arguments of a tool call")
-    return logging.INFO, "closed", "the stream ended before its terminal event"
+TIMEOUTS = {
+    "connect": (UPSTREAM_REQUEST,
+                "upstream request failed: no connection within connect_timeout_secs"),
+    "upstream": (UPSTREAM_REQUEST,
+                 "upstream request failed: no answer within read_idle_timeout_secs"),
+    "upstream_body": (UPSTREAM_BODY_READ,
+                      "the provider's answer stopped for read_idle_timeout_secs"),
+}
 
 
 def load_answer(raw: bytes, status: int, decoders: Iterable[json.JSONDecoder] = (
@@ -11583,35 +11222,10 @@ def load_answer(raw: bytes, status: int, decoders: Iterable[json.JSONDecoder] = 
     """The JSON of an answer, and whether it is JSON to the letter:
     local servers write NaN into log probabilities."""
     for decoder in decoders:
-        try:
+        with contextlib.suppress(ValueError):
             return load(raw, decoder), decoder is DECODER
-        except ValueError:
-            pass
     raise UpstreamError(f"the provider answered {status} with a body that is not JSON", status=502,
                         type=INTERNAL, fix="check that base_url is the address of an API")
-
-
-def response_body(provider: Provider, link: Link, answer: ResponseHead,
-                  rest: bytes) -> ResponseBody:
-    """The answer's body, refused where its coding is one that we cannot undo."""
-    try:
-        return ResponseBody(link, answer, rest)
-    except FramingError as error:
-        raise body_fault(provider, error) from None
-
-
-def error_for(exchange: Exchange, error: ProxyError) -> ProxyError:
-    """An error as the client of an exchange understands it."""
-    if isinstance(error, UpstreamError) and exchange.inbound and translation_name(exchange):
-        return translated_error(error, exchange.inbound, exchange.estimate)
-    return error
-
-
-def body_fault(provider: Provider, error: Exception) -> UpstreamError:
-    """A provider's answer that cannot be read to its end."""
-    said = str(error) if isinstance(error, FramingError) else "the connection broke"
-    return UpstreamError(f"the provider's answer could not be read: {said}"
-                         f" (provider `{provider.name}`)", type=UPSTREAM_BODY_READ)
 
 
 def date_line() -> bytes:
@@ -11619,17 +11233,14 @@ def date_line() -> bytes:
     return b"date: " + http_date(int(time.time()))
 
 
-def has_retry_line(lines: Iterable[bytes]) -> bool:
-    """Whether the provider itself said if trying again helps."""
-    return any(line.lower().startswith(b"x-should-retry:") for line in lines)
-
-
 def write_error(connection: Connection, error: ProxyError, style: str,
                 protocol: Protocol | None) -> None:
     """Answer with an error in the configured style."""
     content_type, body = render_error(error, style, protocol)
     lines = [*error.fields, b"content-type: " + content_type, date_line()]
-    if not error.retry and not has_retry_line(error.fields):
+    # the provider itself may have said if trying again helps
+    if not (error.retry
+            or any(line.lower().startswith(b"x-should-retry:") for line in error.fields)):
         lines.append(b"x-should-retry: false")
     connection.write_head(error.status, lines, len(body), body)
 
