@@ -8030,7 +8030,7 @@ def collect_chat(events: list[Any]) -> Json:
         reason = choice["finish_reason"] or reason
         logprobs += mapping(choice["logprobs"]).get("content") or []
         for name, value in choice["delta"].items():
-            if name == "content" and value is None:  # what was said is the refusal
+            if value is None and name in texts:  # content is taken back: it is the refusal
                 texts["refusal"] = texts.pop(name)
             elif name == "tool_calls":
                 for call in value:
