@@ -54,6 +54,7 @@ import ast
 import asyncio
 import base64
 import contextlib
+import copy
 import dataclasses
 import datetime
 import difflib
@@ -156,6 +157,7 @@ OBSERVED_CHARS = 200  # of a provider's word in a log line
 IDLE_LINKS_PER_ORIGIN = 256  # kept-alive connections to one provider (httpx 20, Go 2, nginx 32-512)
 IDLE_LINK_SECS = 60.0  # vendors close idle connections after 60-400 s
 SWEEP_SECS = 5.0  # how often idle connections are looked over, and `wait` lines are written
+DRAIN_SECS = 0.05  # that a client's next request waits for the end of a stream it has whole
 AFTER_TERMINAL_SECS = 5.0  # how long a provider may take to end a stream that is complete
 BACKLOG = 1024
 LOG_QUEUE_LINES = 10_000  # lines waiting for a blocked terminal before they are counted and dropped
@@ -204,7 +206,8 @@ def load(raw: bytes, decoder: json.JSONDecoder = DECODER) -> Any:
         raise ValueError(f"not UTF-8 at byte {error.start}") from None
 
 
-ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # made once: dumps() does not
+# Made once, as dumps() does not.
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 def dump(value: Any) -> bytes:
@@ -500,15 +503,10 @@ def upstream_error(status: int, body: bytes, fields: Sequence[bytes] = ()) -> Pr
     if message is None:
         return failed(UPSTREAM_UNKNOWN_SHAPE,
                       f"the provider answered {status} with an error of unknown shape: {shown}")
-    code, more = first_of(value, "/error/code", "/code"), {}
-    if isinstance(code, str):
-        more["code"] = code
-    kind = first_of(value, "/error/type")
-    more["kind"] = kind if isinstance(kind, str) else ""
-    param = first_of(value, "/error/param", "/param")
-    if param is not ABSENT and fits(param):
-        more["param"] = param
-    return failed(UPSTREAM, message, **more)
+    code, param = first_of(value, "/error/code", "/code"), first_of(value, "/error/param", "/param")
+    return failed(UPSTREAM, message, kind=text_of(first_of(value, "/error/type")),
+                  code=code if isinstance(code, str) else None,
+                  param=param if param is not ABSENT and fits(param) else ABSENT)
 
 
 def fits(value: Any) -> bool:
@@ -605,11 +603,8 @@ def overflow_message(said: str, protocol: Protocol, estimate: int) -> str:
 
 def joined_detail(value: Any) -> str | None:
     """The texts of a FastAPI-style `detail` list, joined; None where there are none."""
-    items = first_of(value, "/detail")
-    if not isinstance(items, list):
-        return None
     texts = [next((item[key] for key in ("msg", "message") if isinstance(item.get(key), str)), "")
-             for item in items if isinstance(item, dict)]
+             for item in map(mapping, listing(first_of(value, "/detail")))]
     return "; ".join(filter(None, texts)) or None
 
 
@@ -924,7 +919,7 @@ def setting(kind: Kind | Section, doc: str, default: Any = REQUIRED, *, example:
                              metadata={"kind": kind, "doc": doc, "example": example})
 
 
-def fact(kind: Kind, doc: str, example: Any) -> Any:
+def fact(doc: str, example: Any, kind: Kind = BOOLEAN) -> Any:
     """A field of a profile, not set unless the file sets it."""
     return setting(kind, doc, None, example=example)
 
@@ -945,79 +940,77 @@ class ProfileConfig:
     """What a provider takes, for translated requests. What is not set comes from a table of known
     hosts and models; pass-through never looks at it."""
 
-    vision: bool | None = fact(BOOLEAN, "Images can be sent.", True)
-    max_tokens_cap: int | None = fact(whole(1), "Largest output limit that is sent.", 32000)
+    vision: bool | None = fact("Images can be sent.", True)
+    max_tokens_cap: int | None = fact("Largest output limit that is sent.", 32000, whole(1))
     default_max_tokens: int | None = fact(
-        whole(1), "messages: output limit when the client named none.", 32000)
-    web_search: str | None = fact(choice("off", "native", "options", "openrouter"),
-                                  "How web search is asked for.", "off")
+        "messages: output limit when the client named none.", 32000, whole(1))
+    web_search: str | None = fact(
+        "How web search is asked for.", "off", choice("off", "native", "options", "openrouter"))
     cache: str | None = fact(
-        choice("off", "auto", "on"), "Prompt cache marks. messages: on sets them where the client"
-        " has none; auto is on for api.anthropic.com. Others: on forwards the client's.", "auto")
-    vendor_fields: bool | None = fact(BOOLEAN, "Fields that only the vendor itself takes"
-                                      " (service_tier, prompt_cache_key, ...).", False)
-    max_tokens_field: str | None = fact(choice("max_tokens", "max_completion_tokens"),
-                                        "chat: name of the output limit.", "max_tokens")
+        "Prompt cache marks. messages: on sets them where the client has none; auto is on for"
+        " api.anthropic.com. Others: on forwards the client's.", "auto",
+        choice("off", "auto", "on"))
+    vendor_fields: bool | None = fact(
+        "Fields that only the vendor itself takes (service_tier, prompt_cache_key, ...).", False)
+    max_tokens_field: str | None = fact(
+        "chat: name of the output limit.", "max_tokens",
+        choice("max_tokens", "max_completion_tokens"))
     reasoning_control: str | None = fact(
+        "chat: dialect of reasoning control.", "effort",
         choice("effort", "effort-basic", "effort-lowhigh", "openrouter", "deepseek", "kimi", "glm",
-               "qwen", "groq", "mistral", "template"),
-        "chat: dialect of reasoning control.", "effort")
+               "qwen", "groq", "mistral", "template"))
     reasoning_replay: str | None = fact(
-        choice("none", "reasoning_content", "reasoning", "reasoning_details", "auto"),
-        "chat: field that takes back earlier reasoning; auto: the one it came in.", "auto")
+        "chat: field that takes back earlier reasoning; auto: the one it came in.", "auto",
+        choice("none", "reasoning_content", "reasoning", "reasoning_details", "auto"))
     reasoning_required: str | None = fact(
-        choice("off", "calls", "all"), "chat: assistant messages that must have it.", "off")
+        "chat: assistant messages that must have it.", "off", choice("off", "calls", "all"))
     late_system: str | None = fact(
-        choice("keep", "fold"), "chat: system messages within a conversation stay, or become"
-        " reminders in user messages.", "fold")
-    tool_images: str | None = fact(choice("user", "inline", "drop"),
-                                   "chat: where images of tool results go.", "user")
-    files: str | None = fact(choice("native", "drop"), "chat: file parts are taken.", "drop")
-    json_schema: str | None = fact(choice("schema", "object"),
-                                   "chat: response_format that is taken.", "schema")
-    stream_usage: bool | None = fact(
-        BOOLEAN, "chat: stream_options.include_usage is taken.", True)
-    top_k: bool | None = fact(BOOLEAN, "chat: top_k is taken.", True)
+        "chat: system messages within a conversation stay, or become reminders in user messages.",
+        "fold", choice("keep", "fold"))
+    tool_images: str | None = fact(
+        "chat: where images of tool results go.", "user", choice("user", "inline", "drop"))
+    files: str | None = fact("chat: file parts are taken.", "drop", choice("native", "drop"))
+    json_schema: str | None = fact(
+        "chat: response_format that is taken.", "schema", choice("schema", "object"))
+    stream_usage: bool | None = fact("chat: stream_options.include_usage is taken.", True)
+    top_k: bool | None = fact("chat: top_k is taken.", True)
     call_ids: str | None = fact(
-        choice("any", "40", "9"), "chat: ids of tool calls: any, at most 40 characters, or exactly"
-        " 9 letters and digits.", "any")
-    parallel_tool_calls: bool | None = fact(BOOLEAN, "chat: parallel_tool_calls is taken.", True)
-    strict_tools: bool | None = fact(BOOLEAN, "strict is taken on tools and schemas.", False)
+        "chat: ids of tool calls: any, at most 40 characters, or exactly 9 letters and digits.",
+        "any", choice("any", "40", "9"))
+    parallel_tool_calls: bool | None = fact("chat: parallel_tool_calls is taken.", True)
+    strict_tools: bool | None = fact("strict is taken on tools and schemas.", False)
     lenient_done: bool | None = fact(
-        BOOLEAN, "chat: [DONE] without a finish_reason ends a complete answer.", True)
+        "chat: [DONE] without a finish_reason ends a complete answer.", True)
     tool_arguments: str | None = fact(
-        choice("stream", "buffer"), "Arguments pass as they come, or repaired and whole.", "stream")
+        "Arguments pass as they come, or repaired and whole.", "stream", choice("stream", "buffer"))
     think_tags: str | None = fact(
-        choice("auto", "off"), "chat: <think> at the start of a text is reasoning.", "auto")
+        "chat: <think> at the start of a text is reasoning.", "auto", choice("auto", "off"))
     deferred_tools: str | None = fact(
-        choice("referenced", "all"), "Which deferred tools are sent.", "referenced")
+        "Which deferred tools are sent.", "referenced", choice("referenced", "all"))
     count_native: bool | None = fact(
-        BOOLEAN, "chat, responses: the provider counts tokens itself.", False)
-    custom_tools: bool | None = fact(BOOLEAN, "Custom (free text) tools are taken.", False)
-    allowed_tools: bool | None = fact(
-        BOOLEAN, "chat: tool_choice allowed_tools is taken.", False)
+        "chat, responses: the provider counts tokens itself.", False)
+    custom_tools: bool | None = fact("Custom (free text) tools are taken.", False)
+    allowed_tools: bool | None = fact("chat: tool_choice allowed_tools is taken.", False)
     model_class: str | None = fact(
-        choice("K0", "K1", "K2", "K3", "K4", "K5", "X"), "messages: class of Claude models, from K0"
-        " (3.5 and older) to K5 (newest); X is another model.", "K4")
+        "messages: class of Claude models, from K0 (3.5 and older) to K5 (newest); X is another"
+        " model.", "K4", choice("K0", "K1", "K2", "K3", "K4", "K5", "X"))
     lenient_thinking: bool | None = fact(
-        BOOLEAN, "messages: thinking without a signature is taken.", False)
+        "messages: thinking without a signature is taken.", False)
     native_system: bool | None = fact(
-        BOOLEAN, "messages: role system within messages is taken.", False)
-    thinking_binding: bool | None = fact(
-        BOOLEAN, "messages: thinking is bound to its prefix.", False)
-    reasoning: bool | None = fact(BOOLEAN, "responses: the model reasons.", True)
+        "messages: role system within messages is taken.", False)
+    thinking_binding: bool | None = fact("messages: thinking is bound to its prefix.", False)
+    reasoning: bool | None = fact("responses: the model reasons.", True)
     efforts: tuple[str, ...] | None = fact(
-        several(choice("none", "minimal", "low", "medium", "high", "xhigh", "max")),
-        "responses: effort levels that are taken.", ["low", "medium", "high"])
+        "responses: effort levels that are taken.", ["low", "medium", "high"],
+        several(choice("none", "minimal", "low", "medium", "high", "xhigh", "max")))
     encrypted_reasoning: bool | None = fact(
-        BOOLEAN, "responses: encrypted reasoning can be asked for.", True)
+        "responses: encrypted reasoning can be asked for.", True)
     reasoning_summary: bool | None = fact(
-        BOOLEAN, "responses: reasoning summaries can be asked for.", True)
-    sampling: bool | None = fact(BOOLEAN, "responses: temperature and top_p are taken.", False)
-    max_output_tokens: bool | None = fact(
-        BOOLEAN, "responses: max_output_tokens is taken.", True)
-    output_lists: bool | None = fact(BOOLEAN, "responses: tool outputs may have images.", True)
-    phase: bool | None = fact(BOOLEAN, "responses: phase is taken on assistant messages.", False)
+        "responses: reasoning summaries can be asked for.", True)
+    sampling: bool | None = fact("responses: temperature and top_p are taken.", False)
+    max_output_tokens: bool | None = fact("responses: max_output_tokens is taken.", True)
+    output_lists: bool | None = fact("responses: tool outputs may have images.", True)
+    phase: bool | None = fact("responses: phase is taken on assistant messages.", False)
 
 
 @schema
@@ -2288,14 +2281,13 @@ class ModelRequest(NamedTuple):
 
 def read_model_request(protocol: Protocol, raw: bytes) -> ModelRequest:
     """Check what routing and translation need and nothing more (ruling 13), else a RequestError."""
+    fault = f"the body of {protocol.title} requests must be a JSON object with a non-empty `model`"
     try:
         body = load(raw)
     except ValueError as error:
-        raise RequestError(f"the body of {protocol.title} requests must be a JSON object with a"
-                           f" non-empty `model`: {error}") from None
+        raise RequestError(f"{fault}: {error}") from None
     if not isinstance(body, dict):
-        raise RequestError(f"the body of {protocol.title} requests must be a JSON object with a"
-                           f" non-empty `model`")
+        raise RequestError(fault)
     model = body.get("model")
     if not isinstance(model, str) or not model.strip():
         raise RequestError(f"{protocol.title} requests need a non-empty `model`", param="model")
@@ -2314,48 +2306,40 @@ def read_model_request(protocol: Protocol, raw: bytes) -> ModelRequest:
     return ModelRequest(raw, body, model.strip())
 
 
-def lift_system_items(body: Json) -> Json | None:
-    """A Responses body with its system items moved into `instructions`; None where there are none.
+def lift_system_items(body: Json) -> Json:
+    """The members of a Responses body that change when its system items become `instructions`.
 
     Responses providers know no system role in `input` (contract 4.1, rulings 14 and 15).
     """
-    items = body.get("input")
-    if not isinstance(items, list):
-        return None
-    kept = [item for item in items if not (isinstance(item, dict) and item.get("role") == "system")]
+    items = listing(body.get("input"))
+    kept = [item for item in items if mapping(item).get("role") != "system"]
     if len(kept) == len(items):
-        return None
+        return {}
     texts = [system_text(item.get("content")) for item in items
-             if isinstance(item, dict) and item.get("role") == "system"]
+             if mapping(item).get("role") == "system"]
     texts = [text for text in texts if text]
-    out = {**body, "input": kept}
-    if texts:
-        before = body.get("instructions")
-        if isinstance(before, str) and before.strip():
-            texts.append(before)
-        out["instructions"] = "\n\n".join(texts)
-    return out
+    if not texts:
+        return {"input": kept}
+    before = text_of(body.get("instructions"))
+    texts += [before] if before.strip() else []
+    return {"input": kept, "instructions": "\n\n".join(texts)}
 
 
 def system_text(content: Any) -> str:
     """The text of a system item's content: a string, or its text parts on lines of their own."""
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else []
-    return "\n".join(part["text"] for part in parts
-                     if isinstance(part, dict) and part.get("type") in ("input_text", "text")
-                     and isinstance(part.get("text"), str))
+    return content if isinstance(content, str) else "\n".join(
+        part["text"] for part in map(mapping, listing(content))
+        if part.get("type") in ("input_text", "text") and isinstance(part.get("text"), str))
 
 
 def pass_through_body(protocol: Protocol, request: ModelRequest, model: str) -> bytes:
     """The body for a provider of the client's own protocol: the client's bytes, but for the two
     reasons of ruling 14, system items of Responses and a model that a route rewrites."""
     raw = request.raw
-    lifted = lift_system_items(request.body) if protocol is RESPONSES else None
+    lifted = lift_system_items(request.body) if protocol is RESPONSES else {}
     try:
-        for name in ("input", "instructions") if lifted else ():
-            if lifted and name in lifted and lifted[name] is not request.body.get(name):
-                raw = put_member(raw, name, lifted[name])
+        for name, value in lifted.items():
+            raw = put_member(raw, name, value)
     except ValueError as error:
         raise RequestError(f"the request body is {error}") from None
     return raw if model == request.body["model"] else replace_member(raw, "model", model)
@@ -2574,16 +2558,9 @@ def fill(target: Any, gaps: Mapping[str, Any]) -> bool:
     return bool(missing)
 
 
-def fill_all(targets: Any, gaps: Mapping[str, Any]) -> bool:
-    """`fill` each object of a list."""
-    return any([fill(target, gaps) for target in targets]) if isinstance(targets, list) else False
-
-
 def fill_usage(usage: Any, gaps: Mapping[str, Any]) -> bool:
     """The gaps of a usage object and of the server tool counters in it."""
-    changed = fill(usage, gaps)
-    return (fill(usage.get("server_tool_use"), SERVER_TOOL_GAPS) | changed
-            if isinstance(usage, dict) else changed)
+    return fill(usage, gaps) | fill(mapping(usage).get("server_tool_use"), SERVER_TOOL_GAPS)
 
 
 def fill_message(message: Json) -> bool:
@@ -2591,34 +2568,32 @@ def fill_message(message: Json) -> bool:
     changed = fill(message, {"type": "message"}) | fill(message, MESSAGE_GAPS)
     changed |= fill(message.get("stop_details"), STOP_DETAILS_GAPS)
     changed |= fill_usage(message.get("usage"), USAGE_GAPS)
-    content = message.get("content")
-    for block in content if isinstance(content, list) else ():
+    for block in listing(message.get("content")):
         changed |= fill_block(block)
     return changed
 
 
 def fill_block(block: Any) -> bool:
     """The gaps of a content block, by its type."""
-    if not isinstance(block, dict):
+    kind, content = mapping(block).get("type"), mapping(block).get("content")
+    if not isinstance(kind, str):
         return False
-    kind, content = block.get("type"), block.get("content")
-    changed = fill(block, BLOCK_GAPS.get(kind, {})) if isinstance(kind, str) else False
-    if kind == "text" and isinstance(block.get("citations"), list):
-        for citation in block["citations"]:
-            if isinstance(citation, dict):
-                changed |= fill(citation, CITATION_GAPS.get(str(citation.get("type")), {}))
+    changed = fill(block, BLOCK_GAPS.get(kind, {}))
+    if kind == "text":
+        for citation in listing(block.get("citations")):
+            changed |= fill(citation, CITATION_GAPS.get(str(mapping(citation).get("type")), {}))
     elif kind == "web_search_tool_result":
-        changed |= fill_all(content, {"page_age": None})
+        for item in listing(content):
+            changed |= fill(item, {"page_age": None})
     elif kind == "web_fetch_tool_result":
         for item in content if isinstance(content, list) else [content]:
-            if isinstance(item, dict) and "error_code" not in item:
+            if "error_code" not in mapping(item):
                 changed |= fill(item, {"retrieved_at": None})
-                changed |= fill(item.get("content"), NULLS(("citations", "title")))
-    elif (kind == "tool_search_tool_result" and isinstance(content, dict)
-          and "error_code" in content):
+                changed |= fill(mapping(item).get("content"), NULLS(("citations", "title")))
+    elif kind == "tool_search_tool_result" and "error_code" in mapping(content):
         changed |= fill(content, {"error_message": None})
-    elif kind == "text_editor_code_execution_tool_result" and isinstance(content, dict):
-        changed |= fill(content, EDITOR_RESULT_GAPS.get(str(content.get("type")), {}))
+    elif kind == "text_editor_code_execution_tool_result":
+        changed |= fill(content, EDITOR_RESULT_GAPS.get(str(mapping(content).get("type")), {}))
     return changed
 
 
@@ -2627,27 +2602,21 @@ WHOLE_MESSAGE = ("id", "role", "model", "content", "usage")
 
 def fill_gaps_in_body(body: Any) -> bool:
     """Fill an answer in place if it is a message; whether anything was added."""
-    if not (isinstance(body, dict) and body.get("role") == "assistant"
-            and all(key in body for key in WHOLE_MESSAGE)):
-        return False
-    return fill_message(body)
+    return (isinstance(body, dict) and body.get("role") == "assistant"
+            and all(key in body for key in WHOLE_MESSAGE) and fill_message(body))
 
 
 def fill_gaps_in_event(event: Any) -> bool:
     """Fill the payload of a stream event in place; whether anything was added."""
-    if not isinstance(event, dict):
-        return False
-    kind = event.get("type")
+    event = mapping(event)
+    kind, delta = event.get("type"), event.get("delta")
     if kind == "message_start" and isinstance(event.get("message"), dict):
         return fill_message(event["message"])
     if kind == "content_block_start":
         return fill_block(event.get("content_block"))
-    if kind == "message_delta":
-        changed = fill(event.get("delta"), MESSAGE_GAPS)
-        if isinstance(event.get("delta"), dict):
-            changed |= fill(event["delta"].get("stop_details"), STOP_DETAILS_GAPS)
-        return fill_usage(event.get("usage"), DELTA_USAGE_GAPS) | changed
-    return False
+    return kind == "message_delta" and (
+        fill(delta, MESSAGE_GAPS) | fill(mapping(delta).get("stop_details"), STOP_DETAILS_GAPS)
+        | fill_usage(event.get("usage"), DELTA_USAGE_GAPS))
 
 
 # Events that can have gaps; a frame with none of these words is not even parsed.
@@ -2669,18 +2638,13 @@ def fill_gaps_in_frame(frame: bytes) -> bytes | None:
     event = parse_event(frame)
     if event is None:
         return None
-    try:
+    with contextlib.suppress(ValueError):
         payload = load(event.data.encode("utf-8"))
-    except ValueError:
-        return None
-    if isinstance(payload, dict) and "type" not in payload:
-        payload = {"type": event.name, **payload}
-    if not fill_gaps_in_event(payload):
-        return None
-    try:
-        return format_event(payload["type"], dump(payload))
-    except ValueError:
-        return None
+        if isinstance(payload, dict) and "type" not in payload:
+            payload = {"type": event.name, **payload}
+        if fill_gaps_in_event(payload):
+            return format_event(payload["type"], dump(payload))
+    return None
 
 
 
@@ -2900,12 +2864,15 @@ class Context:
     """
 
     __slots__ = ("alias", "caps", "dropped", "echo", "estimate", "headers", "host", "ids",
-                 "inbound", "include_usage", "kind", "legacy", "model", "now", "provider", "realm",
-                 "stops", "stream", "tools", "wants_thinking", "web_search")
+                 "inbound", "include_usage", "kind", "legacy", "model", "now", "provider",
+                 "realm", "seed", "stops", "stream", "tools", "unpacked", "wants_thinking",
+                 "web_search")
 
     def __init__(self, inbound: str, provider: str, model: str, *, host: str = "",
-                 profile: Any = None, realm: str | None = None, now: int = 0) -> None:
+                 profile: Any = None, realm: str | None = None, now: int = 0,
+                 seed: str = "") -> None:
         self.inbound, self.provider, self.model, self.now = inbound, provider, model, now
+        self.seed = seed  # makes ids of answers that come without one
         self.host, self.alias = host, model
         if not isinstance(profile, ProfileConfig):
             options: Json = {key: tuple(value) if isinstance(value, list) else value
@@ -2917,6 +2884,7 @@ class Context:
             self.kind = MODEL_CLASSES[given]
         self.realm = sha(realm if realm is not None else host)[:6]
         self.dropped: dict[str, str] = {}
+        self.unpacked = 0  # bytes of carriers
         self.headers: list[bytes] = []
         self.tools: dict[str, Tool] = {}  # by the name that goes over the wire
         self.echo: Json = {}  # what a Responses answer repeats of its request
@@ -3455,7 +3423,7 @@ def read_arguments(text: str) -> Any:
         found = found if inner is ABSENT else inner
     if found is not ABSENT:
         return found
-    bare = re.sub(r"^\s*```(?:json)?\s*|\s*```\s*$", "", text)
+    bare = text.strip().removeprefix("```json").removeprefix("```").removesuffix("```").strip()
     found = loose_json(re.sub(r",(\s*[}\]])", r"\1", bare))
     if found is ABSENT and bare.startswith(("{'", '{"')) and len(bare) <= LITERAL_CHARS:
         with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
@@ -3672,7 +3640,7 @@ def reminder(text: str) -> str:
 # -- reasoning carriers (translation-responses.md 1.5) -----------------------
 
 CARRIER = "px1."
-CARRIER_BYTES = 8 << 20  # of what a packed carrier may hold
+CARRIER_BYTES = (4 << 20) + 1  # of what a packed carrier may hold
 
 
 def seal(kind: str, body: str, text: str, ctx: Context) -> str:
@@ -3688,7 +3656,7 @@ def unseal(value: Any, text: str, ctx: Context) -> Thought | None:
     if len(parts) != 6 or value != seal(parts[1], parts[5], text, ctx):
         return None
     kind, body = parts[1], parts[5]
-    found = unpack(body) if kind in ("ab", "cd") else body
+    found = unpack(body, ctx) if kind in ("ab", "cd") else body
     return None if found is ABSENT else Thought(kind, text, found)
 
 
@@ -3697,11 +3665,12 @@ def pack(value: Any) -> str:
     return to_base64url(zlib.compress(dump(value), 9))
 
 
-def unpack(body: str) -> Any:
-    """What pack() was given; ABSENT where that cannot be told."""
+def unpack(body: str, ctx: Context) -> Any:
+    """What pack() was given; ABSENT where that cannot be told, or is too much for one request."""
     try:
         inflater = zlib.decompressobj()
-        raw = inflater.decompress(from_base64url(body) or b"", CARRIER_BYTES)
+        raw = inflater.decompress(from_base64url(body) or b"", CARRIER_BYTES - ctx.unpacked)
+        ctx.unpacked += len(raw)
         return load(raw) if inflater.eof else ABSENT
     except (ValueError, zlib.error):
         return ABSENT
@@ -5049,7 +5018,7 @@ def write_tools(ask: Ask, names: ToolNames, ctx: Context,
     found: list[Json] = []
     for tool in ask.tools:
         if tool.kind == "raw":
-            found.append(tool.raw)
+            found.append(dict(tool.raw))
         elif tool.kind != "web_search":
             wire = names.of(tool.space, tool.name)
             ctx.tools[wire] = tool
@@ -5237,7 +5206,7 @@ def anthropic_blocks(part: Part, ctx: Context) -> list[Json]:
     if part.kind in WORDS:
         return [text_block(part)] if part.text.strip() else []
     if part.kind == "raw":
-        return [part.raw]
+        return [copy.deepcopy(part.raw)]
     block = None
     if part.kind != "image" or ctx.caps.vision:
         block = anthropic_media(part)
@@ -5558,7 +5527,7 @@ def set_marks(ask: Ask, ctx: Context, out: Json) -> None:
     fixed = [b for b in (*tools, *system) if "cache_control" in b]
     moving = [b for m in messages for b in m["content"] if "cache_control" in b]
     moving += [b for m in messages for result in m["content"] if result["type"] == "tool_result"
-               for b in listing(result.get("content")) if "cache_control" in b]
+               for b in map(mapping, listing(result.get("content"))) if "cache_control" in b]
     if fixed or moving:
         keep_marks(fixed, moving, ask.ttl)
         return
@@ -5669,8 +5638,8 @@ def chat_turns(atoms: list[Atom], names: ToolNames, level: str | None,
                 parts = atom.parts
                 if ctx.inbound == MESSAGES.word and out and out[-1]["role"] == "tool":
                     # a word of the client beside a result is no turn of the user
-                    out[-1]["content"] = join_lines([out[-1]["content"], *(
-                        p.text for p in parts if REMINDER.fullmatch(p.text))])
+                    if told := [p.text for p in parts if REMINDER.fullmatch(p.text)]:
+                        out[-1]["content"] = merged(out[-1]["content"], join_lines(told))
                     parts = [p for p in parts if not REMINDER.fullmatch(p.text)]
                 content = chat_content(parts, ctx)
                 if content and fold and out and out[-1]["role"] == "user":
@@ -5832,7 +5801,8 @@ def replayed_reasoning(thoughts: list[Thought], content: str | None, calls: list
         if thought.kind == "cr":
             found.append((thought.text, str(thought.body), []))
         elif thought.kind == "cd" and isinstance(thought.body, dict):
-            found.append((thought.text, "reasoning_details", listing(thought.body.get("d"))))
+            found.append((thought.text, "reasoning_details", [
+                with_text(d, thought.text) for d in map(mapping, listing(thought.body.get("d")))]))
             signatures |= mapping(thought.body.get("t"))
         elif thought.kind == "foreign" and ctx.caps.reasoning_replay != "auto":
             signed = {"signature": thought.body, "format": "anthropic-claude-v1"}
@@ -5846,8 +5816,7 @@ def replayed_reasoning(thoughts: list[Thought], content: str | None, calls: list
     if field == "auto" and found:
         field = "reasoning_details" if details else str(found[0][1])
     if found and field == "reasoning_details":
-        out[field] = ([with_text(d, text) for d in map(mapping, details)] if details else
-                      [{"type": "reasoning.text", "text": text, "index": 0}])
+        out[field] = details or [{"type": "reasoning.text", "text": text, "index": 0}]
     elif found and text and field in ("reasoning_content", "reasoning"):
         out[field] = text
     elif text and field == "think":
@@ -6287,19 +6256,21 @@ class Citation(NamedTuple):
 
 class Segment:
     """A stretch of an answer that has a beginning and an end: text, refusal, thinking, call,
-    opaque (a block nobody else knows) or search. A writer keeps its own marks here."""
+    custom (a call with free text), opaque (a block nobody else knows) or search."""
 
-    __slots__ = ("at", "citations", "closed", "decoder", "id", "index", "item", "kind", "live",
-                 "name", "raw", "shown", "text", "thought")
+    __slots__ = ("at", "citations", "closed", "decoder", "form", "id", "index", "item", "kind",
+                 "live", "name", "raw", "shown", "text", "thought", "where")
 
     def __init__(self, kind: str, id: str = "", name: str = "", raw: Any = None) -> None:
         self.kind, self.id, self.name, self.raw = kind, id, name, raw
         self.text: list[str] = []
-        self.thought: tuple[str, Any] | None = None  # kind and body of its carrier
+        self.thought = "", ""  # kind and body of its carrier
         self.citations: list[Citation] = []
-        self.live = self.closed = self.shown = False
-        self.index, self.item, self.at = -1, cast(Json, {}), (0, 0)
-        self.decoder: InputDecoder | None = None
+        self.live = self.closed = False
+        # the writer's own marks
+        self.shown, self.index, self.at = False, -1, (0, 0)
+        self.item, self.where = cast(Json, {}), cast(Json, {})
+        self.form, self.decoder = CALL_FORMS["function"], cast("InputDecoder | None", None)
 
     def whole(self) -> str:
         """All text so far."""
@@ -6327,57 +6298,52 @@ class Writer:
         """The answer begins; only the first word counts."""
         if not self.begun:
             self.begun = True
-            self.start_answer(id if isinstance(id, str) else "",
-                              model if isinstance(model, str) and model else self.ctx.alias,
+            self.start_answer(text_of(id), text_of(model) or self.ctx.alias,
                               created if type(created) is int and created > 0 else self.ctx.now)
 
     def open(self, segment: Segment) -> Segment:
-        """A segment begins."""
-        if not self.begun:
-            self.begin(None, None)
+        """A segment begins, with the text it has already."""
+        self.begin(None, None)
         if self.serial:
             self.queue.append(segment)
-            if len(self.queue) > 1:
-                return segment
-        segment.live = True
-        self.start(segment)
+        if len(self.queue) <= 1:
+            self.show(segment)
         return segment
 
-    def add(self, segment: Segment, text: str) -> None:
-        """A segment goes on."""
-        segment.text.append(text)
-        if segment.live and not segment.closed:
-            self.write(segment, text)
+    def show(self, segment: Segment) -> None:
+        """A segment has its turn, with all that it gathered while it waited."""
+        segment.live = True
+        self.start(segment)
+        if segment.text:
+            self.write(segment, segment.whole())
+        if segment.closed:
+            self.stop(segment)
+
+    def add(self, segment: Segment, text: Any) -> None:
+        """A segment goes on; what is no text, or empty, is no matter."""
+        if text and type(text) is str:
+            segment.text.append(text)
+            if segment.live and not segment.closed:
+                self.write(segment, text)
 
     def close(self, segment: Segment) -> None:
         """A segment ends; those that waited have their turn."""
         if segment.closed:
             return
         segment.closed = True
-        if not segment.live:
-            return
-        self.stop(segment)
-        if self.serial and self.held is None:
-            self.advance()
+        if segment.live:
+            self.stop(segment)
+            if self.serial and self.held is None:
+                self.advance()
 
     def advance(self) -> None:
-        """The first segment is over: open those that waited, up to one that is not."""
+        """The first segment is over: show those that waited, up to one that is not."""
         self.queue.popleft()
         while self.queue:
-            head = self.queue[0]
-            head.live = True
-            self.start(head)
-            if head.text:
-                self.write(head, head.whole())
-            if head.closed:
-                self.stop(head)
-            if not head.closed or self.held:
+            self.show(self.queue[0])
+            if not self.queue[0].closed or self.held:
                 break
             self.queue.popleft()
-
-    def waiting(self) -> bool:
-        """Whether a segment waits for another to end."""
-        return len(self.queue) > 1
 
     def ping(self) -> None:
         """A sign of life, where the protocol has one of its own."""
@@ -6393,6 +6359,10 @@ class Writer:
 
     def stop(self, segment: Segment) -> None:
         """The events that close a segment."""
+
+    def sealed(self, segment: Segment) -> str:
+        """The carrier of a segment of reasoning."""
+        return seal(*segment.thought, segment.whole(), self.ctx)
 
     def finish(self, stop: Stop) -> None:
         """The last events of a whole answer."""
@@ -6410,7 +6380,7 @@ class Reader:
         self.out, self.ctx = out, ctx
 
     def take(self, event: Json) -> None:
-        """One event."""
+        """One event; unknown ones are no matter."""
 
     def end(self, done: bool = False) -> None:
         """The stream ended; `done` by [DONE]."""
@@ -6435,10 +6405,9 @@ def translated(reader: Reader, out: Writer) -> Stream:
                 reader.end(item == DONE)
             elif item is PING:
                 out.ping()
-            elif isinstance(item, ProxyError):
-                raise item
             else:
-                raise broken("an event is no JSON object")
+                raise item if isinstance(item, ProxyError) else broken(
+                    "an event is no JSON object")
         except ProxyError as error:
             raise out.fail(error) from None
         except (RecursionError, ValueError):  # of values that cannot be written
@@ -6470,26 +6439,40 @@ FAULT_STATUS = {
 }
 
 
-def fault_of(error: Any, status: int = 502) -> UpstreamError:
+def fault_of(error: Any) -> UpstreamError:
     """The error that a provider's own error object in an event or answer stands for."""
-    if isinstance(error, str):
-        error = {"message": error}
-    error = mapping(error)
-    code, kind, message = error.get("code"), error.get("type"), error.get("message")
-    found = next((FAULT_STATUS[w] for w in (code, kind)
-                  if isinstance(w, str) and w in FAULT_STATUS), 0)
-    if type(code) is int and 400 <= code < 600:
-        found = found or code
-    text = message if isinstance(message, str) and message else "the provider sent an error"
-    return UpstreamError(text[:ERROR_TEXT_CHARS], status=found or status, type=UPSTREAM,
-                         code=word(code), kind=word(kind) or "")
+    error = {"message": error} if isinstance(error, str) else mapping(error)
+    code, kind = error.get("code"), word(error.get("type")) or ""
+    status = FAULT_STATUS.get(text_of(code)) or FAULT_STATUS.get(kind) or (
+        code if type(code) is int and 400 <= code < 600 else 502)
+    text = text_of(error.get("message")) or "the provider sent an error"
+    return UpstreamError(text[:ERROR_TEXT_CHARS], status=status, type=UPSTREAM, code=word(code),
+                         kind=kind)
+
+
+def url_citation(found: Json) -> list[Citation]:
+    """A source as OpenAI tells it; none without an address."""
+    url = found.get("url")
+    return [Citation(url, text_of(found.get("title")) or url, number(found.get("start_index")),
+                     number(found.get("end_index")))] if isinstance(url, str) else []
+
+
+def counter(*values: Any) -> int | None:
+    """The first of some usage counters that is there."""
+    return next((number(value) for value in values if value is not None), None)
 
 
 # -- reading Anthropic Messages (translation-responses.md 2.3, -chat.md 2.10)
 
-MESSAGES_STOPS = {"end_turn": "end", "stop_sequence": "sequence", "tool_use": "tool",
-                  "max_tokens": "length", "model_context_window_exceeded": "context",
-                  "compaction": "context", "pause_turn": "pause", "refusal": "refusal"}
+MESSAGES_STOPS = {"tool_use": "tool", "max_tokens": "length", "compaction": "context",
+                  "model_context_window_exceeded": "context", "pause_turn": "pause",
+                  "refusal": "refusal"}
+# What content blocks are, those with a text by the name of its member.
+BLOCK_KINDS = {"text": "text", "thinking": "thinking", "redacted_thinking": "thinking",
+               "tool_use": "call"}
+BLOCK_CARRIERS = {"thinking": ("at", "signature"), "redacted_thinking": ("ar", "data")}
+DELTA_TEXTS = {"text_delta": "text", "thinking_delta": "thinking",
+               "input_json_delta": "partial_json"}
 
 
 class MessagesReader(Reader):
@@ -6504,13 +6487,14 @@ class MessagesReader(Reader):
 
     def take(self, event: Json) -> None:
         """One event; unknown ones are no matter."""
-        kind = event.get("type")
+        kind, index = event.get("type"), event.get("index")
+        index = index if type(index) is int else key_of(index)
         if kind == "content_block_delta":
-            self.delta(event.get("index"), mapping(event.get("delta")))
+            self.delta(index, mapping(event.get("delta")))
         elif kind == "content_block_start":
-            self.start(event.get("index"), mapping(event.get("content_block")))
+            self.start(index, mapping(event.get("content_block")))
         elif kind == "content_block_stop":
-            self.stop(event.get("index"))
+            self.stop(index)
         elif kind == "message_start":
             message = mapping(event.get("message")) or event
             self.count(message.get("usage"))
@@ -6520,7 +6504,6 @@ class MessagesReader(Reader):
             self.count(event.get("usage"))
             self.reason = delta.get("stop_reason") or self.reason
             self.details = mapping(delta.get("stop_details")) or self.details
-            self.sequence = text_of(delta.get("stop_sequence"))
         elif kind == "message_stop":
             self.finish()
         elif kind == "error":
@@ -6528,76 +6511,53 @@ class MessagesReader(Reader):
 
     def count(self, usage: Any) -> None:
         """Take counters over; they are totals, and null says nothing."""
-        for name, value in mapping(usage).items():
-            if value is not None:
-                self.counts[name] = value
+        self.counts |= {name: n for name, n in mapping(usage).items() if n is not None}
 
-    def start(self, index: Any, block: Json) -> None:
+    def start(self, index: Any, block: Json) -> Segment:
         """A block begins."""
-        kind = block.get("type")
-        key = index if isinstance(index, (int, str)) else None
-        if key in self.blocks:
-            self.stop(key)
-        if kind == "text":
-            segment = self.out.open(Segment("text"))
-            self.say(segment, block.get("text"))
+        self.stop(index)
+        type_ = text_of(block.get("type"))
+        kind = BLOCK_KINDS.get(type_, "opaque")
+        segment = self.blocks[index] = self.out.open(Segment(
+            kind, text_of(block.get("id")), text_of(block.get("name")),
+            block if kind in ("call", "opaque") else None))
+        if type_ in BLOCK_CARRIERS:
+            carrier, member = BLOCK_CARRIERS[type_]
+            segment.thought = carrier, text_of(block.get(member))
+        if kind in ("text", "thinking"):
+            self.out.add(segment, block.get(kind))
             for citation in listing(block.get("citations")):
                 self.cite(segment, mapping(citation))
-        elif kind == "thinking":
-            segment = self.out.open(Segment("thinking"))
-            self.say(segment, block.get("thinking"))
-            segment.thought = ("at", text_of(block.get("signature")))
-        elif kind == "redacted_thinking":
-            segment = self.out.open(Segment("thinking"))
-            segment.thought = ("ar", text_of(block.get("data")))
-        elif kind == "tool_use":
-            segment = self.out.open(Segment("call", text_of(block.get("id")),
-                                            text_of(block.get("name")), block.get("input")))
-        else:
-            segment = self.out.open(Segment("opaque", raw=block))
-        self.blocks[key] = segment
-
-    def say(self, segment: Segment, text: Any) -> None:
-        """Text of a block, where there is some."""
-        if isinstance(text, str) and text:
-            self.out.add(segment, text)
+        return segment
 
     def delta(self, index: Any, delta: Json) -> None:
         """A piece of a block; a block that never began begins with it."""
-        kind = delta.get("type")
-        segment = self.blocks.get(index if isinstance(index, (int, str)) else None)
+        kind, segment = text_of(delta.get("type")), self.blocks.get(index)
         if segment is None:
             if kind not in ("text_delta", "thinking_delta"):
                 return
-            self.start(index, {"type": text_of(kind).removesuffix("_delta")})
-            segment = self.blocks[index if isinstance(index, (int, str)) else None]
-        if kind == "text_delta":
-            self.say(segment, delta.get("text"))
-        elif kind == "input_json_delta":
-            self.say(segment, delta.get("partial_json"))
-        elif kind == "thinking_delta":
-            self.say(segment, delta.get("thinking"))
+            segment = self.start(index, {"type": kind.removesuffix("_delta")})
+        if kind in DELTA_TEXTS:
+            self.out.add(segment, delta.get(DELTA_TEXTS[kind]))
         elif kind == "signature_delta":
-            segment.thought = ("at", text_of(delta.get("signature")))
+            segment.thought = "at", text_of(delta.get("signature"))
         elif kind == "citations_delta":
             self.cite(segment, mapping(delta.get("citation")))
 
     def cite(self, segment: Segment, citation: Json) -> None:
         """A source; only addresses can be told to clients of other protocols."""
-        url = citation.get("url") if citation.get("type") == "web_search_result_location" \
-            else citation.get("source")
-        if isinstance(url, str) and url.startswith(("http://", "https://")):
+        member = "url" if citation.get("type") == "web_search_result_location" else "source"
+        url = text_of(citation.get(member))
+        if url.startswith(("http://", "https://")):
             segment.citations.append(Citation(url, text_of(citation.get("title")) or url,
                                               quote=text_of(citation.get("cited_text"))))
 
     def stop(self, index: Any) -> None:
         """A block ends."""
-        segment = self.blocks.pop(index if isinstance(index, (int, str)) else None, None)
-        if segment is None:
+        if (segment := self.blocks.pop(index, None)) is None:
             return
         if segment.kind == "call" and not segment.text:
-            input = mapping(segment.raw)
-            self.out.add(segment, dump_arguments(input))
+            self.out.add(segment, dump_arguments(mapping(segment.raw.get("input"))))
         elif segment.kind == "opaque" and segment.text:
             segment.raw = {**segment.raw, "input": parse_arguments(segment.whole())}
         self.out.close(segment)
@@ -6611,9 +6571,8 @@ class MessagesReader(Reader):
         self.out.begin(None, None)
         self.out.usage = messages_usage(self.counts)
         reason = MESSAGES_STOPS.get(text_of(self.reason), "end")
-        said = self.details.get("explanation") if reason == "refusal" else None
-        self.out.finish(Stop(reason, text_of(said) or None,
-                             word(self.details.get("category"))))
+        said = text_of(self.details.get("explanation")) if reason == "refusal" else ""
+        self.out.finish(Stop(reason, said or None, word(self.details.get("category"))))
 
     def end(self, done: bool = False) -> None:
         """The stream ended: whole if the reason is known and no block is open."""
@@ -6626,18 +6585,16 @@ def messages_usage(counts: Json) -> Usage | None:
     """Usage as Anthropic counts it: cached tokens beside the input."""
     if not counts:
         return None
-    cached, written = (number(counts.get(f"cache_{what}_input_tokens"))
-                       for what in ("read", "creation"))
+    fresh, cached, written, output = (number(counts.get(f"{name}_tokens")) for name in (
+        "input", "cache_read_input", "cache_creation_input", "output"))
     thinking = mapping(counts.get("output_tokens_details")).get("thinking_tokens")
-    return Usage(number(counts.get("input_tokens")) + cached + written, cached, written,
-                 number(counts.get("output_tokens")),
-                 None if thinking is None else number(thinking), word(counts.get("service_tier")))
+    return Usage(fresh + cached + written, cached, written, output, counter(thinking),
+                 word(counts.get("service_tier")))
 
 
 # -- reading Chat Completions (translation-responses.md 4.3, -chat.md 3.9) ---
 
 CHAT_STOPS = {
-    "stop": "end", "eos": "end", "end_turn": "end", "complete": "end", "stop_sequence": "end",
     "tool_calls": "tool", "function_call": "tool", "tool_use": "tool", "length": "length",
     "max_tokens": "length", "max_output_tokens": "length", "model_length": "context",
     "model_context_window_exceeded": "context", "content_filter": "filter", "sensitive": "filter",
@@ -6646,36 +6603,34 @@ CHAT_STOPS = {
 PLAIN_DELTA = {"role", "content"}  # the members of nearly all chunks
 CHAT_FAULTS = ("error", "network_error", "abort", "cancelled", "insufficient_system_resource")
 
+
+GROWING = ("text", "summary", "data", "signature")  # members of reasoning details
+
+
 class ChatCall:
-    """A tool call as fragments of it come in."""
+    """A tool call as fragments of it come in; its segment is opened when it has `begun`."""
 
-    __slots__ = ("braces", "custom", "id", "index", "name", "segment", "text")
+    __slots__ = ("begun", "braces", "custom", "id", "index", "name", "segment")
 
-    def __init__(self, index: Any) -> None:
-        self.index, self.id, self.name, self.custom = index, "", "", False
-        self.text: list[str] = []
+    def __init__(self, index: int | None) -> None:
+        self.index, self.id, self.name = index, "", ""
+        self.begun = self.custom = False
+        self.segment = Segment("call")
         self.braces = 0  # open ones, those in strings too: a quick no
-        self.segment: Segment | None = None
-
-    def whole(self) -> str:
-        """The arguments so far."""
-        if len(self.text) > 1:
-            self.text = ["".join(self.text)]
-        return self.text[0] if self.text else ""
 
     def complete(self) -> bool:
         """Whether the arguments are a whole JSON object."""
-        return self.braces <= 0 and bool(self.text) and is_object(self.whole())
+        return self.braces <= 0 and is_object(self.segment.whole())
 
 
 class ChatReader(Reader):
-    """Reads the stream of a Chat Completions provider."""
+    """Reads the stream of a Chat Completions provider. Its writers are serial."""
 
     def __init__(self, out: Writer, ctx: Context) -> None:
         super().__init__(out, ctx)
         self.open: Segment | None = None  # of text, refusal or thinking
         self.calls: list[ChatCall] = []
-        self.usage: Json | None = None
+        self.usage: Json = {}
         self.tier: str | None = None
         self.reason: str | None = None
         self.matched = ""  # the stop sequence, where the provider tells it
@@ -6684,7 +6639,7 @@ class ChatReader(Reader):
         self.spoke = False
         self.tags = "start" if ctx.caps.think_tags == "auto" else "off"
         self.held = ""  # of a text that may begin a tag
-        self.source: str | None = None  # the field that reasoning comes in
+        self.source = ""  # the field that reasoning comes in
         self.details: dict[Any, Json] = {}
         self.signatures: Json = {}
 
@@ -6697,28 +6652,21 @@ class ChatReader(Reader):
             if isinstance(one, dict) and one.get("index") in (0, None):
                 choice = one
                 break
-        usage = event.get("usage")
-        if choice is None or "usage" in choice or "x_groq" in event:
-            usage = (usage or mapping(choice).get("usage")
-                     or mapping(event.get("x_groq")).get("usage"))
-        if isinstance(usage, dict):
-            self.usage = usage
+        usage = event.get("usage") or (choice and choice.get("usage"))
+        if "x_groq" in event:
+            usage = usage or mapping(event["x_groq"]).get("usage")
+        self.usage = mapping(usage) or self.usage
         if "service_tier" in event:
             self.tier = word(event["service_tier"]) or self.tier
         if choice is not None:
             if not self.out.begun:
                 self.out.begin(event.get("id"), event.get("model"), event.get("created"))
             if self.reason is None:
-                delta = mapping(choice.get("delta") or choice.get("message"))
-                if delta.keys() <= PLAIN_DELTA and type(delta.get("content")) is str:
-                    if delta["content"]:
-                        self.content(delta["content"],
-                                     mapping(choice.get("logprobs")).get("content"))
-                else:
-                    self.delta(delta, choice)
+                self.delta(mapping(choice.get("delta") or choice.get("message")),
+                           mapping(choice.get("logprobs")).get("content"))
             if choice.get("finish_reason"):
                 self.finished(choice)
-        if self.reason is not None and self.usage is usage and usage:
+        if self.reason is not None and mapping(usage):
             self.finish()
 
     def finished(self, choice: Json) -> None:
@@ -6734,12 +6682,16 @@ class ChatReader(Reader):
         self.matched = (self.matched or text_of(choice.get("stop_reason"))
                         or text_of(choice.get("matched_stop")))
 
-    def delta(self, delta: Json, choice: Json) -> None:
+    def delta(self, delta: Json, logprobs: Any) -> None:
         """What a chunk adds: reasoning, text, refusal, calls, in this order."""
-        self.reasoning(delta)
+        plain = delta.keys() <= PLAIN_DELTA
+        if not plain:
+            self.reasoning(delta)
         content = delta.get("content")
-        if isinstance(content, str) and content:
-            self.content(content, mapping(choice.get("logprobs")).get("content"))
+        if type(content) is str:
+            self.content(content, logprobs)
+            if plain:
+                return
         parts = 0
         for part in map(mapping, listing(content)):
             if part.get("type") == "thinking":
@@ -6752,13 +6704,10 @@ class ChatReader(Reader):
                 self.say(text)
         if refusal := text_of(delta.get("refusal")):
             self.refusal.append(refusal)
-            self.segment("refusal", refusal)
+            self.out.add(self.segment("refusal"), refusal)
         for annotation in map(mapping, listing(delta.get("annotations"))):
-            inner = mapping(annotation.get("url_citation"))
-            if self.open and isinstance(inner.get("url"), str):
-                self.open.citations.append(Citation(
-                    inner["url"], text_of(inner.get("title")) or inner["url"],
-                    number(inner.get("start_index")), number(inner.get("end_index"))))
+            if self.open:
+                self.open.citations += url_citation(mapping(annotation.get("url_citation")))
         used: list[ChatCall] = []
         for call in map(mapping, listing(delta.get("tool_calls"))):
             self.call(call, used)
@@ -6769,16 +6718,14 @@ class ChatReader(Reader):
         """Reasoning text, in the first field that had some; its opaque part is collected."""
         texts = {name: text for name in ("reasoning_content", "reasoning", "thinking")
                  if (text := text_of(delta.get(name)))}
-        details = listing(delta.get("reasoning_details"))
-        for detail in map(mapping, details):
+        details = [mapping(detail) for detail in listing(delta.get("reasoning_details"))]
+        for detail in details:
             self.merge(detail)
-        if not texts and details:
-            found = "".join(text_of(mapping(d).get("text")) or text_of(mapping(d).get("summary"))
-                            for d in details)
-            texts = {"reasoning_details": found} if found else {}
-        if texts:
-            self.source = self.source if self.source in texts else self.source or next(iter(texts))
-            self.think(texts.get(self.source or "", ""), self.source or "")
+        if not texts:
+            texts["reasoning_details"] = "".join(
+                text_of(d.get("text")) or text_of(d.get("summary")) for d in details)
+        source = self.source or next(iter(texts))
+        self.think(texts.get(source, ""), source)
 
     def merge(self, detail: Json) -> None:
         """A piece of a reasoning detail: strings of growing members are joined."""
@@ -6787,19 +6734,17 @@ class ChatReader(Reader):
                text_of(detail.get("type")))
         known = self.details.setdefault(key, {})
         for name, value in detail.items():
-            grows = name in ("text", "summary", "data", "signature")
-            if grows and isinstance(value, str) and isinstance(known.get(name), str):
-                known[name] += value
+            if name in GROWING and isinstance(value, str):
+                known.setdefault(name, []).append(value)  # joined once, by carrier()
             elif value is not None:
                 known[name] = value
 
     def think(self, text: str, source: str) -> None:
         """Reasoning goes on."""
-        if not text:
-            return
-        self.source = self.source or source
-        self.tags = "off" if self.tags == "start" else self.tags
-        self.segment("thinking", text)
+        if text:
+            self.source = self.source or source
+            self.tags = "off" if self.tags == "start" else self.tags
+            self.out.add(self.segment("thinking"), text)
 
     def content(self, text: str, logprobs: Any) -> None:
         """Text, or reasoning between think tags at its start."""
@@ -6813,21 +6758,19 @@ class ChatReader(Reader):
             if bare.startswith(THINK):
                 self.tags, text = "inside", bare[len(THINK):].lstrip("\n")
         if self.tags == "inside":
-            text = self.held + text
-            before, tag, after = text.partition(END_THINK)
-            if tag:
-                self.held = ""
-                self.think(before.rstrip("\n"), "think")
-                self.close_open()
-                self.tags, text = "after", after
-            else:
+            before, tag, after = (self.held + text).partition(END_THINK)
+            if not tag:
+                # what may begin the tag, and line ends before it: not the reasoning's
                 keep_ = next((n for n in range(len(END_THINK) - 1, 0, -1)
-                              if text.endswith(END_THINK[:n])), 0)
-                while keep_ < len(text) and text[len(text) - keep_ - 1] == "\n":
-                    keep_ += 1  # line ends before the tag are not the reasoning's
-                self.held = text[len(text) - keep_:] if keep_ else ""
-                self.think(text[:len(text) - keep_], "think")
+                              if before.endswith(END_THINK[:n])), 0)
+                said = before[:len(before) - keep_].rstrip("\n")
+                self.held = before[len(said):]
+                self.think(said, "think")
                 return
+            self.held = ""
+            self.think(before.rstrip("\n"), "think")
+            self.close_open()
+            self.tags, text = "after", after
         if self.tags == "after":
             text = text.lstrip()
             self.tags = "off" if text else "after"
@@ -6837,59 +6780,59 @@ class ChatReader(Reader):
         """Text goes on; whitespace before anything else waits for what follows."""
         if not self.spoke and not text.strip():
             self.blank += text
-            return
-        if text:
-            segment = self.segment("text", "")
+        elif text:
+            segment = self.segment("text")
             if isinstance(logprobs, list) and logprobs:
                 segment.raw = logprobs
             self.out.add(segment, self.blank + text)
             self.blank = ""
 
-    def segment(self, kind: str, text: str) -> Segment:
-        """Text of a kind, in the open segment or a new one."""
+    def segment(self, kind: str) -> Segment:
+        """The open segment, if it is of this kind, or a new one."""
         if self.open is None or self.open.kind != kind:
             self.close_open()
             self.make_way()
             self.open = self.out.open(Segment(kind))
         self.spoke = self.spoke or kind != "thinking"
-        if text:
-            self.out.add(self.open, text)
         return self.open
 
     def close_open(self) -> None:
         """End the segment of text or reasoning that is open."""
-        if self.open is None:
-            return
-        if self.open.kind == "thinking":
-            self.open.thought = self.carrier(self.open)
-        self.out.close(self.open)
-        self.open = None
+        if self.open is not None:
+            if self.open.kind == "thinking":
+                self.open.thought = self.carrier(self.open.whole())
+            self.out.close(self.open)
+            self.open = None
 
-    def carrier(self, segment: Segment | None) -> tuple[str, Any]:
+    def carrier(self, text: str) -> tuple[str, str]:
         """Kind and body of the carrier of a stretch of reasoning."""
         if not self.details and not self.signatures:
             return "cr", self.source or "reasoning_content"
-        text = segment.whole() if segment else ""
-        details = [{name: value for name, value in detail.items()
-                    if not (name in ("text", "summary") and value == text)}
-                   for detail in self.details.values()]
-        body: Json = {"d": details}
+        whole = [{name: "".join(value) if name in GROWING and isinstance(value, list) else value
+                  for name, value in detail.items()} for detail in self.details.values()]
+        body: Json = {"d": [{name: value for name, value in detail.items()
+                             if not (name in ("text", "summary") and value == text)}
+                            for detail in whole]}
         if self.signatures:
             body["t"] = self.signatures
         self.details, self.signatures = {}, {}
-        return "cd", body
+        return "cd", pack(body)
+
+    def leave_details(self) -> None:
+        """End what is open; opaque reasoning that is left has a segment of its own."""
+        self.close_open()
+        if self.details or self.signatures:
+            self.open = self.out.open(Segment("thinking"))
+            self.close_open()
 
     def make_way(self, beginning: ChatCall | None = None) -> None:
         """Something begins: so do calls that waited for arguments, and complete ones end."""
-        for call in self.calls:
-            if call is beginning:
-                break
-            if call.segment is None and call.name:
+        for call in itertools.takewhile(lambda c: c is not beginning, self.calls):
+            if call.name and not call.begun:
                 self.begin_call(call)
-        if self.out.serial:
-            for call in self.calls:
-                if call.segment and not call.segment.closed and call.complete():
-                    self.out.close(call.segment)
+        for call in self.calls:
+            if call.begun and not call.segment.closed and call.complete():
+                self.out.close(call.segment)
 
     def call(self, part: Json, used: list[ChatCall]) -> None:
         """A fragment of a tool call."""
@@ -6901,47 +6844,39 @@ class ChatReader(Reader):
         call = self.slot(part.get("index"), id, name, text, used)
         used.append(call)
         call.id = call.id or id
-        if name and call.segment is None and name != call.name:
+        if not call.begun and name != call.name:
             call.name = name if name.startswith(call.name) else call.name + name
         google = mapping(mapping(part.get("extra_content")).get("google"))
         if call.id and (signature := text_of(google.get("thought_signature"))):
             self.signatures[call.id] = signature
-        custom = "custom" in part
-        if custom and text:
-            call.text.append(text)
-        elif text := self.news(call, text):
-            call.text.append(text)
+        if "custom" in part:
+            call.custom = True
+        else:
+            text = self.news(call, text)
             call.braces += text.count("{") - text.count("}")
-        call.custom = call.custom or custom
-        if call.segment is None and call.name and call.text:
+        self.out.add(call.segment, text)
+        if not call.begun and call.name and call.segment.text:
             self.begin_call(call)
-        elif call.segment is not None and text:
-            self.out.add(call.segment, text)
-            if self.out.waiting() and call.complete():
-                self.out.close(call.segment)
+        elif call.begun and text and len(self.out.queue) > 1 and call.complete():
+            self.out.close(call.segment)
 
     def begin_call(self, call: ChatCall) -> None:
         """A call begins: its name is known, and arguments came or nothing more will."""
-        self.close_open()
+        self.leave_details()
         self.make_way(call)
-        self.blank, self.held = "", ""
-        self.spoke = True
-        if (self.details or self.signatures) and self.out.serial:
-            segment = self.out.open(Segment("thinking"))
-            segment.thought = self.carrier(None)
-            self.out.close(segment)
-        call.segment = self.out.open(Segment("custom" if call.custom else "call", call.id, call.name))
-        if call.text:
-            self.out.add(call.segment, call.whole())
+        self.blank, self.held, self.spoke, call.begun = "", "", True, True
+        call.segment.kind = "custom" if call.custom else "call"
+        call.segment.id, call.segment.name = call.id, call.name
+        self.out.open(call.segment)
 
     def news(self, call: ChatCall, text: str) -> str:
         """What of a fragment is new: some providers send all the arguments again each time."""
-        if call.text and text[-1:] == "}" and text == call.whole() and is_object(text):
-            return ""
-        before = call.whole() if len(text) >= 8 else ""
-        if len(before) >= 8 and before.startswith("{") and text.startswith(before):
-            return text[len(before):]
-        return text
+        if not text.startswith("{"):
+            return text  # the rule; looking at all arguments each time would take long
+        before = call.segment.whole()
+        again = text.startswith(before) and (
+            len(before) >= 8 or (text == before and is_object(text)))
+        return text[len(before):] if again else text
 
     def slot(self, index: Any, id: str, name: str, text: str, used: list[ChatCall]) -> ChatCall:
         """The call that a fragment belongs to, whatever the provider says or leaves out."""
@@ -6949,11 +6884,11 @@ class ChatReader(Reader):
         found: ChatCall | None = None
         if type(index) is int:
             found = next((c for c in reversed(self.calls) if c.index == index), None)
-            if found and id and found.id and id != found.id and name and (
-                    found.complete() or (not found.text and found.name)):
-                found = None
-            elif found and name and not id and text.strip() and found.complete() \
-                    and text != found.whole():
+            if found and name and (
+                    (id and found.id and id != found.id
+                     and (found.complete() or (found.name and not found.segment.text)))
+                    or (not id and text.strip() and found.complete()
+                        and text != found.segment.whole())):
                 found = None
         elif id:
             found = next((c for c in self.calls if c.id == id), None)
@@ -6964,32 +6899,21 @@ class ChatReader(Reader):
             self.calls.append(found)
         return found
 
-    def flush(self) -> None:
-        """All that was held comes out, and all segments end."""
-        if self.held or self.blank:
-            text, self.held = self.held, ""
-            if self.tags == "inside":
-                self.think(text.rstrip("\n"), "think")
-            elif text.strip() and self.tags == "start":
-                self.tags = "off"
-                self.say(text)
-        if (not self.details and not self.signatures) or self.open:
-            self.close_open()
-        if self.details or self.signatures:
-            self.close_open()
-            segment = self.out.open(Segment("thinking"))
-            segment.thought = self.carrier(None)
-            self.out.close(segment)
+    def finish(self) -> None:
+        """The answer is whole: all that was held comes out, and all segments end."""
+        text, self.held = self.held, ""
+        if self.tags == "inside":
+            self.think(text.rstrip("\n"), "think")
+        elif text.strip() and self.tags == "start":
+            self.tags = "off"
+            self.say(text)
+        self.leave_details()
         self.make_way()
         for call in self.calls:
-            if call.segment:
-                if not call.text:
-                    self.out.add(call.segment, "{}" if call.segment.kind == "call" else "")
+            if call.begun:
+                if call.segment.kind == "call" and not call.segment.text:
+                    self.out.add(call.segment, "{}")
                 self.out.close(call.segment)
-
-    def finish(self) -> None:
-        """The answer is whole."""
-        self.flush()
         self.out.begin(None, None)
         self.out.usage = chat_usage(self.usage, self.tier)
         stop = Stop(CHAT_STOPS.get((self.reason or "stop").lower(), "end"))
@@ -7000,40 +6924,44 @@ class ChatReader(Reader):
         self.out.finish(stop)
 
     def end(self, done: bool = False) -> None:
-        """[DONE] or the end of the bytes."""
-        if self.reason is None:
-            whole = all(call.complete() or not call.text for call in self.calls)
-            if not (done and whole and (self.spoke or self.open) and self.ctx.caps.lenient_done):
-                if done:
-                    raise broken("it emitted [DONE] before a terminal finish_reason")
-                raise cut_short("finish_reason")
+        """[DONE] or the end of the bytes: lenient where a whole answer has no finish_reason."""
+        whole = all(call.complete() or not call.segment.text for call in self.calls)
+        if self.reason is None and not (
+                done and whole and (self.spoke or self.open) and self.ctx.caps.lenient_done):
+            raise broken("it emitted [DONE] before a terminal finish_reason") if done \
+                else cut_short("finish_reason")
         self.finish()
 
 
-def chat_usage(usage: Json | None, tier: str | None) -> Usage | None:
+def chat_usage(usage: Json, tier: str | None) -> Usage | None:
     """Usage in the dialects of Chat providers (translation-chat.md 3.8)."""
     if not usage:
         return None
-    prompt, output = (mapping(usage.get(f"{what}_tokens_details"))
-                      for what in ("prompt", "completion"))
-    cached = next((number(v) for v in (
-        prompt.get("cached_tokens"), usage.get("prompt_cache_hit_tokens"),
-        usage.get("cached_tokens"), usage.get("cache_read_input_tokens")) if v is not None), 0)
-    written = next((number(v) for v in (
-        prompt.get("cache_write_tokens"), usage.get("cache_creation_tokens"),
-        usage.get("cache_creation_input_tokens")) if v is not None), 0)
-    reasoning = output.get("reasoning_tokens")
-    reasoning = None if reasoning is None else number(reasoning)
+    prompt = mapping(usage.get("prompt_tokens_details"))
+    cached = counter(prompt.get("cached_tokens"), usage.get("prompt_cache_hit_tokens"),
+                     usage.get("cached_tokens"), usage.get("cache_read_input_tokens"))
+    written = counter(prompt.get("cache_write_tokens"), usage.get("cache_creation_tokens"),
+                      usage.get("cache_creation_input_tokens"))
+    reasoning = counter(mapping(usage.get("completion_tokens_details")).get("reasoning_tokens"))
     sent, got, total = (number(usage.get(f"{what}_tokens"))
                         for what in ("prompt", "completion", "total"))
     if reasoning and total == sent + got + reasoning:
         got += reasoning  # xAI counts them beside the completion
-    return Usage(sent, cached, written, got, reasoning, tier, total)
+    return Usage(sent, cached or 0, written or 0, got, reasoning, tier, total)
 
 
 # -- reading Responses (translation-responses.md 3.3, 5.3) -------------------
 
 REFUSAL_CODES = ("invalid_prompt", "cyber_policy")
+PART_KINDS = {"output_text": "text", "refusal": "refusal"}
+CALL_ITEMS = {"function_call": "call", "custom_tool_call": "custom"}
+ENDS = ("response.completed", "response.incomplete", "response.failed", "response.cancelled")
+
+
+def place_of(event: Json, kind: str) -> tuple[Any, Any]:
+    """What tells the segment of an event from others: its item, and its content part or kind."""
+    part = kind if kind in ("thinking", "call") else key_of(event.get("content_index"))
+    return key_of(event.get("output_index")), part
 
 
 class ResponsesReader(Reader):
@@ -7041,225 +6969,164 @@ class ResponsesReader(Reader):
 
     def __init__(self, out: Writer, ctx: Context) -> None:
         super().__init__(out, ctx)
-        self.items: dict[Any, str] = {}  # kinds of items by output_index; "" once they are done
-        self.segments: dict[Any, Segment] = {}  # by (output_index, content_index or kind)
-        self.refused: list[str] = []
+        self.segments: dict[tuple[Any, Any], Segment] = {}  # by place_of()
+        self.over: set[Any] = set()  # output_index of whole items
         self.summaries: set[Any] = set()  # items whose summary came, so their raw text is not shown
-        self.has_call = self.lost = False  # an item that the client cannot be told was lost
+        self.lost = False  # an item that the client cannot be told
 
     def take(self, event: Json) -> None:
         """One event, by the table of its type; progress and unknown ones are no matter."""
-        kind = text_of(event.get("type"))
-        step = RESPONSES_STEPS.get(kind)
-        if kind in ("response.created", "response.queued", "response.in_progress"):
-            self.begin(event.get("response"))
-        elif step is not None:
+        type_ = text_of(event.get("type"))
+        if step := RESPONSES_STEPS.get(type_):
             self.out.begin(None, None)
-            step(self, event, event.get("output_index"))
-        elif kind in ("response.completed", "response.incomplete", "response.failed",
-                      "response.cancelled"):
-            self.terminal(mapping(event.get("response")), kind.removeprefix("response."))
-        elif kind == "error":
+            step[0](self, event, step[1])
+        elif type_ in ("response.created", "response.queued", "response.in_progress"):
+            self.begin(mapping(event.get("response")))
+        elif type_ in ENDS:
+            self.terminal(mapping(event.get("response")), type_.removeprefix("response."))
+        elif type_ == "error":
             raise fault_of(event.get("error") or event)
 
-    def begin(self, response: Any) -> None:
+    def begin(self, response: Json) -> None:
         """The first word about the answer."""
-        response = mapping(response)
         self.out.begin(response.get("id"), response.get("model"), response.get("created_at"))
 
-    # -- text
+    def segment(self, event: Json, kind: str) -> Segment:
+        """The segment that an event is about, a new one if it is the first."""
+        place = place_of(event, kind)
+        if place not in self.segments:
+            self.segments[place] = self.out.open(Segment(kind, name=f"item {place[0]}"))
+        return self.segments[place]
 
-    def part_added(self, event: Json, index: Any) -> None:
-        """A content part begins."""
-        if mapping(event.get("part")).get("type") in ("output_text", "refusal"):
-            self.text_segment(event, index, text_of(event["part"]["type"]))
-
-    def text_segment(self, event: Json, index: Any, kind: str) -> Segment:
-        """The segment of a content part."""
-        key = (key_of(index), key_of(event.get("content_index")))
-        if key not in self.segments:
-            self.items.setdefault(key[0], "message")
-            refusal = kind == "refusal"
-            self.segments[key] = self.out.open(
-                Segment("refusal" if refusal else "text", name=f"item {key[0]}"))
-        return self.segments[key]
-
-    def text_delta(self, event: Json, index: Any) -> None:
-        """Text goes on."""
+    def delta(self, event: Json, kind: str) -> None:
+        """A text, a refusal or a summary goes on."""
         if text := text_of(event.get("delta")):
-            segment = self.text_segment(event, index, "output_text")
-            if listing(event.get("logprobs")):
-                segment.raw = event["logprobs"]
+            segment = self.segment(event, kind)
+            segment.raw = listing(event.get("logprobs")) or segment.raw
             self.out.add(segment, text)
 
-    def text_done(self, event: Json, index: Any) -> None:
-        """A text is whole: what of it was not streamed comes now."""
-        if text := text_of(event.get("text")):
-            self.rest(self.text_segment(event, index, "output_text"), text)
+    def done(self, event: Json, kind: str) -> None:
+        """A text or a refusal is whole: what of it was not streamed comes now."""
+        if text := text_of(event.get(kind)):
+            self.rest(self.segment(event, kind), text)
 
-    def refusal_delta(self, event: Json, index: Any) -> None:
-        """A refusal goes on."""
-        if text := text_of(event.get("delta")):
-            self.refused.append(text)
-            self.out.add(self.text_segment(event, index, "refusal"), text)
+    def rest(self, segment: Segment, text: str) -> None:
+        """Add what `text` has beyond what was streamed."""
+        before = segment.whole()
+        if not segment.closed and text.startswith(before):
+            self.out.add(segment, text[len(before):])
 
-    def refusal_done(self, event: Json, index: Any) -> None:
-        """A refusal is whole."""
-        if text := text_of(event.get("refusal")):
-            segment = self.text_segment(event, index, "refusal")
-            self.refused.append(self.rest(segment, text))
-
-    def annotation(self, event: Json, index: Any) -> None:
+    def annotation(self, event: Json, kind: str) -> None:
         """A source of a text."""
         found = mapping(event.get("annotation"))
-        if found.get("type") == "url_citation" and isinstance(found.get("url"), str):
-            segment = self.text_segment(event, index, "output_text")
-            segment.citations.append(Citation(
-                found["url"], text_of(found.get("title")) or found["url"],
-                number(found.get("start_index")), number(found.get("end_index"))))
+        if found.get("type") == "url_citation" and (citations := url_citation(found)):
+            self.segment(event, kind).citations += citations
 
-    def part_done(self, event: Json, index: Any) -> None:
-        """A content part is whole."""
+    def part_added(self, event: Json, _: str) -> None:
+        """A content part begins."""
+        if kind := PART_KINDS.get(text_of(mapping(event.get("part")).get("type"))):
+            self.segment(event, kind)
+
+    def part_done(self, event: Json, _: str) -> None:
+        """A content part is whole, with all that is in it; an empty one need not begin for that."""
         part = mapping(event.get("part"))
-        if part.get("type") not in ("output_text", "refusal"):
+        kind = PART_KINDS.get(text_of(part.get("type")), "")
+        text = text_of(part.get(kind))
+        if not kind or not (text or place_of(event, kind) in self.segments):
             return
-        self.whole_part(part, {"content_index": event.get("content_index")}, index)
-
-    def whole_part(self, part: Json, event: Json, index: Any) -> None:
-        """A content part with all that is in it."""
-        kind = text_of(part.get("type"))
-        text = text_of(part.get("refusal" if kind == "refusal" else "text"))
-        key = (key_of(index), key_of(event.get("content_index")))
-        if not text and key not in self.segments:
-            return
-        segment = self.text_segment(event, index, kind)
-        if segment.closed:
-            return
-        if not segment.citations:
+        segment = self.segment(event, kind)
+        if not segment.closed and not segment.citations:
             for annotation in listing(part.get("annotations")):
-                self.annotation({**event, "annotation": annotation}, index)
-        if listing(part.get("logprobs")) and not segment.raw:
-            segment.raw = part["logprobs"]
-        new = self.rest(segment, text)
-        if kind == "refusal":
-            self.refused.append(new)
+                self.annotation({**event, "annotation": annotation}, kind)
+        segment.raw = segment.raw or listing(part.get("logprobs"))
+        self.rest(segment, text)
         self.out.close(segment)
-
-    def rest(self, segment: Segment, text: str) -> str:
-        """Add what `text` has beyond what was streamed; return that."""
-        before = segment.whole()
-        if segment.closed or not text.startswith(before) or len(text) == len(before):
-            return ""
-        self.out.add(segment, text[len(before):])
-        return text[len(before):]
 
     # -- reasoning
 
-    def thinking_segment(self, index: Any) -> Segment:
-        """The segment of a reasoning item."""
-        key = (key_of(index), "thinking")
-        if key not in self.segments:
-            self.items.setdefault(key[0], "reasoning")
-            self.segments[key] = self.out.open(Segment("thinking"))
-        return self.segments[key]
-
-    def summary_added(self, event: Json, index: Any) -> None:
+    def summary_added(self, event: Json, kind: str) -> None:
         """A further part of a summary begins."""
-        segment = self.segments.get((key_of(index), "thinking"))
+        segment = self.segments.get(place_of(event, kind))
         if segment and segment.text and number(event.get("summary_index")):
             self.out.add(segment, "\n\n")
 
-    def summary_delta(self, event: Json, index: Any) -> None:
+    def summary_delta(self, event: Json, kind: str) -> None:
         """A summary goes on."""
-        if text := text_of(event.get("delta")):
-            self.summaries.add(key_of(index))
-            self.out.add(self.thinking_segment(index), text)
+        if event.get("delta"):
+            self.summaries.add(key_of(event.get("output_index")))
+        self.delta(event, kind)
 
-    def raw_delta(self, event: Json, index: Any) -> None:
+    def raw_delta(self, event: Json, kind: str) -> None:
         """Raw reasoning goes on, shown while there is no summary."""
-        if key_of(index) not in self.summaries and (text := text_of(event.get("delta"))):
-            self.out.add(self.thinking_segment(index), text)
+        if key_of(event.get("output_index")) not in self.summaries:
+            self.delta(event, kind)
 
-    def end_reasoning(self, item: Json, index: Any) -> None:
+    def end_reasoning(self, event: Json, item: Json) -> None:
         """A reasoning item is whole: its carrier closes it."""
-        texts = [text_of(mapping(p).get("text")) for p in listing(item.get("summary"))] or [
-            text_of(mapping(p).get("text")) for p in listing(item.get("content"))]
+        texts = [text_of(mapping(part).get("text"))
+                 for part in listing(item.get("summary")) or listing(item.get("content"))]
         text, sealed = "\n\n".join(filter(None, texts)), text_of(item.get("encrypted_content"))
-        if not text and not sealed and (key_of(index), "thinking") not in self.segments:
-            return
-        segment = self.thinking_segment(index)
-        self.rest(segment, text)
-        segment.thought = ("or", f"{text_of(item.get('id'))}:{sealed}")
-        self.out.close(segment)
+        if text or sealed or place_of(event, "thinking") in self.segments:
+            segment = self.segment(event, "thinking")
+            self.rest(segment, text)
+            segment.thought = "or", f"{text_of(item.get('id'))}:{sealed}"
+            self.out.close(segment)
 
-    # -- calls
+    # -- calls and other items
 
-    def item_added(self, event: Json, index: Any) -> None:
-        """An item begins; calls once their name is known."""
-        item, key = mapping(event.get("item")), key_of(index)
-        if key in self.items:
-            return
-        self.items[key] = text_of(item.get("type"))
-        if item.get("type") == "reasoning":
-            return
-        if item.get("name") and item.get("call_id"):
-            self.call_segment(item, index)
+    def call_segment(self, event: Json, item: Json) -> Segment | None:
+        """The segment of a call; None for an item that is no call, or has no name."""
+        place, kind = place_of(event, "call"), CALL_ITEMS.get(text_of(item.get("type")))
+        if place not in self.segments and kind and item.get("name"):
+            name = full_name(text_of(item.get("namespace")), text_of(item["name"]))
+            self.segments[place] = self.out.open(Segment(kind, text_of(item.get("call_id")), name))
+        return self.segments.get(place)
 
-    def call_segment(self, item: Json, index: Any) -> Segment | None:
-        """The segment of a call item; None for an item that is no call, or has no name."""
-        key, kind = (key_of(index), "call"), item.get("type")
-        if key in self.segments:
-            return self.segments[key]
-        if kind not in ("function_call", "custom_tool_call") or not item.get("name"):
-            return None
-        name = full_name(text_of(item.get("namespace")), text_of(item["name"]))
-        self.has_call = True
-        self.segments[key] = self.out.open(Segment(
-            "custom" if kind == "custom_tool_call" else "call", text_of(item.get("call_id")), name))
-        return self.segments[key]
-
-    def call_delta(self, event: Json, index: Any) -> None:
+    def call_delta(self, event: Json, kind: str) -> None:
         """Arguments go on."""
-        segment = self.segments.get((key_of(index), "call"))
-        if segment and (text := text_of(event.get("delta"))):
-            self.out.add(segment, text)
+        if segment := self.segments.get(place_of(event, kind)):
+            self.out.add(segment, event.get("delta"))
 
-    def call_done(self, event: Json, index: Any) -> None:
-        """Arguments are whole."""
-        segment = self.segments.get((key_of(index), "call"))
-        text = text_of(event.get("arguments")) or text_of(event.get("input"))
-        if segment and text not in ("", "{}"):
+    def call_done(self, event: Json, kind: str) -> None:
+        """Arguments are whole, as an event or an item tells them; {} may mean that it does not."""
+        segment = self.segments.get(place_of(event, kind))
+        told = mapping(event.get("item")) or event
+        text = text_of(told.get("arguments")) or text_of(told.get("input"))
+        if segment and text != "{}":
             self.rest(segment, text)
 
-    def item_done(self, event: Json, index: Any) -> None:
+    def item_added(self, event: Json, _: str) -> None:
+        """An item begins; calls once their name is known."""
+        item = mapping(event.get("item"))
+        if item.get("call_id") and key_of(event.get("output_index")) not in self.over:
+            self.call_segment(event, item)
+
+    def item_done(self, event: Json, _: str) -> None:
         """An item is whole, whether or not it was seen to begin."""
-        item, key = mapping(event.get("item")), key_of(index)
-        kind = text_of(item.get("type"))
-        if self.items.get(key) == "":
+        item, index = mapping(event.get("item")), key_of(event.get("output_index"))
+        kind = item.get("type")
+        if index in self.over:
             return
-        self.items[key] = ""
+        self.over.add(index)
         if kind == "reasoning":
-            self.end_reasoning(item, index)
+            self.end_reasoning(event, item)
         elif kind == "message":
-            for k, part in enumerate(map(mapping, listing(item.get("content")))):
-                if part.get("type") in ("output_text", "refusal"):
-                    self.whole_part(part, {"content_index": k}, index)
-            self.close_all(key)
-        elif (segment := self.call_segment(item, index)) is not None:
-            text = text_of(item.get("arguments")) or text_of(item.get("input"))
-            if text not in ("", "{}"):
-                self.rest(segment, text)
+            for k, part in enumerate(listing(item.get("content"))):
+                self.part_done({"output_index": index, "content_index": k, "part": part}, "")
+            self.close_all(index)
+        elif segment := self.call_segment(event, item):
+            self.call_done(event, "call")
             self.out.close(segment)
         elif kind == "web_search_call" and self.ctx.web_search:
-            self.segments[key, "search"] = self.out.open(Segment("search", raw=item))
-            self.out.close(self.segments[key, "search"])
+            self.segments[index, "search"] = self.out.open(Segment("search", raw=item))
+            self.out.close(self.segments[index, "search"])
         else:
             self.lost = True
 
-    def close_all(self, key: Any = ABSENT) -> None:
+    def close_all(self, item: Any = ABSENT) -> None:
         """End the open segments of an item, or of all."""
         for (index, _), segment in self.segments.items():
-            if key is ABSENT or index == key:
+            if item is ABSENT or index == item:
                 self.out.close(segment)
 
     # -- the end
@@ -7271,10 +7138,9 @@ class ResponsesReader(Reader):
         refused = kind == "failed" and error.get("code") in REFUSAL_CODES
         if refused or kind in ("completed", "incomplete"):
             for i, item in enumerate(map(mapping, listing(response.get("output")))):
-                if self.items.get(i) != "":
-                    cut = item.get("status") == "incomplete" and "call" in text_of(item.get("type"))
-                    if not (cut and not is_object(text_of(item.get("arguments")))):
-                        self.item_done({"item": item}, i)
+                cut = item.get("status") == "incomplete" and "call" in text_of(item.get("type"))
+                if not cut or is_object(text_of(item.get("arguments"))):
+                    self.item_done({"item": item, "output_index": i}, "")
         self.out.usage = responses_usage(response.get("usage"), word(response.get("service_tier")))
         if self.lost and not self.segments:
             raise broken("it holds nothing that this client can be told")
@@ -7291,9 +7157,10 @@ class ResponsesReader(Reader):
         reason = mapping(response.get("incomplete_details")).get("reason")
         if kind == "incomplete" and reason != "steered":
             return Stop("filter" if reason == "content_filter" else "length")
-        if self.has_call:
+        segments = self.segments.values()
+        if any(segment.kind in ("call", "custom") for segment in segments):
             return Stop("tool")
-        if refused := "".join(self.refused):
+        if refused := "".join(s.whole() for s in segments if s.kind == "refusal"):
             return Stop("refusal", refused)
         return Stop("pause" if response.get("end_turn") is False else "end")
 
@@ -7302,24 +7169,25 @@ class ResponsesReader(Reader):
         raise cut_short("response.completed")
 
 
-RESPONSES_STEPS: dict[str, Callable[[ResponsesReader, Json, Any], None]] = {
-    "response.content_part.added": ResponsesReader.part_added,
-    "response.content_part.done": ResponsesReader.part_done,
-    "response.output_text.delta": ResponsesReader.text_delta,
-    "response.output_text.done": ResponsesReader.text_done,
-    "response.output_text.annotation.added": ResponsesReader.annotation,
-    "response.refusal.delta": ResponsesReader.refusal_delta,
-    "response.refusal.done": ResponsesReader.refusal_done,
-    "response.reasoning_summary_part.added": ResponsesReader.summary_added,
-    "response.reasoning_summary_text.delta": ResponsesReader.summary_delta,
-    "response.reasoning_text.delta": ResponsesReader.raw_delta,
-    "response.reasoning.delta": ResponsesReader.raw_delta,
-    "response.function_call_arguments.delta": ResponsesReader.call_delta,
-    "response.function_call_arguments.done": ResponsesReader.call_done,
-    "response.custom_tool_call_input.delta": ResponsesReader.call_delta,
-    "response.custom_tool_call_input.done": ResponsesReader.call_done,
-    "response.output_item.added": ResponsesReader.item_added,
-    "response.output_item.done": ResponsesReader.item_done,
+# What an event does, and to which kind of segment.
+RESPONSES_STEPS: dict[str, tuple[Callable[[ResponsesReader, Json, str], None], str]] = {
+    "response.content_part.added": (ResponsesReader.part_added, ""),
+    "response.content_part.done": (ResponsesReader.part_done, ""),
+    "response.output_text.delta": (ResponsesReader.delta, "text"),
+    "response.output_text.done": (ResponsesReader.done, "text"),
+    "response.output_text.annotation.added": (ResponsesReader.annotation, "text"),
+    "response.refusal.delta": (ResponsesReader.delta, "refusal"),
+    "response.refusal.done": (ResponsesReader.done, "refusal"),
+    "response.reasoning_summary_part.added": (ResponsesReader.summary_added, "thinking"),
+    "response.reasoning_summary_text.delta": (ResponsesReader.summary_delta, "thinking"),
+    "response.reasoning_text.delta": (ResponsesReader.raw_delta, "thinking"),
+    "response.reasoning.delta": (ResponsesReader.raw_delta, "thinking"),
+    "response.function_call_arguments.delta": (ResponsesReader.call_delta, "call"),
+    "response.function_call_arguments.done": (ResponsesReader.call_done, "call"),
+    "response.custom_tool_call_input.delta": (ResponsesReader.call_delta, "call"),
+    "response.custom_tool_call_input.done": (ResponsesReader.call_done, "call"),
+    "response.output_item.added": (ResponsesReader.item_added, ""),
+    "response.output_item.done": (ResponsesReader.item_done, ""),
 }
 
 
@@ -7327,12 +7195,11 @@ def responses_usage(usage: Any, tier: str | None) -> Usage | None:
     """Usage as the Responses API counts it."""
     if not isinstance(usage, dict):
         return None
-    sent, got = mapping(usage.get("input_tokens_details")), mapping(
-        usage.get("output_tokens_details"))
-    reasoning = got.get("reasoning_tokens")
+    sent, got = (mapping(usage.get(f"{way}_tokens_details")) for way in ("input", "output"))
     return Usage(number(usage.get("input_tokens")), number(sent.get("cached_tokens")),
                  number(sent.get("cache_write_tokens")), number(usage.get("output_tokens")),
-                 None if reasoning is None else number(reasoning), tier)
+                 counter(got.get("reasoning_tokens")), tier)
+
 
 # -- writing Responses (translation-responses.md 2.2, 2.3, 4.2, 4.3) ---------
 
@@ -7345,71 +7212,70 @@ INPUT_BEGINS = re.compile(r'\s*\{\s*"input"\s*:\s*"')
 class InputDecoder:
     """Takes the text out of {"input": "..."} while it comes in (translation-responses.md 2.3.3)."""
 
-    __slots__ = ("began", "ended", "off", "rest", "sent")
+    __slots__ = ("began", "off", "rest", "sent")
 
     def __init__(self) -> None:
         self.rest, self.sent = "", cast("list[str]", [])
-        self.began = self.ended = self.off = False
+        self.began = self.off = False  # off: ended, or not of this form
 
     def feed(self, text: str) -> str:
         """What can be said of the text with one more fragment."""
-        if self.off or self.ended:
+        if self.off:
             return ""
         self.rest += text
         if not self.began:
             match = INPUT_BEGINS.match(self.rest)
             if not match:
-                self.off = len(self.rest) > 64 or (bool(self.rest.strip()) and not \
-                    '{"input":"'.startswith(re.sub(r"\s", "", self.rest)))
+                bare = re.sub(r"\s", "", self.rest)
+                self.off = len(self.rest) > 64 or not '{"input":"'.startswith(bare)
                 return ""
             self.began, self.rest = True, self.rest[match.end():]
         piece = STRING_PIECE.match(self.rest)
         assert piece
         self.rest = self.rest[piece.end():]
-        self.ended = self.rest.startswith('"')
-        found: str = LOOSE_DECODER.decode(f'"{piece[0]}"') if piece[0] else ""
-        if found:
-            self.sent.append(found)
+        self.off = self.rest.startswith('"')
+        found: str = LOOSE_DECODER.decode(f'"{piece[0]}"')
+        self.sent.append(found)
         return found
 
     def close(self, whole: str) -> tuple[str, str]:
         """The input by all the arguments, and what of it was not said yet."""
         sent, value = "".join(self.sent), loose_json(whole)
+        found: Any = sent if self.began else whole
         if isinstance(value, dict):
             found = value.get("input")
             if not isinstance(found, str):
-                texts = [v for v in value.values() if isinstance(v, str)]
-                found = texts[0] if len(value) == 1 and texts else compact(value)
-        else:
-            found = whole if not self.began else sent
+                only = next(iter(value.values()), None)
+                found = only if len(value) == 1 and isinstance(only, str) else compact(value)
         return (found, found[len(sent):]) if found.startswith(sent) else (sent, "")
 
 
-# What restores the calls of built-in tools from their arguments: item type and member.
+# What restores the calls of built-in tools from their arguments; None where those do not fit.
+
+def are_texts(value: Any) -> bool:
+    """Whether a value is an array of strings."""
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
 def shell_action(input: Json) -> Json | None:
     """The action of a local_shell_call."""
-    command = input.get("command")
-    if not isinstance(command, list) or not all(isinstance(c, str) for c in command):
-        return None
-    return {"action": {"type": "exec", "command": command, "env": mapping(input.get("env")),
-                       "timeout_ms": input.get("timeout_ms"),
-                       "working_directory": input.get("workdir"), "user": None}}
+    return {"action": {
+        "type": "exec", "command": input["command"], "env": mapping(input.get("env")),
+        "timeout_ms": input.get("timeout_ms"), "working_directory": input.get("workdir"),
+        "user": None}} if are_texts(input.get("command")) else None
 
 
 def commands_action(input: Json) -> Json | None:
     """The action of a shell_call."""
-    commands = input.get("commands")
-    if not isinstance(commands, list) or not all(isinstance(c, str) for c in commands):
-        return None
-    return {"action": {"commands": commands, "timeout_ms": input.get("timeout_ms"),
-                       "max_output_length": input.get("max_output_length")}}
+    names = ("commands", "timeout_ms", "max_output_length")
+    return ({"action": {name: input.get(name) for name in names}}
+            if are_texts(input.get("commands")) else None)
 
 
 def patch_operation(input: Json) -> Json | None:
     """The operation of an apply_patch_call."""
-    if not all(isinstance(input.get(key), str) for key in ("type", "path")):
-        return None
-    return {"operation": {key: input[key] for key in ("type", "path", "diff") if key in input}}
+    return ({"operation": {key: input[key] for key in ("type", "path", "diff") if key in input}}
+            if are_texts([input.get("type"), input.get("path")]) else None)
 
 
 def search_arguments(input: Json) -> Json | None:
@@ -7422,364 +7288,314 @@ class CallForm(NamedTuple):
 
     type: str
     prefix: str  # of item ids
-    restore: Callable[[Json], Json | None] | None = None
+    member: str = ""  # that grows; else the call is restored when it is whole
+    restore: Callable[[Json], Json | None] = search_arguments
 
 
 CALL_FORMS = {
-    "function": CallForm("function_call", "fc"),
-    "custom": CallForm("custom_tool_call", "ctc"),
-    "local_shell": CallForm("local_shell_call", "lsh", shell_action),
-    "shell": CallForm("shell_call", "sh", commands_action),
-    "apply_patch": CallForm("apply_patch_call", "apc", patch_operation),
-    "tool_search": CallForm("tool_search_call", "ts", search_arguments),
+    "function": CallForm("function_call", "fc", "arguments"),
+    "custom": CallForm("custom_tool_call", "ctc", "input"),
+    "local_shell": CallForm("local_shell_call", "lsh", restore=shell_action),
+    "shell": CallForm("shell_call", "sh", restore=commands_action),
+    "apply_patch": CallForm("apply_patch_call", "apc", restore=patch_operation),
+    "tool_search": CallForm("tool_search_call", "ts", restore=search_arguments),
 }
+# Why an answer was cut off, by the reason of its end.
+INCOMPLETE = {"length": "max_output_tokens", "context": "max_output_tokens",
+              "filter": "content_filter"}
+
+
+def new_part(kind: str) -> Json:
+    """An empty content part of a text or a refusal."""
+    return ({"type": "refusal", "refusal": ""} if kind == "refusal" else
+            {"type": "output_text", "text": "", "annotations": [], "logprobs": []})
 
 
 class ResponsesWriter(Writer):
-    """Writes the stream of a Responses client, and with its last event the whole answer."""
+    """Writes the stream of a Responses client, and with its last event the whole answer.
+
+    A segment's `item` is its output item, of text and refusals the content part; `where` is what
+    all its events name it by.
+    """
 
     def __init__(self, ctx: Context) -> None:
         super().__init__(ctx)
         self.sequence = 0
         self.output: list[Json] = []
-        self.message: Json | None = None  # the open message item
-        self.message_index = 0
+        # open items, with their place in the output
+        self.message: tuple[Json, int] | None = None
+        self.searches: dict[str, tuple[Json, int]] = {}  # by the id of their block
         self.blocks: list[Json] = []  # opaque ones that await their carrier
-        self.search: tuple[Json, int] | None = None
         self.base: Json = {}
 
-    def emit(self, type_: str, **more: Any) -> None:
+    def emit(self, type_: str, where: Json, **more: Any) -> None:
         """One event, numbered."""
-        more["type"] = type_
-        more["sequence_number"] = self.sequence
+        more |= where
+        more["type"], more["sequence_number"] = type_, self.sequence
         self.sequence += 1
         self.events.append(more)
 
     def start_answer(self, id: str, model: str, created: int) -> None:
         """created and in_progress, with what the request said."""
         ctx = self.ctx
-        self.bare = bare_id(id) or sha(f"{compact(ctx.echo)}{ctx.now}")[:24]
-        self.base = {"id": f"resp_{(id or self.bare).removeprefix('resp_')}", "object": "response",
-                     "created_at": created, "completed_at": None, "status": "in_progress", "error": None,
-                     "incomplete_details": None, **(ctx.echo or ECHOED), "model": model,
-                     "output": [], "usage": None, "store": False, "background": False,
-                     "previous_response_id": None}
-        self.emit("response.created", response=self.base)
-        self.emit("response.in_progress", response=self.base)
+        self.bare = bare_id(id) or sha(f"{compact(ctx.echo)}{ctx.now}{ctx.seed}")[:24]
+        self.base = {
+            "id": f"resp_{(id or self.bare).removeprefix('resp_')}", "object": "response",
+            "created_at": created, "completed_at": None, "status": "in_progress", "error": None,
+            "incomplete_details": None, **(ctx.echo or ECHOED), "model": model, "output": [],
+            "usage": None, "store": False, "background": False, "previous_response_id": None}
+        for step in ("created", "in_progress"):
+            self.emit(f"response.{step}", {"response": self.base})
 
-    def item_id(self, prefix: str, index: int) -> str:
-        """The id of an item, within 64 characters."""
-        id = f"{prefix}_{self.bare}_{index}"
-        return id if len(id) <= 64 else f"{id[:43]}_{sha(id)[:20]}"
+    # -- items
 
-    def add_item(self, item: Json) -> int:
-        """A new item's place in the output."""
+    def open_item(self, prefix: str, type_: str, hidden: bool = False,
+                  **more: Any) -> tuple[Json, int]:
+        """A new item of the output, announced if it is not `hidden`; and its place."""
+        index = len(self.output)
+        item = {"id": short_call_id(f"{prefix}_{self.bare}_{index}"), "type": type_,
+                "status": "in_progress", **more}
         self.output.append(item)
-        return len(self.output) - 1
+        if not hidden:
+            self.emit("response.output_item.added", {"output_index": index}, item=dict(item))
+        return item, index
+
+    def close_item(self, item: Json, index: int, status: str = "completed") -> None:
+        """An item is whole."""
+        item["status"] = status
+        self.emit("response.output_item.done", {"output_index": index}, item=item)
+
+    def end_message(self, status: str = "completed") -> None:
+        """The open message is whole."""
+        if self.message:
+            self.close_item(*self.message, status)
+            self.message = None
 
     # -- segments
 
     def start(self, segment: Segment) -> None:
-        """Open what a segment is in, and close what it is not in."""
+        """Open what a segment is in, and close what it is not in; texts wait for some text."""
         kind = segment.kind
         if kind not in ("text", "refusal"):
-            self.end_message("completed")
+            self.end_message()
         if kind != "opaque":
             self.end_opaque()
         if kind == "thinking":
-            segment.index = self.add_item(item := {
-                "id": "", "type": "reasoning", "summary": [], "status": "in_progress"})
-            item["id"] = self.item_id("rs", segment.index)
-            self.emit("response.output_item.added", output_index=segment.index, item=dict(item))
-            segment.item = item
+            segment.item, index = self.open_item("rs", "reasoning", summary=[])
+            segment.where = {"item_id": segment.item["id"], "output_index": index,
+                             "summary_index": 0}
         elif kind in ("call", "custom"):
             self.start_call(segment)
 
     def start_part(self, segment: Segment) -> None:
         """A content part, in a message that is opened for it if none is."""
         if self.message is None:
-            self.message_index = self.add_item({})
-            self.message = {"id": self.item_id("msg", self.message_index), "type": "message",
-                            "role": "assistant", "status": "in_progress", "content": []}
-            self.output[self.message_index] = self.message
-            self.emit("response.output_item.added", output_index=self.message_index,
-                      item={**self.message, "content": []})
-        segment.index, segment.item = len(self.message["content"]), self.message
-        def empty() -> Json:
-            return ({"type": "refusal", "refusal": ""} if segment.kind == "refusal" else
-                    {"type": "output_text", "text": "", "annotations": [], "logprobs": []})
-
-        self.message["content"].append(empty())
-        self.emit("response.content_part.added", item_id=self.message["id"],
-                  output_index=self.message_index, content_index=segment.index, part=empty())
+            self.message = self.open_item("msg", "message", role="assistant", content=[])
+            self.message[0]["content"] = []  # not the list that was announced
+        (item, index), segment.item = self.message, new_part(segment.kind)
+        segment.where = {"item_id": item["id"], "output_index": index,
+                         "content_index": len(item["content"])}
+        item["content"].append(segment.item)
+        self.emit("response.content_part.added", segment.where, part=new_part(segment.kind))
 
     def start_call(self, segment: Segment) -> None:
         """A call item; those of built-in tools are held until they are whole."""
-        self.calls += 1
         tool = self.tool_of(segment.name)
-        kind = tool.kind if tool else "custom" if segment.kind == "custom" else "function"
-        form = CALL_FORMS.get(kind, CALL_FORMS["function"])
-        segment.index = self.add_item({})
-        item: Json = {"id": self.item_id(form.prefix, segment.index), "type": form.type,
-                      "status": "in_progress", "call_id": self.call_id(segment)}
-        if form.restore is None:
-            item["name"] = tool.name if tool else segment.name
+        form = segment.form = CALL_FORMS.get(tool.kind if tool else segment.kind,
+                                             CALL_FORMS["function"])
+        more = {"call_id": self.call_id(segment.id)}
+        if form.member:
+            more |= {"name": tool.name if tool else segment.name, form.member: ""}
             if tool and tool.space:
-                item["namespace"] = tool.space
-            item["input" if form.type == "custom_tool_call" else "arguments"] = ""
-            self.emit("response.output_item.added", output_index=segment.index, item=dict(item))
-        if form.type == "custom_tool_call" and segment.kind == "call":
+                more["namespace"] = tool.space
+        if form.member == "input" and segment.kind == "call":
             segment.decoder = InputDecoder()
-        segment.item = self.output[segment.index] = item
+        segment.item, index = self.open_item(form.prefix, form.type, not form.member, **more)
+        segment.where = {"item_id": segment.item["id"], "output_index": index}
 
     def tool_of(self, name: str) -> Tool | None:
         """The declared tool of a name that the model used, whatever the case of its letters."""
-        if name in self.ctx.tools:
-            return self.ctx.tools[name]
-        alike = [tool for wire, tool in self.ctx.tools.items() if wire.lower() == name.lower()]
+        tools = self.ctx.tools
+        alike = [tools[name]] if name in tools else [
+            tool for wire, tool in tools.items() if wire.lower() == name.lower()]
         return alike[0] if len(alike) == 1 else None
 
-    def call_id(self, segment: Segment) -> str:
+    def call_id(self, id: str) -> str:
         """The provider's id of a call; a new one where it has none, or used it before."""
-        ids = self.ctx.ids
-        id = segment.id
-        if self.ctx.provider == CHAT.word and (not id or id in ids):
-            id = "call_" + sha(f"{self.base['id']}{segment.index}")[:24]
-        ids.add(id)
+        if self.ctx.provider == CHAT.word and (not id or id in self.ctx.ids):
+            id = "call_" + sha(f"{self.base['id']}{len(self.output)}")[:24]
+        self.ctx.ids.add(id)
         return id
 
     def write(self, segment: Segment, text: str) -> None:
         """A delta of whatever is open."""
         kind = segment.kind
-        if kind in ("text", "refusal") and segment.index < 0:
+        if kind in ("text", "refusal") and not segment.where:
             self.start_part(segment)
         if kind == "text":
             logprobs, segment.raw = segment.raw or [], None
-            if logprobs:
-                segment.item["content"][segment.index]["logprobs"] += logprobs
-            self.emit("response.output_text.delta", item_id=segment.item["id"],
-                      output_index=self.message_index, content_index=segment.index,
-                      delta=text, logprobs=logprobs)
+            segment.item["logprobs"] += logprobs
+            self.emit("response.output_text.delta", segment.where, delta=text, logprobs=logprobs)
+        elif kind == "refusal":
+            self.emit("response.refusal.delta", segment.where, delta=text)
         elif kind == "thinking":
             if not segment.shown:
                 segment.shown = True
-                self.emit("response.reasoning_summary_part.added", item_id=segment.item["id"],
-                          output_index=segment.index, summary_index=0,
+                self.emit("response.reasoning_summary_part.added", segment.where,
                           part={"type": "summary_text", "text": ""})
-            self.emit("response.reasoning_summary_text.delta", item_id=segment.item["id"],
-                      output_index=segment.index, summary_index=0, delta=text)
-        elif kind == "refusal":
-            self.emit("response.refusal.delta", item_id=segment.item["id"],
-                      output_index=self.message_index, content_index=segment.index, delta=text)
-        elif kind in ("call", "custom"):
-            self.write_call(segment, text)
-
-    def write_call(self, segment: Segment, text: str) -> None:
-        """A delta of arguments or input."""
-        name = {"function_call": "function_call_arguments",
-                "custom_tool_call": "custom_tool_call_input"}.get(segment.item["type"])
-        if segment.decoder:
-            text = segment.decoder.feed(text)
-        if name and text:
-            self.emit(f"response.{name}.delta", item_id=segment.item["id"],
-                      output_index=segment.index, delta=text)
+            self.emit("response.reasoning_summary_text.delta", segment.where, delta=text)
+        elif kind in ("call", "custom") and segment.form.member:
+            if segment.decoder:
+                text = segment.decoder.feed(text)
+            if text:
+                self.emit(f"response.{segment.form.type}_{segment.form.member}.delta",
+                          segment.where, delta=text)
 
     def stop(self, segment: Segment) -> None:
-        """The events that make a segment whole."""
-        kind = segment.kind
-        if kind in ("text", "refusal"):
-            self.stop_part(segment)
+        """The events that make a segment whole; a text that never came was never there."""
+        kind, text = segment.kind, segment.whole()
+        if kind == "opaque":
+            self.stop_opaque(segment.raw)
         elif kind == "thinking":
-            self.stop_thinking(segment)
+            self.stop_thinking(segment, text)
+        elif kind == "call" and not isinstance(loose_json(text), dict):
+            self.held = segment  # done if the answer ends well, cut off if not
         elif kind in ("call", "custom"):
-            whole = segment.whole()
-            if kind == "call" and not isinstance(loose_json(whole), dict):
-                self.held = segment  # done if the answer ends well, cut off if not
-            else:
-                self.stop_call(segment)
-        elif kind == "opaque":
-            self.stop_opaque(mapping(segment.raw))
+            self.stop_call(segment)
+        elif segment.where:
+            self.stop_part(segment, text)
 
-    def stop_part(self, segment: Segment) -> None:
-        """A content part is whole; one without a text was never there."""
-        if segment.index < 0:
-            return
-        text, item = segment.whole(), segment.item
-        where: Json = {"item_id": item["id"], "output_index": self.message_index,
-                       "content_index": segment.index}
-        part = item["content"][segment.index]
-        if segment.kind == "refusal":
-            part["refusal"] = text
-            self.emit("response.refusal.done", **where, refusal=text)
+    def stop_part(self, segment: Segment, text: str) -> None:
+        """A content part is whole."""
+        part, where = segment.item, segment.where
+        part[segment.kind] = text
+        for k, found in enumerate(segment.citations):
+            annotation = {"type": "url_citation", "url": found.url, "title": found.title,
+                          "start_index": found.start or 0,
+                          "end_index": len(text) if found.end is None else found.end}
+            part["annotations"].append(annotation)
+            self.emit("response.output_text.annotation.added", where, annotation_index=k,
+                      annotation=annotation)
+        if segment.kind == "text":
+            self.emit("response.output_text.done", where, text=text, logprobs=part["logprobs"])
         else:
-            part["text"] = text
-            for k, found in enumerate(segment.citations):
-                annotation = {"type": "url_citation", "url": found.url, "title": found.title,
-                              "start_index": found.start or 0,
-                              "end_index": len(text) if found.end is None else found.end}
-                part["annotations"].append(annotation)
-                self.emit("response.output_text.annotation.added", **where, annotation_index=k,
-                          annotation=annotation)
-            self.emit("response.output_text.done", **where, text=text, logprobs=part["logprobs"])
-        self.emit("response.content_part.done", **where, part=part)
+            self.emit("response.refusal.done", where, refusal=text)
+        self.emit("response.content_part.done", where, part=part)
 
-    def stop_thinking(self, segment: Segment) -> None:
-        """A reasoning item is whole, with its carrier."""
-        text, item = segment.whole(), segment.item
-        where = {"item_id": item["id"], "output_index": segment.index, "summary_index": 0}
+    def stop_thinking(self, segment: Segment, text: str) -> None:
+        """A reasoning item is whole, with its carrier where something could be sent back."""
+        item, where = segment.item, segment.where
         part = {"type": "summary_text", "text": text}
         if segment.shown:
-            self.emit("response.reasoning_summary_text.done", **where, text=text)
-            self.emit("response.reasoning_summary_part.done", **where, part=part)
-        item["summary"] = [part] if text else []
-        item["encrypted_content"] = self.sealed(segment, text)
-        item["status"] = "completed"
-        self.emit("response.output_item.done", output_index=segment.index, item=item)
-
-    def sealed(self, segment: Segment, text: str) -> str | None:
-        """The carrier of a reasoning segment; None where nothing could be sent back."""
-        kind, body = segment.thought or ("at", "")
-        if kind == "at" and not body and not self.ctx.caps.lenient_thinking:
-            return None
-        return seal(kind, pack(body) if kind == "cd" else body, text, self.ctx)
+            self.emit("response.reasoning_summary_text.done", where, text=text)
+            self.emit("response.reasoning_summary_part.done", where, part=part)
+            item["summary"] = [part]
+        useless = segment.thought == ("at", "") and not self.ctx.caps.lenient_thinking
+        item["encrypted_content"] = None if useless else self.sealed(segment)
+        self.close_item(item, where["output_index"])
 
     def stop_call(self, segment: Segment, status: str = "completed") -> None:
         """A call is whole; one that was cut off gets no done events, for clients run those."""
-        item, whole = segment.item, segment.whole()
-        form = next(f for f in CALL_FORMS.values() if f.type == item["type"])
+        item, form, where, whole = segment.item, segment.form, segment.where, segment.whole()
         item["status"] = status
-        if form.restore:
-            self.restore(segment, form)
+        if not form.member:
+            self.restore(segment, whole)
             return
-        where = {"item_id": item["id"], "output_index": segment.index}
-        if item["type"] == "custom_tool_call":
-            more = ""
-            item["input"] = whole
-            if segment.decoder:
-                item["input"], more = segment.decoder.close(whole)
-            if status != "completed":
-                return
+        item[form.member], more = (segment.decoder.close(whole) if segment.decoder
+                                   else (whole, ""))
+        if status == "completed":
+            event = f"response.{form.type}_{form.member}"
             if more:
-                self.emit("response.custom_tool_call_input.delta", **where, delta=more)
-            self.emit("response.custom_tool_call_input.done", **where, input=item["input"])
-        else:
-            item["arguments"] = whole
-            if status != "completed":
-                return
-            self.emit("response.function_call_arguments.done", **where, arguments=whole,
-                      name=item["name"])
-        self.emit("response.output_item.done", output_index=segment.index, item=item)
+                self.emit(f"{event}.delta", where, delta=more)
+            name = {"name": item["name"]} if form.member == "arguments" else {}
+            self.emit(f"{event}.done", where, **{form.member: item[form.member]}, **name)
+            self.close_item(item, where["output_index"])
 
-    def restore(self, segment: Segment, form: CallForm) -> None:
+    def restore(self, segment: Segment, whole: str) -> None:
         """The call of a built-in tool; a plain function call where its arguments do not fit."""
-        item, whole = segment.item, segment.whole()
-        value = loose_json(whole)
-        found = form.restore(value) if form.restore and isinstance(value, dict) else None
-        if found is None:
-            item.update(type="function_call", name=segment.name, arguments=whole,
-                        id=self.item_id("fc", segment.index))
-            found = {}
-        item.update(found)
+        item, index, value = segment.item, segment.where["output_index"], loose_json(whole)
+        item |= (segment.form.restore(value) if isinstance(value, dict) else None) or {
+            "type": "function_call", "name": segment.name, "arguments": whole,
+            "id": short_call_id(f"fc_{self.bare}_{index}")}
         if item["status"] == "completed":
-            self.emit("response.output_item.added", output_index=segment.index,
+            self.emit("response.output_item.added", {"output_index": index},
                       item={**item, "status": "in_progress"})
-            self.emit("response.output_item.done", output_index=segment.index, item=item)
-
-    def end_message(self, status: str) -> None:
-        """The open message is whole."""
-        if self.message is not None:
-            self.message["status"] = status
-            self.emit("response.output_item.done", output_index=self.message_index,
-                      item=self.message)
-            self.message = None
+            self.close_item(item, index)
 
     # -- blocks that nobody else knows
 
     def stop_opaque(self, block: Json) -> None:
         """Keep a block for its carrier; a web search is shown."""
         self.blocks.append(block)
-        kind = block.get("type")
+        kind, content = block.get("type"), block.get("content")
         if kind == "server_tool_use" and block.get("name") == "web_search":
-            index = self.add_item({})
-            item: Json = {"id": self.item_id("ws", index), "type": "web_search_call",
-                          "status": "in_progress"}
-            self.output[index] = item
-            self.emit("response.output_item.added", output_index=index, item=dict(item))
+            item, index = self.open_item("ws", "web_search_call")
+            self.searches[text_of(block.get("id"))] = item, index
             for step in ("in_progress", "searching"):
-                self.emit(f"response.web_search_call.{step}", item_id=item["id"],
-                          output_index=index)
+                self.emit(f"response.web_search_call.{step}",
+                          {"item_id": item["id"], "output_index": index})
             query = text_of(mapping(block.get("input")).get("query"))
             item["action"] = {"type": "search", "query": query, "queries": [query], "sources": []}
-            self.search = item, index
-        elif kind == "web_search_tool_result" and self.search:
-            content = block.get("content")
-            self.search[0]["action"]["sources"] = [
-                {"type": "url", "url": entry["url"]} for entry in map(mapping, listing(content))
-                if isinstance(entry.get("url"), str)]
-            self.end_search("completed" if isinstance(content, list) else "failed")
+        elif kind == "web_search_tool_result":
+            id = text_of(block.get("tool_use_id"))
+            sources = [{"type": "url", "url": entry["url"]} for entry in map(
+                mapping, listing(content)) if isinstance(entry.get("url"), str)]
+            self.end_search(id, sources, "completed" if isinstance(content, list) else "failed")
 
-    def end_search(self, status: str) -> None:
+    def end_search(self, id: str, sources: list[Json], status: str) -> None:
         """A web search is over."""
-        if self.search:
-            item, index = self.search
-            self.search, item["status"] = None, status
+        if id in self.searches:
+            item, index = self.searches.pop(id)
+            item["action"]["sources"] = sources
             if status == "completed":
-                self.emit("response.web_search_call.completed", item_id=item["id"],
-                          output_index=index)
-            self.emit("response.output_item.done", output_index=index, item=item)
+                self.emit("response.web_search_call.completed",
+                          {"item_id": item["id"], "output_index": index})
+            self.close_item(item, index, status)
 
     def end_opaque(self) -> None:
         """The carrier of the blocks that were kept."""
         if self.blocks:
-            self.end_search("failed")
+            for id in list(self.searches):
+                self.end_search(id, [], "failed")
             blocks, self.blocks = self.blocks, []
-            index = self.add_item({})
-            item = {"id": self.item_id("rs", index), "type": "reasoning", "summary": [],
-                    "encrypted_content": seal("ab", pack(blocks), "", self.ctx),
-                    "status": "completed"}
-            self.output[index] = item
-            self.emit("response.output_item.added", output_index=index,
-                      item={**item, "encrypted_content": None, "status": "in_progress"})
-            self.emit("response.output_item.done", output_index=index, item=item)
+            item, index = self.open_item("rs", "reasoning", summary=[], encrypted_content=None)
+            item["encrypted_content"] = seal("ab", pack(blocks), "", self.ctx)
+            self.close_item(item, index)
 
     # -- the end
 
     def finish(self, stop: Stop) -> None:
-        """The terminal event, with the whole answer."""
-        reason = stop.reason
-        cut = reason in ("length", "context", "filter")
+        """The terminal event, with the whole answer; what a refusal left open is discarded."""
+        refused, cut = stop.reason == "refusal", INCOMPLETE.get(stop.reason)
+        status = "failed" if refused else "incomplete" if cut else "completed"
         while self.held:
             segment, self.held = self.held, None
             self.stop_call(segment, "incomplete" if cut else "completed")
             self.advance()
-        if reason != "refusal":
+        if not refused:
             self.end_opaque()
-        if reason != "refusal":
-            self.end_message("incomplete" if cut else "completed")
+            self.end_message(status)
         elif self.message:
-            self.message["status"] = "incomplete"  # what was said is to be discarded
+            self.message[0]["status"] = "incomplete"
         if cut and not self.ctx.stream and self.output and "call_id" in self.output[-1]:
             # in one piece, a call that the limit cut off cannot be told from a whole one
             self.output[-1] = {**self.output[-1], "status": "incomplete"}
-        status = "failed" if reason == "refusal" else "incomplete" if cut else "completed"
-        more: Json = {"status": status}
+        answer = {**self.base, "status": status, "output": self.output,
+                  "usage": responses_counts(self.usage)}
         if status == "completed":
-            more["completed_at"] = self.ctx.now
+            answer["completed_at"] = self.ctx.now
         if cut:
-            more["incomplete_details"] = {
-                "reason": "content_filter" if reason == "filter" else "max_output_tokens"}
-        if reason == "refusal":
+            answer["incomplete_details"] = {"reason": cut}
+        if refused:
             about = f" (category {stop.category})" if stop.category else ""
-            more["error"] = {"code": "invalid_prompt", "message":
-                             stop.text or f"The model refused to answer{about}."}
-        if reason == "pause":
-            more["end_turn"] = False
+            answer["error"] = {"code": "invalid_prompt", "message":
+                               stop.text or f"The model refused to answer{about}."}
+        if stop.reason == "pause":
+            answer["end_turn"] = False
         if self.usage and self.usage.tier:
             tiers = {"standard": "default", "batch": self.base["service_tier"]}
-            more["service_tier"] = tiers.get(self.usage.tier, self.usage.tier)
-        self.base = {**self.base, **more, "output": self.output,
-                     "usage": responses_counts(self.usage)}
-        self.emit(f"response.{status}", response=self.base)
+            answer["service_tier"] = tiers.get(self.usage.tier, self.usage.tier)
+        self.emit(f"response.{status}", {"response": answer})
         self.done = True
 
     def fail(self, error: ProxyError) -> ProxyError:
@@ -7787,39 +7603,40 @@ class ResponsesWriter(Writer):
         error = super().fail(error)
         if not self.begun:
             return error
-        for segment in (s for s in self.queue if s.live):
-            if segment.kind in ("call", "custom") and segment.item:
+        for segment in (s for s in self.queue if s.where):
+            if segment.kind in ("call", "custom"):
                 self.stop_call(segment, "incomplete")
-            elif segment.kind == "thinking":
-                text = segment.whole()
-                segment.item["summary"] = [{"type": "summary_text", "text": text}] if text else []
-            elif segment.kind in ("text", "refusal") and segment.item:
-                part = segment.item["content"][segment.index]
-                part["refusal" if segment.kind == "refusal" else "text"] = segment.whole()
+            elif segment.kind != "thinking":
+                segment.item[segment.kind] = segment.whole()
+            elif segment.shown:
+                segment.item["summary"] = [{"type": "summary_text", "text": segment.whole()}]
         for item in self.output:
-            if item.get("status") == "in_progress":
+            if item["status"] == "in_progress":
                 item["status"] = "incomplete"
         told = native_error(error, RESPONSES)["error"]
-        self.base = {**self.base, "status": "failed", "output": [i for i in self.output if i],
-                     "error": {"code": told["code"] or "server_error", "message": told["message"]}}
-        self.emit("response.failed", response=self.base)
+        self.emit("response.failed", {"response": {
+            **self.base, "status": "failed", "output": self.output,
+            "error": {"code": told["code"] or "server_error", "message": told["message"]}}})
         error.events = self.events
         return error
 
 
 def responses_counts(usage: Usage | None) -> Json | None:
     """Usage as a Responses client counts it."""
-    if usage is None:
-        return None
-    return {"input_tokens": usage.input,
-            "input_tokens_details": {"cached_tokens": usage.cached,
-                                     "cache_write_tokens": usage.written},
-            "output_tokens": usage.output,
-            "output_tokens_details": {"reasoning_tokens": usage.reasoning or 0},
-            "total_tokens": usage.total or usage.input + usage.output}
+    return None if usage is None else {
+        "input_tokens": usage.input, "output_tokens": usage.output,
+        "total_tokens": usage.total or usage.input + usage.output,
+        "input_tokens_details": {"cached_tokens": usage.cached,
+                                 "cache_write_tokens": usage.written},
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning or 0}}
 
 
 # -- writing Chat Completions (translation-chat.md 2.9, 2.10) ----------------
+
+CHAT_ENDS = {"length": "length", "context": "length", "pause": "length", "refusal": "stop",
+             "filter": "content_filter"}
+CALL_MEMBERS = {"call": ("function", "arguments"), "custom": ("custom", "input")}
+
 
 class ChatWriter(Writer):
     """Writes the stream of a Chat Completions client."""
@@ -7828,6 +7645,7 @@ class ChatWriter(Writer):
 
     def __init__(self, ctx: Context) -> None:
         super().__init__(ctx)
+        self.own = ctx.provider == MESSAGES.word  # the provider's text may be the refusal
         self.base: Json = {}
         self.annotations: list[Json] = []
         self.entries = self.indexes = 0  # of reasoning_details, of tool_calls
@@ -7835,7 +7653,6 @@ class ChatWriter(Writer):
         self.seen_ids: set[str] = set()  # of calls
         self.thought = self.opaque = False  # whether reasoning, or blocks of a server, came
         self.refusal: list[str] = []
-        self.searched = 0  # characters in which citations were looked for
 
     def emit(self, delta: Json, finish: str | None = None, logprobs: Any = None) -> None:
         """One chunk."""
@@ -7844,11 +7661,9 @@ class ChatWriter(Writer):
 
     def start_answer(self, id: str, model: str, created: int) -> None:
         """The only chunk with a role: SDKs join the strings of all."""
-        bare = bare_id(id) or sha(f"{self.ctx.model}{created}")[:24]
-        keep_ = id if self.ctx.provider == MESSAGES.word and id else bare
-        prefix = "chatcmpl_" if self.ctx.provider == MESSAGES.word else "chatcmpl-"
-        self.base = {"id": prefix + keep_, "object": "chat.completion.chunk", "created": created,
-                     "model": model}
+        bare = bare_id(id) or sha(f"{self.ctx.model}{created}{self.ctx.seed}")[:24]
+        self.base = {"id": f"chatcmpl_{id or bare}" if self.own else f"chatcmpl-{bare}",
+                     "object": "chat.completion.chunk", "created": created, "model": model}
         if self.ctx.include_usage and self.ctx.stream:
             self.base["usage"] = None
         self.emit({"role": "assistant", "content": ""})
@@ -7858,95 +7673,82 @@ class ChatWriter(Writer):
         kind = segment.kind
         segment.at = (self.characters, self.calls)
         if kind == "opaque":
-            block = mapping(segment.raw)
-            self.opaque = self.opaque or block.get("type") in ("server_tool_use", "mcp_tool_use")
-        elif kind in ("call", "custom"):
+            self.opaque |= segment.raw.get("type") in ("server_tool_use", "mcp_tool_use")
+        elif kind in CALL_MEMBERS:
+            self.calls += 1
             tool = self.ctx.tools.get(segment.name)
             segment.name = tool.name if tool else segment.name
-            self.calls += 1
-            if tool and tool.kind == "custom" and kind == "call":
-                return  # comes whole, when it is known to be a text
-            if not segment.id or segment.id in self.seen_ids:
-                segment.id = "call_" + sha(f"{self.base['id']}{self.calls}")[:24]
-            self.seen_ids.add(segment.id)
-            segment.index = self.next_index()
-            if self.ctx.legacy:
-                if segment.index == 0:
-                    self.emit({"function_call": {"name": segment.name, "arguments": ""}})
-            else:
-                key, text = ("custom", "input") if kind == "custom" else ("function", "arguments")
-                self.emit({"tool_calls": [{"index": segment.index, "id": segment.id, "type": key,
-                                           key: {"name": segment.name, text: ""}}]})
+            if kind == "custom" or not tool or tool.kind != "custom":
+                self.announce(segment, kind)  # others come whole, known to be a text
 
-    def next_index(self) -> int:
-        """The index of the next call; SDKs want them without gaps."""
-        self.indexes += 1
-        return self.indexes - 1
+    def announce(self, segment: Segment, kind: str, text: str = "") -> None:
+        """The first fragment of a call; SDKs want indexes without gaps."""
+        if not segment.id or segment.id in self.seen_ids:
+            segment.id = "call_" + sha(f"{self.base['id']}{self.calls}")[:24]
+        self.seen_ids.add(segment.id)
+        segment.index, self.indexes = self.indexes, self.indexes + 1
+        key, member = CALL_MEMBERS[kind]
+        function = {"name": segment.name, member: text}
+        if not self.ctx.legacy:
+            self.emit({"tool_calls": [{"index": segment.index, "id": segment.id, "type": key,
+                                       key: function}]})
+        elif segment.index == 0:
+            self.emit({"function_call": function})
 
     def write(self, segment: Segment, text: str) -> None:
         """A piece of a segment."""
         kind = segment.kind
         if kind == "text":
-            if not segment.shown:
-                segment.shown = True
-                if self.message not in (None, segment.name):
-                    text = "\n\n" + text  # messages of a Responses provider stand apart
-                self.message = segment.name
-                segment.at = (self.characters + len(text) - len(segment.text[0]), self.calls)
-            self.characters += len(text)
-            logprobs, segment.raw = segment.raw, None
-            found = [{"bytes": None, "top_logprobs": [], **e} for e in map(mapping, logprobs or ())]
-            self.emit({"content": text}, None,
-                      {"content": found, "refusal": None} if found else None)
+            self.write_text(segment, text)
         elif kind == "thinking":
-            if self.thought and not segment.shown:
-                self.emit({"reasoning_content": "\n\n" + text})
-            else:
-                self.emit({"reasoning_content": text})
+            apart = "\n\n" if self.thought and not segment.shown else ""
+            self.emit({"reasoning_content": apart + text})
             self.thought = segment.shown = True
         elif kind == "refusal":
             self.refusal.append(text)
-        elif kind == "call" and segment.index < 0:
-            return
-        elif kind == "call" and self.ctx.legacy:
-            if segment.index == 0:
-                self.emit({"function_call": {"arguments": text}})
-        elif kind in ("call", "custom"):
-            key, name = ("custom", "input") if kind == "custom" else ("function", "arguments")
-            self.emit({"tool_calls": [{"index": segment.index, key: {name: text}}]})
+        elif kind in CALL_MEMBERS and segment.index >= 0:
+            key, member = CALL_MEMBERS[kind]
+            if not self.ctx.legacy:
+                self.emit({"tool_calls": [{"index": segment.index, key: {member: text}}]})
+            elif segment.index == 0:
+                self.emit({"function_call": {member: text}})
+
+    def write_text(self, segment: Segment, text: str) -> None:
+        """A piece of content; messages of a Responses provider stand apart."""
+        if not segment.shown:
+            apart = "" if self.message in (None, segment.name) else "\n\n"
+            segment.shown, self.message = True, segment.name
+            segment.at = (self.characters + len(apart), self.calls)
+            text = apart + text
+        self.characters += len(text)
+        found, segment.raw = segment.raw, None
+        self.emit({"content": text}, None, {"refusal": None, "content": [
+            {"bytes": None, "top_logprobs": [], **mapping(e)} for e in found]} if found else None)
 
     def stop(self, segment: Segment) -> None:
         """A reasoning block leaves its opaque part, a text its sources."""
-        if segment.kind == "thinking" and segment.thought and not self.opaque:
+        if segment.kind == "thinking" and not self.opaque:
             self.leave_detail(segment)
         elif segment.kind == "text":
             self.cite(segment)
-        elif segment.kind == "call" and segment.index >= 0 and not segment.text:
-            self.write(segment, "{}")
         elif segment.kind == "call" and segment.index < 0:
-            whole = segment.whole()
-            text, _ = InputDecoder().close(whole)
-            segment.index = self.next_index()
-            self.emit({"tool_calls": [{"index": segment.index, "id": segment.id, "type": "custom",
-                                       "custom": {"name": segment.name, "input": text}}]})
+            self.announce(segment, "custom", InputDecoder().close(segment.whole())[0])
+        elif segment.kind == "call" and not segment.text:
+            self.write(segment, "{}")
 
     def leave_detail(self, segment: Segment) -> None:
         """One entry of reasoning_details, whole: SDKs join strings of the same index."""
-        kind, body = segment.thought or ("", "")
+        kind, body = segment.thought
+        if not body or (kind == "or" and body.endswith(":")):
+            return  # nothing was sealed
         entry: Json = {"type": "reasoning.text", "text": segment.whole(), "signature": body,
                        "format": "anthropic-claude-v1"}
         if kind == "ar":
             entry = {"type": "reasoning.encrypted", "data": body, "format": "anthropic-claude-v1"}
         elif kind == "or":
-            id, _, sealed = str(body).partition(":")
-            entry = {"type": "reasoning.encrypted", "id": id, "format": "openai-responses-v1",
-                     "data": seal(kind, str(body), "", self.ctx)}
-            if not sealed:
-                return
-        if not body:
-            return
-        entry["index"] = self.entries
-        entry["x_at"] = f"{segment.at[0]}:{segment.at[1]}"
+            entry = {"type": "reasoning.encrypted", "id": body.partition(":")[0],
+                     "format": "openai-responses-v1", "data": seal(kind, body, "", self.ctx)}
+        entry |= {"index": self.entries, "x_at": f"{segment.at[0]}:{segment.at[1]}"}
         self.entries += 1
         self.emit({"reasoning_details": [entry]})
 
@@ -7965,22 +7767,19 @@ class ChatWriter(Writer):
 
     def finish(self, stop: Stop) -> None:
         """Refusal, sources, the reason, usage, [DONE]."""
-        reason, refusal = stop.reason, "".join(self.refusal)
-        own = self.ctx.provider == MESSAGES.word  # whose text so far is the refusal
-        if reason == "refusal" and not refusal and not (own and self.characters):
-            refusal = stop.text or "The model declined to answer."
-        if reason == "refusal" and own and self.characters and not self.ctx.stream:
+        refused, said = stop.reason == "refusal", self.own and self.characters > 0
+        if refused and said and not self.ctx.stream:
             self.emit({"content": None})  # in one piece, the text is the refusal
-        elif refusal:
-            self.emit({"refusal": refusal})
+        elif refused and not said and not self.refusal:
+            self.emit({"refusal": stop.text or "The model declined to answer."})
+        elif self.refusal:
+            self.emit({"refusal": "".join(self.refusal)})
         if self.annotations:
             self.emit({"annotations": self.annotations})
-        if self.usage and self.usage.tier and not own:
+        if self.usage and self.usage.tier and not self.own:
             self.base["service_tier"] = self.usage.tier
         called = "function_call" if self.ctx.legacy else "tool_calls"
-        ends = {"length": "length", "context": "length", "pause": "length", "filter":
-                "content_filter", "refusal": "stop"}
-        self.emit({}, ends.get(reason) or (called if self.calls else "stop"))
+        self.emit({}, CHAT_ENDS.get(stop.reason) or (called if self.calls else "stop"))
         if self.ctx.include_usage and self.usage is not None:
             self.events.append({**self.base, "choices": [], "usage": chat_counts(self.usage)})
         self.events.append(DONE)
@@ -8026,7 +7825,7 @@ class MessagesWriter(Writer):
     def start_answer(self, id: str, model: str, created: int) -> None:
         """message_start; the real numbers come at the end."""
         self.id = id if self.ctx.provider == RESPONSES.word and id else \
-            "msg_" + (bare_id(id) or sha(f"{self.ctx.model}{created}")[:24])
+            "msg_" + (bare_id(id) or sha(f"{self.ctx.model}{created}{self.ctx.seed}")[:24])
         self.emit("message_start", message={
             "id": self.id, "type": "message", "role": "assistant", "model": model, "content": [],
             "stop_reason": None, "stop_sequence": None, "stop_details": None,
@@ -8041,7 +7840,8 @@ class MessagesWriter(Writer):
 
     def delta(self, index: int, kind: str, **more: Any) -> None:
         """A piece of a block."""
-        self.emit("content_block_delta", index=index, delta={"type": kind, **more})
+        more["type"] = kind
+        self.events.append({"type": "content_block_delta", "index": index, "delta": more})
 
     def start(self, segment: Segment) -> None:
         """Text and calls open at once, thinking with its first text."""
@@ -8057,10 +7857,9 @@ class MessagesWriter(Writer):
 
     def call_id(self, id: str) -> str:
         """A provider's call id in Anthropic's alphabet, unused in the conversation."""
-        ids = self.ctx.ids
-        if not SAFE_ID.fullmatch(id) or id in ids:
+        if not SAFE_ID.fullmatch(id) or id in self.ctx.ids:
             id = encode_id(id, f"{self.id}{self.calls}")
-        ids.add(id)
+        self.ctx.ids.add(id)
         return id
 
     def write(self, segment: Segment, text: str) -> None:
@@ -8069,9 +7868,7 @@ class MessagesWriter(Writer):
         self.characters += len(text)
         if kind in ("text", "refusal"):
             self.delta(segment.index, "text_delta", text=text)
-        elif kind == "thinking":
-            if not self.ctx.wants_thinking:
-                return
+        elif kind == "thinking" and self.ctx.wants_thinking:
             if segment.index < 0:
                 segment.index = self.block({"type": "thinking", "thinking": "", "signature": ""})
             self.delta(segment.index, "thinking_delta", thinking=text)
@@ -8083,10 +7880,10 @@ class MessagesWriter(Writer):
     def stop(self, segment: Segment) -> None:
         """The end of a block: a signature, sources, or all that was held."""
         kind = segment.kind
-        if kind == "thinking":
+        if kind == "thinking" and self.ctx.wants_thinking:
             self.stop_thinking(segment)
         elif kind == "search":
-            self.show_search(mapping(segment.raw))
+            self.show_search(segment.raw)
         elif kind == "text" and self.ctx.web_search:
             for found in segment.citations:
                 self.delta(segment.index, "citations_delta", citation={
@@ -8102,14 +7899,11 @@ class MessagesWriter(Writer):
 
     def stop_thinking(self, segment: Segment) -> None:
         """The carrier: as the signature, or as a redacted block where there is no text."""
-        if not self.ctx.wants_thinking:
-            return
-        kind, body = segment.thought or ("", "")
-        sealed = seal(kind, pack(body) if kind == "cd" else str(body), segment.whole(), self.ctx)
+        body = segment.thought[1]
         if segment.index >= 0:
-            self.delta(segment.index, "signature_delta", signature=sealed)
-        elif body and not str(body).endswith(":"):
-            segment.index = self.block({"type": "redacted_thinking", "data": sealed})
+            self.delta(segment.index, "signature_delta", signature=self.sealed(segment))
+        elif body and not body.endswith(":"):
+            segment.index = self.block({"type": "redacted_thinking", "data": self.sealed(segment)})
 
     def show_search(self, item: Json) -> None:
         """A web search as Anthropic shows its own."""
@@ -8137,28 +7931,27 @@ class MessagesWriter(Writer):
         """message_delta with the real numbers, and message_stop."""
         reason = "tool" if self.calls and stop.reason in ("end", "refusal") else stop.reason
         reason = "end" if reason == "tool" and not self.calls else reason
-        delta: Json = {"stop_reason": MESSAGES_ENDS[reason],
-                       "stop_sequence": stop.text if reason == "sequence" else None,
-                       "stop_details": None}
-        if reason in ("refusal", "filter"):
-            delta["stop_details"] = {"type": "refusal", "category": stop.category,
-                                     "explanation": stop.text}
-        self.emit("message_delta", delta=delta, usage=self.counts())
+        details = {"type": "refusal", "category": stop.category, "explanation": stop.text}
+        self.emit("message_delta", usage=self.counts(), delta={
+            "stop_reason": MESSAGES_ENDS[reason],
+            "stop_sequence": stop.text if reason == "sequence" else None,
+            "stop_details": details if reason in ("refusal", "filter") else None})
         self.emit("message_stop")
         self.done = True
 
     def counts(self) -> Json:
         """Usage as Anthropic counts it: never 0, which Claude Code takes for unknown."""
         usage = self.usage or Usage(self.ctx.estimate, output=-(-self.characters // 4))
-        out: Json = {"input_tokens": max(1, usage.input - usage.cached - usage.written),
-                     "cache_creation_input_tokens": usage.written,
-                     "cache_read_input_tokens": usage.cached, "output_tokens": usage.output}
+        out: Json = {
+            "input_tokens": max(1, usage.input - usage.cached - usage.written),
+            "cache_creation_input_tokens": usage.written, "cache_read_input_tokens": usage.cached,
+            "output_tokens": usage.output, "server_tool_use": None,
+            "service_tier": {"default": "standard", "priority": "priority"}.get(usage.tier or "")}
         if usage.reasoning is not None:
             out["output_tokens_details"] = {"thinking_tokens": usage.reasoning}
-        out["server_tool_use"] = ({"web_search_requests": self.searches, "web_fetch_requests": 0}
-                                  if self.searches else None)
-        out["service_tier"] = {"default": "standard", "priority": "priority"}.get(
-            usage.tier or "")
+        if self.searches:
+            out["server_tool_use"] = {"web_search_requests": self.searches,
+                                      "web_fetch_requests": 0}
         return out
 
 
@@ -8180,42 +7973,39 @@ def messages_events(body: Json) -> list[Any]:
     if not isinstance(blocks, list):
         raise unusable("content")
     out: list[Any] = [{"type": "message_start", "message": {**body, "content": []}}]
-    for index, block in enumerate(map(mapping, blocks)):
+    for index, block in enumerate(blocks):
         out.append({"type": "content_block_start", "index": index, "content_block": block})
         out.append({"type": "content_block_stop", "index": index})
-    delta = {key: body.get(key) for key in ("stop_reason", "stop_sequence", "stop_details")}
-    return [*out, {"type": "message_delta", "delta": delta, "usage": {}}, {"type": "message_stop"}]
+    return [*out, {"type": "message_delta", "delta": body}, {"type": "message_stop"}]
 
 
 def chat_events(body: Json) -> list[Any]:
     """A Chat completion as one chunk."""
     if body.get("error") or body.get("object") == "error":
         return [body]
-    choices = [c for c in map(mapping, listing(body.get("choices")))
-               if c.get("index") in (0, None)]
-    message = mapping(choices[0].get("message")) if choices else {}
-    reason = text_of(choices[0].get("finish_reason")) if choices else ""
-    said = any(message.get(key) for key in ("content", "tool_calls", "function_call", "refusal",
-                                            "reasoning_content", "reasoning"))
-    if not choices or not (reason or said):
+    choice = next((c for c in map(mapping, listing(body.get("choices")))
+                   if c.get("index") in (0, None)), {})
+    message, reason = mapping(choice.get("message")), text_of(choice.get("finish_reason"))
+    if not reason and not any(message.get(key) for key in (
+            "content", "tool_calls", "function_call", "refusal", "reasoning_content", "reasoning")):
         raise unusable("choices with a message")
     calls = [{**mapping(call), "index": k} for k, call in enumerate(
         listing(message.get("tool_calls")))]
-    choice = {**choices[0], "index": 0, "delta": {**message, "tool_calls": calls},
+    choice = {**choice, "index": 0, "delta": {**message, "tool_calls": calls},
               "finish_reason": reason or ("tool_calls" if calls else "stop")}
     return [{**body, "choices": [choice]}, DONE]
 
 
 def responses_events(body: Json) -> list[Any]:
     """A Response as its first and last event: the last has all items."""
-    if body.get("error") and not isinstance(body.get("output"), list):
+    whole, status = isinstance(body.get("output"), list), body.get("status")
+    status = "completed" if status is None else status
+    if body.get("error") and not whole:
         return [{"type": "error", "error": body["error"]}]
-    status = body.get("status")
-    if not isinstance(body.get("output"), list) or status not in (
-            None, "completed", "incomplete", "failed", "cancelled"):
+    if not whole or f"response.{status}" not in ENDS:
         raise unusable("output and a final status")
-    return [{"type": "response.created", "response": {**body, "output": []}},
-            {"type": f"response.{status or 'completed'}", "response": body}]
+    return [{"type": "response.created", "response": body},
+            {"type": f"response.{status}", "response": body}]
 
 
 def unusable(wants: str) -> UpstreamError:
@@ -8233,48 +8023,46 @@ def collect_responses(events: list[Any]) -> Json:
 
 def collect_chat(events: list[Any]) -> Json:
     """A Chat completion of its chunks."""
+    chunks = [chunk for chunk in events if chunk != DONE]
     message: Json = {"role": "assistant", "content": None, "refusal": None}
+    texts: dict[str, list[str]] = {}
     calls: list[Json] = []
-    reason = usage = None
     logprobs: list[Any] = []
-    for chunk in events:
-        if chunk == DONE:
-            continue
-        usage = chunk.get("usage") or usage
-        for choice in chunk["choices"]:
-            reason = choice["finish_reason"] or reason
-            logprobs += mapping(choice["logprobs"]).get("content") or []
-            delta = choice["delta"]
-            if "content" in delta and delta["content"] is None:
-                message["refusal"], message["content"] = message["content"], None
-            for name in ("content", "refusal", "reasoning_content"):
-                if delta.get(name):
-                    message[name] = (message.get(name) or "") + delta[name]
-            for name in ("annotations", "reasoning_details"):
-                if name in delta:
-                    message[name] = message.get(name, []) + delta[name]
-            for call in delta.get("tool_calls", ()):
-                collect_call(calls, call)
-            if "function_call" in delta:
-                known = message.setdefault("function_call", {"name": "", "arguments": ""})
-                for key, text in delta["function_call"].items():
+    reason = None
+    for choice in (choice for chunk in chunks for choice in chunk["choices"]):
+        reason = choice["finish_reason"] or reason
+        logprobs += mapping(choice["logprobs"]).get("content") or []
+        for name, value in choice["delta"].items():
+            if name == "content" and value is None:  # what was said is the refusal
+                texts["refusal"] = texts.pop(name)
+            elif name == "tool_calls":
+                for call in value:
+                    collect_call(calls, call)
+            elif name == "function_call":
+                known = message.setdefault(name, {"name": "", "arguments": ""})
+                for key, text in value.items():
                     known[key] += text
+            elif isinstance(value, list):
+                message[name] = message.get(name, []) + value
+            elif value and name != "role":
+                texts.setdefault(name, []).append(value)
+    message |= {name: "".join(parts) for name, parts in texts.items()}
     if calls:
         message["tool_calls"] = calls
-    first, *_, last = [chunk for chunk in events if chunk != DONE]
+    first, last = chunks[0], chunks[-1]
     tier = {"service_tier": last["service_tier"]} if "service_tier" in last else {}
     found = {"content": logprobs, "refusal": None} if logprobs else None
     return {"id": first["id"], "object": "chat.completion", "created": first["created"],
             "model": first["model"], "choices": [{
                 "index": 0, "message": message, "logprobs": found, "finish_reason": reason}],
-            "usage": usage, "system_fingerprint": None, **tier}
+            "usage": last.get("usage"), "system_fingerprint": None, **tier}
 
 
 def collect_call(calls: list[Json], part: Json) -> None:
     """A fragment of a tool call joins its call."""
-    index, kind = part["index"], part.get("type", "")
+    index = part["index"]
     if index == len(calls):
-        calls.append({"id": part["id"], "type": kind, kind: dict(part[kind])})
+        calls.append({key: part[key] for key in ("id", "type", part["type"])})
         return
     kind = calls[index]["type"]
     for key, text in part[kind].items():
@@ -8284,34 +8072,36 @@ def collect_call(calls: list[Json], part: Json) -> None:
 def collect_messages(events: list[Any]) -> Json:
     """An Anthropic message of its events."""
     message: Json = {}
-    arguments: dict[int, list[str]] = {}
     content: list[Json] = []
+    texts: dict[tuple[int, str], list[str]] = {}  # by block and member
     for event in events:
         kind = event["type"]
         if kind == "message_start":
-            message = {**event["message"], "content": content}
+            message = dict(event["message"])
         elif kind == "content_block_start":
             content.append(dict(event["content_block"]))
         elif kind == "content_block_delta":
-            block, delta = content[event["index"]], event["delta"]
-            if delta["type"] == "input_json_delta":
-                arguments.setdefault(event["index"], []).append(delta["partial_json"])
-            elif delta["type"] == "citations_delta":
-                block["citations"] = [*(block.get("citations") or ()), delta["citation"]]
+            index, delta = event["index"], event["delta"]
+            if delta["type"] == "citations_delta":
+                content[index].setdefault("citations", []).append(delta["citation"])
             else:
-                name = delta["type"].removesuffix("_delta")
-                block[name] = block[name] + delta[name]
+                member = DELTA_TEXTS.get(delta["type"], "signature")
+                texts.setdefault((index, member), []).append(delta[member])
         elif kind == "message_delta":
             message |= {**event["delta"], "usage": {**message["usage"], **event["usage"]}}
     cut = message["stop_reason"] == "max_tokens"
-    for index, parts in arguments.items():
-        text = "".join(parts)
-        content[index]["input"] = parse_arguments(text)
-        if cut and content[index]["type"] == "tool_use" and not is_object(text):
-            content[index] = {}  # a call that was cut off must not run
-    message["content"] = [block | ({"citations": None} if block["type"] == "text" and
-                                   "citations" not in block else {}) for block in content if block]
-    return {**message, "container": None}
+    for (index, member), parts in texts.items():
+        block, text = content[index], "".join(parts)
+        if member != "partial_json":
+            block[member] += text
+        elif cut and block["type"] == "tool_use" and not is_object(text):
+            block.clear()  # a call that was cut off must not run
+        else:
+            block["input"] = parse_arguments(text)
+    for block in content:
+        if block.get("type") == "text":
+            block.setdefault("citations", None)
+    return {**message, "content": list(filter(None, content)), "container": None}
 
 
 EXPLODE: dict[str, Callable[[Json], list[Any]]] = {
@@ -8349,11 +8139,11 @@ def rewritten(read: Callable[[Json, Context], Ask], write: Callable[[Ask, Contex
         ask = read(body, ctx)
         ctx.alias, ctx.stream, ctx.stops = ask.model, bool(ask.stream), ask.stop
         payload = write(ask, ctx)
-    except RecursionError:
+        if ctx.inbound == MESSAGES.word:
+            ctx.estimate = estimate_tokens(payload)
+        return payload
+    except (RecursionError, ValueError):  # of dump(), which takes less depth than load()
         raise RequestError("the request body is nested too deeply") from None
-    if ctx.inbound == MESSAGES.word:
-        ctx.estimate = estimate_tokens(payload)
-    return payload
 
 
 def streamed(read: Callable[[Writer, Context], Reader], write: Callable[[Context], Writer],
@@ -8474,9 +8264,9 @@ class Observed:
 
     def count(self, table: dict[str, int], name: Any, key: Any) -> None:
         """Count `name` once for each `key`; names come from the provider, so they are bounded."""
-        if key not in self.seen and len(self.seen) < OBSERVED_THINGS:
+        name = word(name)
+        if name and key not in self.seen and len(self.seen) < OBSERVED_THINGS:
             self.seen.add(key)
-            name = str(name)[:OBSERVED_CHARS]
             table[name] = table.get(name, 0) + 1
 
     def call(self, name: Any, source: str, key: Any) -> None:
@@ -8489,6 +8279,11 @@ class Observed:
         """Arguments of the tool call `key` are coming."""
         if key is not None and (key in self.pending or len(self.pending) < OBSERVED_THINGS):
             self.pending[key] = now
+
+    def finished(self) -> None:
+        """The terminal event of a stream has come."""
+        self.terminal = True
+        self.pending.clear()
 
     def restart_items(self) -> None:
         """A last word on the output follows: what was counted on the way does not
@@ -8641,8 +8436,7 @@ def observe_responses_event(seen: Observed, kind: str, event: Json, now: float) 
     elif isinstance(event.get("response"), dict):
         observe_responses_object(seen, event["response"])
     if kind in RESPONSES_TERMINAL:
-        seen.terminal = True
-        seen.pending.clear()
+        seen.finished()
         if kind in ("error", "response.error"):
             seen.fail(event.get("error") if isinstance(event.get("error"), dict) else event)
 
@@ -8650,9 +8444,8 @@ def observe_responses_event(seen: Observed, kind: str, event: Json, now: float) 
 def end_responses_call(seen: Observed, id: Any, place: Any) -> None:
     """The arguments of an item are complete: that of `id`,
     or that at `place` where either side has no id."""
-    for key in [k for k in seen.pending
-                if (k[0] == id if id is not None and k[0] is not None else k[1] == place)]:
-        del seen.pending[key]
+    seen.pending = {k: at for k, at in seen.pending.items()
+                    if (k[0] != id if id is not None and k[0] is not None else k[1] != place)}
 
 
 def observe_chat_object(seen: Observed, body: Json) -> None:
@@ -8661,18 +8454,12 @@ def observe_chat_object(seen: Observed, body: Json) -> None:
     observe_openai_usage(seen, body.get("usage"))
     for place, choice_ in enumerate(listing(body.get("choices"))):
         choice_ = mapping(choice_)
-        observe_finish(seen, choice_.get("finish_reason"), place)
+        seen.count(seen.finish, choice_.get("finish_reason"), ("finish", place))
         message = mapping(choice_.get("message"))
         if message:
             seen.count(seen.items, "message", ("item", place))
         for index, call in enumerate(listing(message.get("tool_calls"))):
             observe_chat_call(seen, mapping(call), (place, index))
-
-
-def observe_finish(seen: Observed, reason: Any, key: Any) -> None:
-    """A finish or stop reason, once for each choice."""
-    if word(reason):
-        seen.count(seen.finish, reason, ("finish", key))
 
 
 def observe_chat_call(seen: Observed, call: Json, key: Any) -> None:
@@ -8694,19 +8481,16 @@ def observe_chat_event(seen: Observed, kind: str, event: Json, now: float) -> No
             key = (place, key_of(call.get("index"), position))
             observe_chat_call(seen, call, key)
             # Chat has no end of a call; the next one's first part is the end of this one.
-            for other in [k for k in seen.pending if k[0] == place and k != key]:
-                del seen.pending[other]
+            seen.pending = {k: at for k, at in seen.pending.items() if k[0] != place or k == key}
             if any(mapping(call.get(k)).get(v)
                    for k, v in (("function", "arguments"), ("custom", "input"))):
                 seen.argument(key, now)
         if choice_.get("finish_reason"):
-            observe_finish(seen, choice_["finish_reason"], place)
-            for other in [k for k in seen.pending if k[0] == place]:
-                del seen.pending[other]
+            seen.count(seen.finish, choice_["finish_reason"], ("finish", place))
+            seen.pending = {k: at for k, at in seen.pending.items() if k[0] != place}
     if event.get("error"):
         seen.fail(event["error"])
-        seen.terminal = True
-        seen.pending.clear()
+        seen.finished()
 
 
 def observe_messages_object(seen: Observed, body: Json) -> None:
@@ -8714,7 +8498,7 @@ def observe_messages_object(seen: Observed, body: Json) -> None:
     observe_common(seen, body)
     observe_messages_usage(seen, body.get("usage"))
     seen.tier = word(mapping(body.get("usage")).get("service_tier")) or seen.tier
-    observe_finish(seen, body.get("stop_reason"), 0)
+    seen.count(seen.finish, body.get("stop_reason"), ("finish", 0))
     for index, block in enumerate(listing(body.get("content"))):
         observe_messages_block(seen, mapping(block), index)
     if body.get("type") == "error":
@@ -8724,12 +8508,11 @@ def observe_messages_object(seen: Observed, body: Json) -> None:
 def observe_messages_block(seen: Observed, block: Json, index: Any) -> None:
     """One content block."""
     kind = block.get("type")
-    if isinstance(kind, str):
-        seen.count(seen.items, kind, ("item", index))
-        if kind == "tool_use":
-            seen.call(block.get("name"), "tool", index)
-        elif kind in ("server_tool_use", "mcp_tool_use"):
-            seen.call(block.get("name"), "server_tool", index)
+    seen.count(seen.items, kind, ("item", index))
+    if kind == "tool_use":
+        seen.call(block.get("name"), "tool", index)
+    elif kind in ("server_tool_use", "mcp_tool_use"):
+        seen.call(block.get("name"), "server_tool", index)
 
 
 def observe_messages_event(seen: Observed, kind: str, event: Json, now: float) -> None:
@@ -8746,10 +8529,9 @@ def observe_messages_event(seen: Observed, kind: str, event: Json, now: float) -
         seen.pending.pop(index, None)
     elif kind == "message_delta":
         observe_messages_usage(seen, event.get("usage"))
-        observe_finish(seen, mapping(event.get("delta")).get("stop_reason"), 0)
+        seen.count(seen.finish, mapping(event.get("delta")).get("stop_reason"), ("finish", 0))
     elif kind in ("message_stop", "error"):
-        seen.terminal = True
-        seen.pending.clear()
+        seen.finished()
         if kind == "error":
             seen.fail(event.get("error"))
 
@@ -8760,33 +8542,37 @@ class Watcher(NamedTuple):
     `loose` markers are for a stream whose JSON is not written as vendors write it.
     """
 
-    markers: tuple[bytes, ...]
-    loose: tuple[bytes, ...]
     event: Callable[[Observed, str, Json, float], None]
     whole: Callable[[Observed, Json], None]
+    markers: tuple[bytes, ...]
+    loose: tuple[bytes, ...] = ()
 
 
-RESPONSES_MARKERS = (b"response.created", b"response.completed", b"response.incomplete",
-                     b"response.failed", b"response.cancelled", b"error", b"_arguments.",
-                     b"_input.", b"output_item.")
 CHAT_MARKERS = (b"[DONE]", b"tool_calls", b"prompt_tokens", b'"error"')
-MESSAGES_MARKERS = (b"message_start", b"message_delta", b"message_stop", b"content_block_start",
-                    b"content_block_stop", b"partial_json", b"error")
 WATCHERS = {
-    "responses": Watcher(RESPONSES_MARKERS, RESPONSES_MARKERS, observe_responses_event,
-                         observe_responses_object),
+    "responses": Watcher(observe_responses_event, observe_responses_object, (
+        b"response.created", b"response.completed", b"response.incomplete", b"response.failed",
+        b"response.cancelled", b"error", b"_arguments.", b"_input.", b"output_item.")),
     # Each Chat chunk has "finish_reason":null; only another value is worth a look.
-    "chat": Watcher((*CHAT_MARKERS, b'"finish_reason":"', b'"finish_reason": "'),
-                    (*CHAT_MARKERS, b"finish_reason"), observe_chat_event, observe_chat_object),
-    "messages": Watcher(MESSAGES_MARKERS, MESSAGES_MARKERS, observe_messages_event,
-                        observe_messages_object),
+    "chat": Watcher(observe_chat_event, observe_chat_object,
+                    (*CHAT_MARKERS, b'"finish_reason":"', b'"finish_reason": "'),
+                    (*CHAT_MARKERS, b"finish_reason")),
+    "messages": Watcher(observe_messages_event, observe_messages_object, (
+        b"message_start", b"message_delta", b"message_stop", b"content_block_start",
+        b"content_block_stop", b"partial_json", b"error")),
 }
 # How the first chunk of a Chat stream shows that its JSON is written as vendors write it.
 COMMON_SPELLINGS = (b'"finish_reason":null', b'"finish_reason": null')
 
 
 # NaN, which local servers write into log probabilities, must not reach a client.
-STREAM_DECODER = json.JSONDecoder(parse_constant=lambda name: None)
+def finite_or_none(text: str) -> float | None:
+    """A number that JSON can say again."""
+    value = float(text)
+    return value if math.isfinite(value) else None
+
+
+STREAM_DECODER = json.JSONDecoder(parse_constant=lambda name: None, parse_float=finite_or_none)
 
 
 def not_translatable(name: str, fault: str) -> UpstreamError:
@@ -8805,7 +8591,7 @@ class StreamObserver:
 
     def __init__(self, protocol: Protocol, limit: int, choices: int = 1) -> None:
         self.watcher, self.choices = WATCHERS[protocol.word], choices
-        self.markers = self.watcher.loose
+        self.markers = self.watcher.loose or self.watcher.markers
         self.splitter = EventSplitter(limit)
         self.seen = Observed()
         self.opened = False  # whether an event was parsed: the first tells the id and the model
@@ -8841,7 +8627,7 @@ class StreamObserver:
             return
         self.opened = True
         if event.data == "[DONE]" and self.watcher.event is observe_chat_event:
-            self.finish()
+            self.seen.finished()
             return
         try:
             payload = json.loads(event.data)
@@ -8849,11 +8635,6 @@ class StreamObserver:
             return
         if isinstance(payload, dict):
             self.note(event, payload, now)
-
-    def finish(self) -> None:
-        """The end of a Chat stream."""
-        self.seen.terminal = True
-        self.seen.pending.clear()
 
     def note(self, event: Event, payload: Json, now: float) -> None:
         """Take note of an event that is parsed already."""
@@ -8881,7 +8662,7 @@ class StreamObserver:
             name, text = event
             if text == DONE:
                 if chat:
-                    self.finish()
+                    self.seen.finished()
                     yield DONE
                 continue
             try:
@@ -9038,8 +8819,7 @@ def tool_name(tool: Json, category: str) -> str | None:
     """A tool's name as hints show it."""
     if category == "mcp":
         label, allowed = brief_name(tool.get("server_label") or "mcp"), tool.get("allowed_tools")
-        names = listing(mapping(allowed).get("tool_names") if isinstance(allowed, dict)
-                        else allowed)
+        names = listing(mapping(allowed).get("tool_names", allowed))
         if isinstance(mapping(allowed).get("read_only"), bool) and not names:
             return f"{label}[{'ro' if mapping(allowed)['read_only'] else 'rw'}]"
         return ",".join(sorted({f"{label}/{brief_name(name)}" for name in names})) or label
@@ -9100,10 +8880,8 @@ def request_effort(protocol: Protocol, body: Json) -> str | None:
 
 def request_max_tokens(body: Json) -> int | None:
     """The output limit that a provider request sets."""
-    for key in ("max_output_tokens", "max_completion_tokens", "max_tokens"):
-        if type(body.get(key)) is int:
-            return int(body[key])
-    return None
+    return next((body[key] for key in ("max_output_tokens", "max_completion_tokens", "max_tokens")
+                 if type(body.get(key)) is int), None)
 
 
 
@@ -9242,16 +9020,8 @@ def rate_fields(fields: Sequence[Field]) -> Json:
         if re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,15})?", text):
             key = (name.replace("-seconds", "-secs").replace("-limit-percent", "-percent")
                    .replace("-", "_"))
-            out[f"codex_{key}"] = decimal(text)
+            out[f"codex_{key}"] = float(text)
     return out
-
-
-def decimal(text: str) -> float:
-    """A number in a header; 0 where it is none."""
-    try:
-        return float(text)
-    except ValueError:
-        return 0.0
 
 
 def milliseconds(secs: float) -> int:
@@ -9534,8 +9304,10 @@ class LineWriter(logging.Handler):
         limits = settings.duration_thresholds
         self.lines = HumanLines(color, limits.warn_ms, limits.error_ms,
                                 LEVELS[settings.level] <= logging.DEBUG)
-        self.json = settings.output_format == "json"
-        self.in_place = color and not self.json  # `wait` lines overwrite one another on a terminal
+        as_json = settings.output_format == "json"
+        self.render: Callable[[float, str, str, Json], str | None] = (
+            json_line if as_json else self.lines.render)
+        self.in_place = color and not as_json  # `wait` lines overwrite one another on a terminal
         self.stream, self.dropped = stream, 0
         self.queue: queue.SimpleQueue[tuple[str, str] | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self.write_lines, name="proxai-log", daemon=True)
@@ -9551,8 +9323,7 @@ class LineWriter(logging.Handler):
             fields = {**fields, "traceback": logging.Formatter().formatException(record.exc_info)}
         level = LEVEL_NAMES.get(record.levelno, "error")
         try:
-            render = json_line if self.json else self.lines.render
-            line = render(record.created, level, event, fields)
+            line = self.render(record.created, level, event, fields)
         except Exception:  # a line that cannot be rendered must not take a request with it
             line = self.own_line("error", "log-fault", {"lost": event})
         if line is None:
@@ -9564,8 +9335,7 @@ class LineWriter(logging.Handler):
 
     def own_line(self, level: str, event: str, fields: Json) -> str:
         """A line about the log itself."""
-        return str((json_line if self.json else self.lines.render)(
-            time.time(), level, event, fields))
+        return str(self.render(time.time(), level, event, fields))
 
     def write_lines(self) -> None:
         """The thread: print what is queued until told to end."""
@@ -10105,11 +9875,10 @@ def check_unfinished_answer(data: bytes, scanned: int) -> None:
 class ResponseBody:
     """The payload of an answer as it comes: chunks taken apart, compression undone."""
 
-    __slots__ = ("decoder", "inflater", "link", "released", "rest")
+    __slots__ = ("decoder", "inflater", "link", "rest")
 
     def __init__(self, link: Link, head: ResponseHead, rest: bytes) -> None:
         self.link, self.rest = link, rest
-        self.released = False  # whether the connection may be another request's already
         self.decoder = body_decoder(head.length)
         self.inflater: Inflater | None = None
         coding = head.values.get(b"content-encoding", b"identity").lower()
@@ -10789,172 +10558,206 @@ class Proxy:
         self.pool, self.ids = Pool(), RequestIds()
         self.slots = asyncio.Semaphore(config.server.max_concurrent_requests)
         self.streams: set[Exchange] = set()
+        self.drains: set[asyncio.Task[None]] = set()
         self.ticker: asyncio.TimerHandle | None = None
 
     def close(self) -> None:
         """Let go of connections and timers."""
         self.pool.close()
+        for task in self.drains:
+            task.cancel()
         if self.ticker:
             self.ticker.cancel()
 
-    # -- one request
-
     async def serve(self, connection: Connection, head: RequestHead) -> None:
         """Answer one request, whatever happens."""
-        exchange = Exchange(self.ids.next(), head.method.decode("ascii"), head.path,
-                            time.perf_counter())
-        connection.extra = [b"x-proxai-request-id: %d" % exchange.id]
+        await Turn(self, connection, head.method.decode("ascii"), head.path).serve(head)
+
+    def refuse(self, connection: Connection, error: ProxyError) -> None:
+        """Answer bytes that are no request, or that stopped coming."""
+        Turn(self, connection, "-", "-").fail(error)
+
+    # -- streams that are silent
+
+    def watch(self, exchange: Exchange) -> None:
+        """Have `wait` lines written while a stream is silent, where such lines are wanted."""
+        if self.log.info_on:
+            loop = asyncio.get_running_loop()
+            exchange.last_byte_at = loop.time()
+            self.streams.add(exchange)
+            self.ticker = self.ticker or loop.call_later(SWEEP_SECS, self.tick)
+
+    def tick(self) -> None:
+        """Write a `wait` line for each stream that has been silent for a while."""
+        loop = asyncio.get_running_loop()
+        now, clock = loop.time(), time.perf_counter()
+        for exchange in self.streams:
+            idle = now - exchange.last_byte_at
+            if idle >= SWEEP_SECS:
+                self.log.event(logging.INFO, "wait", {
+                    **base_fields(exchange), "idle_ms": milliseconds(idle),
+                    "duration_ms": milliseconds(clock - exchange.started),
+                    "chunks": exchange.chunks, "down": exchange.down})
+        self.ticker = loop.call_later(SWEEP_SECS, self.tick) if self.streams else None
+
+
+class Turn:
+    """One request on its way through a proxy; what is known of it grows on the way."""
+
+    __slots__ = ("answer", "body", "connection", "exchange", "head", "idle_secs", "inbound", "job",
+                 "lines", "link", "log", "provider", "proxy", "stall_secs")
+
+    def __init__(self, proxy: Proxy, connection: Connection, method: str, path: str) -> None:
+        self.proxy, self.log, self.connection = proxy, proxy.log, connection
+        self.exchange = Exchange(proxy.ids.next(), method, path, time.perf_counter())
+        connection.extra = [b"x-proxai-request-id: %d" % self.exchange.id]
+        self.head: RequestHead
+        self.inbound: Protocol
+        self.provider: Provider
+        self.idle_secs: float  # how long the provider may be silent
+        self.stall_secs = proxy.config.tool_calls.timeout_secs
+        self.job: Job | None = None  # None where nothing is translated
+        self.link: Link | None = None  # until another request may have it
+        self.answer: ResponseHead
+        self.body: ResponseBody
+        self.lines: list[bytes]  # of the answer's head
+
+    async def serve(self, head: RequestHead) -> None:
+        """Answer the request, whatever happens."""
+        connection, self.head = self.connection, head
         try:
-            await self.answer(connection, head, exchange)
+            await self.run()
         except ProxyError as error:
-            self.fail(connection, exchange, error)
+            self.fail(error)
         except asyncio.CancelledError:
-            self.interrupted(connection, exchange, connection.take_reason())
+            self.interrupted(connection.take_reason())
         except FramingError as error:  # in the client's body
             connection.keep = False
-            self.fail(connection, exchange, malformed(error))
+            self.fail(malformed(error))
         except OSError:
-            self.log_end(exchange, logging.INFO, "closed", ENDED_BY["client_gone"])
+            self.log_end(logging.INFO, "closed", ENDED_BY["client_gone"])
             raise
         except Exception:
-            self.log.logger.exception("a bug in the proxy", extra={"fields": base_fields(exchange)})
-            self.fail(connection, exchange,
-                      ProxyError("the proxy failed; this is a bug, its log has the details"))
+            self.log.logger.exception("a bug in the proxy",
+                                      extra={"fields": base_fields(self.exchange)})
+            self.fail(ProxyError("the proxy failed; this is a bug, its log has the details"))
         finally:
-            connection.exchanging = False
+            self.end_exchange()
             connection.watch.disarm()
+            if self.link:
+                self.link.abort()
 
-    async def answer(self, connection: Connection, head: RequestHead, exchange: Exchange) -> None:
+    async def run(self) -> None:
         """The way of a request that is let in."""
+        head, exchange, connection = self.head, self.exchange, self.connection
+        settings = self.proxy.config.server
         if self.log.debug_on:
             self.log.event(logging.DEBUG, "recv",
                            {**base_fields(exchange), "content_length": head.length})
         # so that a refusal has the shape the client expects
         exchange.inbound = protocol_of(head.path)
-        connection.extra += check_origin(head, self.config.server)
-        protocol = admit(head, self.config.server)
+        connection.extra += check_origin(head, settings)
+        protocol = admit(head, settings)
         if isinstance(protocol, int):
-            self.answer_here(connection, head, protocol)
-            exchange.status = protocol
-            self.log_end(exchange, logging.DEBUG, "end")
+            self.answer_here(protocol)
             return
-        raw = await connection.read_body(self.config.server.max_request_body_bytes)
+        self.inbound = protocol
+        raw = await connection.read_body(settings.max_request_body_bytes)
         exchange.inbound_bytes = len(raw)
         request = read_model_request(protocol, raw)
-        exchange.model = request.model
-        decision = choose(self.routes, self.defaults, protocol.name, request.model)
-        provider = self.provider_for(decision, exchange)
-        pair = pair_for(protocol, provider.protocol, self.config.translation.extended_pairs)
+        pair = self.route(request.model)
         if head.path in COUNT_PATHS:
-            await self.count(connection, head, exchange, provider, request, pair)
+            await self.count(request.body, pair)
             return
         if pair:
-            job, body = self.translate_request(connection, exchange, provider, pair, request.body)
+            body = self.translate_request(pair, request.body)
         else:
-            job, body = None, pass_through_body(protocol, request, decision.model)
-        exchange.body, exchange.provider_bytes, exchange.phase = request.body, len(body), PHASES[1]
-        link, answer, rest = await self.send(connection, head, exchange, provider, body,
-                                             job and job.lines)
-        exchange.choices = number(request.body.get("n")) or 1
+            body = pass_through_body(protocol, request, exchange.upstream_model)
+            exchange.choices = number(request.body.get("n")) or 1
+        await self.send(request.body, body, self.job and self.job.lines)
         del raw, request, body  # a stream may take hours, and bodies megabytes
         exchange.body = None
-        payload: ResponseBody | None = None
-        try:
-            payload = response_body(provider, link, answer, rest)
-            await self.respond(connection, exchange, provider, answer, payload, job)
-        except BaseException:
-            if payload is None or not payload.released:
-                link.abort()
-            raise
+        await self.respond()
 
-    async def count(self, connection: Connection, head: RequestHead, exchange: Exchange,
-                    provider: Provider, request: ModelRequest, pair: Pair | None) -> None:
-        """Answer count_tokens: by the provider where it can count, else with an estimate, which a
-        header tells. Claude Code asks often, so this never fails for want of a counter."""
-        ask: Json = {**request.body, "model": exchange.upstream_model}
-        payload = ask
-        if pair:
-            raw = self.translate_request(connection, exchange, provider, pair, request.body)[1]
-            payload = load(raw)
-        lines = [b"content-type: application/json", date_line()]
-        native = provider.protocol is MESSAGES or provider.settings.profile.count_native
-        if native:
-            if provider.protocol is RESPONSES:
-                ask = {name: payload[name] for name in COUNTED_MEMBERS if name in payload}
-            for name in ("max_tokens", "stream"):
-                ask.pop(name, None)
-            body = dump(ask)
-            exchange.body, exchange.provider_bytes, exchange.phase = ask, len(body), PHASES[1]
-            link, answer, rest = await self.send(
-                connection, head, exchange, provider, body,
-                translated_lines(False, ()) if pair else None, COUNT_TARGETS[provider.protocol.word])
-            content = response_body(provider, link, answer, rest)
-            try:
-                exchange.status = answer.status
-                if not pair and answer.status not in CANNOT_COUNT:
-                    await self.respond(connection, exchange, provider, answer, content, None)
-                    return
-                found, complete = await self.read_up_to(connection, provider, content,
-                                                        ERROR_BODY_BYTES)
-                self.release(content, answer, complete)
-            except BaseException:
-                if not content.released:
-                    link.abort()
-                raise
-            counted = counted_tokens(answer.status, found)
-        else:
-            counted = None
-        if counted is None:
-            counted = estimate_tokens(payload)
-            lines.append(b"x-proxai-token-count: estimate")
-        raw = dump({"input_tokens": counted})
-        exchange.status, exchange.phase, exchange.down = 200, PHASES[3], len(raw)
-        connection.write_head(200, lines, len(raw), raw)
-        self.log_end(exchange, logging.INFO, "end")
-
-    def answer_here(self, connection: Connection, head: RequestHead, status: int) -> None:
+    def answer_here(self, status: int) -> None:
         """Health, and the preflight of a browser that may call (Fetch, CORS protocol)."""
         if status == 200:
             body = b'{"status":"ok"}'
-            connection.write_head(200, [b"content-type: application/json", date_line()],
-                                  len(body), body)
-            return
-        wanted = head.values.get(b"access-control-request-headers", b"*")
-        connection.write_head(204, [b"access-control-allow-methods: POST",
-                                    b"access-control-allow-headers: " + wanted,
-                                    b"access-control-max-age: 600"], 0)
+            lines = [b"content-type: application/json", date_line()]
+        else:
+            body = b""
+            wanted = self.head.values.get(b"access-control-request-headers", b"*")
+            lines = [b"access-control-allow-methods: POST",
+                     b"access-control-allow-headers: " + wanted, b"access-control-max-age: 600"]
+        self.connection.write_head(status, lines, len(body), body)
+        self.exchange.status = status
+        self.log_end(logging.DEBUG, "end")
 
-    def provider_for(self, decision: Decision, exchange: Exchange) -> Provider:
-        """The provider of a decision, noted in the exchange;
+    def route(self, model: str) -> Pair | None:
+        """Choose the provider, and the pair where it speaks another protocol;
         SetupError while its key is a template."""
-        provider = self.providers[decision.provider]
+        proxy, exchange = self.proxy, self.exchange
+        exchange.model = model
+        decision = choose(proxy.routes, proxy.defaults, self.inbound.name, model)
+        self.provider = provider = proxy.providers[decision.provider]
+        self.idle_secs = provider.settings.read_idle_timeout_secs
         exchange.provider, exchange.provider_protocol = provider.name, provider.protocol
         exchange.route, exchange.upstream_model = decision.route, decision.model
         if provider.template_key:
             raise SetupError(f"providers.{provider.name}.api_key is still the template's",
                              fix="put your key there, or name api_key_env or api_key_file")
-        return provider
+        return pair_for(self.inbound, provider.protocol, proxy.config.translation.extended_pairs)
 
-    def translate_request(self, connection: Connection, exchange: Exchange, provider: Provider,
-                          pair: Pair, body: Json) -> tuple[Job, bytes]:
+    async def count(self, body: Json, pair: Pair | None) -> None:
+        """Answer count_tokens: by the provider where it can count, else with an estimate, which a
+        header tells. Claude Code asks often, so this never fails for want of a counter."""
+        exchange, provider = self.exchange, self.provider
+        ask: Json = {**body, "model": exchange.upstream_model}
+        payload = load(self.translate_request(pair, body)) if pair else ask
+        counted: int | None = None
+        if provider.protocol is MESSAGES or provider.settings.profile.count_native:
+            if provider.protocol is RESPONSES:
+                ask = {name: payload[name] for name in COUNTED_MEMBERS if name in payload}
+            for name in ("max_tokens", "stream"):
+                ask.pop(name, None)
+            await self.send(ask, dump(ask), translated_lines(False, ()) if pair else None,
+                            COUNT_TARGETS[provider.protocol.word])
+            exchange.status = self.answer.status
+            if not pair and exchange.status not in CANNOT_COUNT:
+                await self.respond()
+                return
+            found, complete = await self.read_up_to(ERROR_BODY_BYTES)
+            self.release(complete)
+            counted = counted_tokens(exchange.status, found)
+        lines = [b"content-type: application/json", date_line()]
+        if counted is None:
+            counted = estimate_tokens(payload)
+            lines.append(b"x-proxai-token-count: estimate")
+        raw = dump({"input_tokens": counted})
+        exchange.status, exchange.phase, exchange.down = 200, PHASES[3], len(raw)
+        self.connection.write_head(200, lines, len(raw), raw)
+        self.log_end(logging.INFO, "end")
+
+    def translate_request(self, pair: Pair, body: Json) -> bytes:
         """The body for a provider of another protocol; RequestError for what it cannot express."""
-        assert exchange.inbound
-        ctx = Context(exchange.inbound.word, provider.protocol.word, exchange.upstream_model,
+        provider = self.provider
+        ctx = Context(self.inbound.word, provider.protocol.word, self.exchange.upstream_model,
                       host=provider.origin.authority, now=int(time.time()),
-                      profile=provider.settings.profile)
+                      profile=provider.settings.profile, seed=str(self.exchange.id))
         payload = pair.request(body, ctx)
         try:
             raw = dump(payload)
         except ValueError as error:
             raise RequestError(f"the request body is {error}") from None
-        exchange.estimate = ctx.estimate
-        self.tell_dropped(connection, exchange, ctx.dropped)
-        return Job(pair, ctx, translated_lines(payload.get("stream") is True, ctx.headers)), raw
+        self.exchange.estimate = ctx.estimate
+        self.tell_dropped(ctx.dropped)
+        self.job = Job(pair, ctx, translated_lines(payload.get("stream") is True, ctx.headers))
+        return raw
 
-    def tell_dropped(self, connection: Connection, exchange: Exchange,
-                     dropped: Mapping[str, str]) -> None:
+    def tell_dropped(self, dropped: Mapping[str, str]) -> None:
         """Name what the translation has left out so far to the client, and to the log with the
         reasons."""
+        connection, exchange = self.connection, self.exchange
         if len(dropped) == exchange.dropped:
             return
         connection.extra = [line for line in connection.extra if not line.startswith(DROPPED_FIELD)]
@@ -10966,215 +10769,211 @@ class Proxy:
                            {"request_id": str(exchange.id), "dropped": bounded(told)})
         exchange.dropped = len(dropped)
 
-    async def send(self, connection: Connection, head: RequestHead, exchange: Exchange,
-                   provider: Provider, body: bytes, translated: Sequence[bytes] | None = None,
-                   path: str = "") -> tuple[Link, ResponseHead, bytes]:
-        """Send the provider request when its turn has come;
-        holds a slot until the answer's head is there."""
+    async def send(self, asked: Json, body: bytes, translated: Sequence[bytes] | None,
+                   path: str = "") -> None:
+        """Send the provider request when its turn has come, and read the answer's head; that is
+        how long a slot is held. `asked` is what its line in the log tells of."""
+        connection, exchange, provider = self.connection, self.exchange, self.provider
+        exchange.body, exchange.provider_bytes, exchange.phase = asked, len(body), PHASES[1]
         if connection.gone:
             raise ConnectionResetError
         connection.exchanging = True
         connection.watch.disarm()
-        settings = provider.settings
-
-        async with self.slots:
+        async with self.proxy.slots:
             try:
-                found = await self.pool.exchange(
-                    provider.origin, provider.request_head(head, len(body), translated, path), body,
-                    connection.watch, settings.connect_timeout_secs,
-                    settings.read_idle_timeout_secs, functools.partial(self.log_sent, exchange))
+                self.link, self.answer, rest = await self.proxy.pool.exchange(
+                    provider.origin,
+                    provider.request_head(self.head, len(body), translated, path), body,
+                    connection.watch, provider.settings.connect_timeout_secs, self.idle_secs,
+                    self.log_sent)
             except UpstreamError as error:
                 error.message = f"{error.message} (provider `{provider.name}`)"
                 raise
         exchange.head_at = time.perf_counter()
-        return found
+        try:
+            self.body = ResponseBody(self.link, self.answer, rest)
+        except FramingError as error:  # a coding that we cannot undo
+            raise self.unreadable(error) from None
 
-    def log_sent(self, exchange: Exchange) -> None:
+    def log_sent(self) -> None:
         """The line for a request that is on its way, once, also when it had to be sent again."""
+        exchange = self.exchange
         if exchange.phase == PHASES[2]:
             return
         exchange.phase = PHASES[2]
         if self.log.info_on:
             self.log.event(logging.INFO, "fwd", fwd_fields(exchange))
         thinking = mapping(mapping(exchange.body).get("thinking"))
-        if thinking.get("type") == "enabled" and exchange.inbound is MESSAGES:
-            budget = number(thinking.get("budget_tokens"))
+        if thinking.get("type") == "enabled" and self.inbound is MESSAGES:
             self.log.event(logging.WARNING, "anthropic_legacy_thinking_budget",
                            {**base_fields(exchange), "model": exchange.model,
-                            "budget_tokens": budget})
+                            "budget_tokens": number(thinking.get("budget_tokens"))})
 
     # -- answers
 
-    async def respond(self, connection: Connection, exchange: Exchange, provider: Provider,
-                      answer: ResponseHead, body: ResponseBody, job: Job | None) -> None:
+    async def respond(self) -> None:
         """Give the client what the provider answered."""
+        exchange, answer, job = self.exchange, self.answer, self.job
         content_type = answer.values.get(b"content-type")
         exchange.status, exchange.sse = answer.status, is_event_stream(content_type)
         exchange.content_type, exchange.encoding = (
             content_type, None if answer.length is not None else "chunked")
         exchange.rates = answer.fields
         if not 200 <= answer.status < 300:
-            await self.respond_error(connection, exchange, provider, answer, body, job)
+            await self.respond_error()
             return
         if self.log.info_on:
             self.log.event(logging.INFO, "hdr", end_fields(exchange))
-        lines = (self.mapped(exchange, answer, job) if job
-                 else client_lines(answer, decoded=body.inflater is not None))
+        self.lines = (self.mapped(job) if job
+                      else client_lines(answer, decoded=self.body.inflater is not None))
         if b"date" not in answer.values:
-            lines.append(date_line())
+            self.lines.append(date_line())
         if job:
-            translate = self.translate_stream if exchange.sse else self.translate_whole
-            await translate(connection, exchange, provider, answer, body, lines, job)
+            await (self.translate_stream if exchange.sse else self.translate_whole)(job)
         elif exchange.sse:
-            lines.append(b"content-type: text/event-stream")
-            await self.stream(connection, exchange, provider, answer, body, lines)
+            self.lines.append(b"content-type: text/event-stream")
+            await self.stream()
         else:
-            lines.append(b"content-type: application/json")
-            await self.whole(connection, exchange, provider, answer, body, lines)
+            self.lines.append(b"content-type: application/json")
+            await self.whole()
 
-    async def read_up_to(self, connection: Connection, provider: Provider, body: ResponseBody,
-                         limit: int) -> tuple[bytes, bool]:
-        """An answer's payload, and whether that is all of it:
+    async def read_up_to(self, limit: int) -> tuple[bytes, bool]:
+        """The answer's payload, and whether that is all of it:
         reading stops behind `limit` bytes."""
-        secs, watch = provider.settings.read_idle_timeout_secs, connection.watch
-        whole = body.take_whole()
+        whole = self.body.take_whole()
         if whole is not None:
             return whole, True
         parts: list[bytes] = []
         size = 0
         try:
             while size <= limit:
-                watch.arm(secs, "upstream_body")
-                data = await body.read()
+                self.connection.watch.arm(self.idle_secs, "upstream_body")
+                data = await self.body.read()
                 if not data:
-                    return (parts[0] if len(parts) == 1 else b"".join(parts)), True
+                    return b"".join(parts), True
                 parts.append(data)
                 size += len(data)
         except (FramingError, OSError) as error:
-            raise body_fault(provider, error) from None
+            raise self.unreadable(error) from None
         return b"".join(parts), False
 
-    def mapped(self, exchange: Exchange, answer: ResponseHead, job: Job) -> list[bytes]:
-        """The header lines of an answer for a client of another protocol."""
-        assert exchange.inbound and exchange.provider_protocol
-        return mapped_lines(answer.fields, exchange.inbound, exchange.provider_protocol,
-                            job.ctx.now)
+    def unreadable(self, error: Exception) -> UpstreamError:
+        """The answer cannot be read to its end."""
+        said = str(error) if isinstance(error, FramingError) else "the connection broke"
+        return UpstreamError(f"the provider's answer could not be read: {said}"
+                             f" (provider `{self.provider.name}`)", type=UPSTREAM_BODY_READ)
 
-    async def respond_error(self, connection: Connection, exchange: Exchange, provider: Provider,
-                            answer: ResponseHead, body: ResponseBody, job: Job | None) -> None:
+    def mapped(self, job: Job) -> list[bytes]:
+        """The header lines of the answer for a client of another protocol."""
+        return mapped_lines(self.answer.fields, self.inbound, self.provider.protocol, job.ctx.now)
+
+    async def respond_error(self) -> None:
         """A provider's own error: its body as it is where the client knows its shape, else ours."""
-        raw, complete = await self.read_up_to(connection, provider, body, ERROR_BODY_BYTES)
-        lines = self.mapped(exchange, answer, job) if job else error_lines(answer.fields)
-        error = upstream_error(answer.status, raw, lines)
-        self.release(body, answer, complete)
-        exchange.down = len(raw)
-        if (self.style == "native" and exchange.inbound is provider.protocol
+        raw, complete = await self.read_up_to(ERROR_BODY_BYTES)
+        lines = self.mapped(self.job) if self.job else error_lines(self.answer.fields)
+        error = upstream_error(self.answer.status, raw, lines)
+        self.release(complete)
+        self.exchange.down = len(raw)
+        if (self.proxy.style == "native" and self.inbound is self.provider.protocol
                 and error.type == UPSTREAM and complete):
             error.native = raw
-        self.fail(connection, exchange, error, "hdr-error")
+        self.fail(error, "hdr-error")
 
-    async def whole(self, connection: Connection, exchange: Exchange, provider: Provider,
-                    answer: ResponseHead, body: ResponseBody, lines: list[bytes]) -> None:
+    async def whole(self) -> None:
         """An answer in one piece: held until it is known to be JSON,
         relayed when it is too large for that."""
-        raw, complete = await self.read_up_to(connection, provider, body, CHECKED_RESPONSE_BYTES)
+        exchange, provider = self.exchange, self.provider
+        raw, complete = await self.read_up_to(CHECKED_RESPONSE_BYTES)
         exchange.down, exchange.phase = len(raw), PHASES[3]
         if not complete:
-            await self.relay_rest(connection, exchange, provider, answer, body, lines, raw)
+            await self.relay_rest(raw)
             return
-        value, strict = load_answer(raw, answer.status)
+        value, strict = load_answer(raw, self.answer.status)
         if provider.fills_gaps and strict and fill_gaps_in_body(value):
             with contextlib.suppress(ValueError):
                 raw = dump(value)
-        connection.write_head(answer.status, lines, len(raw), raw)
-        self.release(body, answer, True)
-        await connection.flush()
+        self.connection.write_head(self.answer.status, self.lines, len(raw), raw)
+        self.release(True)
+        await self.connection.flush()
         if self.log.info_on:
             exchange.observed = observe_body(provider.protocol, value)
-            self.log_end(exchange, logging.INFO, "end")
+            self.log_end(logging.INFO, "end")
 
-    async def relay_rest(self, connection: Connection, exchange: Exchange, provider: Provider,
-                         answer: ResponseHead, body: ResponseBody, lines: list[bytes],
-                         data: bytes) -> None:
+    async def relay_rest(self, data: bytes) -> None:
         """An answer beyond what is held for checking: its bytes pass as they come."""
-        length = (answer.length if answer.length and answer.length > 0
-                  and not body.inflater else None)
-        connection.write_head(answer.status, lines, length)
-        secs = provider.settings.read_idle_timeout_secs
+        connection, length = self.connection, self.answer.length
+        connection.write_head(self.answer.status, self.lines,
+                              length if length and length > 0 and not self.body.inflater else None)
         try:
             while data:
                 connection.write_part(data)
                 await connection.flush()
-                connection.watch.arm(secs, "upstream_body")
-                data = await body.read()
-                exchange.down += len(data)
+                connection.watch.arm(self.idle_secs, "upstream_body")
+                data = await self.body.read()
+                self.exchange.down += len(data)
         except (FramingError, OSError) as error:
             connection.cut()
-            self.log_end(exchange, logging.WARNING, "stream-error", str(error))
-            body.link.abort()
+            self.log_end(logging.WARNING, "stream-error", str(error))
             return
         connection.write_end()
-        self.release(body, answer, True)
-        self.log_end(exchange, logging.INFO, "end")
+        self.release(True)
+        self.log_end(logging.INFO, "end")
 
-    def release(self, body: ResponseBody, answer: ResponseHead, complete: bool) -> None:
+    def release(self, complete: bool) -> None:
         """Give the connection back if another request can use it."""
-        body.released = True
-        if complete and body.clean(answer):
-            self.pool.give(body.link)
+        link, self.link = self.body.link, None
+        if complete and self.body.clean(self.answer):
+            self.proxy.pool.give(link)
         else:
-            body.link.abort()
+            link.abort()
 
     # -- streams
 
-    async def stream(self, connection: Connection, exchange: Exchange, provider: Provider,
-                     answer: ResponseHead, body: ResponseBody, lines: list[bytes]) -> None:
+    def observe(self) -> StreamObserver:
+        """Begin to watch the stream that the answer is."""
+        self.exchange.phase = PHASES[3]
+        observer = StreamObserver(self.provider.protocol,
+                                  self.proxy.config.server.max_sse_event_bytes,
+                                  self.exchange.choices)
+        self.exchange.observed = observer.seen
+        self.proxy.watch(self.exchange)
+        return observer
+
+    async def stream(self) -> None:
         """A stream of the client's own protocol: bytes as they come, watched beside their way."""
-        exchange.phase = PHASES[3]
-        observer = StreamObserver(provider.protocol, self.config.server.max_sse_event_bytes,
-                                  exchange.choices)
-        exchange.observed = observer.seen
-        self.watch_streams(exchange)
-        connection.write_head(answer.status, lines, None)
+        connection, observer = self.connection, self.observe()
+        connection.write_head(self.answer.status, self.lines, None)
         fault: str | None = None
         try:
-            await self.pass_stream(connection, exchange, provider, body, observer)
+            await self.pass_stream(observer)
         except (FramingError, OSError) as error:
             fault = (str(error) if isinstance(error, FramingError)
                      else "the connection to the provider broke")
         except asyncio.CancelledError:
             fault = connection.take_reason()
-        finally:
-            self.streams.discard(exchange)
-            connection.exchanging = False
-        level, outcome, said = stream_outcome(
-            observer, fault, provider.settings.read_idle_timeout_secs,
-            self.config.tool_calls.timeout_secs)
+        level, outcome, said = self.stream_outcome(observer, fault)
         whole = observer.seen.terminal or (fault is None and observer.complete)
-        if fault == "tool_stall" and (provider.fills_gaps or not observer.splitter.size):
-            assert exchange.inbound
+        if fault == "tool_stall" and (self.provider.fills_gaps or not observer.splitter.size):
             stalled = UpstreamError(said or "", status=504, type=UPSTREAM_BODY_READ)
-            connection.write_part(render_error_event(stalled, self.style, exchange.inbound,
+            connection.write_part(render_error_event(stalled, self.proxy.style, self.inbound,
                                                      observer.seen.sequence))
             whole = True
         if whole:
             connection.write_end()
         else:
             connection.cut()
-        self.release(body, answer, fault is None)
-        self.log_end(exchange, level, outcome, said)
+        self.release(fault is None)
+        self.log_end(level, outcome, said)
 
-    async def pass_stream(self, connection: Connection, exchange: Exchange, provider: Provider,
-                          body: ResponseBody, observer: StreamObserver) -> None:
+    async def pass_stream(self, observer: StreamObserver) -> None:
         """Relay a stream to its end. Not reading while the client does not is all the
         backpressure there is."""
+        connection, body, exchange = self.connection, self.body, self.exchange
         watch, clock, seen = connection.watch, connection.server.loop.time, observer.seen
-        idle_secs, stall_secs = (provider.settings.read_idle_timeout_secs,
-                                 self.config.tool_calls.timeout_secs)
-        fills_gaps, transport = provider.fills_gaps, connection.transport
+        idle_secs, fills_gaps = self.idle_secs, self.provider.fills_gaps
         while True:
             if seen.pending:
-                left = observer.stall_at(stall_secs) - clock()
+                left = observer.stall_at(self.stall_secs) - clock()
                 watch.arm(min(left, idle_secs),
                           "tool_stall" if left < idle_secs else "upstream_idle")
             elif seen.terminal:
@@ -11194,106 +10993,96 @@ class Proxy:
                 if not data:
                     continue
             connection.write_part(data)
-            if transport.get_write_buffer_size():
+            if connection.transport.get_write_buffer_size():
                 await connection.flush()
         if fills_gaps and (tail := observer.splitter.close()):
             connection.write_part(tail)
 
     # -- translated answers
 
-    async def translate_whole(self, connection: Connection, exchange: Exchange, provider: Provider,
-                              answer: ResponseHead, body: ResponseBody, lines: list[bytes],
-                              job: Job) -> None:
+    async def translate_whole(self, job: Job) -> None:
         """An answer in one piece for a client of another protocol, which may have asked for a
         stream."""
-        raw, complete = await self.read_up_to(connection, provider, body,
-                                              self.config.server.max_sse_event_bytes)
+        exchange, provider = self.exchange, self.provider
+        raw, complete = await self.read_up_to(self.proxy.config.server.max_sse_event_bytes)
         exchange.down, exchange.phase = len(raw), PHASES[3]
-        self.release(body, answer, complete)
+        self.release(complete)
         if not complete:
             raise UpstreamError("the provider's answer is larger than server.max_sse_event_bytes",
                                 type=UPSTREAM_BODY_READ)
-        value, _ = load_answer(raw, answer.status, [STREAM_DECODER])
+        value, _ = load_answer(raw, self.answer.status, [STREAM_DECODER])
         if not isinstance(value, dict):
             raise UpstreamError("the provider's answer is not a JSON object", type=INTERNAL)
         exchange.observed = observe_body(provider.protocol, value)
-        assert exchange.inbound
         if job.ctx.stream:
-            outlet = Outlet(connection, exchange.inbound, job, lines, live=False)
+            outlet = Outlet(self.connection, self.inbound, job, self.lines, live=False)
             outlet.feed(explode(provider.protocol.word, value))
             if not outlet.done:
                 outlet.end_input()
             outlet.end()
         else:
             translated = job.pair.response(value, job.ctx)
-            self.tell_dropped(connection, exchange, job.ctx.dropped)
-            write_json(connection, lines, translated)
-        await connection.flush()
-        self.log_end(exchange, logging.INFO, "end")
+            self.tell_dropped(job.ctx.dropped)
+            write_json(self.connection, self.lines, translated)
+        await self.connection.flush()
+        self.log_end(logging.INFO, "end")
 
-    async def translate_stream(self, connection: Connection, exchange: Exchange,
-                               provider: Provider, answer: ResponseHead, body: ResponseBody,
-                               lines: list[bytes], job: Job) -> None:
+    async def translate_stream(self, job: Job) -> None:
         """A stream for a client of another protocol, which may have asked for one piece."""
-        assert exchange.inbound
-        exchange.phase = PHASES[3]
-        observer = StreamObserver(provider.protocol, self.config.server.max_sse_event_bytes)
-        exchange.observed = observer.seen
-        self.watch_streams(exchange)
-        outlet = Outlet(connection, exchange.inbound, job, lines, live=job.ctx.stream)
+        connection, observer = self.connection, self.observe()
+        outlet = Outlet(connection, self.inbound, job, self.lines, live=job.ctx.stream)
         fault: str | None = None
         error: ProxyError | None = None
         try:
-            fault = await self.pull_stream(connection, exchange, provider, body, observer, outlet)
+            fault = await self.pull_stream(observer, outlet)
             if fault is None:
                 outlet.end()
         except ProxyError as raised:
             error = raised
         except (FramingError, OSError) as broken:
-            error = body_fault(provider, broken)
+            error = self.unreadable(broken)
         except asyncio.CancelledError:
             fault = connection.take_reason()
-        finally:
-            self.streams.discard(exchange)
-            connection.exchanging = False
-        self.tell_dropped(connection, exchange, job.ctx.dropped)
+        self.tell_dropped(job.ctx.dropped)
         if fault in ENDED_BY:
-            self.release(body, answer, False)
-            self.interrupted(connection, exchange, fault)
+            self.interrupted(fault)
             return
-        said = fault or (error.message if error and not outlet.ended else None)
-        outcome = stream_outcome(observer, said, provider.settings.read_idle_timeout_secs,
-                                 self.config.tool_calls.timeout_secs)
+        level, event, said = self.stream_outcome(
+            observer, fault or (error.message if error and not outlet.ended else None))
         if fault:
-            error = UpstreamError(outcome[2] or fault, status=504, type=UPSTREAM_BODY_READ)
+            error = UpstreamError(said or fault, status=504, type=UPSTREAM_BODY_READ)
         if error:
-            self.release(body, answer, False)
-            self.fail_stream(connection, exchange, outlet, error, outcome)
-        else:
-            # a pair may take an end for whole that nobody announced
-            self.log_end(exchange, *(outcome if observer.seen.failed else (logging.INFO, "end")))
-            await self.drain(connection, answer, body)
+            error = outlet.failed(error)
+            if event == "end":  # the provider thinks so
+                level, event, said = logging.WARNING, "stream-error", error.message
+            if connection.answered:
+                outlet.fail(self.as_told(error), self.proxy.style)
+                self.log_end(level, event, said)
+            else:
+                self.fail(error, event)
+            return
+        if not observer.seen.failed:  # a pair may take an end for whole that nobody announced
+            level, event, said = logging.INFO, "end", None
+        self.log_end(level, event, said)
+        await self.drain()
 
-    async def pull_stream(self, connection: Connection, exchange: Exchange, provider: Provider,
-                          body: ResponseBody, observer: StreamObserver,
-                          outlet: Outlet) -> str | None:
+    async def pull_stream(self, observer: StreamObserver, outlet: Outlet) -> str | None:
         """Translate a stream until the client's is whole;
         returns the reason if it was ended from outside."""
-        watch, clock, transport = connection.watch, outlet.clock, connection.transport
-        seen, chat = observer.seen, provider.protocol is CHAT
-        idle_secs, stall_secs = (provider.settings.read_idle_timeout_secs,
-                                 self.config.tool_calls.timeout_secs)
+        connection, body, exchange = self.connection, self.body, self.exchange
+        clock, transport = outlet.clock, connection.transport
+        seen, chat = observer.seen, self.provider.protocol is CHAT
         heard = clock()
         while not outlet.done:
             if transport.get_write_buffer_size():
                 await connection.flush()
-            limits = [(heard + idle_secs, "upstream_idle"), (outlet.due, "silence")]
+            limits = [(heard + self.idle_secs, "upstream_idle"), (outlet.due, "silence")]
             if seen.pending:
-                limits.append((observer.stall_at(stall_secs), "tool_stall"))
+                limits.append((observer.stall_at(self.stall_secs), "tool_stall"))
             if chat and seen.finish:  # all is said, and [DONE] may not come
                 limits.append((heard + AFTER_TERMINAL_SECS, "finished"))
             when, reason = min(limits)
-            watch.arm(when - clock(), reason)
+            connection.watch.arm(when - clock(), reason)
             try:
                 data = await body.read()
             except asyncio.CancelledError:
@@ -11315,146 +11104,120 @@ class Proxy:
             outlet.feed(observer.payloads(data, heard))
         return None
 
-    async def drain(self, connection: Connection, answer: ResponseHead,
-                    body: ResponseBody) -> None:
+    async def drain(self) -> None:
         """Let the provider end a stream that is complete, so that its connection can carry
-        another request."""
-        complete = False
-        connection.watch.arm(AFTER_TERMINAL_SECS, "after_terminal")
+        another request. The client's next request does not wait for that."""
+        self.end_exchange()
+        self.connection.watch.disarm()
+        self.link = None
+        task = asyncio.create_task(self.read_rest())
+        self.proxy.drains.add(task)
+        task.add_done_callback(self.proxy.drains.discard)
         try:
-            while await body.read():
-                pass
+            await asyncio.wait({task}, timeout=DRAIN_SECS)
+        except asyncio.CancelledError:
+            self.connection.take_reason()
+
+    async def read_rest(self) -> None:
+        """Read a provider's stream to its end, if that comes soon."""
+        complete = False
+        try:
+            async with asyncio.timeout(AFTER_TERMINAL_SECS):
+                while await self.body.read():
+                    pass
             complete = True
         except (FramingError, OSError):
             pass
-        except asyncio.CancelledError:
-            connection.take_reason()
-        self.release(body, answer, complete)
-
-    def fail_stream(self, connection: Connection, exchange: Exchange, outlet: Outlet,
-                    error: ProxyError, outcome: tuple[int, str, str | None]) -> None:
-        """Tell a client that its stream has failed, with a status if it has none yet."""
-        error = outlet.failed(error)
-        level, event, said = outcome
-        if event == "end":  # the provider thinks so
-            level, event, said = logging.WARNING, "stream-error", error.message
-        if connection.answered:
-            outlet.fail(error_for(exchange, error), self.style)
-            self.log_end(exchange, level, event, said)
-        else:
-            self.fail(connection, exchange, error, event)
+        finally:
+            self.release(complete)
 
     # -- ends
 
-    def fail(self, connection: Connection, exchange: Exchange, error: ProxyError,
-             event: str = "request-failed") -> None:
+    def end_exchange(self) -> None:
+        """The client has all it gets: it may go away, and nobody waits for the stream."""
+        self.connection.exchanging = False
+        self.proxy.streams.discard(self.exchange)
+
+    def as_told(self, error: ProxyError) -> ProxyError:
+        """An error as the client understands it."""
+        exchange = self.exchange
+        if isinstance(error, UpstreamError) and exchange.inbound and translation_name(exchange):
+            return translated_error(error, exchange.inbound, exchange.estimate)
+        return error
+
+    def fail(self, error: ProxyError, event: str = "request-failed") -> None:
         """Answer with an error; a stream that has begun can only be cut."""
-        error = error_for(exchange, error)
+        connection, error = self.connection, self.as_told(error)
         if connection.answered:
             connection.cut()
-            self.log_end(exchange, logging.WARNING, "stream-error", error.message)
+            self.log_end(logging.WARNING, "stream-error", error.message)
             return
-        exchange.status = error.status
-        write_error(connection, error, self.style, exchange.inbound)
-        self.log_end(exchange, logging.WARNING, event, error.message, {
+        self.exchange.status = error.status
+        write_error(connection, error, self.proxy.style, self.exchange.inbound)
+        self.log_end(logging.WARNING, event, error.message, {
             "error_type": error.type, "error_code": error.code,
             "error_param": None if error.param in (ABSENT, None) else brief_param(error.param)})
 
-    def interrupted(self, connection: Connection, exchange: Exchange, reason: str) -> None:
+    def interrupted(self, reason: str) -> None:
         """A wait that was ended from outside before a stream began."""
-        name = exchange.provider
-        limits = {
-            "connect": (UPSTREAM_REQUEST,
-                        "upstream request failed: no connection within connect_timeout_secs"),
-            "upstream": (UPSTREAM_REQUEST,
-                         "upstream request failed: no answer within read_idle_timeout_secs"),
-            "upstream_body": (UPSTREAM_BODY_READ,
-                              "the provider's answer stopped for read_idle_timeout_secs"),
-        }
-        if reason in limits:
-            kind, said = limits[reason]
-            self.fail(connection, exchange, UpstreamError(f"{said} (provider `{name}`)", type=kind),
+        connection = self.connection
+        if reason in TIMEOUTS:
+            kind, said = TIMEOUTS[reason]
+            self.fail(UpstreamError(f"{said} (provider `{self.exchange.provider}`)", type=kind),
                       "timeout")
-        elif reason == "body":
+        elif reason == "body" or (reason == "shutdown" and not connection.answered):
             connection.keep = False
-            self.fail(connection, exchange,
-                      RequestError("the request body did not arrive in time", status=408))
-        elif reason == "shutdown" and not connection.answered:
-            connection.keep = False
-            self.fail(connection, exchange, ProxyError("the proxy is shutting down", status=503))
+            self.fail(RequestError("the request body did not arrive in time", status=408)
+                      if reason == "body" else ProxyError("the proxy is shutting down", status=503))
         else:
             connection.cut()
-            self.log_end(exchange, logging.INFO, "closed", ENDED_BY.get(reason, reason))
+            self.log_end(logging.INFO, "closed", ENDED_BY.get(reason, reason))
 
-    def log_end(self, exchange: Exchange, level: int, event: str, said: str | None = None,
+    def log_end(self, level: int, event: str, said: str | None = None,
                 more: Json | None = None) -> None:
         """The line that closes an exchange."""
-        if not self.log.logger.isEnabledFor(level):
-            return
-        exchange.error = said[:LOG_TEXT_CHARS] if said else None
-        self.log.event(level, event, {**end_fields(exchange), **(more or {})})
+        if self.log.logger.isEnabledFor(level):
+            self.exchange.error = said[:LOG_TEXT_CHARS] if said else None
+            self.log.event(level, event, {**end_fields(self.exchange), **(more or {})})
 
-    def refuse(self, connection: Connection, error: ProxyError) -> None:
-        """Answer bytes that are no request, or that stopped coming."""
-        exchange = Exchange(self.ids.next(), "-", "-", time.perf_counter())
-        connection.extra = [b"x-proxai-request-id: %d" % exchange.id]
-        self.fail(connection, exchange, error)
-
-    # -- streams that are silent
-
-    def watch_streams(self, exchange: Exchange) -> None:
-        """Have `wait` lines written while the stream is silent, where such lines are wanted."""
-        if self.log.info_on:
-            exchange.last_byte_at = asyncio.get_running_loop().time()
-            self.streams.add(exchange)
-            if self.ticker is None:
-                self.ticker = asyncio.get_running_loop().call_later(SWEEP_SECS, self.tick)
-
-    def tick(self) -> None:
-        """Write a `wait` line for each stream that has been silent for a while."""
-        self.ticker = None
-        loop = asyncio.get_running_loop()
-        now, clock = loop.time(), time.perf_counter()
-        for exchange in self.streams:
-            idle = now - exchange.last_byte_at
-            if idle >= SWEEP_SECS:
-                self.log.event(logging.INFO, "wait", {
-                    **base_fields(exchange), "idle_ms": milliseconds(idle),
-                    "duration_ms": milliseconds(clock - exchange.started),
-                    "chunks": exchange.chunks, "down": exchange.down})
-        if self.streams:
-            self.ticker = loop.call_later(SWEEP_SECS, self.tick)
+    def stream_outcome(self, observer: StreamObserver,
+                       fault: str | None) -> tuple[int, str, str | None]:
+        """Level, event and words for the end of a stream;
+        `fault` is None for a clean end of the bytes."""
+        seen = observer.seen
+        if fault == "tool_stall":
+            return (logging.WARNING, "stream-error",
+                    "upstream SSE stalled while streaming tool arguments:"
+                    f" none for tool_calls.timeout_secs = {self.stall_secs:g}")
+        if seen.failed:
+            return (logging.WARNING, "stream-error",
+                    seen.error_message or "the provider sent an error")
+        if seen.terminal or (fault is None and observer.complete):
+            return logging.INFO, "end", None
+        if fault == "upstream_idle":
+            return (logging.WARNING, "timeout",
+                    f"the provider was silent for read_idle_timeout_secs = {self.idle_secs:g}")
+        if fault in ENDED_BY:
+            return logging.INFO, "closed", ENDED_BY[fault]
+        if fault:
+            return logging.WARNING, "stream-error", fault
+        if seen.pending:
+            return (logging.WARNING, "unfinished-tool",
+                    "the stream ended within the arguments of a tool call")
+        return logging.INFO, "closed", "the stream ended before its terminal event"
 
 
 ENDED_BY = {"client_gone": "the client went away",
             "client_write": "the client took no bytes for write_timeout_secs",
             "shutdown": "the proxy shut down"}
-
-
-def stream_outcome(observer: StreamObserver, fault: str | None, idle_secs: float,
-                   stall_secs: float) -> tuple[int, str, str | None]:
-    """Level, event and words for the end of a stream;
-    `fault` is None for a clean end of the bytes."""
-    seen = observer.seen
-    if fault == "tool_stall":
-        return (logging.WARNING, "stream-error",
-                "upstream SSE stalled while streaming tool arguments:"
-                f" none for tool_calls.timeout_secs = {stall_secs:g}")
-    if seen.failed:
-        return logging.WARNING, "stream-error", seen.error_message or "the provider sent an error"
-    if seen.terminal or (fault is None and observer.complete):
-        return logging.INFO, "end", None
-    if fault == "upstream_idle":
-        return (logging.WARNING, "timeout",
-                f"the provider was silent for read_idle_timeout_secs = {idle_secs:g}")
-    if fault in ENDED_BY:
-        return logging.INFO, "closed", ENDED_BY[fault]
-    if fault:
-        return logging.WARNING, "stream-error", fault
-    if seen.pending:
-        return (logging.WARNING, "unfinished-tool",
-                "the stream ended within the arguments of a tool call")
-    return logging.INFO, "closed", "the stream ended before its terminal event"
+TIMEOUTS = {
+    "connect": (UPSTREAM_REQUEST,
+                "upstream request failed: no connection within connect_timeout_secs"),
+    "upstream": (UPSTREAM_REQUEST,
+                 "upstream request failed: no answer within read_idle_timeout_secs"),
+    "upstream_body": (UPSTREAM_BODY_READ,
+                      "the provider's answer stopped for read_idle_timeout_secs"),
+}
 
 
 def load_answer(raw: bytes, status: int, decoders: Iterable[json.JSONDecoder] = (
@@ -11462,35 +11225,10 @@ def load_answer(raw: bytes, status: int, decoders: Iterable[json.JSONDecoder] = 
     """The JSON of an answer, and whether it is JSON to the letter:
     local servers write NaN into log probabilities."""
     for decoder in decoders:
-        try:
+        with contextlib.suppress(ValueError):
             return load(raw, decoder), decoder is DECODER
-        except ValueError:
-            pass
     raise UpstreamError(f"the provider answered {status} with a body that is not JSON", status=502,
                         type=INTERNAL, fix="check that base_url is the address of an API")
-
-
-def response_body(provider: Provider, link: Link, answer: ResponseHead,
-                  rest: bytes) -> ResponseBody:
-    """The answer's body, refused where its coding is one that we cannot undo."""
-    try:
-        return ResponseBody(link, answer, rest)
-    except FramingError as error:
-        raise body_fault(provider, error) from None
-
-
-def error_for(exchange: Exchange, error: ProxyError) -> ProxyError:
-    """An error as the client of an exchange understands it."""
-    if isinstance(error, UpstreamError) and exchange.inbound and translation_name(exchange):
-        return translated_error(error, exchange.inbound, exchange.estimate)
-    return error
-
-
-def body_fault(provider: Provider, error: Exception) -> UpstreamError:
-    """A provider's answer that cannot be read to its end."""
-    said = str(error) if isinstance(error, FramingError) else "the connection broke"
-    return UpstreamError(f"the provider's answer could not be read: {said}"
-                         f" (provider `{provider.name}`)", type=UPSTREAM_BODY_READ)
 
 
 def date_line() -> bytes:
@@ -11498,17 +11236,14 @@ def date_line() -> bytes:
     return b"date: " + http_date(int(time.time()))
 
 
-def has_retry_line(lines: Iterable[bytes]) -> bool:
-    """Whether the provider itself said if trying again helps."""
-    return any(line.lower().startswith(b"x-should-retry:") for line in lines)
-
-
 def write_error(connection: Connection, error: ProxyError, style: str,
                 protocol: Protocol | None) -> None:
     """Answer with an error in the configured style."""
     content_type, body = render_error(error, style, protocol)
     lines = [*error.fields, b"content-type: " + content_type, date_line()]
-    if not error.retry and not has_retry_line(error.fields):
+    # the provider itself may have said if trying again helps
+    if not (error.retry
+            or any(line.lower().startswith(b"x-should-retry:") for line in error.fields)):
         lines.append(b"x-should-retry: false")
     connection.write_head(error.status, lines, len(body), body)
 
