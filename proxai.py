@@ -3112,8 +3112,8 @@ class Fields:
 
     def objects(self, key: str) -> Iterator[Fields]:
         """The objects of an array, each to be taken apart in turn."""
-        for i, value in enumerate(self.list(key)):
-            yield Fields(self.ctx, value, f"{self.at(key)}[{i}]")
+        return (Fields(self.ctx, value, f"{self.at(key)}[{i}]")
+                for i, value in enumerate(self.list(key)))
 
     def json(self, key: str) -> Json | None:
         """An object as it is."""
@@ -3121,10 +3121,8 @@ class Fields:
         return value
 
     def mark(self) -> Json | None:
-        """A client's cache_control, with nothing in it but what is known."""
-        value = self.left.pop("cache_control", None)
-        ttl = mapping(value).get("ttl")
-        return cache_mark(ttl if ttl in ("5m", "1h") else None) if type(value) is dict else None
+        """A client's cache mark."""
+        return cache_mark(self.left.pop("cache_control", None))
 
     def close(self, reason: str = "", trifles: Collection[str] = ()) -> None:
         """Report what is left and no trifle."""
@@ -3133,9 +3131,12 @@ class Fields:
                 self.ctx.drop(self.at(key), reason)
 
 
-def cache_mark(ttl: str | None) -> Json:
-    """A cache mark in Anthropic's form."""
-    return {"type": "ephemeral", "ttl": ttl} if ttl else {"type": "ephemeral"}
+def cache_mark(value: Any) -> Json | None:
+    """A cache_control object, with nothing in it but what is known."""
+    if not isinstance(value, dict):
+        return None
+    ttl = value.get("ttl")
+    return {"type": "ephemeral", "ttl": ttl} if ttl in ("5m", "1h") else {"type": "ephemeral"}
 
 
 TYPE_NAMES = {str: "a string", int: "a number", float: "a number", bool: "true or false",
@@ -3327,23 +3328,25 @@ def pair_up(atoms: Sequence[Atom], wire: Callable[[str], str], ctx: Context) -> 
     answers, strays = match_results(atoms)
     used: dict[str, int] = {}
     out: list[Atom] = []
+    results: list[Out] = []  # of the calls of the run at hand
     calls = 0
-    for _, group in runs(atoms):
-        results: list[Out] = []
-        for atom in group:
-            if isinstance(atom, Call):
-                ctx.ids.add(atom.id)
-                wired = unique_id(atom.id or f"call_px_{calls}", wire, used)
-                calls += 1
-                results.append(answers.get(id(atom), NO_RESULT)._replace(
-                    id=wired, kind=atom.kind, name=atom.name))
-                out.append(atom._replace(id=wired))
-            elif not isinstance(atom, Out):
-                out.append(atom)
-            elif note := strays.get(id(atom)):
-                out.append(User(noted(note, atom.parts)))
-        out += results
-    return out
+    for atom in atoms:
+        if isinstance(atom, Call):
+            ctx.ids.add(atom.id)
+            wired = unique_id(atom.id or f"call_px_{calls}", wire, used)
+            calls += 1
+            results.append(answers.get(id(atom), NO_RESULT)._replace(
+                id=wired, kind=atom.kind, name=atom.name))
+            out.append(atom._replace(id=wired))
+            continue
+        if results and not isinstance(atom, (Said, Thought)):
+            out += results
+            results = []
+        if not isinstance(atom, Out):
+            out.append(atom)
+        elif note := strays.get(id(atom)):
+            out.append(User(noted(note, atom.parts)))
+    return out + results
 
 
 def noted(note: str, parts: list[Part]) -> list[Part]:
@@ -4100,7 +4103,7 @@ def openai_mark(fields: Fields) -> Json | None:
     value = mapping(fields.left.get("prompt_cache_breakpoint"))
     if value.get("mode") != "explicit":
         return None
-    return cache_mark("1h" if value.get("ttl") in LONG_TTLS else None)
+    return cache_mark({"ttl": "1h" if value.get("ttl") in LONG_TTLS else None})
 
 
 def file_part(fields: Fields, mark: Json | None, kind: str, url: str | None = None) -> Part:
@@ -4501,11 +4504,11 @@ def read_chat_call(fields: Fields) -> Call:
 
 def read_details(fields: Fields) -> list[tuple[tuple[int, int] | None, Thought]]:
     """The reasoning of an assistant message that can be sent back, with its places."""
-    ctx = fields.ctx
-    plain, older, details, blocks = (fields.get(name) for name in (
-        "reasoning_content", "reasoning", "reasoning_details", "thinking_blocks"))
+    ctx, left = fields.ctx, fields.left
+    plain, older = left.pop("reasoning_content", None), left.pop("reasoning", None)
+    details, blocks = left.pop("reasoning_details", None), left.pop("thinking_blocks", None)
     plain = plain or older
-    blocks = blocks or mapping(fields.left.get("provider_specific_fields")).get("thinking_blocks")
+    blocks = blocks or mapping(left.get("provider_specific_fields")).get("thinking_blocks")
     found: list[tuple[tuple[int, int] | None, Thought]] = []
     for entry in map(mapping, listing(details)):
         at = re.fullmatch(r"(\d{1,9}):(\d{1,9})", str(entry.get("x_at")))
@@ -4540,11 +4543,10 @@ def signed_thought(text: Any, block: Json) -> Thought | None:
 
 def chat_part_of(fields: Fields, kind: str) -> Part:
     """A content part of a Chat message."""
-    path, raw = fields.path, dict(fields.left)
-    mark = fields.mark() or openai_mark(fields)
-    more: Json = {"path": path, "mark": mark, "type": kind}
+    path, raw = fields.path, fields.left
+    mark = cache_mark(raw.get("cache_control")) or openai_mark(fields)
     if kind in ("text", "input_text", "output_text") or (not kind and "text" in raw):
-        return Part("text", fields.text("text") or "", **more)
+        return Part("text", fields.text("text") or "", path=path, mark=mark, type=kind)
     if kind == "refusal":
         return Part("refusal", fields.text("refusal") or "", path=path, type=kind)
     if kind == "image_url":
@@ -4552,7 +4554,8 @@ def chat_part_of(fields: Fields, kind: str) -> Part:
         inner = Fields(fields.ctx, {"url": value} if isinstance(value, str) else value or {},
                        f"{path}.image_url")
         url = inner.text("url") or ""
-        more |= {"kind": "image", "detail": inner.text("detail")}
+        more: Json = {"kind": "image", "detail": inner.text("detail"), "path": path,
+                      "mark": mark, "type": kind}
         return media_part(url, **more) if url and not url.startswith("file_") else Part(
             id=url, **more)
     if kind == "file":
@@ -5533,7 +5536,7 @@ def set_marks(ask: Ask, ctx: Context, out: Json) -> None:
         users = [m["content"] for m in messages if m["role"] == "user"][-2:]
         for place in (tools, system, *users):
             if place:
-                place[-1] = {**place[-1], "cache_control": cache_mark(ask.ttl)}
+                place[-1] = {**place[-1], "cache_control": cache_mark({"ttl": ask.ttl})}
 
 
 def keep_marks(fixed: list[Json], moving: list[Json], ttl: str | None) -> None:
@@ -5550,7 +5553,7 @@ def keep_marks(fixed: list[Json], moving: list[Json], ttl: str | None) -> None:
             "cache_control"]
         long = long or block["cache_control"].get("ttl") == "1h"
         if long:
-            block["cache_control"] = cache_mark("1h")
+            block["cache_control"] = {"type": "ephemeral", "ttl": "1h"}
 
 
 def shorten(out: Json) -> None:
