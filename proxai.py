@@ -8666,7 +8666,12 @@ class StreamObserver:
                     yield DONE
                 continue
             try:
-                payload = STREAM_DECODER.decode(text)
+                try:
+                    payload, end = STREAM_DECODER.raw_decode(text)
+                except ValueError:
+                    end = -1
+                if end != len(text):  # blanks around it, or a fault: decode() knows which
+                    payload = STREAM_DECODER.decode(text)
             except (ValueError, RecursionError) as error:
                 raise not_translatable(name, f"is not JSON: {error}") from None
             if not isinstance(payload, dict):
