@@ -2207,6 +2207,8 @@ def last_blank_line(data: bytes) -> int:
 def split_events(block: bytes) -> list[bytes]:
     """The single events of a block of whole ones, each with its blank line."""
     if b"\r" not in block:
+        if block.find(b"\n\n") == len(block) - 2:
+            return [block]
         frames = block.split(b"\n\n")
         return [frame + b"\n\n" for frame in frames[:-1]] + ([frames[-1]] if frames[-1] else [])
     out, at = [], 0
@@ -2243,6 +2245,13 @@ def marked_spans(block: bytes, markers: Sequence[bytes]) -> list[tuple[int, int]
 def parse_event(frame: bytes) -> Event | None:
     """The event in one frame; None where it has no data,
     as comments and bare retry lines have not."""
+    end = len(frame) - 2
+    # How nearly all events look: data alone or behind a name, each on one line.
+    at = frame.find(b"\n") + 1 if frame.startswith(b"event: ") else 0
+    if (frame.startswith(b"data: ", at) and frame.find(b"\n", at) == end > at + 6
+            and b"\r" not in frame):
+        found = frame[7:at - 1].decode("utf-8", "replace") if at else ""
+        return Event(found or "message", frame[at + 6:end].decode("utf-8", "replace"))
     if frame.startswith(BOM):
         frame = frame[3:]
     name, data, text = "", [], frame.decode("utf-8", "replace")
@@ -4037,7 +4046,8 @@ def read_responses_input(ask: Ask, value: Any, ctx: Context) -> None:
         atom = RESPONSES_ITEMS[kind](ask, fields, kind)
         fields.close(trifles=ITEM_TRIFLES)
         if isinstance(atom, System) and not ask.atoms:
-            ask.system += [part._replace(type=atom.role) for part in atom.parts]
+            ask.system += [part._replace(type=atom.role) if part.kind == "text" else part
+                           for part in atom.parts]  # the role decides only how a text is sent
         elif atom is not None:
             ask.atoms.append(atom)
 

@@ -5053,6 +5053,12 @@ def test_nesting_that_is_too_deep_is_the_clients_fault(depth):
             {"role": "user", "content": "x"}], "tools": [{"name": "f", "input_schema": deep}]})
 
 
+def test_what_a_leading_system_message_cannot_say_is_named_by_its_type():
+    payload, _ = translated(("responses", "messages"), "claude-opus-4-8", {"model": "m", "input": [
+        {"role": "system", "content": [{"type": "input_file", "file_id": "x"}]}, {"role": "user", "content": "hi"}]})
+    assert payload["system"] == "[OpenAI Responses content `input_file` omitted during Anthropic translation]"
+
+
 def test_answers_without_ids_that_begin_in_one_second_are_told_apart():
     """Clients count tokens by message id."""
     ids = set()
