@@ -7833,11 +7833,13 @@ class MessagesWriter(Writer):
         self.emit("ping")
 
     def start_answer(self, id: str, model: str, created: int) -> None:
-        """message_start; the real numbers come at the end."""
+        """message_start; the real numbers come at the end. The model is the one that was asked for:
+        Claude Code gives thinking back to that one only."""
         self.id = id if self.ctx.provider == RESPONSES.word and id else \
             "msg_" + (bare_id(id) or sha(f"{self.ctx.model}{created}{self.ctx.seed}")[:24])
         self.emit("message_start", message={
-            "id": self.id, "type": "message", "role": "assistant", "model": model, "content": [],
+            "id": self.id, "type": "message", "role": "assistant", "model": self.ctx.alias,
+            "content": [],
             "stop_reason": None, "stop_sequence": None, "stop_details": None,
             "usage": {"input_tokens": self.ctx.estimate, "cache_creation_input_tokens": 0,
                       "cache_read_input_tokens": 0, "output_tokens": 0}})

@@ -5059,6 +5059,18 @@ def test_what_a_leading_system_message_cannot_say_is_named_by_its_type():
     assert payload["system"] == "[OpenAI Responses content `input_file` omitted during Anthropic translation]"
 
 
+@pytest.mark.parametrize("provider", ["chat", "responses"])
+def test_a_messages_client_is_told_the_model_that_it_asked_for(provider):
+    """Claude Code gives thinking back only to the model that it came from, by the name in the answer."""
+    pair = ("messages", provider)
+    ctx = translated(pair, "upstream-1", {"model": "claude-x", "max_tokens": 9, "messages": [
+        {"role": "user", "content": "hi"}]})[1]
+    whole = {"chat": {"id": "c", "model": "served-1", "choices": [
+        {"index": 0, "message": {"content": "x"}, "finish_reason": "stop"}]},
+        "responses": {"id": "resp_1", "model": "served-1", "status": "completed", "output": []}}[provider]
+    assert proxai.PAIRS[pair].response(whole, ctx)["model"] == "claude-x"
+
+
 def test_answers_without_ids_that_begin_in_one_second_are_told_apart():
     """Clients count tokens by message id."""
     ids = set()
@@ -10228,7 +10240,7 @@ def test_ac_a_whole_answer() -> None:
         "content_block_delta2", "content_block_stop2", "message_delta", "message_stop"]
     message = events[0]["message"]
     assert {**message, "usage": {k: v for k, v in message["usage"].items() if v is not None}} == {
-        **message, "id": "msg_1", "type": "message", "role": "assistant", "model": "m", "content": [],
+        **message, "id": "msg_1", "type": "message", "role": "assistant", "model": AC_ASKED, "content": [],
         "stop_reason": None, "stop_sequence": None, "usage": {"input_tokens": 5, "cache_creation_input_tokens": 0,
                                                               "cache_read_input_tokens": 0, "output_tokens": 0}}
     usage = {"input_tokens": 40, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 60, "output_tokens": 9}
@@ -12145,7 +12157,7 @@ def test_ar_a_whole_message():
     message = ar_answer(body, AR_WANT)
     usage = message.pop("usage")
     assert {"stop_details": None, **message} == {
-        "id": "resp_1", "type": "message", "role": "assistant", "model": AR_SERVED, "container": None,
+        "id": "resp_1", "type": "message", "role": "assistant", "model": AR_ASKED, "container": None,
         "content": [ar_thought("a\n\nb", "rs_1:ENC"), ar_block("Hi"), AR_TOOL_USE],
         "stop_reason": "tool_use", "stop_sequence": None, "stop_details": None}
     assert {k: v for k, v in usage.items() if v is not None} == {**AR_USAGE, "service_tier": "standard"}
@@ -12743,13 +12755,13 @@ def test_ar_a_message_starts_once_with_the_first_event(first, message_id):
     assert error is None and ar_seen(found) == ar_frames([ar_texts("Hi")], "end_turn")
     message = found[0]["message"]
     assert message["id"] == message_id if message_id else message["id"]
-    assert message["model"] == (AR_SERVED if first else AR_ASKED)
+    assert message["model"] == AR_ASKED
 
 
 def test_ar_a_stream_of_only_its_last_event_has_its_id():
     found, error = streamed(AR, ar_request()[1], [ar_end(ar_msg("Hi"))])
     assert error is None and ar_seen(found) == ar_frames([ar_texts("Hi")], "end_turn")
-    assert (found[0]["message"]["id"], found[0]["message"]["model"]) == ("resp_1", AR_SERVED)
+    assert (found[0]["message"]["id"], found[0]["message"]["model"]) == ("resp_1", AR_ASKED)
 
 
 AR_OPEN_0 = {"type": "content_block_start", "index": 0}
@@ -13029,7 +13041,9 @@ def di_answer(response: Any, host: str) -> Any:
 def di_expect(id: str, model: str, usage: Any, *content: Any, stop: str = "", **more: Any) -> Any:
     """A message as di_told tells it, by default one that ends as its last block says; no `usage` is an estimate."""
     stop = stop or ("tool_use" if content[-1]["type"] == "tool_use" else "end_turn")
-    return {"id": f"msg_{id}", "model": model, "usage": usage, "content": list(content), "stop_reason": stop, **more}
+    assert model  # what the provider calls it; the client is told the name that it asked for
+    return {"id": f"msg_{id}", "model": DI_ASKED["messages"]["model"], "usage": usage, "content": list(content),
+            "stop_reason": stop, **more}
 
 
 def di_text(text: str) -> Any:
