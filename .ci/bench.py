@@ -31,7 +31,7 @@ last event. Whatever is not right counts as failed, is printed, and makes the ex
 are medians over the rounds (min..max); "x floor" and "added" compare within the same round. CPU time
 is the figure that survives a busy machine; it and memory come from /proc and are left out where
 there is none. Yet other processes add to it too, by the caches they take, so that for the
-translated scenarios the least CPU time of several short rounds counts ("best").
+translated scenarios the least of all slices of 0.1 s in all rounds counts ("best").
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ LIFETIME_SECS = 4 * 3600  # mock and floor end by themselves should their parent
 ANSWER_SECS = 10  # an answer that takes longer has failed
 START_SECS = 20
 RAMP_SECS = 1.0  # over which the open streams are started
+SLICE_SECS = 0.1
 MAX_FAILURES = 100  # per sample; beyond that a failed connection is not opened again
 RECV_BYTES = 1 << 18
 KEPT_BYTES = 1 << 13  # of a request in the mock: head and model name are within
@@ -705,6 +706,8 @@ class Load(Loop):
         self.known_body = self.known_payload = b""
         self.busy = self.failed = self.bytes = 0
         self.latencies: list[float] = []
+        self.slice = (0.0, 0.0, 0)  # when it ends, CPU seconds and answers at its beginning
+        self.least: float | None = None  # CPU seconds for an answer, in any slice
         self.first_error = ""
 
     def run(self) -> None:
@@ -737,6 +740,7 @@ class Load(Loop):
                 self.start(self.starts.popleft())
             if not begun and now >= self.count_at:
                 begun, self.latencies, self.bytes = self.clocks(), [], 0
+                self.slice = (now + SLICE_SECS, begun["cpu"], 0)
             if begun and not result and (now >= self.end_at or not (self.busy or self.starts)):
                 result = self.result(begun, self.clocks())
                 self.looping = False
@@ -769,12 +773,13 @@ class Load(Loop):
         ordered, secs = sorted(self.latencies), spent["secs"]
         done, events = len(ordered), self.scenario.events
         used = spent["cpu"] if HAS_PROC and self.spec["pids"] else None
+        each = 1e6 * used / (done * (events or 1)) if used and done else None
         others = spent["machine_cpu"] - spent["cpu"] - spent["mock_cpu"] - spent["load_cpu"]
         return {**spent, "ok": done, "rps": done / secs, "events_s": done * events / secs,
                 "mb_s": self.bytes / secs / 1e6,
                 "p50_ms": 1000 * ordered[(done - 1) // 2] if done else None,
                 "p99_ms": 1000 * ordered[(done - 1) * 99 // 100] if done else None,
-                "cpu_us": 1e6 * used / (done * (events or 1)) if used and done else None,
+                "cpu_us": each, "best_us": 1e6 * self.least / (events or 1) if self.least else each,
                 "cpu_percent": used and 100 * used / secs,
                 "others": others / secs}
 
@@ -869,6 +874,8 @@ class Load(Loop):
                 self.fail(link, f"{type(error).__name__}: {error}")
                 return
         self.latencies.append(now - link.since)
+        if now >= self.slice[0] and self.scenario.conns == 1 and self.slice[1]:
+            self.cut(now)
         self.bytes += len(self.known_payload)  # not the framing: a proxy may chunk differently
         if CLOSE.search(answer, 0, link.body_at):
             self.drop(link)
@@ -880,6 +887,14 @@ class Load(Loop):
         else:
             self.busy -= 1
             self.idle.append(link)
+
+    def cut(self, now: float) -> None:
+        """End a slice of time, between two requests, so that it holds whole ones only."""
+        (_, before, since), cpu, done = self.slice, cpu_seconds(self.spec["pids"]), len(self.latencies)
+        if done > since:
+            spent = (cpu - before) / (done - since)
+            self.least = spent if self.least is None else min(self.least, spent)
+        self.slice = (now + SLICE_SECS, cpu, done)
 
     def check(self, answer: bytes, body: bytes, *, chunked: bool) -> None:
         """Raise for whatever is wrong with an answer."""
@@ -1003,12 +1018,9 @@ class Micro:
 
 
 def cpu_seconds(pids: list[int]) -> float:
-    """User and system time of these processes so far; 0 without /proc."""
-    ticks = 0
-    for pid in pids if HAS_PROC else []:
-        fields = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+    """User and system time of these processes so far, to the nanosecond; 0 without /proc."""
+    # Linux has a clock for each process; /proc/PID/stat counts the same in steps of 10 ms.
+    return sum(time.clock_gettime(~pid << 3 | 2) for pid in pids) if HAS_PROC else 0.0
 
 
 def machine_seconds() -> float:
@@ -1313,9 +1325,9 @@ TABLES = {
               "idle RSS MB": ("value", "rss_mb"), "idle PSS MB": ("value", "pss_mb")},
     "memory": {"KB per open stream": ("value", "kb_per_stream"), "p50 ms": ("value", "p50_ms"),
                "CPU µs/event": ("value", "cpu_us"), **CPU},
-    "translated": {"CPU µs/request, best": ("best", "cpu_us"), "CPU µs/request": ("value", "cpu_us"),
+    "translated": {"CPU µs/request, best": ("best", "best_us"), "CPU µs/request": ("value", "cpu_us"),
                    "requests/s": ("value", "rps"), "p50 ms": ("value", "p50_ms")},
-    "translated stream": {"CPU µs/event, best": ("best", "cpu_us"), "CPU µs/event": ("value", "cpu_us"),
+    "translated stream": {"CPU µs/event, best": ("best", "best_us"), "CPU µs/event": ("value", "cpu_us"),
                           "events/s": ("value", "events_s"), "p50 ms": ("value", "p50_ms")},
     "micro": {name: ("best", f"{key}_us") for name, key in {
         "request": "request", "(the pair)": "request_pair", "20 tools": "request20",
@@ -1331,8 +1343,8 @@ GOALS = [
     Goal("idle memory (RSS) <= 40 MB", "start", "value", "rss_mb", 40),
     Goal("memory per open stream <= 100 KB", "streams-500", "value", "kb_per_stream", 100),
     Goal("start to first answer <= 400 ms", "start", "value", "start_ms", 400),
-    Goal("translated request with two tools: CPU <= 500 µs", "translated-request", "best", "cpu_us", 500),
-    Goal("translated stream: CPU per event <= 20 µs", "translated-stream", "best", "cpu_us", 20),
+    Goal("translated request with two tools: CPU <= 500 µs", "translated-request", "best", "best_us", 500),
+    Goal("translated stream: CPU per event <= 20 µs", "translated-stream", "best", "best_us", 20),
 ]
 
 
@@ -1408,8 +1420,8 @@ def machine() -> str:
 
 def report(results: Results, goals: list[Json], rounds: int) -> str:
     """The whole report in Markdown."""
-    lines = ["## Benchmark\n", f"{machine()}; {rounds} rounds, median (min..max). \"best\" is the least of the rounds: "
-             "what else runs on the machine only ever adds to CPU time."]
+    lines = ["## Benchmark\n", f"{machine()}; {rounds} rounds, median (min..max). What else runs only ever adds to CPU "
+             "time: \"best\" is the least of the rounds, or of their slices of 0.1 s where there is one connection."]
     for name in results.samples:
         lines += table(results, name)
     if goals:
