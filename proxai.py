@@ -39,12 +39,17 @@ Sections, each using only the ones above it (a test holds the file to that):
   12  Answers
   13  Pairs
   14  Observation
-  15  Logs
-  16  Upstream
-  17  Server
-  18  Pipeline
-  19  Demo provider
-  20  Command line
+  15  Metrics
+  16  Credentials
+  17  Logs
+  18  Captures
+  19  Upstream
+  20  Tokens
+  21  Server
+  22  Pipeline
+  23  Control
+  24  Demo provider
+  25  Command line
 """
 
 from __future__ import annotations
@@ -1191,10 +1196,10 @@ class CaptureConfig:
 
 @schema
 class McpConfig:
-    """The control listener. This version does not open it yet."""
+    """The control listener: MCP at /mcp, the page at /, /metrics and /status."""
 
-    host: str = setting(ADDRESS, "Loopback address to listen on. Not in this version.", "127.0.0.1")
-    port: int = setting(whole(0, 65535), "Port to listen on. Not in this version.", 18081)
+    host: str = setting(ADDRESS, "Loopback address to listen on.", "127.0.0.1")
+    port: int = setting(whole(0, 65535), "Port to listen on; 0 takes a free one.", 18081)
 
 
 @schema
@@ -8903,7 +8908,23 @@ def request_max_tokens(body: Json) -> int | None:
 
 
 # ============================================================================
-#  15  Logs
+#  15  Metrics
+# ============================================================================
+# Counters and histograms of what was served, and a short memory of the latest
+# requests; bounded whatever clients send. Pure: takes exchanges that have ended.
+
+
+
+# ============================================================================
+#  16  Credentials
+# ============================================================================
+# Which of a provider's credentials a request uses, and when one rests: functions
+# over visible state, with the time as an argument. No sockets, no clock.
+
+
+
+# ============================================================================
+#  17  Logs
 # ============================================================================
 # What an operator reads: one line for people or one JSON object for programs
 # per event, never a body, a key, a query or a provider's URL. Rendering is
@@ -9411,7 +9432,34 @@ def start_log(settings: LoggingConfig, stream: Any,
 
 
 # ============================================================================
-#  16  Upstream
+#  18  Captures
+# ============================================================================
+# The four phases of an exchange in files of the app directory: switches, the
+# writer behind the event loop, retention, and reading them back.
+
+
+class CaptureSwitches:
+    """Which phases are captured: what the configuration says, unless it was overridden at
+    run time. A request is captured as the switches are when it starts."""
+
+    def __init__(self, settings: CaptureConfig) -> None:
+        self.defaults = {phase: bool(getattr(settings, f"{phase}_enabled")) for phase in PHASES}
+        self.overrides: dict[str, bool | None] = dict.fromkeys(PHASES)
+
+    def effective(self, phase: str) -> bool:
+        """Whether a phase is captured now."""
+        override = self.overrides[phase]
+        return self.defaults[phase] if override is None else override
+
+    def override(self, target: str, value: bool | None) -> None:
+        """Override one phase, or `all`; None goes back to the configuration."""
+        for phase in PHASES if target == "all" else (target,):
+            self.overrides[phase] = value
+
+
+
+# ============================================================================
+#  19  Upstream
 # ============================================================================
 # Connections to providers: forward proxies, TLS, the pool, one request and its
 # answer's bytes. Knows HTTP, does not know clients, protocols or JSON.
@@ -9944,7 +9992,15 @@ class ResponseBody:
 
 
 # ============================================================================
-#  17  Server
+#  20  Tokens
+# ============================================================================
+# Keys that come from elsewhere than the configuration: commands, OAuth 2.0 token
+# endpoints, the token files of the app directory. Waits on processes and providers.
+
+
+
+# ============================================================================
+#  21  Server
 # ============================================================================
 # Client connections: heads, bodies, limits, answers, the end of it all. Knows
 # HTTP and sockets, does not know what requests mean: a handler does.
@@ -10253,15 +10309,15 @@ class Server:
         reader = asyncio.StreamReader(limit=STREAM_LIMIT, loop=self.loop)
         return ClientProtocol(Connection(self, reader), self.loop)
 
-    async def listen(self, host: str, port: int) -> int:
+    async def listen(self, host: str, port: int,
+                     hint: str = "choose another with --port or server.port") -> int:
         """Begin to accept; returns the port. ConfigError names an address that cannot be taken."""
         try:
             self.listener = listener = await self.loop.create_server(
                 self.new_protocol, host, port, backlog=BACKLOG)
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno else str(error)
-            raise ConfigError([f"cannot listen on {host}:{port}: {reason}"],
-                              "choose another with --port or server.port") from None
+            raise ConfigError([f"cannot listen on {host}:{port}: {reason}"], hint) from None
         return int(listener.sockets[0].getsockname()[1])
 
     async def drain(self, grace: float, hurry: asyncio.Event) -> None:
@@ -10286,9 +10342,8 @@ class Server:
 
 
 
-
 # ============================================================================
-#  18  Pipeline
+#  22  Pipeline
 # ============================================================================
 # One request through the four phases: admitted, read, routed, prepared, sent,
 # answered. The only place that joins what the sections above know.
@@ -11267,7 +11322,86 @@ def write_error(connection: Connection, error: ProxyError, style: str,
 
 
 # ============================================================================
-#  19  Demo provider
+#  23  Control
+# ============================================================================
+# The control listener: health, what the proxy does and did, switches. Loopback
+# only and for this machine's own programs; model requests never pass here.
+
+
+class Control:
+    """Serves the control listener; a handler of a `Server`, like `Proxy`."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self.proxy, self.host = proxy, ServerConfig(host=proxy.config.mcp.host)
+
+    async def serve(self, connection: Connection, head: RequestHead) -> None:
+        """Answer one request, whatever happens."""
+        try:
+            check_host(head, self.host)
+            check_control_origin(head)
+            methods = CONTROL_PATHS.get(head.path)
+            if methods is None:
+                raise RequestError("there is nothing at this path of the control listener",
+                                   status=404, fix="the paths are " + ", ".join(CONTROL_PATHS))
+            handler = methods.get(head.method.decode("ascii"))
+            if handler is None:
+                raise method_error(", ".join(methods).encode())
+            await handler(self, connection, head)
+        except ProxyError as error:
+            self.refuse(connection, error)
+        except FramingError as error:
+            connection.keep = False
+            self.refuse(connection, malformed(error))
+        except asyncio.CancelledError:
+            connection.take_reason()
+            connection.cut()
+        except OSError:
+            raise
+        except Exception:
+            self.proxy.log.logger.exception("a bug in the control listener")
+            self.refuse(connection, ProxyError("the proxy failed; its log has the details"))
+        finally:
+            connection.watch.disarm()
+
+    def refuse(self, connection: Connection, error: ProxyError) -> None:
+        """Answer with an error; an answer that has begun can only be cut."""
+        if connection.answered:
+            connection.cut()
+        else:
+            write_error(connection, error, "json", None)
+
+
+def check_control_origin(head: RequestHead) -> None:
+    """Pages of other sites may not call: a browser reaches loopback too (ruling 11)."""
+    origin = head.values.get(b"origin")
+    if origin is not None and not is_loopback(urlsplit(origin.decode("latin-1")).hostname or ""):
+        raise RequestError("requests from this web origin are refused", status=403,
+                           fix="use the control listener from this machine")
+
+
+async def control_health(control: Control, connection: Connection, head: RequestHead) -> None:
+    """GET /health: that the process runs (contract 10)."""
+    write_text(connection, "OK")
+
+
+def write_text(connection: Connection, text: str, content_type: str = "text/plain") -> None:
+    """Answer with a text that nobody may keep."""
+    body = text.encode()
+    connection.write_head(200, [f"content-type: {content_type}; charset=utf-8".encode(),
+                                b"cache-control: no-store", b"x-content-type-options: nosniff",
+                                date_line()], len(body), body)
+
+
+# path -> method -> handler; a handler is given the control, the connection and the head
+ControlHandler = Callable[[Control, Connection, RequestHead], Any]
+CONTROL_PATHS: dict[str, dict[str, ControlHandler]] = {
+    "/health": {"GET": control_health},
+}
+
+
+
+# ============================================================================
+#  24  Demo provider
 # ============================================================================
 # A provider that needs no key: it speaks all three protocols over real HTTP,
 # says back what it was told, calls a tool when it is offered one. Its replies
@@ -11472,7 +11606,7 @@ def demo_config(port: int) -> str:
 
 
 # ============================================================================
-#  20  Command line
+#  25  Command line
 # ============================================================================
 # Flags, the banner, signals, and the order in which things start and stop.
 
@@ -11503,6 +11637,8 @@ def command_line() -> argparse.ArgumentParser:
     add("--upstream", metavar="URL", help="base_url of the default openai_responses provider")
     add("--api-key", metavar="KEY", help="api_key of the default openai_responses provider")
     add("--port", type=port_number, metavar="N", help="server.port; 0 takes a free one")
+    add("--mcp-port", type=port_number, metavar="N",
+        help="mcp.port, of the control listener; 0 takes a free one")
     add("--log-level", metavar="L",
         help="logging.level: trace, debug, info, warn or error")
     add("--log-format", metavar="F", help="logging.output_format: human or json")
@@ -11543,7 +11679,7 @@ def translate_line() -> argparse.ArgumentParser:
     return parser
 
 
-def translate(args: Any) -> int:
+def translate(args: Any, environ: Mapping[str, str]) -> int:
     """Print a translation, and on standard error what it left out; 1 where there is none."""
     inbound, provider = PROTOCOL_WORDS[args.from_], PROTOCOL_WORDS[args.to_]
     if args.kind != "request":
@@ -11604,7 +11740,7 @@ def load_object(raw: bytes, name: str) -> Json:
 
 def flag_overrides(args: Any, tables: Json) -> list[Override]:
     """What the flags put in place of the file's values."""
-    rows = [("--port", ("server", "port"), args.port),
+    rows = [("--port", ("server", "port"), args.port), ("--mcp-port", ("mcp", "port"), args.mcp_port),
             ("--log-level", ("logging", "level"), args.log_level),
             ("--log-format", ("logging", "output_format"), args.log_format),
             *((f"--capture-{phase.replace('_', '-')}", ("capture", f"{phase}_enabled"),
@@ -11660,16 +11796,16 @@ def legend(entries: Mapping[str, str]) -> str:
     return "\n    ".join(rows)
 
 
-def banner(config: Config, port: int, source: str, notes: Sequence[str],
+def banner(config: Config, port: int, control_port: int, source: str, notes: Sequence[str],
            environ: Mapping[str, str] = os.environ) -> str:
     """What is told when the proxy starts (contract 2.4):
     what runs, where, by which configuration."""
-    host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
+    host, control = (f"[{h}]" if ":" in h else h for h in (config.server.host, config.mcp.host))
     names, logs = config.routing.default_provider_names, config.logging
     default = config.providers.get(names.openai_responses)
     base, captures = app_directory(environ), dataclasses.asdict(config.capture)
     rows = [
-        ("listen", f"http://{host}:{port}"),
+        ("listen", f"http://{host}:{port}"), ("mcp", f"http://{control}:{control_port}/mcp"),
         ("paths", ", ".join(f"{p.path} ({name})" for name, p in PROTOCOLS.items())),
         ("max_request_body_bytes", config.server.max_request_body_bytes),
         ("max_concurrent_requests", config.server.max_concurrent_requests),
@@ -11793,21 +11929,28 @@ def on_signals(loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) -> Non
 
 
 async def serve(config: Config, log: Log, environ: Mapping[str, str],
-                started: Callable[[int], Any]) -> None:
+                started: Callable[[int, int], Any]) -> None:
     """Run the proxy until a signal ends it: the first drains, the second cuts.
-    `started` is given the port."""
+    `started` is given the ports of the proxy and of the control listener."""
     proxy = Proxy(config, log, environ)
     server = Server(config.server, proxy.serve, proxy.refuse)
     port = await server.listen(config.server.host, config.server.port)
+    control = Control(proxy)
+    switchboard = Server(dataclasses.replace(config.server, host=config.mcp.host),
+                         control.serve, control.refuse)
+    control_port = await switchboard.listen(
+        config.mcp.host, config.mcp.port,
+        "choose another control port with --mcp-port or mcp.port; 0 takes a free one")
     stopped, hurry = asyncio.Event(), asyncio.Event()
     server.loop.getaddrinfo = own_resolver(server.loop)  # type: ignore[method-assign]
     on_signals(server.loop, lambda: hurry.set() if stopped.is_set() else stopped.set())
     tune_process()
-    await started(port)
+    await started(port, control_port)
     await stopped.wait()
     log.event(logging.INFO, "shutdown",
               {"open": len(server.connections), "grace_secs": config.server.shutdown_grace_secs})
     await server.drain(config.server.shutdown_grace_secs, hurry)
+    await switchboard.drain(GOOD_BYE_SECS, hurry)
     proxy.close()
 
 
@@ -11822,14 +11965,14 @@ async def run_demo(args: Any, log: Log, environ: Mapping[str, str]) -> None:
     demo = Demo(word_secs=0.02)
     provider = Server(ServerConfig(), demo.serve, demo.refuse)
     config = load_demo(args, await provider.listen("127.0.0.1", 0), environ)
-    with socket.socket() as probe:
-        probe.settimeout(0.5)
-        if args.port is None and probe.connect_ex(("127.0.0.1", config.server.port)) == 0:
-            # the usual port is taken
-            config = dataclasses.replace(config, server=dataclasses.replace(config.server, port=0))
+    if args.port is None and is_taken(config.server.port):
+        config = dataclasses.replace(config, server=dataclasses.replace(config.server, port=0))
+    if args.mcp_port is None and is_taken(config.mcp.port):
+        config = dataclasses.replace(config, mcp=dataclasses.replace(config.mcp, port=0))
 
-    async def started(port: int) -> None:
+    async def started(port: int, control_port: int) -> None:
         tell(f"ProxAI {__version__}, demo\n  listen: http://127.0.0.1:{port}\n"
+             f"  control: http://127.0.0.1:{control_port}\n"
              "  provider: embedded, it says back what it is told")
         question = "Hello, is anybody there?"
         answer = await ask(port, question)
@@ -11841,6 +11984,13 @@ async def run_demo(args: Any, log: Log, environ: Mapping[str, str]) -> None:
 
     await serve(config, log, environ, started)
     await provider.drain(GOOD_BYE_SECS, asyncio.Event())
+
+
+def is_taken(port: int) -> bool:
+    """Whether something answers on a port of this machine already."""
+    with socket.socket() as probe:
+        probe.settimeout(0.5)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 async def ask(port: int, question: str) -> str:
@@ -11866,17 +12016,30 @@ def curl_line(protocol: Protocol, port: int) -> str:
             f" \\\n  -d '{json.dumps(body)}'")
 
 
+class Command(NamedTuple):
+    """A subcommand: its parser, and what runs it and returns the exit status. A ConfigError of
+    its is told in a line, with exit status 1."""
+
+    parser: Callable[[], argparse.ArgumentParser]
+    run: Callable[[Any, Mapping[str, str]], int]
+
+
+COMMANDS = {
+    "translate": Command(translate_line, translate),
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    translates = argv[:1] == ["translate"]
-    parser = translate_line() if translates else command_line()
-    args = parser.parse_args(argv[1:] if translates else argv)
-    if not translates and args.demo and (args.config or args.command):
+    command = COMMANDS.get(argv[0]) if argv else None
+    parser = command.parser() if command else command_line()
+    args = parser.parse_args(argv[1:] if command else argv)
+    if not command and args.demo and (args.config or args.command):
         parser.error("--demo has its own configuration and goes with neither --config nor check")
     open_outputs()
     try:
-        return translate(args) if translates else run(args, os.environ)
+        return command.run(args, os.environ) if command else run(args, os.environ)
     except ConfigError as error:
         for fault in error.faults:
             print(f"Error: {fault}", file=sys.stderr)
@@ -11920,8 +12083,9 @@ def run(args: Any, environ: Mapping[str, str]) -> int:
         return 0
     log, writer = start_log(config.logging, sys.stdout, environ)
 
-    async def started(port: int) -> None:
-        tell(banner(config, port, str(path), [*notes, *start_notes(config)], environ))
+    async def started(port: int, control_port: int) -> None:
+        tell(banner(config, port, control_port, str(path), [*notes, *start_notes(config)],
+                    environ))
 
     return run_logged(serve(config, log, environ, started), writer)
 

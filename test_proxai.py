@@ -311,6 +311,8 @@ class Running:
         if config is not None:
             (home / "config.toml").write_text(config, "utf-8")
             arguments = ("--config", str(home / "config.toml"), "--port", "0", *arguments)
+        if "--mcp-port" not in arguments:
+            arguments = (*arguments, "--mcp-port", "0")
         clean = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
         self.process = subprocess.Popen(
             [sys.executable, str(PROGRAM), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -322,6 +324,7 @@ class Running:
         self.reader.start()
         found = self.wait_line(r"^  listen: http://\S+:(\d+)$")
         self.port = int(found[1])
+        self.control_port = int(self.wait_line(r"^  (?:mcp|control): http://\S+:(\d+)")[1])
 
     def read(self) -> None:
         """Collect what the program prints."""
@@ -368,9 +371,15 @@ class Running:
             sock.sendall(data)
             return read_all(sock)
 
-    def connect(self, timeout: float = PATIENCE) -> socket.socket:
+    def control(self, data: bytes, timeout: float = PATIENCE) -> bytes:
+        """Send bytes to the control listener, and return all that comes until it closes."""
+        with self.connect(timeout, self.control_port) as sock:
+            sock.sendall(data)
+            return read_all(sock)
+
+    def connect(self, timeout: float = PATIENCE, port: int | None = None) -> socket.socket:
         """A connection to the program."""
-        sock = socket.create_connection(("127.0.0.1", self.port), timeout)
+        sock = socket.create_connection(("127.0.0.1", port or self.port), timeout)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return sock
 
@@ -16545,7 +16554,19 @@ def test_what_a_translated_stream_tells_is_seen_once():
 
 
 # ============================================================================
-#  15  Logs
+#  15  Metrics
+# ============================================================================
+
+
+
+# ============================================================================
+#  16  Credentials
+# ============================================================================
+
+
+
+# ============================================================================
+#  17  Logs
 # ============================================================================
 
 @pytest.fixture
@@ -17192,7 +17213,13 @@ def test_words_of_libraries_are_told_as_events(loggers):
 
 
 # ============================================================================
-#  16  Upstream
+#  18  Captures
+# ============================================================================
+
+
+
+# ============================================================================
+#  19  Upstream
 # ============================================================================
 
 # -- time limits and places: plain values ------------------------------------
@@ -18305,7 +18332,13 @@ def test_a_provider_whose_tls_is_not_right_gets_no_request(ways, model, name, wo
 
 
 # ============================================================================
-#  17  Server
+#  20  Tokens
+# ============================================================================
+
+
+
+# ============================================================================
+#  21  Server
 # ============================================================================
 
 class Tape(io.BytesIO):
@@ -19467,7 +19500,7 @@ def test_changed_bytes_never_hang_a_connection_nor_break_the_program(programs):
 
 
 # ============================================================================
-#  18  Pipeline
+#  22  Pipeline
 # ============================================================================
 
 # -- admission: methods, paths and health
@@ -22335,7 +22368,27 @@ def test_a_count_is_logged_like_any_exchange(crossing, model):
 
 
 # ============================================================================
-#  19  Demo provider
+#  23  Control
+# ============================================================================
+
+def test_the_control_listener_tells_its_health(tmp_path):
+    program = Running(tmp_path, config='[providers.p]\nprotocol = "openai_responses"\nbase_url = "http://127.0.0.1:9"\napi_key = "k"\n')
+    try:
+        reply = read_reply(program.control(b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"))
+        assert (reply.status, reply.body) == (200, b"OK")
+        for head, status in [(b"GET /health HTTP/1.1\r\nhost: example.com", 403),
+                             (b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\norigin: https://example.com", 403),
+                             (b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\norigin: http://localhost:3000", 200),
+                             (b"DELETE /health HTTP/1.1\r\nhost: localhost", 405),
+                             (b"POST /v1/responses HTTP/1.1\r\nhost: localhost\r\ncontent-length: 2", 404)]:
+            assert read_reply(program.control(head + b"\r\nconnection: close\r\n\r\n")).status == status, head
+    finally:
+        assert program.stop() == 0
+
+
+
+# ============================================================================
+#  24  Demo provider
 # ============================================================================
 
 WEATHER_SCHEMA = {
@@ -22767,7 +22820,7 @@ def test_the_demo_needs_no_configuration_and_leaves_none(tmp_path):
 
 
 # ============================================================================
-#  20  Command line
+#  25  Command line
 # ============================================================================
 
 NO_TRACEBACK = "Traceback (most recent call last)"
@@ -23575,7 +23628,7 @@ def test_the_banner_has_the_lines_of_the_contract(flagged):
     ("127.0.0.1", "http://127.0.0.1:4242"), ("::1", "http://[::1]:4242")])
 def test_the_banner_has_an_address_that_can_be_opened(host, address):
     config = config_with(text=f'{TWO_PROVIDERS}[server]\nhost = "{host}"\n')
-    lines = proxai.banner(config, 4242, "x.toml", ["one", "two"]).splitlines()
+    lines = proxai.banner(config, 4242, 4243, "x.toml", ["one", "two"]).splitlines()
     assert lines[0].startswith("ProxAI") and lines[1] == f"  listen: {address}"
     assert [line for line in lines if line.startswith("  note: ")] == ["  note: one", "  note: two"]
 
