@@ -1121,6 +1121,9 @@ class ServerConfig:
         SECONDS, "How long an unused connection stays open.", 75.0)
     write_timeout_secs: float = setting(
         SECONDS, "How long a client may take no bytes of its answer.", 300.0)
+    workers: int = setting(
+        whole(1, 64), "Processes that share the listening socket (not on Windows). Each has its own"
+        " control listener, at mcp.port and the ports after it.", 1)
     shutdown_grace_secs: float = setting(
         SECONDS, "How long open requests may go on after SIGTERM or Ctrl-C.", 30.0)
     first_event_hold_secs: float = setting(
@@ -1360,6 +1363,10 @@ def check_listeners(config: Config, faults: Faults) -> None:
         faults.add("server.api_keys", "still holds a template key; replace it")
     if not is_loopback(config.mcp.host):
         faults.add("mcp.host", f"must be a loopback address, is {config.mcp.host}")
+    if server.workers > 1 and not hasattr(os, "fork"):
+        faults.add("server.workers", "several processes need a system with fork; use 1 here")
+    if config.mcp.port and config.mcp.port + server.workers > 65536:
+        faults.add("mcp.port", f"leaves no port for each of {server.workers} workers")
 
 
 def with_key(provider: ProviderConfig, path: str, faults: Faults,
@@ -10291,34 +10298,45 @@ class ClientProtocol(asyncio.StreamReaderProtocol):
         super().connection_lost(error)
 
 
+def bound_socket(host: str, port: int,
+                 hint: str = "choose another with --port or server.port") -> socket.socket:
+    """A socket bound to an address. ConfigError names one that cannot be taken."""
+    try:
+        # on Windows this option would let two programs share a port
+        return socket.create_server((host, port), backlog=BACKLOG, reuse_port=False,
+                                    family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise ConfigError([f"cannot listen on {host}:{port}: {reason}"], hint) from None
+
+
 class Server:
     """A listener and its connections. `handler` serves a request, `refuse` answers what is none."""
 
     def __init__(self, settings: ServerConfig, handler: Callable[[Connection, RequestHead], Any],
                  refuse: Callable[[Connection, ProxyError], None]) -> None:
-        self.settings, self.handler, self.refuse = settings, handler, refuse
-        self.limits = HeadLimits(settings.max_request_line_bytes, settings.max_head_bytes,
-                                 settings.max_headers)
+        self.handler, self.refuse = handler, refuse
+        self.configure(settings)
         self.loop = asyncio.get_running_loop()
         self.connections: set[Connection] = set()
         self.draining = False
         self.listener: asyncio.AbstractServer | None = None
+
+    def configure(self, settings: ServerConfig) -> None:
+        """Hold to these limits from the next request on."""
+        self.settings = settings
+        self.limits = HeadLimits(settings.max_request_line_bytes, settings.max_head_bytes,
+                                 settings.max_headers)
 
     def new_protocol(self) -> ClientProtocol:
         """What a new connection is handled by."""
         reader = asyncio.StreamReader(limit=STREAM_LIMIT, loop=self.loop)
         return ClientProtocol(Connection(self, reader), self.loop)
 
-    async def listen(self, host: str, port: int,
-                     hint: str = "choose another with --port or server.port") -> int:
-        """Begin to accept; returns the port. ConfigError names an address that cannot be taken."""
-        try:
-            self.listener = listener = await self.loop.create_server(
-                self.new_protocol, host, port, backlog=BACKLOG)
-        except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else str(error)
-            raise ConfigError([f"cannot listen on {host}:{port}: {reason}"], hint) from None
-        return int(listener.sockets[0].getsockname()[1])
+    async def listen(self, at: socket.socket) -> int:
+        """Begin to accept at a bound socket; returns its port."""
+        self.listener = await self.loop.create_server(self.new_protocol, sock=at, backlog=BACKLOG)
+        return int(at.getsockname()[1])
 
     async def drain(self, grace: float, hurry: asyncio.Event) -> None:
         """Accept no more, let open requests end for `grace` seconds or until `hurry`,
@@ -10620,18 +10638,22 @@ class Proxy:
     """Serves requests by one configuration; the handler of a `Server`."""
 
     def __init__(self, config: Config, log: Log, environ: Mapping[str, str]) -> None:
-        self.config, self.log = config, log
-        self.style = config.error_responses.format
-        self.routes = compile_routes(config.routing.routes)
-        names = config.routing.default_provider_names
-        self.defaults = {name: getattr(names, name) for name in PROTOCOLS}
-        self.providers = {name: Provider(name, settings, environ)
-                          for name, settings in config.providers.items()}
+        self.log, self.environ = log, environ
+        self.configure(config)
         self.pool, self.ids = Pool(), RequestIds()
-        self.slots = asyncio.Semaphore(config.server.max_concurrent_requests)
         self.streams: set[Exchange] = set()
         self.drains: set[asyncio.Task[None]] = set()
         self.ticker: asyncio.TimerHandle | None = None
+
+    def configure(self, config: Config) -> None:
+        """Serve by `config` from the next request on; those on their way keep what they chose."""
+        self.config, self.style = config, config.error_responses.format
+        self.routes = compile_routes(config.routing.routes)
+        names = config.routing.default_provider_names
+        self.defaults = {name: getattr(names, name) for name in PROTOCOLS}
+        self.providers = {name: Provider(name, settings, self.environ)
+                          for name, settings in config.providers.items()}
+        self.slots = asyncio.Semaphore(config.server.max_concurrent_requests)
 
     def close(self) -> None:
         """Let go of connections and timers."""
@@ -11796,16 +11818,17 @@ def legend(entries: Mapping[str, str]) -> str:
     return "\n    ".join(rows)
 
 
-def banner(config: Config, port: int, control_port: int, source: str, notes: Sequence[str],
+def banner(config: Config, ports: Sequence[tuple[int, int]], source: str, notes: Sequence[str],
            environ: Mapping[str, str] = os.environ) -> str:
-    """What is told when the proxy starts (contract 2.4):
-    what runs, where, by which configuration."""
+    """What is told when the proxy starts (contract 2.4): what runs, where, by which configuration.
+    `ports` has the proxy's and the control listener's of each worker."""
     host, control = (f"[{h}]" if ":" in h else h for h in (config.server.host, config.mcp.host))
     names, logs = config.routing.default_provider_names, config.logging
     default = config.providers.get(names.openai_responses)
     base, captures = app_directory(environ), dataclasses.asdict(config.capture)
     rows = [
-        ("listen", f"http://{host}:{port}"), ("mcp", f"http://{control}:{control_port}/mcp"),
+        ("listen", f"http://{host}:{ports[0][0]}"),
+        ("mcp", ", ".join(f"http://{control}:{at}/mcp" for _, at in ports)),
         ("paths", ", ".join(f"{p.path} ({name})" for name, p in PROTOCOLS.items())),
         ("max_request_body_bytes", config.server.max_request_body_bytes),
         ("max_concurrent_requests", config.server.max_concurrent_requests),
@@ -11918,9 +11941,9 @@ def tune_process() -> None:
                 break
 
 
-def on_signals(loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) -> None:
-    """Call `stop` in the loop for each SIGINT, SIGTERM and SIGBREAK."""
-    names = ("SIGINT", "SIGTERM", "SIGBREAK")
+def on_signals(loop: asyncio.AbstractEventLoop, names: Iterable[str],
+               stop: Callable[[], None]) -> None:
+    """Call `stop` in the loop for each of these signals that the system knows."""
     for number_ in filter(None, (getattr(signal, name, None) for name in names)):
         try:
             loop.add_signal_handler(number_, stop)
@@ -11928,30 +11951,186 @@ def on_signals(loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) -> Non
             signal.signal(number_, lambda *_: loop.call_soon_threadsafe(stop))
 
 
-async def serve(config: Config, log: Log, environ: Mapping[str, str],
-                started: Callable[[int, int], Any]) -> None:
-    """Run the proxy until a signal ends it: the first drains, the second cuts.
-    `started` is given the ports of the proxy and of the control listener."""
+class Sockets(NamedTuple):
+    """The bound sockets of one process."""
+
+    proxy: socket.socket
+    control: socket.socket
+
+
+def ports(sockets: Sockets) -> tuple[int, int]:
+    """The ports of the proxy and of the control listener."""
+    return sockets.proxy.getsockname()[1], sockets.control.getsockname()[1]
+
+
+def bind(config: Config) -> list[Sockets]:
+    """The sockets of each worker: all have the proxy's, and each has a control listener."""
+    server, mcp = config.server, config.mcp
+    proxy = bound_socket(server.host, server.port)
+    return [Sockets(proxy, bound_socket(
+        mcp.host, mcp.port and mcp.port + i,
+        "choose another control port with --mcp-port or mcp.port; 0 takes a free one"))
+        for i in range(server.workers)]
+
+
+class ConfigFile(NamedTuple):
+    """Where the configuration comes from, and what reads it, flags included."""
+
+    path: Path
+    load: Callable[[], Config]
+
+
+async def serve(config: Config, log: Log, environ: Mapping[str, str], sockets: Sockets,
+                started: Callable[[], Any], file: ConfigFile | None = None) -> None:
+    """Run the proxy until a signal ends it: the first drains, the second cuts. `started` is
+    called when it accepts, and a change of `file` is followed."""
     proxy = Proxy(config, log, environ)
-    server = Server(config.server, proxy.serve, proxy.refuse)
-    port = await server.listen(config.server.host, config.server.port)
     control = Control(proxy)
+    server = Server(config.server, proxy.serve, proxy.refuse)
     switchboard = Server(dataclasses.replace(config.server, host=config.mcp.host),
                          control.serve, control.refuse)
-    control_port = await switchboard.listen(
-        config.mcp.host, config.mcp.port,
-        "choose another control port with --mcp-port or mcp.port; 0 takes a free one")
+    await server.listen(sockets.proxy)
+    await switchboard.listen(sockets.control)
     stopped, hurry = asyncio.Event(), asyncio.Event()
     server.loop.getaddrinfo = own_resolver(server.loop)  # type: ignore[method-assign]
-    on_signals(server.loop, lambda: hurry.set() if stopped.is_set() else stopped.set())
+    on_signals(server.loop, ("SIGINT", "SIGTERM", "SIGBREAK"),
+               lambda: hurry.set() if stopped.is_set() else stopped.set())
     tune_process()
-    await started(port, control_port)
+    await started()
+    upkeep = asyncio.create_task(keep_current(proxy, server, file, stopped))
     await stopped.wait()
+    upkeep.cancel()
     log.event(logging.INFO, "shutdown",
               {"open": len(server.connections), "grace_secs": config.server.shutdown_grace_secs})
-    await server.drain(config.server.shutdown_grace_secs, hurry)
+    await server.drain(proxy.config.server.shutdown_grace_secs, hurry)
     await switchboard.drain(GOOD_BYE_SECS, hurry)
     proxy.close()
+
+
+# -- a configuration that changes --------------------------------------------
+
+LOOK_SECS = 1.0  # between two looks at the configuration file
+# What is bound or begun at the start stays as it is until the next one.
+FIXED_SETTINGS = ("server.host", "server.port", "server.workers", "mcp.", "logging.")
+
+
+async def keep_current(proxy: Proxy, server: Server, file: ConfigFile | None,
+                       stopped: asyncio.Event) -> None:
+    """Put a changed configuration file in force, looking at it now and then, and at once after
+    SIGHUP. Ends a worker whose parent is gone."""
+    wanted, parent = asyncio.Event(), os.getppid()
+    if file:
+        on_signals(server.loop, ("SIGHUP",), wanted.set)
+    seen = file_state(file)
+    while True:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LOOK_SECS):
+                await wanted.wait()
+        if proxy.config.server.workers > 1 and os.getppid() != parent:
+            stopped.set()
+        now = file_state(file)
+        # an editor that still writes changes the file again, and it is read again
+        if file and (wanted.is_set() or now not in (seen, None)):
+            wanted.clear()
+            seen = now
+            reload(proxy, server, file)
+
+
+def file_state(file: ConfigFile | None) -> tuple[int, int, int] | None:
+    """What changes when the file does; None while there is nothing in it to read."""
+    try:
+        found = file.path.stat() if file else None
+    except OSError:
+        return None
+    return (found.st_mtime_ns, found.st_size, found.st_ino) if found and found.st_size else None
+
+
+def reload(proxy: Proxy, server: Server, file: ConfigFile) -> None:
+    """Serve by the configuration as it is now; one with a fault changes nothing."""
+    before = proxy.config
+    try:
+        config = file.load()
+        proxy.configure(config)
+    except ConfigError as error:
+        proxy.log.event(logging.WARNING, "reload-failed",
+                        {"config": str(file.path), "error": "; ".join(error.faults),
+                         "kept": "the configuration from before"})
+        return
+    server.configure(config.server)
+    proxy.log.logger.setLevel(LEVELS[config.logging.level])
+    changed = changed_settings(before, config)
+    late = [name for name in changed if name.startswith(FIXED_SETTINGS) and name != "logging.level"]
+    proxy.log.event(logging.INFO, "reload",
+                    {"config": str(file.path), "changed": changed[:64],
+                     **({"needs_restart": late} if late else {})})
+
+
+def changed_settings(before: Config, after: Config) -> list[str]:
+    """The names of the settings that differ; never their values."""
+    def leaves(value: Any, at: str) -> Iterator[tuple[str, Any]]:
+        items = (value.items() if isinstance(value, dict)
+                 else ((str(i), item) for i, item in enumerate(value))
+                 if isinstance(value, (list, tuple)) else None)
+        if items is None:
+            yield at, value
+        else:
+            for key, item in items:
+                yield from leaves(item, f"{at}.{key}" if at else key)
+
+    old, new = (dict(leaves(dataclasses.asdict(c), "")) for c in (before, after))
+    return sorted(key for key in {*old, *new} if old.get(key, ABSENT) != new.get(key, ABSENT))
+
+
+# -- workers -----------------------------------------------------------------
+
+RESTART_SECS = 1.0  # before a worker that ended by itself is started again
+
+
+def run_workers(sockets: Sequence[Sockets], work: Callable[[int], int]) -> int:
+    """Run `work` in a process for each of `sockets`, start those anew that end by themselves, and
+    hand signals on to them; returns when all have ended after one."""
+    children: dict[int, int] = {}
+    names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    stopping = False
+
+    def start(index: int) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, names)  # none may come while it is half begun
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                for name in names:
+                    signal.signal(name, signal.SIG_DFL)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, names)
+                status = work(index)
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
+            finally:
+                os._exit(status)
+        children[pid] = index
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, names)
+
+    def hand_on(number_: int, frame: Any) -> None:
+        nonlocal stopping
+        if number_ != signal.SIGHUP:
+            stopping = True
+            for each in {one for pair in sockets for one in pair}:
+                each.close()  # or clients would go on to connect
+        for pid in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number_)
+
+    for name in names:
+        signal.signal(name, hand_on)
+    for index in range(len(sockets)):
+        start(index)
+    while children:
+        index = children.pop(os.wait()[0])
+        if not stopping:
+            time.sleep(RESTART_SECS)
+        if not stopping:
+            start(index)
+    return 0
 
 
 def load_demo(args: Any, port: int, environ: Mapping[str, str]) -> Config:
@@ -11964,13 +12143,16 @@ async def run_demo(args: Any, log: Log, environ: Mapping[str, str]) -> None:
     """Run the proxy in front of the demo provider, and show one request through it."""
     demo = Demo(word_secs=0.02)
     provider = Server(ServerConfig(), demo.serve, demo.refuse)
-    config = load_demo(args, await provider.listen("127.0.0.1", 0), environ)
+    config = load_demo(args, await provider.listen(bound_socket("127.0.0.1", 0)), environ)
     if args.port is None and is_taken(config.server.port):
         config = dataclasses.replace(config, server=dataclasses.replace(config.server, port=0))
     if args.mcp_port is None and is_taken(config.mcp.port):
         config = dataclasses.replace(config, mcp=dataclasses.replace(config.mcp, port=0))
 
-    async def started(port: int, control_port: int) -> None:
+    sockets = bind(config)[0]
+    port, control_port = ports(sockets)
+
+    async def started() -> None:
         tell(f"ProxAI {__version__}, demo\n  listen: http://127.0.0.1:{port}\n"
              f"  control: http://127.0.0.1:{control_port}\n"
              "  provider: embedded, it says back what it is told")
@@ -11982,7 +12164,7 @@ async def run_demo(args: Any, log: Log, environ: Mapping[str, str]) -> None:
             tell(f"\n{curl_line(protocol, port)}")
         tell("\nCtrl-C ends the demo.")
 
-    await serve(config, log, environ, started)
+    await serve(config, log, environ, sockets, started)
     await provider.drain(GOOD_BYE_SECS, asyncio.Event())
 
 
@@ -12016,6 +12198,96 @@ def curl_line(protocol: Protocol, port: int) -> str:
             f" \\\n  -d '{json.dumps(body)}'")
 
 
+# -- clients -----------------------------------------------------------------
+
+class Client(NamedTuple):
+    """How a client is pointed at this proxy. `text` goes into `file`; a client without one takes
+    `variables` of the environment. @BASE, @KEY and @MODEL stand for what differs."""
+
+    title: str
+    model: str
+    variables: Mapping[str, str]
+    file: str = ""
+    text: str = ""
+
+
+OPENAI_VARIABLES = {"OPENAI_BASE_URL": "@BASE/v1", "OPENAI_API_KEY": "@KEY"}
+CLIENTS = {
+    "codex": Client("Codex", "gpt-5.5", {"PROXAI_KEY": "@KEY"}, "~/.codex/config.toml", """\
+model = "@MODEL"
+model_provider = "proxai"
+
+[model_providers.proxai]
+name = "ProxAI"
+base_url = "@BASE/v1"
+wire_api = "responses"
+env_key = "PROXAI_KEY"
+"""),
+    "claude": Client("Claude Code", "claude-opus-4-8",
+                     {"ANTHROPIC_BASE_URL": "@BASE", "ANTHROPIC_AUTH_TOKEN": "@KEY"}),
+    "zed": Client("Zed", "", {"OPENAI_API_KEY": "@KEY", "ANTHROPIC_API_KEY": "@KEY"},
+                  "settings.json", """\
+{"language_models": {"openai": {"api_url": "@BASE/v1"},
+                     "anthropic": {"api_url": "@BASE"}}}
+"""),
+    "opencode": Client("opencode", "gpt-5.5", {}, "opencode.json", """\
+{"provider": {"proxai": {"npm": "@ai-sdk/openai-compatible", "name": "ProxAI",
+                         "options": {"baseURL": "@BASE/v1", "apiKey": "@KEY"},
+                         "models": {"@MODEL": {}}}},
+ "model": "proxai/@MODEL"}
+"""),
+    "aider": Client("aider, started with --model openai/@MODEL", "gpt-5.5",
+                    {"OPENAI_API_BASE": "@BASE/v1", "OPENAI_API_KEY": "@KEY"}),
+    "openai": Client("the OpenAI SDKs", "", OPENAI_VARIABLES),
+    "anthropic": Client("the Anthropic SDKs", "",
+                        {"ANTHROPIC_BASE_URL": "@BASE", "ANTHROPIC_API_KEY": "@KEY"}),
+}
+
+
+def client_settings(client: Client, base: str, key: str, model: str = "",
+                    windows: bool = False) -> str:
+    """What points a client at the proxy at `base`, as lines for a shell and a file's text."""
+    def filled(text: str) -> str:
+        for mark, value in (("@BASE", base), ("@KEY", key), ("@MODEL", model or client.model)):
+            text = text.replace(mark, value)
+        return text
+
+    form = "$env:{} = '{}'" if windows else "export {}={}"
+    lines = [f"# {filled(client.title)}",
+             *(form.format(name, filled(value)) for name, value in client.variables.items())]
+    if client.file:
+        lines += [f"# in {client.file}:", filled(client.text).rstrip("\n")]
+    return "\n".join(lines)
+
+
+def env_line() -> argparse.ArgumentParser:
+    """The parser of `proxai.py env`."""
+    parser = argparse.ArgumentParser(
+        prog="proxai.py env", allow_abbrev=False,
+        description="Print the settings that point a client at this proxy.")
+    add = parser.add_argument
+    add("client", metavar="CLIENT", choices=CLIENTS, help=", ".join(CLIENTS))
+    add("--config", metavar="PATH", help="configuration file, for the address")
+    add("--model", metavar="NAME", default="", help="the model to ask for")
+    return parser
+
+
+def env(args: Any, environ: Mapping[str, str]) -> int:
+    """Print how a client is pointed at the proxy of a configuration."""
+    path = Path(args.config) if args.config else app_directory(environ) / "config.toml"
+    server = ServerConfig()
+    if args.config or path.exists():
+        server = load_config(read_file(path), str(path), environ=environ).server
+    host = server.host
+    if ipaddress.ip_address(host).is_unspecified:
+        host = "127.0.0.1" if ":" not in host else "::1"
+    base = f"http://[{host}]:{server.port}" if ":" in host else f"http://{host}:{server.port}"
+    print(client_settings(CLIENTS[args.client], base,
+                          "a-key-of-server.api_keys" if server.api_keys else "any",
+                          args.model, os.name == "nt"))
+    return 0
+
+
 class Command(NamedTuple):
     """A subcommand: its parser, and what runs it and returns the exit status. A ConfigError of
     its is told in a line, with exit status 1."""
@@ -12026,6 +12298,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "translate": Command(translate_line, translate),
+    "env": Command(env_line, env),
 }
 
 
@@ -12076,18 +12349,30 @@ def run(args: Any, environ: Mapping[str, str]) -> int:
         path = directory / "config.toml"
         if created:
             notes.append(f"{path} was just created; put your keys there")
-    config = load_config(read_file(path), str(path), environ=environ,
-                         overrides=lambda tables: flag_overrides(args, tables))
+    file = ConfigFile(path, lambda: load_config(
+        read_file(path), str(path), environ=environ,
+        overrides=lambda tables: flag_overrides(args, tables)))
+    config = file.load()
     if args.command == "check":
         print(check_report(config, str(path), environ))
         return 0
-    log, writer = start_log(config.logging, sys.stdout, environ)
+    sockets = bind(config)
+    told = banner(config, [ports(one) for one in sockets], str(path),
+                  [*notes, *start_notes(config)], environ)
 
-    async def started(port: int, control_port: int) -> None:
-        tell(banner(config, port, control_port, str(path), [*notes, *start_notes(config)],
-                    environ))
+    def work(index: int) -> int:
+        async def started() -> None:
+            if index == 0:
+                tell(told)
 
-    return run_logged(serve(config, log, environ, started), writer)
+        now = config
+        if len(sockets) > 1:  # one that is started anew begins with today's file
+            with contextlib.suppress(ConfigError):
+                now = file.load()
+        log, writer = start_log(now.logging, sys.stdout, environ)
+        return run_logged(serve(now, log, environ, sockets[index], started, file), writer)
+
+    return work(0) if len(sockets) == 1 else run_workers(sockets, work)
 
 
 def run_logged(work: Any, writer: LineWriter) -> int:

@@ -43,6 +43,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 import types
 import zlib
 from collections.abc import Callable, Generator, Iterator
@@ -1526,6 +1527,7 @@ max_concurrent_requests = 2
 max_request_line_bytes = 4000
 max_head_bytes = 5000
 max_headers = 60
+workers = 3
 max_sse_event_bytes = 7000
 head_timeout_secs = 1.5
 body_timeout_secs = 2
@@ -1536,7 +1538,7 @@ first_event_hold_secs = 6
 sse_keepalive_secs = 7
 [mcp]
 host = "::1"
-port = 65535
+port = 65533
 [routing.default_provider_names]
 openai_responses = "One"
 openai_chat_completions = " two "
@@ -1611,11 +1613,11 @@ FULL_VALUES = {
     "server.allow_unauthenticated": True, "server.allowed_hosts": ("box.lan",),
     "server.cors_allow_origins": ("https://app.example:8443", "null"),
     "server.max_request_body_bytes": 1, "server.max_concurrent_requests": 2,
-    "server.max_request_line_bytes": 4000, "server.max_head_bytes": 5000, "server.max_headers": 60,
+    "server.max_request_line_bytes": 4000, "server.max_head_bytes": 5000, "server.max_headers": 60, "server.workers": 3,
     "server.max_sse_event_bytes": 7000,
     "server.head_timeout_secs": 1.5, "server.body_timeout_secs": 2, "server.keepalive_timeout_secs": 3,
     "server.write_timeout_secs": 4, "server.shutdown_grace_secs": 5, "server.first_event_hold_secs": 6,
-    "server.sse_keepalive_secs": 7, "mcp.host": "::1", "mcp.port": 65535,
+    "server.sse_keepalive_secs": 7, "mcp.host": "::1", "mcp.port": 65533,
     "routing.default_provider_names.openai_responses": "one",
     "routing.default_provider_names.openai_chat_completions": "two",
     "routing.default_provider_names.anthropic_messages": "two",
@@ -23628,7 +23630,7 @@ def test_the_banner_has_the_lines_of_the_contract(flagged):
     ("127.0.0.1", "http://127.0.0.1:4242"), ("::1", "http://[::1]:4242")])
 def test_the_banner_has_an_address_that_can_be_opened(host, address):
     config = config_with(text=f'{TWO_PROVIDERS}[server]\nhost = "{host}"\n')
-    lines = proxai.banner(config, 4242, 4243, "x.toml", ["one", "two"]).splitlines()
+    lines = proxai.banner(config, [(4242, 4243)], "x.toml", ["one", "two"]).splitlines()
     assert lines[0].startswith("ProxAI") and lines[1] == f"  listen: {address}"
     assert [line for line in lines if line.startswith("  note: ")] == ["  note: one", "  note: two"]
 
@@ -23865,6 +23867,129 @@ def test_importing_has_no_side_effects(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+# -- env ---------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", proxai.CLIENTS)
+def test_env_points_a_client_at_the_proxy(name):
+    text = proxai.client_settings(proxai.CLIENTS[name], "http://127.0.0.1:4242", "secret-1", "some-model")
+    assert "http://127.0.0.1:4242" in text and "secret-1" in text and not re.search("@(BASE|KEY|MODEL)", text)
+    if proxai.CLIENTS[name].model and proxai.CLIENTS[name].text:
+        assert "some-model" in text
+    if name in ("zed", "opencode"):
+        json.loads(text.partition(".json:\n")[2])
+    if name == "codex":
+        assert tomllib.loads(text.partition(".toml:\n")[2])["model_providers"]["proxai"]["base_url"] == "http://127.0.0.1:4242/v1"
+    assert "$env:" in proxai.client_settings(proxai.CLIENTS["claude"], "http://x", "k", windows=True)
+
+
+def test_env_takes_the_address_of_the_configuration(tmp_path, capsys):
+    config = tmp_path / "config.toml"
+    config.write_text(ONE_PROVIDER + '[server]\nhost = "0.0.0.0"\nport = 4321\napi_keys = ["k1-of-mine"]\n')
+    assert proxai.main(["env", "claude", "--config", str(config)]) == 0
+    told = capsys.readouterr().out
+    assert "http://127.0.0.1:4321" in told and "k1-of-mine" not in told
+    assert proxai.main(["env", "claude", "--config", str(tmp_path / "none.toml")]) == 1
+    with pytest.raises(SystemExit) as ended:
+        proxai.main(["env", "emacs"])
+    assert ended.value.code == 2
+
+
+# -- reload and workers ------------------------------------------------------
+
+ONE_PROVIDER = '''[providers.p]
+protocol = "openai_responses"
+base_url = "http://127.0.0.1:9"
+api_key = "k-secret"
+[logging]
+output_format = "json"
+'''
+
+
+def test_changed_settings_names_what_differs_and_no_value():
+    before = proxai.load_config(ONE_PROVIDER, "x")
+    after = proxai.load_config(ONE_PROVIDER.replace("k-secret", "other") + '[[routing.routes]]\nmodel_pattern = "a"\nprovider = "p"\n', "x")
+    changed = proxai.changed_settings(before, after)
+    assert "providers.p.api_key" in changed and any(name.startswith("routing.routes.0.") for name in changed)
+    assert not any("secret" in name or "other" in name for name in changed)
+    assert proxai.changed_settings(before, before) == []
+
+
+def test_a_changed_file_is_served_by_without_a_break_and_a_bad_one_is_not(tmp_path, upstream, model):
+    upstream.on(model, answer_json({"id": "x"}))
+    file, plain = tmp_path / "config.toml", config_for(upstream.url)
+
+    def key_used(program: Running, sock: socket.socket) -> str:
+        body = json.dumps(body_for(RESPONSES, model)).encode()
+        sock.sendall(b"POST /v1/responses HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        data = b""
+        while not data.endswith(b'{"id": "x"}'):
+            assert (more := sock.recv(65536)), data
+            data += more
+        return upstream.got(model)[-1].header("authorization") or ""
+
+    program = Running(tmp_path, config=plain)
+    try:
+        with program.connect() as sock:
+            assert key_used(program, sock) == "Bearer test-upstream-key"
+            file.write_text(plain.replace("test-upstream-key", "key-two").replace("[server]", "[server]\nport = 7\nmax_headers = 64"))
+            told = json.loads(program.wait_line(r'"event":"reload"').string)
+            # the port is a flag's here, so it did not change
+            assert told["changed"] == [*(f"providers.{p.word}_default.api_key" for p in (CHAT, MESSAGES, RESPONSES)), "server.max_headers"]
+            assert "needs_restart" not in told and key_used(program, sock) == "Bearer key-two"
+            file.write_text("[providers.p]\nprotocol = 3\n")
+            told = json.loads(program.wait_line(r'"event":"reload-failed"').string)
+            assert "providers.p.protocol" in told["error"] and str(file) in told["error"]
+            assert key_used(program, sock) == "Bearer key-two"
+            if hasattr(signal, "SIGHUP"):
+                file.write_text(plain.replace("test-upstream-key", "key-three") + '[mcp]\nhost = "127.0.0.2"\n')
+                program.process.send_signal(signal.SIGHUP)
+                assert json.loads(program.wait_line(r'"changed":.*"mcp.host"').string)["needs_restart"] == ["mcp.host"]
+                assert key_used(program, sock) == "Bearer key-three"
+    finally:
+        assert program.stop() == 0
+    assert not any("key-t" in line for line in program.lines)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_workers_share_a_socket_are_replaced_and_end_together(tmp_path, upstream, model):
+    upstream.on(model, answer_json({"id": "x"}))
+    program = Running(tmp_path, config=config_for(upstream.url, server="workers = 2"))
+
+    def children() -> set[int]:
+        return {int(pid) for path in Path("/proc").glob("[0-9]*/stat") if (pid := path.parent.name)
+                and (text := read_text(path)) and text.rpartition(")")[2].split()[1:2] == [str(program.process.pid)]}
+
+    def read_text(path: Path) -> str:
+        with contextlib.suppress(OSError):
+            return path.read_text()
+        return ""
+
+    try:
+        assert [program.post("/v1/responses", body_for(RESPONSES, model)).status for _ in range(4)] == [200] * 4
+        if Path("/proc/self/stat").exists():
+            before = children()
+            assert len(before) == 2
+            os.kill(victim := min(before), signal.SIGKILL)
+            deadline = time.monotonic() + PATIENCE
+            while (len(now := children() - {victim}) < 2) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert len(now) == 2
+        assert program.post("/v1/responses", body_for(RESPONSES, model)).status == 200
+    finally:
+        assert program.stop() == 0
+
+
+@pytest.mark.parametrize("text, said", [
+    ('[server]\nworkers = 0\n', "server.workers"),
+    ('[server]\nworkers = 3\n[mcp]\nport = 65534\n', "mcp.port"),
+])
+def test_workers_that_cannot_be(text, said):
+    with pytest.raises(proxai.ConfigError) as failed:
+        proxai.load_config(ONE_PROVIDER + text, "x")
+    assert said in str(failed.value.faults)
+
+
+
 
 # ============================================================================
 #  Official SDKs
@@ -23885,7 +24010,7 @@ def demo_provider():
         demo = proxai.Demo(word_secs=0)
         server = proxai.Server(proxai.ServerConfig(), demo.serve, demo.refuse)
         stop = asyncio.Event()
-        ready.extend([await server.listen("127.0.0.1", 0), asyncio.get_running_loop(), stop])
+        ready.extend([await server.listen(proxai.bound_socket("127.0.0.1", 0)), asyncio.get_running_loop(), stop])
         there.set()
         await stop.wait()
         await server.drain(1.0, asyncio.Event())
