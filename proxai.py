@@ -126,7 +126,7 @@ MESSAGES = Protocol("messages", "anthropic_messages", "ant", "Anthropic Messages
 PROTOCOLS = {p.name: p for p in (RESPONSES, CHAT, MESSAGES)}
 MODEL_PATHS = {path: p for p in PROTOCOLS.values() for path in (p.path, p.path.removeprefix("/v1"))}
 COUNT_PATHS = tuple(f"{path}/count_tokens" for path, p in MODEL_PATHS.items() if p is MESSAGES)
-HEALTH_PATH = "/healthz"
+HEALTH_PATHS = ("/healthz", "/readyz", "/health", "/livez")
 
 PHASES = ("inbound_request", "provider_request", "upstream_response", "outbound_response")
 APP_DIRECTORY = ".proxai"
@@ -893,6 +893,8 @@ NAME = kind_of("the name of a provider", lambda value: isinstance(value, str),
 # zero would mean `never` to some and `at once` to others, so it is refused
 SECONDS = kind_of("a number of seconds, more than 0 and at most a year",
                   lambda value: type(value) in (int, float) and 0 < value <= 86400 * 366, float)
+DELAY = kind_of("a number of seconds, 0 to 3600",
+                lambda value: type(value) in (int, float) and 0 <= value <= 3600, float)
 ADDRESS = text_of_kind('an IP address such as "127.0.0.1"', ipaddress.ip_address,
                        lambda text: str(ipaddress.ip_address(text)))
 URL = text_of_kind(
@@ -1124,6 +1126,9 @@ class ServerConfig:
     workers: int = setting(
         whole(1, 64), "Processes that share the listening socket (not on Windows). Each has its own"
         " control listener, at mcp.port and the ports after it.", 1)
+    shutdown_delay_secs: float = setting(
+        DELAY, "After SIGTERM or Ctrl-C: how long to go on accepting while /healthz says 503, so"
+        " that a load balancer turns away first.", 0.0)
     shutdown_grace_secs: float = setting(
         SECONDS, "How long open requests may go on after SIGTERM or Ctrl-C.", 30.0)
     first_event_hold_secs: float = setting(
@@ -10206,7 +10211,7 @@ class Connection:
         else:
             # HTTP/1.0 knows the end of a stream only as the end of the connection
             self.keep = False
-        if not self.keep or self.server.draining:
+        if not self.keep or self.server.leaving:
             self.keep = False
             lines.append(b"connection: close")
         elif not http11:
@@ -10319,7 +10324,8 @@ class Server:
         self.configure(settings)
         self.loop = asyncio.get_running_loop()
         self.connections: set[Connection] = set()
-        self.draining = False
+        self.leaving = False  # the end is announced
+        self.draining = False  # no more requests are taken
         self.listener: asyncio.AbstractServer | None = None
 
     def configure(self, settings: ServerConfig) -> None:
@@ -10338,9 +10344,13 @@ class Server:
         self.listener = await self.loop.create_server(self.new_protocol, sock=at, backlog=BACKLOG)
         return int(at.getsockname()[1])
 
-    async def drain(self, grace: float, hurry: asyncio.Event) -> None:
-        """Accept no more, let open requests end for `grace` seconds or until `hurry`,
-        then cut the rest."""
+    async def drain(self, grace: float, hurry: asyncio.Event, delay: float = 0) -> None:
+        """Go on for `delay` seconds, then accept no more and let open requests end for `grace`
+        seconds, then cut the rest; `hurry` ends each wait."""
+        self.leaving = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(delay):
+                await hurry.wait()
         self.draining = True
         if self.listener:
             self.listener.close()
@@ -10377,7 +10387,7 @@ def admit(head: RequestHead, settings: ServerConfig) -> Protocol | int:
     """The protocol of a request that is let in, or the status it is answered with here;
     RequestError says why not (rulings 16 and 5)."""
     check_host(head, settings)
-    if head.path == HEALTH_PATH:
+    if head.path in HEALTH_PATHS:
         if head.method not in (b"GET", b"HEAD"):
             raise method_error(b"GET, HEAD")
         return 200
@@ -10776,7 +10786,8 @@ class Turn:
     def answer_here(self, status: int) -> None:
         """Health, and the preflight of a browser that may call (Fetch, CORS protocol)."""
         if status == 200:
-            body = b'{"status":"ok"}'
+            leaving = self.connection.server.leaving and self.head.path != "/livez"
+            status, body = (503, b'{"status":"leaving"}') if leaving else (200, b'{"status":"ok"}')
             lines = [b"content-type: application/json", date_line()]
         else:
             body = b""
@@ -12002,7 +12013,8 @@ async def serve(config: Config, log: Log, environ: Mapping[str, str], sockets: S
     upkeep.cancel()
     log.event(logging.INFO, "shutdown",
               {"open": len(server.connections), "grace_secs": config.server.shutdown_grace_secs})
-    await server.drain(proxy.config.server.shutdown_grace_secs, hurry)
+    settings = proxy.config.server
+    await server.drain(settings.shutdown_grace_secs, hurry, settings.shutdown_delay_secs)
     await switchboard.drain(GOOD_BYE_SECS, hurry)
     proxy.close()
 

@@ -1528,6 +1528,7 @@ max_request_line_bytes = 4000
 max_head_bytes = 5000
 max_headers = 60
 workers = 3
+shutdown_delay_secs = 1.5
 max_sse_event_bytes = 7000
 head_timeout_secs = 1.5
 body_timeout_secs = 2
@@ -1613,7 +1614,7 @@ FULL_VALUES = {
     "server.allow_unauthenticated": True, "server.allowed_hosts": ("box.lan",),
     "server.cors_allow_origins": ("https://app.example:8443", "null"),
     "server.max_request_body_bytes": 1, "server.max_concurrent_requests": 2,
-    "server.max_request_line_bytes": 4000, "server.max_head_bytes": 5000, "server.max_headers": 60, "server.workers": 3,
+    "server.max_request_line_bytes": 4000, "server.max_head_bytes": 5000, "server.max_headers": 60, "server.workers": 3, "server.shutdown_delay_secs": 1.5,
     "server.max_sse_event_bytes": 7000,
     "server.head_timeout_secs": 1.5, "server.body_timeout_secs": 2, "server.keepalive_timeout_secs": 3,
     "server.write_timeout_secs": 4, "server.shutdown_grace_secs": 5, "server.first_event_hold_secs": 6,
@@ -19518,7 +19519,7 @@ MODEL_TARGETS = ("/v1/responses", "/responses", "/v1/chat/completions", "/chat/c
     ("GET", "/v1/chat/completions?a=b", 405, {"POST"}),
     *[(method, "/healthz", 405, {"GET", "HEAD"}) for method in ("POST", "PUT", "OPTIONS", "get")],
     *[("POST", target, 404, None) for target in (
-        "/", "/health", "/healthz/", "/v1", "/v1/models", "/v1/messages/", "/v1/chat/completions/count_tokens",
+        "/", "/healthz/", "/v1", "/v1/models", "/v1/messages/", "/v1/chat/completions/count_tokens",
         "/v1/responses/input_tokens", "/v1/messages/count_tokens/",
         "/V1/messages", "//v1/messages", "/v1/%6dessages", "/v1/./messages", "/x/../v1/messages",
         "/v1/messages;x", "/v2/messages", "/?/v1/messages")],
@@ -23977,6 +23978,28 @@ def test_workers_share_a_socket_are_replaced_and_end_together(tmp_path, upstream
         assert program.post("/v1/responses", body_for(RESPONSES, model)).status == 200
     finally:
         assert program.stop() == 0
+
+
+def test_a_shutdown_is_announced_before_requests_are_refused(tmp_path, upstream, model):
+    upstream.on(model, answer_json({"id": "x"}))
+    program = Running(tmp_path, config=config_for(upstream.url, server="shutdown_delay_secs = 600"))
+    try:
+        assert [program.post(path, b"", method="GET").status for path in proxai.HEALTH_PATHS] == [200] * 4
+        with program.connect() as idle:
+            program.process.terminate()
+            deadline = time.monotonic() + PATIENCE
+            while program.post("/readyz", b"", method="GET").status != 503 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert {path: program.post(path, b"", method="GET").status for path in proxai.HEALTH_PATHS} == {
+                "/healthz": 503, "/readyz": 503, "/health": 503, "/livez": 200}
+            body = json.dumps(body_for(RESPONSES, model)).encode()
+            idle.sendall(b"POST /v1/responses HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+            reply = read_reply(read_all(idle))  # and the connection closes
+            assert (reply.status, reply.headers["connection"]) == (200, "close")
+    finally:
+        program.process.terminate()  # the second signal ends the wait
+        assert program.process.wait(PATIENCE) == 0
+        program.stop()
 
 
 @pytest.mark.parametrize("text, said", [
