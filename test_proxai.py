@@ -16563,6 +16563,182 @@ def test_what_a_translated_stream_tells_is_seen_once():
 #  16  Credentials
 # ============================================================================
 
+A, B, C = (proxai.Candidate("p", name, "m") for name in "abc")
+RESET_AT = NOW + 3600
+
+
+def bucket(**fields: str) -> dict[bytes, bytes]:
+    """Header lines by name, with _ for -."""
+    return {name.replace("_", "-").encode(): value.encode() for name, value in fields.items()}
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("Sun, 06 Nov 1994 08:49:37 GMT", 784111777), ("Tue, 29 Feb 2000 00:00:00 GMT", 951782400),
+    ("Sun, 06 Nev 1994 08:49:37 GMT", None), ("Sun, 31 Feb 1994 08:49:37 GMT", None), ("soon", None),
+    ("Sun, 06 Nov 1994 08:49:37 CET", None), ("Sun, 06 Nov 1994 25:49:37 GMT", None), ("", None),
+])
+def test_dates_of_http_are_read(text, expected):
+    assert proxai.parse_http_date(text) == expected
+
+
+@pytest.mark.parametrize("text, secs", [
+    ("12", 12), ("1.5", 1.5), (" 7 ", 7), ("1s", 1), ("6m0s", 360), ("1.5s", 1.5), ("20ms", .02), ("1h2m3s", 3723),
+    ("20 seconds", 20), ("1 minute 30 seconds", 90), ("500 milliseconds", .5), ("2 days", 172800),
+    (str(NOW + 60), 60), (str((NOW + 60) * 1000), 60), (f"{NOW + 60}.5", 60.5),
+    ("2023-11-14T22:14:20Z", 60), ("2023-11-14 22:14:20", 60), ("2023-11-14T23:14:20+01:00", 60),
+    ("Tue, 14 Nov 2023 22:14:20 GMT", 60),
+    ("0", None), ("-5", None), ("1e3", None), ("", None), ("soon", None), ("2023-11-14T22:13:20Z", None),
+    ("2020-01-01T00:00:00Z", None), ("99999999", None), ("2033-11-14T22:13:20Z", None), ("9" * 300, None),
+    ("400d", None), ("Tue, 14 Nov 2000 22:14:20 GMT", None), ("0001-01-01T00:00:00+23:59", None),
+])
+def test_the_end_of_a_limit_is_read_however_it_is_written(text, secs):
+    at = proxai.reset_time(text, NOW)
+    assert at is None if secs is None else at == pytest.approx(NOW + secs, abs=1e-3)
+
+
+REJECTED = {"anthropic_ratelimit_unified_5h_status": "rejected",
+            "anthropic_ratelimit_unified_5h_reset": str(RESET_AT),
+            "anthropic_ratelimit_unified_7d_status": "allowed",
+            "anthropic_ratelimit_unified_7d_reset": str(NOW + 9999)}
+
+
+@pytest.mark.parametrize("status, headers, body, text, source, secs", [
+    (429, {"retry_after": "12"}, None, "", "header retry-after", 12),
+    (503, {"retry_after": "Tue, 14 Nov 2023 22:14:20 GMT"}, None, "", "header retry-after", 60),
+    (429, {"retry_after_ms": "1500", "retry_after": "2"}, None, "", "header retry-after-ms", 1.5),
+    (429, {"retry_after_ms": "no", "retry_after": "2"}, None, "", "header retry-after", 2),
+    (429, {"x_ratelimit_reset_tokens": "6m0s", "x_ratelimit_remaining_tokens": "0",
+           "x_ratelimit_reset_requests": "1d", "x_ratelimit_remaining_requests": "99"}, None, "",
+     "header x-ratelimit-reset-tokens", 360),
+    (429, {"x_ratelimit_reset_tokens": "6m0s", "x_ratelimit_remaining_tokens": "0",
+           "x_ratelimit_reset_requests": "7m0s", "x_ratelimit_remaining_requests": "0"}, None, "",
+     "header x-ratelimit-reset-requests", 420),
+    (429, {"x_ratelimit_reset": str((NOW + 60) * 1000), "x_ratelimit_remaining": "0"}, None, "",
+     "header x-ratelimit-reset", 60),
+    (429, {"ratelimit_reset": "30"}, None, "", "header ratelimit-reset", 30),
+    (429, {"x_ratelimit_reset_requests_day": "30", "x_ratelimit_remaining_requests_day": "0"}, None, "",
+     "header x-ratelimit-reset-requests-day", 30),
+    (503, {"ratelimit_reset": "30"}, None, "", None, 0),
+    (429, {"ratelimit_reset": "30", "ratelimit_remaining": "5"}, None, "", None, 0),
+    (429, {"anthropic_ratelimit_input_tokens_reset": "2023-11-14T22:14:20Z",
+           "anthropic_ratelimit_input_tokens_remaining": "0"}, None, "",
+     "header anthropic-ratelimit-input-tokens-reset", 60),
+    (429, REJECTED | {"retry_after": "5"}, None, "", "header anthropic-ratelimit-unified-5h-reset", 3600),
+    (429, REJECTED | {"anthropic_ratelimit_unified_7d_status": "rejected"}, None, "",
+     "header anthropic-ratelimit-unified-7d-reset", 9999),
+    (429, {"anthropic_ratelimit_unified_5h_reset": str(RESET_AT)}, None, "", None, 0),
+    (429, {}, {"error": {"resets_at": RESET_AT, "resets_in_seconds": 5}}, "", "body resets_at", 3600),
+    (429, {}, {"error": {"resets_in_seconds": 5}}, "", "body resets_in_seconds", 5),
+    (429, {}, {"type": "response.failed", "response": {"error": {"resets_in_seconds": 5}}}, "",
+     "body resets_in_seconds", 5),
+    (429, {}, {"error": {"details": [{"@type": "RetryInfo", "retryDelay": "39.5s"}]}}, "", "body retryDelay", 39.5),
+    (429, {}, {"error": {"details": [{"retryDelay": "3s"}, {"metadata": {"quotaResetDelay": "1h0m0s"}}]}}, "",
+     "body quotaResetDelay", 3600),
+    (429, {}, {"error": {"resets_at": True, "details": "x"}}, "", None, 0), (429, {}, "text", "", None, 0),
+    (429, {}, None, "Rate limit reached: limit 30000, used 29000. Please try again in 12s. See", "text", 12),
+    (429, {}, None, "please try again in 6m0.5s", "text", 360.5),
+    (429, {}, None, "Please retry after 20 seconds.", "text", 20),
+    (429, {}, None, "Please retry in 39.6s", "text", 39.6), (429, {}, None, "quota will reset after 1h2m3s", "text", 3723),
+    (429, {}, None, "wait 1 minute and 5 seconds", "text", 65), (429, {}, None, "available in 250ms", "text", .25),
+    (429, {}, None, "your limit will reset at 2023-11-14 22:14:20", "text", 60),
+    (429, {}, None, "try again in about 3 hours", "text", 10800),
+    (429, {}, None, "try again after 5 attempts", None, 0), (429, {}, None, "you sent 12s of audio", None, 0),
+    (429, {}, None, "try again later", None, 0), (429, {"retry_after": "99999999"}, None, "", None, 0),
+])
+def test_hints_on_the_end_of_a_limit_are_found(status, headers, body, text, source, secs):
+    hint = proxai.reset_hint(status, bucket(**headers), body, text, NOW)
+    if source is None:
+        assert hint is None
+        return
+    assert (hint.source, hint.at) == (source, pytest.approx(NOW + secs, abs=1e-3))
+    assert 0 < len(hint.raw) <= 100 and hint.whole is ("unified" in source)
+
+
+def test_hints_cost_little_whatever_comes():
+    reset_like = b"x-ratelimit-" + b"reset-" * 1500
+    started = time.process_time()
+    for text in ("again " * 5000, "retry " + "1" * 9000, "1s " * 9000, "wait " + "9s," * 9000, "again" + " " * 9000):
+        proxai.reset_hint(429, {reset_like: b"1", b"retry-after": b"9" * 9000}, None, text, NOW)
+    assert time.process_time() - started < 1
+
+
+def failure(status: int, message: str = "x", kind: str = "", code: str | None = None) -> proxai.ProxyError:
+    """A provider's error."""
+    return proxai.UpstreamError(message, status=status, kind=kind, code=code)
+
+
+LIMITED = {"x_ratelimit_remaining_requests": "3"}
+
+
+@pytest.mark.parametrize("error, headers, what", [
+    (failure(400), {}, "request"), (failure(409), {}, "request"), (failure(413), {}, "request"),
+    (failure(422), {}, "request"), (failure(401), {}, "auth"), (failure(402), {}, "billing"),
+    (failure(403), {}, "forbidden"), (failure(404), {}, "missing"), (failure(408), {}, "transient"),
+    *((failure(status), {}, "transient") for status in (500, 502, 503, 504, 529)),
+    *((failure(status), {}, "unknown") for status in (302, 405, 418, 501, 520)),
+    (failure(429), {}, "capacity"), (failure(429), LIMITED, "quota"), (failure(429), {"retry_after": "9"}, "quota"),
+    (failure(429, "try again in 9s"), {}, "quota"), (failure(429, "the engine is overloaded"), LIMITED, "capacity"),
+    (failure(429, "You exceeded your current quota", "insufficient_quota", "insufficient_quota"), {}, "billing"),
+    (failure(400, "Your credit balance is too low to access the API", "invalid_request_error"), {}, "billing"),
+    # vendors call faults of a key a request's too
+    (failure(401, "bad key", "invalid_request_error", "invalid_api_key"), {}, "auth"),
+    (failure(401, "bad key", "authentication_error"), {}, "auth"),
+    (failure(402, "x", "invalid_request_error"), {}, "billing"),
+    (failure(429, "x", "invalid_request_error"), LIMITED, "quota"),
+    (failure(429, "x", "x", "invalid_value"), LIMITED, "quota"),
+    (failure(404, "no access", "invalid_request_error", "model_not_found"), {}, "missing"),
+    (failure(404, "x", "invalid_request_error", "previous_response_not_found"), {}, "request"),
+    (failure(404, "Item with id 'rs_1' not found. Items are not persisted when `store` is set to false."), {}, "request"),
+    (failure(403, "x", "x", "cyber_policy"), {}, "request"), (failure(500, "x", "invalid_request_error"), {}, "request"),
+    (failure(502, "x", "", "context_length_exceeded"), {}, "request"),
+    (failure(500, "the request exceeds the available context size"), {}, "request"),
+    (failure(500, "invalid_value in a text"), {}, "transient"), (failure(500, "x", "my_invalid_value"), {}, "transient"),
+    (failure(400, "invalid_grant"), {}, "auth"), (failure(401, "x", "invalid_grant"), {}, "auth"),
+    (failure(400, "The 'gpt-5' model is not supported with this account"), {}, "unsupported"),
+    (failure(400, "The model `gpt-4.1` does not exist or you do not have access to it"), {}, "unsupported"),
+    (failure(400, "Model Not Exist"), {}, "unsupported"), (failure(400, "x", "", "model_not_supported"), {}, "unsupported"),
+    (failure(400, "vendor/x is not a valid model ID"), {}, "unsupported"), (failure(422, "unsupported model: x"), {}, "unsupported"),
+    (failure(400, "model: claude-x is currently unavailable"), {}, "unsupported"),
+    (failure(400, "this is not available for your plan"), {}, "unsupported"),
+    (failure(400, "Unsupported parameter: 'temperature' is not supported with this model."), {}, "request"),
+    (failure(400, "This model's maximum context length is 8192 tokens"), {}, "request"),
+    (failure(400, "model does not support tools"), {}, "request"),
+    (failure(403, "<html><title>Just a moment...</title>"), {}, "challenge"),
+    (failure(429, "<script src=/cdn-cgi/challenge-platform/x>"), LIMITED, "challenge"),
+    (failure(200, "<html><title>Just a moment...</title>"), {}, "unknown"),
+])
+def test_failures_are_told_apart(error, headers, what):
+    verdict = proxai.classify(error, bucket(**headers), None, NOW)
+    assert verdict.what == what and verdict.rule is proxai.RULES[what]
+    assert verdict.source and verdict.rule.rotate is (what != "request")
+
+
+@pytest.mark.parametrize("said, what", [
+    ({"type": "overloaded_error", "message": "Overloaded"}, "transient"), ({"type": "rate_limit_error"}, "capacity"),
+    ({"code": "rate_limit_exceeded", "message": "try again in 2s"}, "quota"), ({"type": "authentication_error"}, "auth"),
+    ({"code": "usage_limit_reached", "resets_in_seconds": 7200}, "quota"), ({"code": 402}, "billing"),
+    ({"code": "invalid_prompt"}, "request"), ({"code": "server_error"}, "transient"), ("it broke", "transient"),
+    ({"code": "context_length_exceeded"}, "request"), ({"code": 429}, "capacity"),
+])
+def test_errors_inside_of_a_200_count_like_others(said, what):
+    error = proxai.fault_of(said)
+    assert proxai.classify(error, {}, {"error": said}, NOW).what == what
+
+
+def test_verdicts_without_an_answer_and_with_a_hint():
+    assert proxai.classify(None, {}, None, NOW) == proxai.Verdict("ok")
+    for fault in ("client", "dropped", "network"):
+        assert proxai.classify(None, {}, None, NOW, fault).what == fault
+    google = [{"error": {"details": [{"retryDelay": "30s"}]}}]
+    assert proxai.classify(failure(429), {}, google, NOW).until == NOW + 30
+    unified = proxai.classify(failure(429), bucket(**REJECTED), None, NOW)
+    assert (unified.what, unified.until, unified.raw, unified.whole) == ("quota", RESET_AT, str(RESET_AT), True)
+    assert proxai.classify(failure(401), {b"retry-after": b"9"}, None, NOW).until is None  # it does not heal by itself
+    assert proxai.classify(failure(429, "x", "kind", "code"), {}, None, NOW).raw == "kind code"
+    assert set(proxai.USEFUL) == set(proxai.RULES)
+    assert {what for what, rule in proxai.RULES.items() if rule.again} == {
+        "quota", "capacity", "challenge", "forbidden", "transient"}
+
 
 
 # ============================================================================
