@@ -9021,17 +9021,11 @@ def remember(table: dict[Any, Any], key: Any, value: Any, limit: int) -> None:
 # -- sessions ----------------------------------------------------------------
 # Providers keep prompts warm per account, so a session stays with one credential.
 
-CLAUDE_CODE_FIELD = b"x-claude-code-session-id"
-SESSION_FIELDS = (b"session-id", b"session_id", b"x-session-id", b"x-session-affinity",
-                  b"x-client-request-id")  # Codex, OpenCode, SDKs
+SESSION_FIELDS = (b"x-claude-code-session-id", b"session-id", b"session_id", b"x-session-id",
+                  b"x-session-affinity", b"x-client-request-id")  # Codex, OpenCode, SDKs
 CLAUDE_CODE_USER = re.compile(r'(?:_session_|"session_id"\s*:\s*")([\w-]{8,64})')
 OPENING_CHARS = 100  # of each text that tells one conversation from another
 OPENING_ITEMS = 64
-
-
-def field_text(headers: Mapping[bytes, bytes], name: bytes) -> str:
-    """A header's value as text, empty where it is not there."""
-    return headers.get(name, b"").decode("latin-1")
 
 
 def session_keys(headers: Mapping[bytes, bytes], body: Json) -> tuple[str, ...]:
@@ -9039,9 +9033,9 @@ def session_keys(headers: Mapping[bytes, bytes], body: Json) -> tuple[str, ...]:
     send, else of how the conversation begins. None where there is neither."""
     user = text_of(mapping(body.get("metadata")).get("user_id"))[:2048]
     inside = CLAUDE_CODE_USER.search(user)
-    fields = [field_text(headers, name) for name in (CLAUDE_CODE_FIELD, *SESSION_FIELDS)]
+    first, *others = ((headers.get(name, b"").decode("latin-1"),) for name in SESSION_FIELDS)
     talk = body.get("conversation")
-    for names in ((fields[0],), (inside and inside[1],), *((field,) for field in fields[1:]),
+    for names in (first, (inside and inside[1],), *others,
                   (body.get("session_id"),), (body.get("sessionId"),),
                   (body.get("prompt_cache_key"), mapping(talk).get("id") or talk),
                   (user,), (body.get("conversation_id"),)):
@@ -9093,8 +9087,8 @@ class Reset(NamedTuple):
 
 
 PLAIN_NUMBER = re.compile(r"[0-9]{1,15}(?:\.[0-9]{1,15})?")
-UNIFIED = re.compile(rb"anthropic-ratelimit-unified-(?:5h|7d)-reset")
-LIMIT_RESET = re.compile(rb"(?:x-|anthropic-)?ratelimit-(?!unified)(?:[\w-]+-)?reset(?:-[\w-]+)?")
+UNIFIED = re.compile(r"anthropic-ratelimit-unified-(?:5h|7d)-reset")
+LIMIT_RESET = re.compile(r"(?:x-|anthropic-)?ratelimit-(?!unified)(?:[\w-]+-)?reset(?:-[\w-]+)?")
 RESET_TEXT = re.compile(
     r"\b(?:again|retry(?:ing)?|resets?|wait|available|after)\b[^0-9\n]{0,24}?"
     r"([0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9:]{8}(?:\.[0-9]{1,6})?(?:Z|[+-][0-9]{2}:[0-9]{2})?"
@@ -9106,52 +9100,38 @@ def reset_time(text: str, now: float) -> float | None:
     """When a limit ends, however a vendor writes it: seconds from now, a Unix time (also in
     milliseconds), a duration, a date. None for what is none of these, past or absurd."""
     text = text.strip()[:64]
-    at: float | None
     if PLAIN_NUMBER.fullmatch(text):
-        at = float(text)
-        at = at / 1000 if at >= 1e11 else at if at >= 1e9 else now + at
+        count = float(text)
+        at = count / 1000 if count >= 1e11 else count if count >= 1e9 else now + count
     else:
-        at = parse_http_date(text) or iso_time(text)
-        secs = reset_secs(text.lower()) if at is None else None
-        at = at if secs is None else now + secs
-    return at if at is not None and now < at <= now + DECLARED_SECS else None
+        at = (parse_http_date(text) or iso_time(text)
+              or now + (reset_secs(text.lower()) or 0.0))
+    return at if now < at <= now + DECLARED_SECS else None
 
 
 def reset_hint(status: int, headers: Mapping[bytes, bytes], body: Any, text: str,
                now: float) -> Reset | None:
     """What a provider's failure tells about its end; the source that says most about it wins, and
     of several limits the one that ends last."""
-    for told in (unified_resets(headers), body_resets(body),
-                 [("header retry-after-ms", field_text(headers, b"retry-after-ms") + "ms", False)],
-                 [("header retry-after", field_text(headers, b"retry-after"), False)],
-                 limit_resets(headers) if status == 429 else [],
-                 [("text", found[1].strip(" ,"), False)
-                  for found in RESET_TEXT.finditer(text[:ERROR_TEXT_CHARS])][:1]):
-        resets = [Reset(at, source, raw[:WHY_CHARS], whole) for source, raw, whole in told
+    named = {name.decode(): value.decode("latin-1") for name, value in headers.items()}
+    used_up = [name for name in named if UNIFIED.fullmatch(name)
+               and named.get(name.removesuffix("reset") + "status") == "rejected"]
+    empty = [name for name in named if status == 429 and LIMIT_RESET.fullmatch(name)
+             and named.get(name.replace("reset", "remaining"), "0") == "0"]
+    found = RESET_TEXT.search(text[:ERROR_TEXT_CHARS])
+    for told in ([(f"header {name}", named[name]) for name in used_up], body_resets(body),
+                 [("header retry-after-ms", named.get("retry-after-ms", "") + "ms")],
+                 [("header retry-after", named.get("retry-after", ""))],
+                 [(f"header {name}", named[name]) for name in empty],
+                 [("text", found[1].strip(" ,"))] if found else []):
+        resets = [Reset(at, source, raw[:WHY_CHARS], bool(used_up)) for source, raw in told
                   if (at := reset_time(raw, now)) is not None]
         if resets:
             return max(resets)
     return None
 
 
-Told = list[tuple[str, str, bool]]  # source, raw, whether it is for all models
-
-
-def unified_resets(headers: Mapping[bytes, bytes]) -> Told:
-    """The windows of an Anthropic subscription that are used up; models share them."""
-    return [(f"header {name.decode()}", field_text(headers, name), True) for name in headers
-            if UNIFIED.fullmatch(name)
-            and headers.get(name.removesuffix(b"reset") + b"status") == b"rejected"]
-
-
-def limit_resets(headers: Mapping[bytes, bytes]) -> Told:
-    """The rate limits with nothing left, or that do not tell what is left."""
-    return [(f"header {name.decode()}", field_text(headers, name), False) for name in headers
-            if LIMIT_RESET.fullmatch(name)
-            and field_text(headers, name.replace(b"reset", b"remaining")) in ("", "0", "0.0")]
-
-
-def body_resets(body: Any) -> Told:
+def body_resets(body: Any) -> list[tuple[str, str]]:
     """The deadlines that OpenAI (Codex) and Google have in the body of an error."""
     error = mapping(first_of(body, "/error", "/response/error"))
     details = [mapping(detail) for detail in listing(error.get("details"))[:32]]
@@ -9160,7 +9140,7 @@ def body_resets(body: Any) -> Told:
         *((mapping(detail.get("metadata")), "quotaResetDelay") for detail in details),
         *((detail, "retryDelay") for detail in details))
         if isinstance(value := holder.get(name), (str, int, float))]
-    return [(f"body {name}", str(value), False) for name, value in told[:1]]
+    return [(f"body {name}", str(value)) for name, value in told[:1]]
 
 
 # -- what a failure means ----------------------------------------------------
@@ -9536,13 +9516,13 @@ def unavailable(state: Scheduler, candidates: Sequence[Candidate], model: str, p
     soonest = recovery(state, candidates, now)
     if not soonest:
         return UpstreamError(f"no credential for the model {model} is usable now", status=503,
-                             fix="`why` with its name tells the reasons", code="auth_unavailable")
+                             fix=f"`why {model}` tells the reasons", code="auth_unavailable")
     secs = math.ceil(soonest)
     told = min(secs, CLAUDE_CODE_SECS) if protocol is MESSAGES else secs
     ends = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now + secs))
     return UpstreamError(
         f"all credentials for the model {model} are cooling down, the first one for {secs}"
-        f" seconds, until {ends}", fix="`why` with its name tells the reasons", status=429,
+        f" seconds, until {ends}", fix=f"`why {model}` tells the reasons", status=429,
         code="model_cooldown", fields=[b"retry-after: %d" % told], retry=told <= 60)
 
 
@@ -9601,7 +9581,8 @@ def load_state(state: Scheduler, value: Any, now: float) -> int:
         texts: list[Any] = [row.get(name) for name in SAVED[:3]]
         times: list[Any] = [row.get(name) for name in SAVED[3:]]
         since, until, tried = (at if type(at) in (int, float) else math.nan for at in times)
-        if (all(isinstance(text, str) for text in (*key[:2], key[2] or "", *texts))
+        if (all(isinstance(text, str) for text in (*key[:2], *texts))
+                and isinstance(key[2], str | None)
                 and texts[0] in RULES and 0 <= since <= now < until <= now + DECLARED_SECS
                 and 0 <= tried <= now):
             window = Window._make((True, *texts, since, until, 0, tried))
