@@ -9232,8 +9232,7 @@ def classify(error: ProxyError | None, headers: Mapping[bytes, bytes], body: Any
     what = next(what for words, what in SIGNS if words.match(said))
     cause = cause_of(error)
     if cause and what not in ("challenge", "unsupported"):
-        what = "capacity" if error.status == 429 else what
-        what = CAUSE_SIGNS.get(cause, what)
+        what = CAUSE_SIGNS.get(cause, "capacity" if error.status == 429 else what)
     body = body[0] if isinstance(body, list) and body else body  # Google's come in an array
     hint = (reset_hint(error.status, headers, body, error.message, now)
             if RULES[what].hints else None)
@@ -9264,7 +9263,7 @@ def resting(state: Scheduler, candidate: Candidate, now: float) -> Window | None
         if window is None:
             continue
         if window.declared:
-            blocked = now < min(window.until, next_probe(state, window))
+            blocked = now < next_probe(state, window)
         else:
             blocked = now < max(window.until, window.tried + TRIAL_SECS if window.tried else 0)
         if blocked and (found is None or window.until > found.until):
@@ -9303,7 +9302,8 @@ def note_result(state: Scheduler, candidates: Sequence[Candidate], candidate: Ca
         for place in places:
             if place in state.rests and state.rests[place].since <= began:
                 del state.rests[place]
-        bind(state, candidate, model, session, now)
+        if bound_key(state, model, session, now) in (None, candidate.key):
+            bind(state, candidate, model, session, now)
         return
     for place in places:  # who was let through has come back
         window = state.rests.get(place)
@@ -9312,21 +9312,23 @@ def note_result(state: Scheduler, candidates: Sequence[Candidate], candidate: Ca
     if verdict.rule.secs == 0:
         return
     for name in session:
-        state.bindings.pop((name, model), None)
+        if state.bindings.get((name, model), (None,))[0] == candidate.key:
+            del state.bindings[name, model]
     place = places[1 if verdict.whole else 0]
     if verdict.until is not None or not alone(state, candidates, candidate, now):
-        remember(state.rests, place, next_window(state.rests.get(place), verdict, now), RESTS)
+        window = next_window(state.rests.get(place), verdict, now, began)
+        remember(state.rests, place, window, RESTS)
 
 
-def next_window(old: Window | None, verdict: Verdict, now: float) -> Window:
+def next_window(old: Window | None, verdict: Verdict, now: float, began: float) -> Window:
     """The rest that follows a failure where `old` was the last one.
 
-    Failures side by side count once, so one inside of an open window changes nothing; a longer
-    declaration stays.
+    Failures side by side count once, so one inside of an open window changes nothing. A longer
+    declaration stays, but for what a request that was let through during it was told.
     """
     rule, level = verdict.rule, 0
     if verdict.until is not None:
-        if old and old.declared and old.until >= verdict.until:
+        if old and old.declared and old.until >= verdict.until and old.since >= began:
             return old
         return Window(True, verdict.what, verdict.source, verdict.raw, now, verdict.until)
     if old and now < old.until:

@@ -16737,7 +16737,10 @@ def test_verdicts_without_an_answer_and_with_a_hint():
     assert (unified.what, unified.until, unified.raw, unified.whole) == ("quota", RESET_AT, str(RESET_AT), True)
     assert proxai.classify(failure(401), {b"retry-after": b"9"}, None, NOW).until is None  # it does not heal by itself
     assert proxai.classify(failure(429, "x", "kind", "code"), {}, None, NOW).raw == "kind code"
-    assert set(proxai.USEFUL) == set(proxai.RULES)
+    for status in (402, 403, 408, 429, 503, 520):
+        for text in ("x", "<title>Just a moment"):
+            assert proxai.classify(failure(status, text), {b"retry-after": b"9"}, None, NOW).until == NOW + 9
+    assert set(proxai.USEFUL) == set(proxai.RULES) and not proxai.RULES["ok"].rotate
     assert {what for what, rule in proxai.RULES.items() if rule.again} == {
         "quota", "capacity", "challenge", "forbidden", "transient"}
 
@@ -16889,6 +16892,9 @@ def test_a_session_keeps_its_credential_until_that_fails(strategy):
     assert picks(state, fleet, 1, ("s",), NOW + 61 + 3599 + 3601) == "a"  # an hour of silence: it is cold
     rest(state, A, OK, NOW + 9000, fleet, model="m", session=("s",))
     assert state.bindings["s", "m"] == (A.key, NOW + 9000 + 3600)
+    for verdict in (OK, TRANSIENT):  # of a request from before the session went elsewhere
+        rest(state, low, verdict, NOW + 9000, fleet, model="m", session=("s",))
+        assert state.bindings["s", "m"][0] == A.key
     for verdict in (REQUEST, DROPPED, GONE):  # no fault of the credential
         rest(state, A, verdict, NOW + 9000, fleet, model="m", session=("s",))
         assert ("s", "m") in state.bindings
@@ -16955,6 +16961,9 @@ def test_declarations_and_guesses_side_by_side():
     for verdict in (declared(60), TRANSIENT, AUTH):
         assert rest(state, A, verdict) == long
     assert rest(state, A, declared(700)).until == NOW + 700
+    fresh = rest(state, A, proxai.Verdict("quota", NOW + 90, "s", "r"), NOW + 30, began=NOW + 29)
+    assert (fresh.since, fresh.until) == (NOW + 30, NOW + 90)  # one that was let through knows better
+    assert rest(state, A, declared(700)).until == NOW + 700
     rest(state, B, AUTH)
     assert rest(state, B, declared(5)).until == NOW + 5  # what we guessed gives way
     assert rest(state, A, OK, NOW + 1, began=NOW - 1).until == NOW + 700  # it was sent before
@@ -16984,9 +16993,9 @@ def test_a_declaration_lets_a_request_through_now_and_then():
     assert picks(state, [A, B], 2, now=NOW + 3599) == "bb"
     assert picks(state, [A, B], 3, now=NOW + 3600) == "abb"
     rest(state, A, declared(10000), NOW + 3601)
-    assert picks(state, [A, B], 1, now=NOW + 7199) == "b" and picks(state, [A, B], 3, now=NOW + 7200) == "abb"
-    rest(state, A, OK, NOW + 7201)
-    assert picks(state, [A, B], 1, now=NOW + 7202) == "a"
+    assert picks(state, [A, B], 1, now=NOW + 7200) == "b" and picks(state, [A, B], 3, now=NOW + 7201) == "abb"
+    rest(state, A, OK, NOW + 7202)
+    assert picks(state, [A, B], 1, now=NOW + 7203) == "a"
     assert picks(never, [A, B], 1, now=NOW + 9999) == "b" and picks(never, [A, B], 2, now=NOW + 10000) == "aa"
 
 
@@ -17029,7 +17038,7 @@ def tries(*names: str, status: int = 500) -> list[Any]:
     (AUTH, "a", "a", 0, (), "next"), (AUTH, "abc", "abc", 0, (), "stop"), (NETWORK, "abc", "abc", 0, (), "stop"),
     (NETWORK, "a", "a", 0, (), "next"), (MISSING, "a", "a", 0, (), "next"), (DROPPED, "a", "a", 0, (), "next"),
     (REQUEST, "a", "a", 0, (), "stop"), (GONE, "a", "a", 0, (), "stop"),
-    (declared(3), "a", "a", 0, (), ("same", 3)), (declared(3), "aa", "a", 0, (), "next"),
+    (declared(3), "a", "a", 0, (), ("same", 3)), (declared(5), "a", "a", 0, (), ("same", 5)), (declared(3), "aa", "a", 0, (), "next"),
     (declared(3), "a", "a", 58, (), "next"), (declared(6), "a", "a", 0, (), "next"),
     (declared(6), "a", "a", 0, (4, 60, 10), ("same", 6)), (declared(3), "a", "a", 0, (1,), "stop"),
     (declared(10000), "abc", "abc", 0, (), ("round", 1)),
