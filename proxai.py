@@ -9083,7 +9083,7 @@ class Reset(NamedTuple):
     at: float
     source: str
     raw: str
-    whole: bool = False
+    whole: bool
 
 
 PLAIN_NUMBER = re.compile(r"[0-9]{1,15}(?:\.[0-9]{1,15})?")
@@ -9303,7 +9303,7 @@ def note_result(state: Scheduler, candidates: Sequence[Candidate], candidate: Ca
             if place in state.rests and state.rests[place].since <= began:
                 del state.rests[place]
         if bound_key(state, model, session, now) in (None, candidate.key):
-            bind(state, candidate, model, session, now)
+            keep_session(state, candidate, model, session, now)
         return
     for place in places:  # who was let through has come back
         window = state.rests.get(place)
@@ -9370,12 +9370,12 @@ def choose_credential(state: Scheduler, candidates: Sequence[Candidate], model: 
     for place in places_of(chosen):
         if window := state.rests.get(place):  # this request is the one that is let through
             state.rests[place] = window._replace(tried=now)
-    bind(state, chosen, model, session, now)
+    keep_session(state, chosen, model, session, now)
     return chosen
 
 
-def bind(state: Scheduler, candidate: Candidate, model: str, session: Sequence[str],
-         now: float) -> None:
+def keep_session(state: Scheduler, candidate: Candidate, model: str, session: Sequence[str],
+                 now: float) -> None:
     """Let a session keep a credential from now on."""
     for name in session if state.affinity_secs else ():
         remember(state.bindings, (name, model), (candidate.key, now + state.affinity_secs),

@@ -16819,7 +16819,7 @@ def rest(state: proxai.Scheduler, candidate: Any, verdict: Any, now: float = NOW
     return proxai.resting(state, candidate, now)
 
 
-TRANSIENT, QUOTA, CAPACITY, AUTH, MISSING, REQUEST, DROPPED, GONE, OK, NETWORK = map(proxai.Verdict, (
+TRANSIENT, QUOTA, CAPACITY, AUTH, MISSING, REQUEST, DROPPED, LEFT, SERVED, NETWORK = map(proxai.Verdict, (
     "transient", "quota", "capacity", "auth", "missing", "request", "dropped", "client", "ok", "network"))
 
 
@@ -16890,12 +16890,12 @@ def test_a_session_keeps_its_credential_until_that_fails(strategy):
     assert picks(state, fleet, 1, ("t",), NOW + 61) == "a"
     assert picks(state, fleet, 1, ("s",), NOW + 61 + 3599) == "b"
     assert picks(state, fleet, 1, ("s",), NOW + 61 + 3599 + 3601) == "a"  # an hour of silence: it is cold
-    rest(state, A, OK, NOW + 9000, fleet, model="m", session=("s",))
+    rest(state, A, SERVED, NOW + 9000, fleet, model="m", session=("s",))
     assert state.bindings["s", "m"] == (A.key, NOW + 9000 + 3600)
-    for verdict in (OK, TRANSIENT):  # of a request from before the session went elsewhere
+    for verdict in (SERVED, TRANSIENT):  # of a request from before the session went elsewhere
         rest(state, low, verdict, NOW + 9000, fleet, model="m", session=("s",))
         assert state.bindings["s", "m"][0] == A.key
-    for verdict in (REQUEST, DROPPED, GONE):  # no fault of the credential
+    for verdict in (REQUEST, DROPPED, LEFT):  # no fault of the credential
         rest(state, A, verdict, NOW + 9000, fleet, model="m", session=("s",))
         assert ("s", "m") in state.bindings
     assert picks(proxai.Scheduler(affinity_secs=0), [A, B], 4, ("s",)) == "abab"
@@ -16924,7 +16924,9 @@ def test_failures_one_after_the_other_double_a_guess_and_failures_side_by_side_d
             assert rest(state, A, QUOTA, now + 0.5) == window
         now = window.until
     assert secs == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 900, 900]
-    assert rest(state, A, OK, now) is None and rest(state, A, QUOTA, now).level == 0
+    flat = rest(state, B, proxai.Verdict("challenge"))
+    assert rest(state, B, proxai.Verdict("challenge"), flat.until).until == flat.until + 20
+    assert rest(state, A, SERVED, now) is None and rest(state, A, QUOTA, now).level == 0
     rest(state, A, QUOTA, now + 1)
     assert rest(state, A, QUOTA, now + 9999).level == 0  # it was long ago
 
@@ -16933,7 +16935,7 @@ def test_failures_one_after_the_other_double_a_guess_and_failures_side_by_side_d
     (TRANSIENT, 60), (NETWORK, 60), (CAPACITY, 1), (QUOTA, 1), (AUTH, 900), (MISSING, 900),
     (proxai.Verdict("challenge"), 10), (proxai.Verdict("forbidden"), 900), (proxai.Verdict("unsupported"), 900),
     (proxai.Verdict("billing"), 900), (proxai.Verdict("unknown"), 60), (declared(200000), 200000),
-    (REQUEST, 0), (DROPPED, 0), (GONE, 0), (OK, 0)], ids=lambda v: getattr(v, "what", v))
+    (REQUEST, 0), (DROPPED, 0), (LEFT, 0), (SERVED, 0)], ids=lambda v: getattr(v, "what", v))
 def test_how_long_a_credential_rests(verdict, secs):
     state = proxai.Scheduler()
     window = rest(state, A, verdict)
@@ -16951,7 +16953,7 @@ def test_a_declaration_for_all_models():
     state, other = proxai.Scheduler(), A._replace(model="n")
     rest(state, A, declared(60, whole=True))
     assert proxai.resting(state, other, NOW) and proxai.resting(state, A, NOW)
-    rest(state, other, OK, NOW + 1)
+    rest(state, other, SERVED, NOW + 1)
     assert proxai.resting(state, A, NOW + 1) is None
 
 
@@ -16966,8 +16968,8 @@ def test_declarations_and_guesses_side_by_side():
     assert rest(state, A, declared(700)).until == NOW + 700
     rest(state, B, AUTH)
     assert rest(state, B, declared(5)).until == NOW + 5  # what we guessed gives way
-    assert rest(state, A, OK, NOW + 1, began=NOW - 1).until == NOW + 700  # it was sent before
-    assert rest(state, A, OK, NOW + 1, began=NOW) is None
+    assert rest(state, A, SERVED, NOW + 1, began=NOW - 1).until == NOW + 700  # it was sent before
+    assert rest(state, A, SERVED, NOW + 1, began=NOW) is None
 
 
 def test_after_a_guess_one_request_decides():
@@ -16975,11 +16977,11 @@ def test_after_a_guess_one_request_decides():
     rest(state, A, TRANSIENT)
     assert picks(state, [A, B], 2, now=NOW + 59) == "bb"
     assert picks(state, [A, B], 3, now=NOW + 60) == "abb"
-    rest(state, A, GONE, NOW + 61)  # it told nothing; the next one is to decide
+    rest(state, A, LEFT, NOW + 61)  # it told nothing; the next one is to decide
     assert picks(state, [A, B], 2, now=NOW + 62) == "ab"
     assert rest(state, A, TRANSIENT, NOW + 63).until == NOW + 123
     assert picks(state, [A, B], 2, now=NOW + 123) == "ab"
-    rest(state, A, OK, NOW + 124)
+    rest(state, A, SERVED, NOW + 124)
     assert picks(state, [A, B], 2, now=NOW + 124) == "aa"
     rest(state, A, TRANSIENT, NOW + 200)
     assert picks(state, [A, B], 2, now=NOW + 300) == "ab"
@@ -16994,7 +16996,7 @@ def test_a_declaration_lets_a_request_through_now_and_then():
     assert picks(state, [A, B], 3, now=NOW + 3600) == "abb"
     rest(state, A, declared(10000), NOW + 3601)
     assert picks(state, [A, B], 1, now=NOW + 7200) == "b" and picks(state, [A, B], 3, now=NOW + 7201) == "abb"
-    rest(state, A, OK, NOW + 7202)
+    rest(state, A, SERVED, NOW + 7202)
     assert picks(state, [A, B], 1, now=NOW + 7203) == "a"
     assert picks(never, [A, B], 1, now=NOW + 9999) == "b" and picks(never, [A, B], 2, now=NOW + 10000) == "aa"
 
@@ -17037,7 +17039,7 @@ def tries(*names: str, status: int = 500) -> list[Any]:
     (TRANSIENT, "abc", "abc", 0, (), ("round", 1)), (TRANSIENT, "abc", "abc", 59.5, (), "stop"),
     (AUTH, "a", "a", 0, (), "next"), (AUTH, "abc", "abc", 0, (), "stop"), (NETWORK, "abc", "abc", 0, (), "stop"),
     (NETWORK, "a", "a", 0, (), "next"), (MISSING, "a", "a", 0, (), "next"), (DROPPED, "a", "a", 0, (), "next"),
-    (REQUEST, "a", "a", 0, (), "stop"), (GONE, "a", "a", 0, (), "stop"),
+    (REQUEST, "a", "a", 0, (), "stop"), (LEFT, "a", "a", 0, (), "stop"),
     (declared(3), "a", "a", 0, (), ("same", 3)), (declared(5), "a", "a", 0, (), ("same", 5)), (declared(3), "aa", "a", 0, (), "next"),
     (declared(3), "a", "a", 58, (), "next"), (declared(6), "a", "a", 0, (), "next"),
     (declared(6), "a", "a", 0, (4, 60, 10), ("same", 6)), (declared(3), "a", "a", 0, (1,), "stop"),
@@ -17174,7 +17176,7 @@ def test_a_fleet_under_random_failures(seed):
     state = proxai.Scheduler(strategy, probe_secs=dice.choice((0, 600)))
     fleet = [proxai.Candidate(dice.choice("pq"), str(n), "m", dice.choice((0, 0, 1)), dice.randint(1, 3), dice.choice((0, 0, 1)))
              for n in range(dice.randint(1, 5))]
-    outcomes = [OK, OK, TRANSIENT, QUOTA, CAPACITY, AUTH, MISSING, REQUEST, DROPPED, GONE, NETWORK, None]
+    outcomes = [SERVED, SERVED, TRANSIENT, QUOTA, CAPACITY, AUTH, MISSING, REQUEST, DROPPED, LEFT, NETWORK, None]
     for _ in range(80):
         now += dice.choice((0, 0.1, 1, 30, 400))
         session = (str(dice.randint(0, 3)),) if dice.random() < 0.5 else ()
