@@ -574,8 +574,7 @@ def translated_error(error: ProxyError, protocol: Protocol, estimate: int = 0) -
 
     `estimate` is our own count of the prompt's tokens, for a provider that does not tell.
     """
-    said = f"{error.status} {error.kind} {error.code or ''} {error.message}"[:ERROR_TEXT_CHARS]
-    cause = next((code for code, words in CAUSES if words.match(said)), None)
+    cause = cause_of(error)
     message, code = error.message, cause or error.code
     if cause and CODE_TYPES.get(error.code or "") == CODE_TYPES[cause]:
         code = error.code
@@ -586,6 +585,12 @@ def translated_error(error: ProxyError, protocol: Protocol, estimate: int = 0) -
     return UpstreamError(message, status=error.status, type=error.type, code=code,
                          param=error.param, fields=error.fields, kind=error.kind,
                          retry=error.retry and cause != QUOTA_CODES[0], events=error.events)
+
+
+def cause_of(error: ProxyError) -> str | None:
+    """What a provider's error is about whatever its status: the code of a row of CAUSES."""
+    said = f"{error.status} {error.kind} {error.code or ''} {error.message}"[:ERROR_TEXT_CHARS]
+    return next((code for code, words in CAUSES if words.match(said)), None)
 
 
 def overflow_message(said: str, protocol: Protocol, estimate: int) -> str:
@@ -1915,13 +1920,36 @@ def format_head(status: int, lines: Iterable[bytes]) -> bytes:
     return format_lines(b"HTTP/1.1 %d %b" % (status, REASONS.get(status, b"")), *lines)
 
 
+DAYS, MONTHS = "MonTueWedThuFriSatSun", "JanFebMarAprMayJunJulAugSepOctNovDec"
+HTTP_DATE = re.compile(
+    r"[A-Z][a-z]{2}, (\d\d) ([A-Z][a-z]{2}) (\d{4}) (\d\d):(\d\d):(\d\d) GMT", re.A)
+
+
 @functools.lru_cache(maxsize=2)
 def http_date(at: int) -> bytes:
     """A Unix time as the Date header writes it (9110 5.6.7), whatever the locale."""
     year, month, day, hour, minute, second, weekday, *_ = time.gmtime(at)
-    days, months = "MonTueWedThuFriSatSun", "JanFebMarAprMayJunJulAugSepOctNovDec"
-    name, moon = days[3 * weekday:3 * weekday + 3], months[3 * month - 3:3 * month]
+    name, moon = DAYS[3 * weekday:3 * weekday + 3], MONTHS[3 * month - 3:3 * month]
     return f"{name}, {day:02d} {moon} {year} {hour:02d}:{minute:02d}:{second:02d} GMT".encode()
+
+
+def parse_http_date(text: str) -> float | None:
+    """The Unix time of such a date; None for anything else."""
+    found = HTTP_DATE.fullmatch(text)
+    if found is None or found[2] not in MONTHS:
+        return None
+    day, year, *clock = map(int, found.group(1, 3, 4, 5, 6))
+    return iso_time(f"{year:04d}-{MONTHS.index(found[2]) // 3 + 1:02d}-{day:02d}"
+                    f"T{clock[0]:02d}:{clock[1]:02d}:{clock[2]:02d}")
+
+
+def iso_time(text: str) -> float | None:
+    """The Unix time of an RFC 3339 text, UTC where it names no zone; None for anything else."""
+    try:
+        at = datetime.datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return at.replace(tzinfo=at.tzinfo or datetime.UTC).timestamp()
 
 
 # -- bodies ------------------------------------------------------------------
@@ -2496,12 +2524,13 @@ def mapped_lines(fields: Iterable[Field], inbound: Protocol, provider: Protocol,
     return lines
 
 
-RESET_PART = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ms|[smhd])")
-RESET_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+RESET_PART = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(ms|milli|[smhd])")
+RESET_UNITS = {"ms": 0.001, "milli": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def reset_secs(text: str) -> float | None:
-    """The seconds of a duration as OpenAI writes it, such as 6m0s; None where it is none."""
+    """The seconds of a duration as OpenAI writes it, such as 6m0s, or in words, such as
+    20 seconds; None where it is none."""
     parts = RESET_PART.findall(text[:64])
     return sum(float(n) * RESET_UNITS[unit] for n, unit in parts) if parts else None
 
@@ -2513,11 +2542,8 @@ def mapped_reset(text: str, now: int) -> bytes:
     if "-" not in text:
         return b"" if secs is None else time.strftime(
             "%Y-%m-%dT%H:%M:%SZ", time.gmtime(now + min(secs, 1e9))).encode()
-    try:
-        at = datetime.datetime.fromisoformat(text)
-    except ValueError:
-        return b""
-    return b"%ds" % max(at.replace(tzinfo=at.tzinfo or datetime.UTC).timestamp() - now, 0)
+    at = iso_time(text)
+    return b"" if at is None else b"%ds" % max(at - now, 0)
 
 
 DROPPED_FIELD = b"x-proxai-dropped: "
@@ -6461,8 +6487,9 @@ FAULT_STATUS = {
     "authentication_error": 401, "invalid_api_key": 401, "billing_error": 402,
     "insufficient_quota": 402, "permission_error": 403, "not_found_error": 404,
     "api_error": 500, "request_too_large": 413, "rate_limit_error": 429, "rate_limit_exceeded": 429,
-    "too_many_requests": 429, "timeout_error": 504, "timeout": 504, "overloaded_error": 529,
-    "overloaded": 503, "server_is_overloaded": 529, "insufficient_system_resource": 529,
+    "too_many_requests": 429, "usage_limit_reached": 429, "timeout_error": 504, "timeout": 504,
+    "overloaded_error": 529, "overloaded": 503, "server_is_overloaded": 529,
+    "insufficient_system_resource": 529,
 }
 
 
@@ -8932,6 +8959,650 @@ def request_max_tokens(body: Json) -> int | None:
 # ============================================================================
 # Which of a provider's credentials a request uses, and when one rests: functions
 # over visible state, with the time as an argument. No sockets, no clock.
+
+# -- values ------------------------------------------------------------------
+
+STRATEGIES = ("round-robin", "weighted", "fill-first")
+GUESSED_SECS = 900.0  # longest rest on a guess; others bench for hours on one 404
+PROBE_SECS = 3600.0  # between requests let through to a credential that rests by declaration
+TRIAL_SECS = 120.0  # how long one request may take to decide whether a guessed rest is over
+AFFINITY_SECS = 3600.0  # a session stays with its credential; vendors keep prompts 5-60 minutes
+DECLARED_SECS = 366 * 86400.0  # a deadline further away is a mistake
+RESTS, SESSIONS, POOLS = 4096, 4096, 4096  # remembered at most; the longest unused go first
+WHY_CHARS = 100  # of a provider's hint that is shown
+CLAUDE_CODE_SECS = 59  # a longer Retry-After makes Claude Code give up
+
+Key = tuple[str, str, str | None]  # provider, credential, model; None where it is all models
+
+
+class Candidate(NamedTuple):
+    """A credential that a request may use. `tier` is 0 for the provider of the route, then 1 and
+    up for its fallbacks; `model` is the name the provider knows it by."""
+
+    provider: str
+    credential: str
+    model: str
+    priority: int = 0
+    weight: int = 1
+    tier: int = 0
+
+    @property
+    def key(self) -> Key:
+        """Which credential it is, for which model."""
+        return self.provider, self.credential, self.model
+
+
+class Window(NamedTuple):
+    """A time in which a credential rests: until a deadline that the provider declared, or for as
+    long as we guess. `tried` is when a request was last let through to see."""
+
+    declared: bool
+    reason: str
+    source: str
+    raw: str
+    since: float
+    until: float
+    level: int = 0
+    tried: float = 0.0
+
+
+class Scheduler:
+    """All that is remembered between requests: which credentials rest, which one each session of
+    a model has and until when, which one came last, and the sums that weights are shared by."""
+
+    __slots__ = ("affinity_secs", "bindings", "currents", "cursors", "probe_secs", "rests",
+                 "strategy")
+
+    def __init__(self, strategy: str = STRATEGIES[0], affinity_secs: float = AFFINITY_SECS,
+                 probe_secs: float = PROBE_SECS) -> None:
+        self.strategy, self.affinity_secs, self.probe_secs = strategy, affinity_secs, probe_secs
+        self.rests: dict[Key, Window] = {}
+        self.bindings: dict[tuple[str, str], tuple[Key, float]] = {}
+        self.cursors: dict[str, Key] = {}
+        self.currents: dict[str, tuple[Sequence[Any], dict[Key, int]]] = {}
+
+
+def remember(table: dict[Any, Any], key: Any, value: Any, limit: int) -> None:
+    """Put `value` in a table where the entries that were not put again for longest are lost."""
+    table.pop(key, None)
+    table[key] = value
+    while len(table) > limit:
+        del table[next(iter(table))]
+
+
+# -- sessions ----------------------------------------------------------------
+# Providers keep prompts warm per account, so a session stays with one credential.
+
+SESSION_FIELDS = (b"x-claude-code-session-id", b"session-id", b"session_id", b"x-session-id",
+                  b"x-session-affinity", b"x-client-request-id")  # Codex, OpenCode, SDKs
+CLAUDE_CODE_USER = re.compile(r'(?:_session_|"session_id"\s*:\s*")([\w-]{8,64})')
+OPENING_CHARS = 100  # of each text that tells one conversation from another
+OPENING_ITEMS = 64
+
+
+def session_keys(headers: Mapping[bytes, bytes], body: Json) -> tuple[str, ...]:
+    """The names of the session that a request belongs to, the most telling first: of what clients
+    send, else of how the conversation begins. None where there is neither."""
+    user = text_of(mapping(body.get("metadata")).get("user_id"))[:2048]
+    inside = CLAUDE_CODE_USER.search(user)
+    first, *others = ((headers.get(name, b"").decode("latin-1"),) for name in SESSION_FIELDS)
+    talk = body.get("conversation")
+    for names in (first, (inside and inside[1],), *others,
+                  (body.get("session_id"),), (body.get("sessionId"),),
+                  (body.get("prompt_cache_key"), mapping(talk).get("id") or talk),
+                  (user,), (body.get("conversation_id"),)):
+        keys = [sha(name[:2048])[:16] for name in names if isinstance(name, str) and name.strip()]
+        if keys:
+            return tuple(keys)
+    said = opening(body)
+    if not said.get("user"):
+        return ()
+    # The second turn is the first that has an answer, and must find the first one's name.
+    start = [said.get("system", ""), said["user"]]
+    starts = [[*start, said["assistant"]]] if said.get("assistant") else []
+    return tuple(sha("\0".join(texts))[:16] for texts in (*starts, start))
+
+
+def opening(body: Json) -> dict[str, str]:
+    """How the first texts of a conversation begin, by role; a look at a few items of any body."""
+    said = {"system": beginning(body.get("system") or body.get("instructions"))}
+    items = body.get("messages") or body.get("input")
+    if isinstance(items, str):
+        said["user"] = beginning(items)
+    for item in map(mapping, listing(items)[:OPENING_ITEMS]):
+        role = "system" if item.get("role") == "developer" else item.get("role")
+        if isinstance(role, str) and not said.get(role):
+            said[role] = beginning(item.get("content"))
+        if said.get("assistant"):
+            break
+    return said
+
+
+def beginning(content: Any) -> str:
+    """The first characters of a content's text."""
+    if isinstance(content, str):
+        return content[:OPENING_CHARS]
+    parts = (text_of(mapping(part).get("text"))[:OPENING_CHARS] for part in listing(content)[:8])
+    return "".join(parts)[:OPENING_CHARS]
+
+
+# -- hints -------------------------------------------------------------------
+
+class Reset(NamedTuple):
+    """When a provider says that it takes requests again, where it said so and in which words;
+    `whole` where that is meant for all models."""
+
+    at: float
+    source: str
+    raw: str
+    whole: bool
+
+
+PLAIN_NUMBER = re.compile(r"[0-9]{1,15}(?:\.[0-9]{1,15})?")
+UNIFIED = re.compile(r"anthropic-ratelimit-unified-(?:5h|7d)-reset")
+LIMIT_RESET = re.compile(r"(?:x-|anthropic-)?ratelimit-(?!unified)(?:[\w-]+-)?reset(?:-[\w-]+)?")
+RESET_TEXT = re.compile(
+    r"\b(?:again|retry(?:ing)?|resets?|wait|available|after)\b[^0-9\n]{0,24}?"
+    r"([0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9:]{8}(?:\.[0-9]{1,6})?(?:Z|[+-][0-9]{2}:[0-9]{2})?"
+    r"|(?:[0-9]{1,9}(?:\.[0-9]{1,9})? ?(?:ms|milli[a-z]*|s|secs?|seconds?|m|mins?|minutes?|h|hours?"
+    r"|d|days?)(?![a-z])[ ,]{0,2}(?:and )?)+)", re.I)
+
+
+def reset_time(text: str, now: float) -> float | None:
+    """When a limit ends, however a vendor writes it: seconds from now, a Unix time (also in
+    milliseconds), a duration, a date. None for what is none of these, past or absurd."""
+    text = text.strip()[:64]
+    if PLAIN_NUMBER.fullmatch(text):
+        count = float(text)
+        at = count / 1000 if count >= 1e11 else count if count >= 1e9 else now + count
+    else:
+        at = (parse_http_date(text) or iso_time(text)
+              or now + (reset_secs(text.lower()) or 0.0))
+    return at if now < at <= now + DECLARED_SECS else None
+
+
+def reset_hint(status: int, headers: Mapping[bytes, bytes], body: Any, text: str,
+               now: float) -> Reset | None:
+    """What a provider's failure tells about its end; the source that says most about it wins, and
+    of several limits the one that ends last."""
+    named = {name.decode(): value.decode("latin-1") for name, value in headers.items()}
+    used_up = [name for name in named if UNIFIED.fullmatch(name)
+               and named.get(name.removesuffix("reset") + "status") == "rejected"]
+    empty = [name for name in named if status == 429 and LIMIT_RESET.fullmatch(name)
+             and named.get(name.replace("reset", "remaining"), "0") == "0"]
+    found = RESET_TEXT.search(text[:ERROR_TEXT_CHARS])
+    for told in ([(f"header {name}", named[name]) for name in used_up], body_resets(body),
+                 [("header retry-after-ms", named.get("retry-after-ms", "") + "ms")],
+                 [("header retry-after", named.get("retry-after", ""))],
+                 [(f"header {name}", named[name]) for name in empty],
+                 [("text", found[1].strip(" ,"))] if found else []):
+        resets = [Reset(at, source, raw[:WHY_CHARS], bool(used_up)) for source, raw in told
+                  if (at := reset_time(raw, now)) is not None]
+        if resets:
+            return max(resets)
+    return None
+
+
+def body_resets(body: Any) -> list[tuple[str, str]]:
+    """The deadlines that OpenAI (Codex) and Google have in the body of an error."""
+    error = mapping(first_of(body, "/error", "/response/error"))
+    details = [mapping(detail) for detail in listing(error.get("details"))[:32]]
+    told = [(name, value) for holder, name in (
+        (error, "resets_at"), (error, "resets_in_seconds"),
+        *((mapping(detail.get("metadata")), "quotaResetDelay") for detail in details),
+        *((detail, "retryDelay") for detail in details))
+        if isinstance(value := holder.get(name), (str, int, float))]
+    return [(f"body {name}", str(value)) for name, value in told[:1]]
+
+
+# -- what a failure means ----------------------------------------------------
+
+class Rule(NamedTuple):
+    """What follows from a kind of outcome: how long to rest without a hint, and whether that
+    doubles each time; whether another credential may do better (`rotate`), and whether all may
+    later (`again`); whether a hint on the time is looked for."""
+
+    secs: float = 0.0
+    grows: bool = False
+    rotate: bool = True
+    again: bool = False
+    hints: bool = False
+
+
+RULES = {
+    "ok": Rule(rotate=False),
+    "client": Rule(rotate=False),  # it has gone
+    "request": Rule(rotate=False),  # its fault: no other credential can help
+    "dropped": Rule(),  # the connection ended without an answer, which says nothing
+    "network": Rule(60),  # no connection at all
+    "quota": Rule(1, grows=True, again=True, hints=True),
+    "capacity": Rule(1, again=True, hints=True),
+    "challenge": Rule(10, grows=True, again=True, hints=True),
+    "billing": Rule(GUESSED_SECS, hints=True),
+    "auth": Rule(GUESSED_SECS),
+    "forbidden": Rule(GUESSED_SECS, again=True, hints=True),
+    "unsupported": Rule(GUESSED_SECS),
+    "missing": Rule(GUESSED_SECS),
+    "transient": Rule(60, again=True, hints=True),
+    "unknown": Rule(60, hints=True),
+}
+REQUEST_CODES = ("cyber_policy|context_length_exceeded|message_too_big|string_above_max_length"
+                 "|invalid_prompt|invalid_value|unsupported_value|previous_response_not_found")
+REQUEST_TYPES = "invalid_request|invalid_request_error|bad_request_error"
+# What a failure is by "status type code", a line feed and its message; the first that matches.
+# Vendors say invalid_request_error with 401 to 404 too, where it is about the credential.
+SIGNS = tuple((re.compile(words, re.I), what) for words, what in (
+    (r"(?:403|429|503) [^\n]*\n(?s:.*)(?:cf-chl-|challenge-platform|<title>just a moment"
+     r"|attention required! \| cloudflare)", "challenge"),
+    (r"404 [^\n]*\n(?s:.*)not found(?s:.*)\bstore\b", "request"),
+    (r"40[01] (?s:.*)\binvalid_grant\b", "auth"),
+    (r"4(?:00|22) (?s:.*)(?:model_not_(?:supported|found|available)|\bunsupported model\b"
+     r"|\bmodel(?: id)?[ :]{0,2}[`'\"]?[\w./:@-]{0,80}?[`'\"]? ?(?:is |was )?(?:(?:currently )?"
+     r"(?:not (?:supported|available|found|allowed|enabled)|unsupported|unavailable)"
+     r"|does not exist|not exist)|\bnot a valid model\b|\bunknown model\b"
+     r"|\bnot available (?:for|on|in) your (?:plan|account|organization|region))", "unsupported"),
+    (r"400 (?s:.*)\bcredit balance is too low\b", "billing"),
+    (rf"(?!401|402|429)[^\n]* (?:{REQUEST_CODES})(?: |\n)", "request"),
+    (rf"(?!40[1-4]|429)[^\n]* (?:{REQUEST_TYPES})(?: |\n)", "request"),
+    (r"4(?:00|09|13|22) ", "request"),
+    (r"401 ", "auth"),
+    (r"402 ", "billing"),
+    (r"403 ", "forbidden"),
+    (r"404 ", "missing"),
+    (r"429 ", "quota"),
+    (r"(?:408|50[0234]|529) ", "transient"),
+    (r"", "unknown"),
+))
+CAUSE_SIGNS = {CONTEXT_CODE: "request", QUOTA_CODES[0]: "billing"}
+
+
+class Verdict(NamedTuple):
+    """What came of a request to a provider: a word of RULES, and until when the provider says it
+    wants no more, for all models or this one."""
+
+    what: str
+    until: float | None = None
+    source: str = ""
+    raw: str = ""
+    whole: bool = False
+
+    @property
+    def rule(self) -> Rule:
+        """What follows from it."""
+        return RULES[self.what]
+
+
+def classify(error: ProxyError | None, headers: Mapping[bytes, bytes], body: Any, now: float,
+             fault: str = "") -> Verdict:
+    """What an outcome means: an `error` of the provider, in its answer or inside a stream, with
+    the headers and the JSON that came with it; or a `fault` (client, dropped, network) where no
+    answer came. Neither is a success."""
+    if fault or error is None:
+        return Verdict(fault or "ok", source="connection" if fault else "")
+    line = f"{error.status} {error.kind} {error.code or ''}"
+    said = f"{line} \n{error.message}"[:ERROR_TEXT_CHARS]
+    what = next(what for words, what in SIGNS if words.match(said))
+    cause = cause_of(error)
+    if cause and what not in ("challenge", "unsupported"):
+        what = CAUSE_SIGNS.get(cause, "capacity" if error.status == 429 else what)
+    body = body[0] if isinstance(body, list) and body else body  # Google's come in an array
+    hint = (reset_hint(error.status, headers, body, error.message, now)
+            if RULES[what].hints else None)
+    if hint:
+        return Verdict(what, hint.at, hint.source, hint.raw, hint.whole)
+    if what == "quota" and not any(b"ratelimit" in name for name in headers):
+        what = "capacity"  # a full house, not an empty purse
+    raw = " ".join(line.split()[1:])[:WHY_CHARS]
+    return Verdict(what, source=f"status {error.status}", raw=raw)
+
+
+# -- who rests ---------------------------------------------------------------
+
+def places_of(candidate: Candidate) -> tuple[Key, Key]:
+    """Where the rests of a candidate are kept: those for its model, and those for all models."""
+    return candidate.key, (candidate.provider, candidate.credential, None)
+
+
+def resting(state: Scheduler, candidate: Candidate, now: float) -> Window | None:
+    """What keeps a candidate from being used now, the longer one of two; None if nothing does.
+
+    A guess that is over lets one request decide. A declaration lets one through at times, for
+    providers are wrong too.
+    """
+    found = None
+    for place in places_of(candidate):
+        window = state.rests.get(place)
+        if window is None:
+            continue
+        if window.declared:
+            blocked = now < next_probe(state, window)
+        else:
+            blocked = now < max(window.until, window.tried + TRIAL_SECS if window.tried else 0)
+        if blocked and (found is None or window.until > found.until):
+            found = window
+    return found
+
+
+def next_probe(state: Scheduler, window: Window) -> float:
+    """When a request may be let through before a declared rest is over; its end if none may."""
+    last = max(window.since, window.tried)
+    return min(window.until, last + state.probe_secs) if state.probe_secs else window.until
+
+
+def usable(state: Scheduler, candidates: Iterable[Candidate]) -> list[Candidate]:
+    """The candidates that the strategy leaves: a weight of 0 takes one out where weights count."""
+    return [c for c in candidates if c.weight > 0 or state.strategy != "weighted"]
+
+
+def alone(state: Scheduler, candidates: Iterable[Candidate], candidate: Candidate,
+          now: float) -> bool:
+    """Whether no other candidate could take the requests of this one."""
+    return all(c.key == candidate.key or resting(state, c, now)
+               for c in usable(state, candidates))
+
+
+def note_result(state: Scheduler, candidates: Sequence[Candidate], candidate: Candidate,
+                verdict: Verdict, now: float, *, began: float, model: str = "",
+                session: Sequence[str] = ()) -> None:
+    """Learn from the outcome of a request that `began` at that time.
+
+    A success ends what rests began before it. A failure begins one, and its session loses the
+    credential; but a guess never rests the only one there is.
+    """
+    places = places_of(candidate)
+    if verdict.what == "ok":
+        for place in places:
+            if place in state.rests and state.rests[place].since <= began:
+                del state.rests[place]
+        if bound_key(state, model, session, now) in (None, candidate.key):
+            keep_session(state, candidate, model, session, now)
+        return
+    for place in places:  # who was let through has come back
+        window = state.rests.get(place)
+        if window and not window.declared and window.tried:
+            state.rests[place] = window._replace(tried=0.0)
+    if verdict.rule.secs == 0:
+        return
+    for name in session:
+        if state.bindings.get((name, model), (None,))[0] == candidate.key:
+            del state.bindings[name, model]
+    place = places[1 if verdict.whole else 0]
+    if verdict.until is not None or not alone(state, candidates, candidate, now):
+        window = next_window(state.rests.get(place), verdict, now, began)
+        remember(state.rests, place, window, RESTS)
+
+
+def next_window(old: Window | None, verdict: Verdict, now: float, began: float) -> Window:
+    """The rest that follows a failure where `old` was the last one.
+
+    Failures side by side count once, so one inside of an open window changes nothing. A longer
+    declaration stays, but for what a request that was let through during it was told.
+    """
+    rule, level = verdict.rule, 0
+    if verdict.until is not None:
+        if old and old.declared and old.until >= verdict.until and old.since >= began:
+            return old
+        return Window(True, verdict.what, verdict.source, verdict.raw, now, verdict.until)
+    if old and now < old.until:
+        return old
+    if old and not old.declared and now < old.until + GUESSED_SECS:  # older failures are forgotten
+        level = old.level + 1
+    secs = min(rule.secs * 2 ** min(level, 20) if rule.grows else rule.secs, GUESSED_SECS)
+    return Window(False, verdict.what, verdict.source, verdict.raw, now, now + secs, level)
+
+
+# -- who is chosen -----------------------------------------------------------
+
+def choose_credential(state: Scheduler, candidates: Sequence[Candidate], model: str,
+                      session: Sequence[str], now: float,
+                      tried: Collection[Key] = ()) -> Candidate | None:
+    """The credential for a request for `model` (the client's name of it), but for those that it
+    has `tried`; None where all rest. The order of `candidates` is that of their configuration.
+
+    Only the first tier with a ready credential counts. Then a session keeps its credential, even
+    where one of a higher priority is back. Guesses alone never make an outage: where nothing else
+    is left, the credential whose rest ends first is used.
+    """
+    left = [c for c in usable(state, candidates) if c.key not in tried]
+    ready = [c for c in left if not resting(state, c, now)]
+    if ready:
+        tier = min(c.tier for c in ready)
+        ready = [c for c in ready if c.tier == tier]
+        bound = bound_key(state, model, session, now)
+        chosen = next((c for c in ready if c.key == bound), None)
+        if chosen is None:
+            priority = max(c.priority for c in ready)
+            chosen = PICKS[state.strategy](
+                state, model, candidates, [c for c in ready if c.priority == priority])
+    else:
+        guessed = {c: w for c in left if (w := resting(state, c, now)) and not w.declared}
+        if not guessed or tried:
+            return None
+        chosen = min(guessed, key=lambda c: (c.tier, guessed[c].until))
+    for place in places_of(chosen):
+        if window := state.rests.get(place):  # this request is the one that is let through
+            state.rests[place] = window._replace(tried=now)
+    keep_session(state, chosen, model, session, now)
+    return chosen
+
+
+def keep_session(state: Scheduler, candidate: Candidate, model: str, session: Sequence[str],
+                 now: float) -> None:
+    """Let a session keep a credential from now on."""
+    for name in session if state.affinity_secs else ():
+        remember(state.bindings, (name, model), (candidate.key, now + state.affinity_secs),
+                 SESSIONS)
+
+
+def bound_key(state: Scheduler, model: str, session: Sequence[str], now: float) -> Key | None:
+    """The credential of a session, by the first of its names that has one."""
+    found = (state.bindings.get((name, model)) for name in session)
+    return next((binding[0] for binding in found if binding and binding[1] > now), None)
+
+
+def pick_next(state: Scheduler, model: str, candidates: Sequence[Candidate],
+              ready: Sequence[Candidate]) -> Candidate:
+    """The ready one after the last one used. One circle for all providers of a model gives each
+    as much as it has credentials."""
+    keys = [c.key for c in candidates]
+    last = state.cursors.get(model)
+    start = keys.index(last) + 1 if last in keys else 0
+    places = {c.key: (place - start) % len(keys) for place, c in enumerate(candidates)}
+    chosen = min(ready, key=lambda c: places[c.key])
+    remember(state.cursors, model, chosen.key, POOLS)
+    return chosen
+
+
+def pick_weighted(state: Scheduler, model: str, candidates: Sequence[Candidate],
+                  ready: Sequence[Candidate]) -> Candidate:
+    """By weight, as evenly spread as can be (nginx's smooth rotation): each gains its weight, the
+    richest is used and pays for all."""
+    vector = [(c.key, c.weight) for c in candidates]
+    known, currents = state.currents.get(model, ((), {}))
+    if known != vector:
+        currents = {}
+    for c in ready:
+        currents[c.key] = currents.get(c.key, 0) + c.weight
+    chosen = max(ready, key=lambda c: currents[c.key])
+    currents[chosen.key] -= sum(c.weight for c in ready)
+    remember(state.currents, model, (vector, currents), POOLS)
+    return chosen
+
+
+def pick_first(state: Scheduler, model: str, candidates: Sequence[Candidate],
+               ready: Sequence[Candidate]) -> Candidate:
+    """The first one, until it rests."""
+    return ready[0]
+
+
+PICKS = dict(zip(STRATEGIES, (pick_next, pick_weighted, pick_first), strict=True))
+
+
+# -- one request after a failure ---------------------------------------------
+
+class Attempt(NamedTuple):
+    """One try of a request, for its log line."""
+
+    provider: str
+    credential: str
+    status: int
+    what: str
+    ms: int
+
+
+class Budget(NamedTuple):
+    """How far a request goes before its client is told of the failure: tries, seconds since it
+    began, the longest wait for the same credential, and for any."""
+
+    attempts: int = 4
+    secs: float = 60.0
+    short_secs: float = 5.0
+    wait_secs: float = 30.0
+
+
+PATIENT = Budget()
+ROUND_SECS = 1.0  # between rounds at least
+
+
+class Step(NamedTuple):
+    """What a request does after a failure: stop, refresh (the credential, and use it again), same
+    (again with it), next (another one), round (all over); and how long it waits before."""
+
+    what: str
+    wait_secs: float = 0.0
+
+
+def next_step(state: Scheduler, candidates: Sequence[Candidate], tried: Collection[Key],
+              attempts: Sequence[Attempt], verdict: Verdict, spent_secs: float, now: float, *,
+              budget: Budget = PATIENT, refreshable: bool = False, jitter: float = 0.0) -> Step:
+    """What to do after the failed last one of `attempts`; `tried` holds what this round has used,
+    `jitter` (0 to 1) keeps requests that wait for the same moment apart.
+
+    A short wait is better than a cold prompt cache elsewhere, but only once; a request never
+    sleeps while another credential is ready. Where there is only one, its client is told at once.
+    """
+    rule, left = verdict.rule, budget.secs - spent_secs
+    if len(attempts) >= budget.attempts or left <= 0 or not rule.rotate:
+        return Step("stop")
+    repeated = len(attempts) > 1 and attempts[-2][:2] == attempts[-1][:2]
+    if verdict.what == "auth" and refreshable and not repeated:
+        return Step("refresh")
+    wait = (verdict.until or now) - now
+    if 0 < wait <= min(budget.short_secs, left) and not repeated:
+        return Step("same", wait)
+    if any(c.key not in tried and not resting(state, c, now)
+           for c in usable(state, candidates)):
+        return Step("next")
+    soonest = recovery(state, candidates, now)
+    if not rule.again or soonest is None or len(usable(state, candidates)) < 2:
+        return Step("stop")
+    soonest = max(soonest, ROUND_SECS)
+    wait = min(soonest + jitter * min(soonest / 4, 2.0), max(soonest, budget.wait_secs))
+    return Step("round", wait) if wait <= min(budget.wait_secs, left) else Step("stop")
+
+
+def recovery(state: Scheduler, candidates: Iterable[Candidate], now: float) -> float | None:
+    """The seconds until one of the candidates is ready; None where there is none."""
+    rests = [resting(state, c, now) for c in usable(state, candidates)]
+    return min((max(w.until - now, 0.0) if w else 0.0 for w in rests), default=None)
+
+
+# The most useful of several failures, best first: what the user can mend, with the time it ends
+# before what has none, and what may be over in a second last.
+USEFUL = ("request", "quota", "billing", "auth", "forbidden", "unsupported", "missing", "capacity",
+          "challenge", "transient", "unknown", "network", "dropped", "client", "ok")
+
+
+def most_useful(failures: Sequence[tuple[Verdict, ProxyError]]) -> ProxyError:
+    """The error that tells a client most about what to do, of all credentials' failures."""
+    return min(failures, key=lambda f: (USEFUL.index(f[0].what), f[0].until or math.inf))[1]
+
+
+def unavailable(state: Scheduler, candidates: Sequence[Candidate], model: str, protocol: Protocol,
+                now: float) -> ProxyError:
+    """The error for a request that found no credential: when to come back, or that it is in vain.
+
+    Claude Code is told a time that it waits for; the real one is in the message.
+    """
+    if not candidates:
+        return SetupError(f"no credential serves the model {model}",
+                          fix="add one to its provider", status=503, code="auth_not_found")
+    soonest = recovery(state, candidates, now)
+    if not soonest:
+        return UpstreamError(f"no credential for the model {model} is usable now", status=503,
+                             fix=f"`why {model}` tells the reasons", code="auth_unavailable")
+    secs = math.ceil(soonest)
+    told = min(secs, CLAUDE_CODE_SECS) if protocol is MESSAGES else secs
+    ends = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now + secs))
+    return UpstreamError(
+        f"all credentials for the model {model} are cooling down, the first one for {secs}"
+        f" seconds, until {ends}", fix=f"`why {model}` tells the reasons", status=429,
+        code="model_cooldown", fields=[b"retry-after: %d" % told], retry=told <= 60)
+
+
+# -- what people see and change ----------------------------------------------
+
+def why(state: Scheduler, candidates: Sequence[Candidate], now: float) -> list[Json]:
+    """For each candidate: whether it is used now, and if not, why, who says so, and until when."""
+    sessions: dict[Key, int] = defaultdict(int)
+    for key, until in state.bindings.values():
+        sessions[key] += until > now
+    rows = []
+    for c in candidates:
+        rest = resting(state, c, now)
+        row: Json = {"provider": c.provider, "credential": c.credential, "model": c.model,
+                     "eligible": rest is None and bool(usable(state, [c])), "reason": "ready",
+                     "tier": c.tier, "priority": c.priority, "weight": c.weight,
+                     "sessions": sessions[c.key]}
+        if rest:
+            probe = next_probe(state, rest) if rest.declared else rest.until
+            row |= {"reason": rest.reason if now < rest.until else "another request is deciding",
+                    "kind": "declared" if rest.declared else "guessed", "source": rest.source,
+                    "raw": rest.raw, "since": rest.since, "until": rest.until,
+                    "next_probe": probe}
+        elif not row["eligible"]:
+            row["reason"] = f"its weight is {c.weight}"
+        rows.append(row)
+    return rows
+
+
+def reset_rests(state: Scheduler, name: str) -> int:
+    """End the rests of a credential, named alone or with its provider (`provider/name`), or of
+    "all"; gives how many there were."""
+    ended = [key for key in state.rests if name in ("all", key[1], f"{key[0]}/{key[1]}")]
+    for key in ended:
+        del state.rests[key]
+    return len(ended)
+
+
+SAVED = ("reason", "source", "raw", "since", "until", "tried")
+
+
+def dump_state(state: Scheduler, now: float) -> Json:
+    """What must survive a restart: the deadlines that providers declared."""
+    return {"version": 1, "rests": [
+        {"provider": key[0], "credential": key[1], "model": key[2]}
+        | {name: getattr(window, name) for name in SAVED}
+        for key, window in state.rests.items() if window.declared and window.until > now]}
+
+
+def load_state(state: Scheduler, value: Any, now: float) -> int:
+    """Take back what `dump_state` gave, as far as it is whole and still holds; gives how many
+    rests that are."""
+    taken = 0
+    for row in map(mapping, listing(mapping(value).get("rests"))[-RESTS:]):
+        key: Any = tuple(row.get(name) for name in ("provider", "credential", "model"))
+        texts: list[Any] = [row.get(name) for name in SAVED[:3]]
+        times: list[Any] = [row.get(name) for name in SAVED[3:]]
+        since, until, tried = (at if type(at) in (int, float) else math.nan for at in times)
+        if (all(isinstance(text, str) for text in (*key[:2], *texts))
+                and isinstance(key[2], str | None)
+                and texts[0] in RULES and 0 <= since <= now < until <= now + DECLARED_SECS
+                and 0 <= tried <= now):
+            window = Window._make((True, *texts, since, until, 0, tried))
+            remember(state.rests, key, window, RESTS)
+            taken += 1
+    return taken
 
 
 

@@ -16566,6 +16566,656 @@ def test_what_a_translated_stream_tells_is_seen_once():
 #  16  Credentials
 # ============================================================================
 
+A, B, C = (proxai.Candidate("p", name, "m") for name in "abc")
+RESET_AT = NOW + 3600
+
+
+def bucket(**fields: str) -> dict[bytes, bytes]:
+    """Header lines by name, with _ for -."""
+    return {name.replace("_", "-").encode(): value.encode() for name, value in fields.items()}
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("Sun, 06 Nov 1994 08:49:37 GMT", 784111777), ("Tue, 29 Feb 2000 00:00:00 GMT", 951782400),
+    ("Sun, 06 Nev 1994 08:49:37 GMT", None), ("Sun, 31 Feb 1994 08:49:37 GMT", None), ("soon", None),
+    ("Sun, 06 Nov 1994 08:49:37 CET", None), ("Sun, 06 Nov 1994 25:49:37 GMT", None), ("", None),
+])
+def test_dates_of_http_are_read(text, expected):
+    assert proxai.parse_http_date(text) == expected
+
+
+@pytest.mark.parametrize("text, secs", [
+    ("12", 12), ("1.5", 1.5), (" 7 ", 7), ("1s", 1), ("6m0s", 360), ("1.5s", 1.5), ("20ms", .02), ("1h2m3s", 3723),
+    ("20 seconds", 20), ("1 minute 30 seconds", 90), ("500 milliseconds", .5), ("2 days", 172800),
+    (str(NOW + 60), 60), (str((NOW + 60) * 1000), 60), (f"{NOW + 60}.5", 60.5),
+    ("2023-11-14T22:14:20Z", 60), ("2023-11-14 22:14:20", 60), ("2023-11-14T23:14:20+01:00", 60),
+    ("Tue, 14 Nov 2023 22:14:20 GMT", 60),
+    ("0", None), ("-5", None), ("1e3", None), ("", None), ("soon", None), ("2023-11-14T22:13:20Z", None),
+    ("2020-01-01T00:00:00Z", None), ("99999999", None), ("2033-11-14T22:13:20Z", None), ("9" * 300, None),
+    ("400d", None), ("Tue, 14 Nov 2000 22:14:20 GMT", None), ("0001-01-01T00:00:00+23:59", None),
+])
+def test_the_end_of_a_limit_is_read_however_it_is_written(text, secs):
+    at = proxai.reset_time(text, NOW)
+    assert at is None if secs is None else at == pytest.approx(NOW + secs, abs=1e-3)
+
+
+REJECTED = {"anthropic_ratelimit_unified_5h_status": "rejected",
+            "anthropic_ratelimit_unified_5h_reset": str(RESET_AT),
+            "anthropic_ratelimit_unified_7d_status": "allowed",
+            "anthropic_ratelimit_unified_7d_reset": str(NOW + 9999)}
+
+
+@pytest.mark.parametrize("status, headers, body, text, source, secs", [
+    (429, {"retry_after": "12"}, None, "", "header retry-after", 12),
+    (503, {"retry_after": "Tue, 14 Nov 2023 22:14:20 GMT"}, None, "", "header retry-after", 60),
+    (429, {"retry_after_ms": "1500", "retry_after": "2"}, None, "", "header retry-after-ms", 1.5),
+    (429, {"retry_after_ms": "no", "retry_after": "2"}, None, "", "header retry-after", 2),
+    (429, {"x_ratelimit_reset_tokens": "6m0s", "x_ratelimit_remaining_tokens": "0",
+           "x_ratelimit_reset_requests": "1d", "x_ratelimit_remaining_requests": "99"}, None, "",
+     "header x-ratelimit-reset-tokens", 360),
+    (429, {"x_ratelimit_reset_tokens": "6m0s", "x_ratelimit_remaining_tokens": "0",
+           "x_ratelimit_reset_requests": "7m0s", "x_ratelimit_remaining_requests": "0"}, None, "",
+     "header x-ratelimit-reset-requests", 420),
+    (429, {"x_ratelimit_reset": str((NOW + 60) * 1000), "x_ratelimit_remaining": "0"}, None, "",
+     "header x-ratelimit-reset", 60),
+    (429, {"ratelimit_reset": "30"}, None, "", "header ratelimit-reset", 30),
+    (429, {"x_ratelimit_reset_requests_day": "30", "x_ratelimit_remaining_requests_day": "0"}, None, "",
+     "header x-ratelimit-reset-requests-day", 30),
+    (503, {"ratelimit_reset": "30"}, None, "", None, 0),
+    (429, {"ratelimit_reset": "30", "ratelimit_remaining": "5"}, None, "", None, 0),
+    (429, {"anthropic_ratelimit_input_tokens_reset": "2023-11-14T22:14:20Z",
+           "anthropic_ratelimit_input_tokens_remaining": "0"}, None, "",
+     "header anthropic-ratelimit-input-tokens-reset", 60),
+    (429, REJECTED | {"anthropic_ratelimit_unified_5h_reset": "soon", "retry_after": "5"}, None, "",
+     "header retry-after", 5),
+    (429, REJECTED | {"retry_after": "5"}, None, "", "header anthropic-ratelimit-unified-5h-reset", 3600),
+    (429, REJECTED | {"anthropic_ratelimit_unified_7d_status": "rejected"}, None, "",
+     "header anthropic-ratelimit-unified-7d-reset", 9999),
+    (429, {"anthropic_ratelimit_unified_5h_reset": str(RESET_AT)}, None, "", None, 0),
+    (429, {}, {"error": {"resets_at": RESET_AT, "resets_in_seconds": 5}}, "", "body resets_at", 3600),
+    (429, {}, {"error": {"resets_in_seconds": 5}}, "", "body resets_in_seconds", 5),
+    (429, {}, {"type": "response.failed", "response": {"error": {"resets_in_seconds": 5}}}, "",
+     "body resets_in_seconds", 5),
+    (429, {}, {"error": {"details": [{"@type": "RetryInfo", "retryDelay": "39.5s"}]}}, "", "body retryDelay", 39.5),
+    (429, {}, {"error": {"details": [{"retryDelay": "3s"}, {"metadata": {"quotaResetDelay": "1h0m0s"}}]}}, "",
+     "body quotaResetDelay", 3600),
+    (429, {}, {"error": {"resets_at": True, "details": "x"}}, "", None, 0), (429, {}, "text", "", None, 0),
+    (429, {}, None, "Rate limit reached: limit 30000, used 29000. Please try again in 12s. See", "text", 12),
+    (429, {}, None, "please try again in 6m0.5s", "text", 360.5),
+    (429, {}, None, "Please retry after 20 seconds.", "text", 20),
+    (429, {}, None, "Please retry in 39.6s", "text", 39.6), (429, {}, None, "quota will reset after 1h2m3s", "text", 3723),
+    (429, {}, None, "wait 1 minute and 5 seconds", "text", 65), (429, {}, None, "available in 250ms", "text", .25),
+    (429, {}, None, "your limit will reset at 2023-11-14 22:14:20", "text", 60),
+    (429, {}, None, "try again in about 3 hours", "text", 10800),
+    (429, {}, None, "try again after 5 attempts", None, 0), (429, {}, None, "you sent 12s of audio", None, 0),
+    (429, {}, None, "try again later", None, 0), (429, {"retry_after": "99999999"}, None, "", None, 0),
+])
+def test_hints_on_the_end_of_a_limit_are_found(status, headers, body, text, source, secs):
+    hint = proxai.reset_hint(status, bucket(**headers), body, text, NOW)
+    if source is None:
+        assert hint is None
+        return
+    assert (hint.source, hint.at) == (source, pytest.approx(NOW + secs, abs=1e-3))
+    assert 0 < len(hint.raw) <= 100 and hint.whole is ("anthropic_ratelimit_unified_5h_status" in headers)
+
+
+def test_hints_cost_little_whatever_comes():
+    reset_like = b"x-ratelimit-" + b"reset-" * 1500
+    started = time.process_time()
+    for text in ("again " * 5000, "retry " + "1" * 9000, "1s " * 9000, "wait " + "9s," * 9000, "again" + " " * 9000):
+        proxai.reset_hint(429, {reset_like: b"1", b"retry-after": b"9" * 9000}, None, text, NOW)
+    assert time.process_time() - started < 1
+
+
+def failure(status: int, message: str = "x", kind: str = "", code: str | None = None) -> proxai.ProxyError:
+    """A provider's error."""
+    return proxai.UpstreamError(message, status=status, kind=kind, code=code)
+
+
+LIMITED = {"x_ratelimit_remaining_requests": "3"}
+
+
+@pytest.mark.parametrize("error, headers, what", [
+    (failure(400), {}, "request"), (failure(409), {}, "request"), (failure(413), {}, "request"),
+    (failure(422), {}, "request"), (failure(401), {}, "auth"), (failure(402), {}, "billing"),
+    (failure(403), {}, "forbidden"), (failure(404), {}, "missing"), (failure(408), {}, "transient"),
+    *((failure(status), {}, "transient") for status in (500, 502, 503, 504, 529)),
+    *((failure(status), {}, "unknown") for status in (302, 405, 418, 501, 520)),
+    (failure(429), {}, "capacity"), (failure(429), LIMITED, "quota"), (failure(429), {"retry_after": "9"}, "quota"),
+    (failure(429, "try again in 9s"), {}, "quota"), (failure(429, "the engine is overloaded"), LIMITED, "capacity"),
+    (failure(429, "You exceeded your current quota", "insufficient_quota", "insufficient_quota"), {}, "billing"),
+    (failure(400, "Your credit balance is too low to access the API", "invalid_request_error"), {}, "billing"),
+    # vendors call faults of a key a request's too
+    (failure(401, "bad key", "invalid_request_error", "invalid_api_key"), {}, "auth"),
+    (failure(401, "bad key", "authentication_error"), {}, "auth"),
+    (failure(402, "x", "invalid_request_error"), {}, "billing"),
+    (failure(429, "x", "invalid_request_error"), LIMITED, "quota"),
+    (failure(429, "x", "x", "invalid_value"), LIMITED, "quota"),
+    (failure(404, "no access", "invalid_request_error", "model_not_found"), {}, "missing"),
+    (failure(404, "x", "invalid_request_error", "previous_response_not_found"), {}, "request"),
+    (failure(404, "Item with id 'rs_1' not found. Items are not persisted when `store` is set to false."), {}, "request"),
+    (failure(403, "x", "x", "cyber_policy"), {}, "request"), (failure(500, "x", "invalid_request_error"), {}, "request"),
+    (failure(502, "x", "", "context_length_exceeded"), {}, "request"),
+    (failure(500, "the request exceeds the available context size"), {}, "request"),
+    (failure(500, "invalid_value in a text"), {}, "transient"), (failure(500, "x", "my_invalid_value"), {}, "transient"),
+    (failure(400, "invalid_grant"), {}, "auth"), (failure(401, "x", "invalid_grant"), {}, "auth"),
+    (failure(400, "The 'gpt-5' model is not supported with this account"), {}, "unsupported"),
+    (failure(400, "The model `gpt-4.1` does not exist or you do not have access to it"), {}, "unsupported"),
+    (failure(400, "Model Not Exist"), {}, "unsupported"), (failure(400, "x", "", "model_not_supported"), {}, "unsupported"),
+    (failure(400, "vendor/x is not a valid model ID"), {}, "unsupported"), (failure(422, "unsupported model: x"), {}, "unsupported"),
+    (failure(400, "model: claude-x is currently unavailable"), {}, "unsupported"),
+    (failure(400, "this is not available for your plan"), {}, "unsupported"),
+    (failure(400, "Unsupported parameter: 'temperature' is not supported with this model."), {}, "request"),
+    (failure(400, "This model's maximum context length is 8192 tokens"), {}, "request"),
+    (failure(400, "model does not support tools"), {}, "request"),
+    (failure(403, "<html><title>Just a moment...</title>"), {}, "challenge"),
+    (failure(429, "<script src=/cdn-cgi/challenge-platform/x>"), LIMITED, "challenge"),
+    (failure(200, "<html><title>Just a moment...</title>"), {}, "unknown"),
+])
+def test_failures_are_told_apart(error, headers, what):
+    verdict = proxai.classify(error, bucket(**headers), None, NOW)
+    assert verdict.what == what and verdict.rule is proxai.RULES[what]
+    assert verdict.source and verdict.rule.rotate is (what != "request")
+
+
+@pytest.mark.parametrize("said, what", [
+    ({"type": "overloaded_error", "message": "Overloaded"}, "transient"), ({"type": "rate_limit_error"}, "capacity"),
+    ({"code": "rate_limit_exceeded", "message": "try again in 2s"}, "quota"), ({"type": "authentication_error"}, "auth"),
+    ({"code": "usage_limit_reached", "resets_in_seconds": 7200}, "quota"), ({"code": 402}, "billing"),
+    ({"code": "invalid_prompt"}, "request"), ({"code": "server_error"}, "transient"), ("it broke", "transient"),
+    ({"code": "context_length_exceeded"}, "request"), ({"code": 429}, "capacity"),
+])
+def test_errors_inside_of_a_200_count_like_others(said, what):
+    error = proxai.fault_of(said)
+    assert proxai.classify(error, {}, {"error": said}, NOW).what == what
+
+
+def test_verdicts_without_an_answer_and_with_a_hint():
+    assert proxai.classify(None, {}, None, NOW) == proxai.Verdict("ok")
+    for fault in ("client", "dropped", "network"):
+        assert proxai.classify(None, {}, None, NOW, fault).what == fault
+    google = [{"error": {"details": [{"retryDelay": "30s"}]}}]
+    assert proxai.classify(failure(429), {}, google, NOW).until == NOW + 30
+    unified = proxai.classify(failure(429), bucket(**REJECTED), None, NOW)
+    assert (unified.what, unified.until, unified.raw, unified.whole) == ("quota", RESET_AT, str(RESET_AT), True)
+    assert proxai.classify(failure(401), {b"retry-after": b"9"}, None, NOW).until is None  # it does not heal by itself
+    assert proxai.classify(failure(429, "x", "kind", "code"), {}, None, NOW).raw == "kind code"
+    for status in (402, 403, 408, 429, 503, 520):
+        for text in ("x", "<title>Just a moment"):
+            assert proxai.classify(failure(status, text), {b"retry-after": b"9"}, None, NOW).until == NOW + 9
+    assert set(proxai.USEFUL) == set(proxai.RULES) and not proxai.RULES["ok"].rotate
+    assert {what for what, rule in proxai.RULES.items() if rule.again} == {
+        "quota", "capacity", "challenge", "forbidden", "transient"}
+
+
+CLAUDE_USER = "user_0a_account_11111111-2222_session_abcdef01-2345-6789-abcd-ef0123456789"
+UNLIKE = {"messages": [{"role": "user", "content": "hello"}]}
+
+
+@pytest.mark.parametrize("headers, body", [
+    ({b"x-claude-code-session-id": b"S"}, {"metadata": {"user_id": CLAUDE_USER}}),
+    ({b"session-id": b"T"}, {"metadata": {"user_id": "x_session_SSSSSSSS"}}),
+    ({b"session-id": b"T"}, {"metadata": {"user_id": '{"device_id":"d","session_id":"SSSSSSSS"}'}}),
+    ({b"session-id": b"S", b"x-session-id": b"T"}, {"session_id": "T"}), ({b"session_id": b"S"}, {}),
+    ({b"x-session-id": b"S", b"x-session-affinity": b"T"}, {}),
+    ({b"x-session-affinity": b"S", b"x-client-request-id": b"T"}, {}),
+    ({b"x-client-request-id": b"S"}, {"session_id": "T"}),
+    ({}, {"session_id": "S", "sessionId": "T"}), ({}, {"sessionId": "S", "prompt_cache_key": "T"}),
+    ({}, {"prompt_cache_key": "S", "conversation": "c"}), ({}, {"prompt_cache_key": "S", "conversation": {"id": "c"}}),
+    ({}, {"metadata": {"user_id": "S"}, "conversation_id": "T"}), ({}, {"conversation_id": "S", **UNLIKE}),
+    ({b"session-id": b" "}, {"session_id": 5, "conversation_id": "S"}),
+])
+def test_a_session_is_known_by_the_most_telling_of_its_signals(headers, body):
+    keys = proxai.session_keys(headers, body)
+    name = "SSSSSSSS" if "SSSSSSSS" in str(body) else "S"
+    assert keys[0] == proxai.sha(name)[:16]
+    assert keys[1:] == ((proxai.sha("c")[:16],) if "conversation" in body else ())
+
+
+def turn(user: Any, answer: Any = None, system: str = "be brief") -> dict[str, list[Any]]:
+    """The messages of a conversation in the three protocols' ways."""
+    talk = [{"role": "user", "content": user}]
+    if answer is not None:
+        talk += [{"role": "assistant", "content": answer}, {"role": "user", "content": "more"}]
+    return {"chat": {"messages": [{"role": "system", "content": system}, *talk]},
+            "messages": {"system": [{"type": "text", "text": system}], "messages": talk},
+            "responses": {"instructions": system, "input": [{"type": "reasoning"}, *talk]},
+            "developer": {"input": [{"role": "developer", "content": system}, *talk]}}
+
+
+@pytest.mark.parametrize("way", ["chat", "messages", "responses", "developer"])
+def test_without_a_signal_a_session_is_known_by_how_it_begins(way):
+    first = proxai.session_keys({}, turn("what is love?")[way])
+    second = proxai.session_keys({}, turn([{"type": "text", "text": "what is love?"}], "baby don't hurt me")[way])
+    third = proxai.session_keys({}, turn("what is love?", "a word")[way])
+    assert len(first) == 1 and len(second) == 2 and second[1] == third[1] == first[0] and second[0] != third[0]
+    assert proxai.session_keys({}, turn("what is hate?")[way]) != first
+    assert proxai.session_keys({}, turn("what is love?", system="be long")[way]) != first
+    assert proxai.session_keys({}, turn("x" * 100 + "a")[way]) == proxai.session_keys({}, turn("x" * 100 + "b")[way])
+
+
+def test_sessions_are_told_of_any_body_at_little_cost():
+    assert proxai.session_keys({}, {"input": "hi", "instructions": "i"}) == proxai.session_keys({}, {
+        "system": "i", "messages": [{"role": "user", "content": "hi"}]})
+    huge = "x" * 5_000_000
+    started = time.process_time()
+    for body in ({}, {"messages": None}, {"messages": [None, 5, {"role": []}]}, {"input": ""}, {"metadata": []},
+                 {"conversation": []}, {"messages": [{"role": "system", "content": huge}] * 1000}):
+        assert proxai.session_keys({}, body) == ()
+    for body in ({"input": huge}, {"prompt_cache_key": huge}, {"metadata": {"user_id": huge}},
+                 {"messages": [{"role": "user", "content": [{"text": huge}] * 1000}] * 1000}):
+        assert len(proxai.session_keys({}, body)) == 1
+    assert time.process_time() - started < 0.2
+    assert proxai.session_keys({}, {"input": "\ud800"})  # half a character is one too
+
+
+def picks(state: proxai.Scheduler, candidates: list[Any], count: int, session: tuple[str, ...] = (),
+          now: float = NOW, model: str = "m") -> str:
+    """The names of the credentials of so many requests, all of them new sessions but where one is given."""
+    chosen = (proxai.choose_credential(state, candidates, model, session, now) for _ in range(count))
+    return "".join(c.credential if c else "-" for c in chosen)
+
+
+def rest(state: proxai.Scheduler, candidate: Any, verdict: Any, now: float = NOW, among: Any = (A, B, C), **more: Any) -> Any:
+    """Tell of a result, and give the rest that the candidate has then."""
+    proxai.note_result(state, among, candidate, verdict, now, **{"began": now} | more)
+    return proxai.resting(state, candidate, now)
+
+
+TRANSIENT, QUOTA, CAPACITY, AUTH, MISSING, REQUEST, DROPPED, LEFT, SERVED, NETWORK = map(proxai.Verdict, (
+    "transient", "quota", "capacity", "auth", "missing", "request", "dropped", "client", "ok", "network"))
+
+
+def declared(secs: float, whole: bool = False) -> Any:
+    """A provider's word that it takes no more for so long."""
+    return proxai.Verdict("quota", NOW + secs, "header retry-after", str(secs), whole)
+
+
+def test_strategies():
+    assert picks(proxai.Scheduler(), [A, B, C], 7) == "abcabca"
+    assert picks(proxai.Scheduler("fill-first"), [A, B, C], 4) == "aaaa"
+    weights = [A._replace(weight=5), B, C]
+    assert picks(proxai.Scheduler("weighted"), weights, 14) == "aabacaaaabacaa"  # nginx's own example
+    assert picks(proxai.Scheduler("weighted"), [A._replace(weight=0), B], 2) == "bb"
+    assert picks(proxai.Scheduler("weighted"), [A._replace(weight=0)], 1) == "-"
+    assert picks(proxai.Scheduler(), [A._replace(weight=0)], 1) == "a"
+    assert picks(proxai.Scheduler(), [], 1) == "-"
+
+
+def test_models_take_turns_of_their_own():
+    state = proxai.Scheduler()
+    assert [picks(state, [A, B], 1, model=m) for m in "mnmn"] == ["a", "a", "b", "b"]
+
+
+def test_weights_are_shared_exactly_and_begin_anew_when_they_change():
+    state = proxai.Scheduler("weighted")
+    for weights in ((3, 2, 1), (7, 1, 1), (1, 1, 1), (90, 50, 25)):
+        fleet = [c._replace(weight=w) for c, w in zip((A, B, C), weights, strict=True)]
+        total = sum(weights)
+        assert collections.Counter(picks(state, fleet, 3 * total)) == dict(zip("abc", (3 * w for w in weights), strict=True))
+    picks(state, fleet, 1)
+    assert picks(state, [A, B], 2) == "ab"  # what was left of the others' turns does not count
+
+
+def test_a_model_of_several_providers_is_shared_by_their_ready_credentials():
+    fleet = [*(proxai.Candidate("many", n, "m") for n in "abc"), proxai.Candidate("one", "z", "m")]
+    for strategy in ("round-robin", "weighted"):
+        assert collections.Counter(picks(proxai.Scheduler(strategy), fleet, 400)) == dict.fromkeys("abcz", 100)
+    state = proxai.Scheduler()
+    rest(state, fleet[0], declared(60), among=fleet)
+    assert collections.Counter(picks(state, fleet, 300)) == dict.fromkeys("bcz", 100)
+
+
+def test_priorities_and_tiers_come_before_turns():
+    state, low, spare = proxai.Scheduler(), C._replace(priority=-1), proxai.Candidate("q", "z", "other", 9, 1, 1)
+    fleet = [low, A, spare, B]
+    assert picks(state, fleet, 4) == "abab"
+    rest(state, A, declared(60), among=fleet)
+    assert picks(state, fleet, 2) == "bb"
+    rest(state, B, declared(60), among=fleet)
+    assert picks(state, fleet, 2) == "cc"
+    rest(state, low, declared(60), among=fleet)
+    assert picks(state, fleet, 2) == "zz"
+    rest(state, spare, declared(60), among=fleet)
+    assert picks(state, fleet, 1) == "-"
+    assert picks(state, fleet, 1, now=NOW + 61) in "ab"
+
+
+@pytest.mark.parametrize("strategy", proxai.STRATEGIES)
+def test_a_session_keeps_its_credential_until_that_fails(strategy):
+    state, low = proxai.Scheduler(strategy), B._replace(priority=-1)
+    fleet = [A, low]
+    assert picks(state, fleet, 3, ("s",)) == "aaa"
+    rest(state, A, declared(60), among=fleet, model="m", session=("s",))
+    assert ("s", "m") not in state.bindings
+    assert picks(state, fleet, 1, ("s",)) == "b"
+    assert picks(state, fleet, 2, ("s",), NOW + 61) == "bb"  # A is back, but the prompt is warm at B
+    assert picks(state, fleet, 1, ("t",), NOW + 61) == "a"
+    assert picks(state, fleet, 1, ("s",), NOW + 61 + 3599) == "b"
+    assert picks(state, fleet, 1, ("s",), NOW + 61 + 3599 + 3601) == "a"  # an hour of silence: it is cold
+    rest(state, A, SERVED, NOW + 9000, fleet, model="m", session=("s",))
+    assert state.bindings["s", "m"] == (A.key, NOW + 9000 + 3600)
+    for verdict in (SERVED, TRANSIENT):  # of a request from before the session went elsewhere
+        rest(state, low, verdict, NOW + 9000, fleet, model="m", session=("s",))
+        assert state.bindings["s", "m"][0] == A.key
+    for verdict in (REQUEST, DROPPED, LEFT):  # no fault of the credential
+        rest(state, A, verdict, NOW + 9000, fleet, model="m", session=("s",))
+        assert ("s", "m") in state.bindings
+    assert picks(proxai.Scheduler(affinity_secs=0), [A, B], 4, ("s",)) == "abab"
+
+
+def test_the_second_turn_finds_the_credential_of_the_first():
+    state = proxai.Scheduler()
+    assert picks(state, [A, B], 1, ("short",)) == "a" and picks(state, [A, B], 1) == "b"
+    assert picks(state, [A, B], 3, ("long", "short")) == "aaa"
+    rest(state, A, declared(9), model="m", session=("long", "short"))
+    assert picks(state, [A, B], 1, ("long", "short")) == "b" and picks(state, [A, B], 1, ("short",), NOW + 10) == "b"
+
+
+def test_a_session_does_not_stay_with_a_fallback():
+    state, spare = proxai.Scheduler(), B._replace(provider="q", tier=1)
+    rest(state, A, declared(60), among=(A, spare))
+    assert picks(state, [A, spare], 2, ("s",)) == "bb" and picks(state, [A, spare], 1, ("s",), NOW + 61) == "a"
+
+
+def test_failures_one_after_the_other_double_a_guess_and_failures_side_by_side_do_not():
+    state, now, secs = proxai.Scheduler(), float(NOW), []
+    for _ in range(12):
+        window = rest(state, A, QUOTA, now)
+        secs.append(window.until - now)
+        for _ in range(5):  # a burst
+            assert rest(state, A, QUOTA, now + 0.5) == window
+        now = window.until
+    assert secs == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 900, 900]
+    flat = rest(state, B, proxai.Verdict("challenge"))
+    assert rest(state, B, proxai.Verdict("challenge"), flat.until).until == flat.until + 20
+    assert rest(state, A, SERVED, now) is None and rest(state, A, QUOTA, now).level == 0
+    rest(state, A, QUOTA, now + 1)
+    assert rest(state, A, QUOTA, now + 9999).level == 0  # it was long ago
+
+
+@pytest.mark.parametrize("verdict, secs", [
+    (TRANSIENT, 60), (NETWORK, 60), (CAPACITY, 1), (QUOTA, 1), (AUTH, 900), (MISSING, 900),
+    (proxai.Verdict("challenge"), 10), (proxai.Verdict("forbidden"), 900), (proxai.Verdict("unsupported"), 900),
+    (proxai.Verdict("billing"), 900), (proxai.Verdict("unknown"), 60), (declared(200000), 200000),
+    (REQUEST, 0), (DROPPED, 0), (LEFT, 0), (SERVED, 0)], ids=lambda v: getattr(v, "what", v))
+def test_how_long_a_credential_rests(verdict, secs):
+    state = proxai.Scheduler()
+    window = rest(state, A, verdict)
+    assert (window.until - window.since if window else 0) == secs
+    assert picks(state, [A, B], 4) == ("bbbb" if secs else "abab")
+    assert proxai.resting(state, A, NOW + secs) is None
+    other = A._replace(model="n")  # a credential rests for one model
+    assert proxai.resting(state, other, NOW) is None
+    assert rest(state, B, verdict, among=(A, B)) is None or verdict.until  # the last one goes on
+    lone = proxai.Scheduler()
+    assert (rest(lone, A, verdict, among=(A,)) is None) is (verdict.until is None)
+
+
+def test_a_declaration_for_all_models():
+    state, other = proxai.Scheduler(), A._replace(model="n")
+    rest(state, A, declared(60, whole=True))
+    assert proxai.resting(state, other, NOW) and proxai.resting(state, A, NOW)
+    rest(state, other, SERVED, NOW + 1)
+    assert proxai.resting(state, A, NOW + 1) is None
+
+
+def test_declarations_and_guesses_side_by_side():
+    state = proxai.Scheduler()
+    long = rest(state, A, declared(600))
+    for verdict in (declared(60), TRANSIENT, AUTH):
+        assert rest(state, A, verdict) == long
+    assert rest(state, A, declared(700)).until == NOW + 700
+    fresh = rest(state, A, proxai.Verdict("quota", NOW + 90, "s", "r"), NOW + 30, began=NOW + 29)
+    assert (fresh.since, fresh.until) == (NOW + 30, NOW + 90)  # one that was let through knows better
+    assert rest(state, A, declared(700)).until == NOW + 700
+    rest(state, B, AUTH)
+    assert rest(state, B, declared(5)).until == NOW + 5  # what we guessed gives way
+    assert rest(state, A, SERVED, NOW + 1, began=NOW - 1).until == NOW + 700  # it was sent before
+    assert rest(state, A, SERVED, NOW + 1, began=NOW) is None
+
+
+def test_after_a_guess_one_request_decides():
+    state = proxai.Scheduler("fill-first")
+    rest(state, A, TRANSIENT)
+    assert picks(state, [A, B], 2, now=NOW + 59) == "bb"
+    assert picks(state, [A, B], 3, now=NOW + 60) == "abb"
+    rest(state, A, LEFT, NOW + 61)  # it told nothing; the next one is to decide
+    assert picks(state, [A, B], 2, now=NOW + 62) == "ab"
+    assert rest(state, A, TRANSIENT, NOW + 63).until == NOW + 123
+    assert picks(state, [A, B], 2, now=NOW + 123) == "ab"
+    rest(state, A, SERVED, NOW + 124)
+    assert picks(state, [A, B], 2, now=NOW + 124) == "aa"
+    rest(state, A, TRANSIENT, NOW + 200)
+    assert picks(state, [A, B], 2, now=NOW + 300) == "ab"
+    assert picks(state, [A, B], 2, now=NOW + 300 + proxai.TRIAL_SECS) == "ab"  # nobody came back
+
+
+def test_a_declaration_lets_a_request_through_now_and_then():
+    state, never = proxai.Scheduler("fill-first"), proxai.Scheduler("fill-first", probe_secs=0)
+    for one in (state, never):
+        rest(one, A, declared(10000))
+    assert picks(state, [A, B], 2, now=NOW + 3599) == "bb"
+    assert picks(state, [A, B], 3, now=NOW + 3600) == "abb"
+    rest(state, A, declared(10000), NOW + 3601)
+    assert picks(state, [A, B], 1, now=NOW + 7200) == "b" and picks(state, [A, B], 3, now=NOW + 7201) == "abb"
+    rest(state, A, SERVED, NOW + 7202)
+    assert picks(state, [A, B], 1, now=NOW + 7203) == "a"
+    assert picks(never, [A, B], 1, now=NOW + 9999) == "b" and picks(never, [A, B], 2, now=NOW + 10000) == "aa"
+
+
+def test_guesses_alone_never_make_an_outage():
+    state = proxai.Scheduler()
+    rest(state, B, TRANSIENT)
+    rest(state, A, AUTH)
+    rest(state, C, declared(60))  # the last that was ready
+    assert picks(state, [A, B, C], 3) == "bbb"  # its guess ends first
+    assert proxai.choose_credential(state, [A, B, C], "m", (), NOW, {B.key}) is None  # each request tries one
+    rest(state, B, declared(60))
+    assert picks(state, [A, B, C], 1) == "a"
+    rest(state, A, declared(30))
+    assert picks(state, [A, B, C], 1) == "-"
+
+
+def test_what_a_request_has_tried_is_not_used_again():
+    state, tried, got = proxai.Scheduler(), set(), ""
+    while chosen := proxai.choose_credential(state, [A, B, C], "m", ("s",), NOW, tried):
+        tried.add(chosen.key)
+        got += chosen.credential
+    assert got == "abc"
+
+
+def test_two_models_behind_one_name_are_two_candidates():
+    state, fleet = proxai.Scheduler(), [A, A._replace(model="n")]
+    chosen = [proxai.choose_credential(state, fleet, "alias", (), NOW).model for _ in range(3)]
+    assert chosen == ["m", "n", "m"] and rest(state, fleet[0], TRANSIENT, among=fleet)
+    assert proxai.choose_credential(state, fleet, "alias", (), NOW).model == "n"
+
+
+def tries(*names: str, status: int = 500) -> list[Any]:
+    """Attempts with these credentials."""
+    return [proxai.Attempt("p", name, status, "transient", 9) for name in names]
+
+
+@pytest.mark.parametrize("verdict, names, tried, spent, budget, expected", [
+    (TRANSIENT, "a", "a", 0, (), "next"), (TRANSIENT, "abca", "a", 0, (), "stop"), (TRANSIENT, "a", "a", 60, (), "stop"),
+    (TRANSIENT, "abc", "abc", 0, (), ("round", 1)), (TRANSIENT, "abc", "abc", 59.5, (), "stop"),
+    (AUTH, "a", "a", 0, (), "next"), (AUTH, "abc", "abc", 0, (), "stop"), (NETWORK, "abc", "abc", 0, (), "stop"),
+    (NETWORK, "a", "a", 0, (), "next"), (MISSING, "a", "a", 0, (), "next"), (DROPPED, "a", "a", 0, (), "next"),
+    (REQUEST, "a", "a", 0, (), "stop"), (LEFT, "a", "a", 0, (), "stop"),
+    (declared(3), "a", "a", 0, (), ("same", 3)), (declared(5), "a", "a", 0, (), ("same", 5)), (declared(3), "aa", "a", 0, (), "next"),
+    (declared(3), "a", "a", 58, (), "next"), (declared(6), "a", "a", 0, (), "next"),
+    (declared(6), "a", "a", 0, (4, 60, 10), ("same", 6)), (declared(3), "a", "a", 0, (1,), "stop"),
+    (declared(10000), "abc", "abc", 0, (), ("round", 1)),
+])
+def test_what_a_request_does_after_a_failure(verdict, names, tried, spent, budget, expected):
+    state, fleet = proxai.Scheduler(), [A, B, C]
+    step = proxai.next_step(state, fleet, {("p", n, "m") for n in tried}, tries(*names), verdict, spent, NOW,
+                            budget=proxai.Budget(*budget))
+    assert step == proxai.Step(*((expected,) if isinstance(expected, str) else expected))
+
+
+def test_rounds_wait_for_the_first_that_is_back_and_a_lone_credential_does_not():
+    state, keys = proxai.Scheduler(), {A.key, B.key}
+    ask = functools.partial(proxai.next_step, state, [A, B], keys, tries("a", "b"), QUOTA, 0, NOW)
+    rest(state, A, declared(20))
+    rest(state, B, declared(40))
+    assert ask() == ("round", 20) and ask(jitter=1) == ("round", 22) and ask(jitter=0.5) == ("round", 21)
+    assert ask(budget=proxai.Budget(wait_secs=20), jitter=1) == ("round", 20)
+    assert ask(budget=proxai.Budget(wait_secs=19)) == ("stop", 0)
+    lone = functools.partial(proxai.next_step, proxai.Scheduler(), [A], {A.key}, now=NOW, spent_secs=0)
+    assert lone(tries("a"), TRANSIENT).what == lone(tries("a"), QUOTA).what == "stop"
+    assert lone(tries("a"), declared(2)) == ("same", 2) and lone(tries("a", "a"), declared(2)).what == "stop"
+    assert lone(tries("a"), AUTH, refreshable=True).what == "refresh"
+    assert lone(tries("a", "a"), AUTH, refreshable=True).what == "stop"
+
+
+def test_the_client_gets_the_error_that_helps_it_most():
+    order = [REQUEST, declared(5), declared(50), QUOTA, proxai.Verdict("billing"), AUTH, MISSING, TRANSIENT, NETWORK, DROPPED]
+    failures = [(verdict, failure(500, str(place))) for place, verdict in enumerate(order)]
+    for start in range(len(order)):
+        for some in (failures[start:], failures[start:][::-1]):
+            assert proxai.most_useful(some).message == str(start)
+    same = [(TRANSIENT, failure(500, "first")), (TRANSIENT, failure(500, "second"))]
+    assert proxai.most_useful(same).message == "first"
+
+
+def test_a_client_is_told_when_a_credential_is_back():
+    state = proxai.Scheduler()
+    rest(state, A, declared(7200.5))
+    rest(state, B, declared(3600.5))
+    for protocol, told, retry in ((MESSAGES, 59, True), (CHAT, 3601, False), (RESPONSES, 3601, False)):
+        error = proxai.unavailable(state, [A, B], "gpt", protocol, NOW)
+        assert (error.status, error.code, error.retry) == (429, "model_cooldown", retry)
+        assert error.fields == [b"retry-after: %d" % told] and "gpt" in error.message
+        assert "3601 seconds" in error.message and "2023-11-14T23:13:21Z" in error.message
+        assert proxai.native_error(error, protocol)["error"]["type"] == "rate_limit_error"
+    soon = proxai.unavailable(state, [A, B], "gpt", MESSAGES, NOW + 3590)
+    assert soon.fields == [b"retry-after: 11"]
+    none = proxai.unavailable(state, [], "gpt", CHAT, NOW)
+    assert (none.status, none.code, none.retry) == (503, "auth_not_found", False)
+    weightless = proxai.unavailable(proxai.Scheduler("weighted"), [A._replace(weight=0)], "gpt", CHAT, NOW)
+    assert (weightless.status, weightless.code) == (503, "auth_unavailable")
+
+
+def test_why_tells_of_each_candidate():
+    state, spare = proxai.Scheduler("weighted"), proxai.Candidate("q", "z", "n", 5, 0, 1)
+    fleet = [A, B, C, spare]
+    picks(state, [A], 1, ("s",))
+    picks(state, [A], 1, ("t",))
+    rest(state, B, declared(7200), among=fleet)
+    rest(state, C, proxai.Verdict("transient", source="status 500", raw="api_error"), among=fleet)
+    rows = {row["credential"]: row for row in proxai.why(state, fleet, NOW + 1)}
+    assert rows["a"] == {"provider": "p", "credential": "a", "model": "m", "eligible": True, "reason": "ready",
+                         "tier": 0, "priority": 0, "weight": 1, "sessions": 2}
+    assert rows["b"] == rows["a"] | {
+        "credential": "b", "eligible": False, "reason": "quota", "kind": "declared", "source": "header retry-after",
+        "raw": "7200", "since": NOW, "until": NOW + 7200, "next_probe": NOW + 3600, "sessions": 0}
+    assert rows["c"] == rows["b"] | {"credential": "c", "reason": "transient", "kind": "guessed", "source": "status 500",
+                                     "raw": "api_error", "until": NOW + 60, "next_probe": NOW + 60}
+    assert (rows["z"]["eligible"], rows["z"]["reason"]) == (False, "its weight is 0")
+    proxai.choose_credential(state, [C], "m", (), NOW + 61)
+    [row] = proxai.why(state, [C], NOW + 61)
+    assert (row["eligible"], row["reason"]) == (False, "another request is deciding")
+    json.dumps(list(rows.values()))
+
+
+@pytest.mark.parametrize("name, ended", [("a", 2), ("p/a", 1), ("q/a", 1), ("all", 3), ("z", 0), ("", 0), ("p", 0)])
+def test_rests_are_ended_by_name(name, ended):
+    state, other = proxai.Scheduler(), A._replace(provider="q")
+    for candidate in (A, B, other):
+        rest(state, candidate, declared(60, whole=candidate is other), among=(A, B, other))
+    assert proxai.reset_rests(state, name) == ended and len(state.rests) == 3 - ended
+
+
+def test_declared_rests_survive_a_restart():
+    state = proxai.Scheduler("fill-first")
+    rest(state, A, declared(7200))
+    rest(state, B, declared(60, whole=True))
+    rest(state, C, TRANSIENT, among=(A, B, C, A._replace(credential="d")))
+    picks(state, [A], 1, now=NOW + 3600)
+    saved = json.loads(json.dumps(proxai.dump_state(state, NOW)))
+    again = proxai.Scheduler("fill-first")
+    assert proxai.load_state(again, saved, NOW + 3600) == 1 and again.rests == {A.key: state.rests[A.key]}
+    assert proxai.load_state(again, saved, NOW + 7200) == 0
+    early = proxai.Scheduler()
+    assert proxai.load_state(early, proxai.dump_state(state, NOW) | {"more": 1}, NOW + 3600) == 1
+    assert len(proxai.dump_state(state, NOW)["rests"]) == 2 and proxai.dump_state(state, NOW + 7200)["rests"] == []
+
+
+def test_a_damaged_state_is_taken_as_far_as_it_is_whole():
+    good = {"provider": "p", "credential": "a", "model": None, "reason": "quota", "source": "s", "raw": "r",
+            "since": NOW - 1, "until": NOW + 60, "tried": 0}
+    bad: list[Any] = [good | {key: value} for key in good for value in ([], {}, True, "x", -1, 1e999, None, math.nan)
+                      if not (isinstance(value, str) and key in ("provider", "credential", "model", "source", "raw"))
+                      and not (value is None and key == "model")]
+    bad += [{k: v for k, v in good.items() if k != key} for key in good if key != "model"]
+    bad += [good | {"until": NOW + 400 * 86400}, good | {"since": NOW + 1}, None, 5, []]
+    for row in bad:
+        assert proxai.load_state(proxai.Scheduler(), {"rests": [row]}, NOW) == 0, row
+    for value in (None, [], 5, "x", {}, {"rests": 5}, {"rests": {}}, {"rests": bad}):
+        assert proxai.load_state(proxai.Scheduler(), value, NOW) == 0
+    assert proxai.load_state(proxai.Scheduler(), {"rests": [*bad, good, *bad]}, NOW) == 1
+
+
+def test_what_is_remembered_is_bounded(monkeypatch):
+    for limit in ("RESTS", "SESSIONS", "POOLS"):
+        monkeypatch.setattr(proxai, limit, 50)
+    state, weighted = proxai.Scheduler(), proxai.Scheduler("weighted")
+    for number in range(120):
+        candidate = A._replace(model=str(number))
+        proxai.choose_credential(state, [candidate, B], str(number), (f"s{number}", f"t{number}"), NOW)
+        rest(state, candidate, TRANSIENT)
+        picks(weighted, [A, B], 1, model=str(number))
+        for table in (state.rests, state.bindings, state.cursors, weighted.currents):
+            assert len(table) == min(50, (number + 1) * (2 if table is state.bindings else 1))
+        assert candidate.key in state.rests and (f"t{number}", str(number)) in state.bindings
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_fleet_under_random_failures(seed):
+    dice, now = random.Random(seed), float(NOW)
+    strategy = dice.choice(proxai.STRATEGIES)
+    state = proxai.Scheduler(strategy, probe_secs=dice.choice((0, 600)))
+    fleet = [proxai.Candidate(dice.choice("pq"), str(n), "m", dice.choice((0, 0, 1)), dice.randint(1, 3), dice.choice((0, 0, 1)))
+             for n in range(dice.randint(1, 5))]
+    outcomes = [SERVED, SERVED, TRANSIENT, QUOTA, CAPACITY, AUTH, MISSING, REQUEST, DROPPED, LEFT, NETWORK, None]
+    for _ in range(80):
+        now += dice.choice((0, 0.1, 1, 30, 400))
+        session = (str(dice.randint(0, 3)),) if dice.random() < 0.5 else ()
+        tried, attempts, begun = set(), [], now
+        while True:
+            before = {c: proxai.resting(state, c, now) for c in fleet}
+            ready = [c for c in fleet if not before[c] and c.key not in tried]
+            bound = proxai.bound_key(state, "m", session, now)
+            chosen = proxai.choose_credential(state, fleet, "m", session, now, tried)
+            if chosen is None:
+                assert not ready and (tried or all(before[c].declared for c in fleet))
+                break
+            assert chosen in ready if ready else not before[chosen].declared and not tried
+            if ready:
+                best = [c for c in ready if c.tier == min(c.tier for c in ready)]
+                assert chosen.key == bound or bound not in [c.key for c in best]
+                assert chosen in best and (chosen.key == bound or chosen.priority == max(c.priority for c in best))
+            outcome = dice.choice(outcomes) or proxai.Verdict("quota", now + dice.choice((2, 60, 5000)), "s", "r",
+                                                              dice.random() < 0.3)
+            others = [c for c in fleet if c != chosen and not proxai.resting(state, c, now)]
+            proxai.note_result(state, fleet, chosen, outcome, now, began=now, model="m", session=session)
+            window = proxai.resting(state, chosen, now)
+            assert not (window and not window.declared and not others and not before[chosen])
+            assert window is None or outcome.what != "ok"
+            tried.add(chosen.key)
+            attempts.append(proxai.Attempt(*chosen.key[:2], 500, outcome.what, 1))
+            step = proxai.next_step(state, fleet, tried, attempts, outcome, now - begun, now, jitter=dice.random())
+            assert len(attempts) <= 4 and now - begun <= 60 and 0 <= step.wait_secs <= 60
+            if outcome.what == "ok" or step.what == "stop":
+                break
+            now += step.wait_secs
+            tried = set() if step.what == "round" else tried - {chosen.key} if step.what == "same" else tried
+    again = proxai.Scheduler()
+    proxai.load_state(again, proxai.dump_state(state, now), now)
+    assert again.rests == {k: w for k, w in state.rests.items() if w.declared and w.until > now}
+
 
 
 # ============================================================================
