@@ -749,6 +749,12 @@ def rewrite_model(route: Route, match: re.Match[str], model: str) -> str:
             + model[match.end():])
 
 
+def matched(route: Route, protocol: str, model: str) -> tuple[re.Match[str] | None, bool]:
+    """Where a route's pattern fits a model's name, and whether the route takes the request."""
+    match = route.pattern.search(model)
+    return match, match is not None and route.protocol in (None, protocol)
+
+
 def choose(routes: Sequence[Route], defaults: Mapping[str, str], protocol: str,
            model: str) -> Decision:
     """The first route that fits, else the protocol's default provider; SetupError if there is none.
@@ -758,12 +764,11 @@ def choose(routes: Sequence[Route], defaults: Mapping[str, str], protocol: str,
     """
     mismatch = None
     for route in routes:
-        match = route.pattern.search(model)
-        if not match:
-            continue
-        if route.protocol in (None, protocol):
+        match, taken = matched(route, protocol, model)
+        if match and taken:
             return Decision(route.provider, rewrite_model(route, match, model), route.name)
-        mismatch = mismatch or route
+        if match:
+            mismatch = mismatch or route
     if mismatch:
         named = f"route `{mismatch.name}`" if mismatch.name else "a route without a name"
         raise SetupError(f"{named} matches the model {model}, but its request_protocol is"
@@ -774,6 +779,19 @@ def choose(routes: Sequence[Route], defaults: Mapping[str, str], protocol: str,
                          f" routing.default_provider_names.{protocol} is not set",
                          fix="set that key to the name of a provider, or add a route")
     return Decision(defaults[protocol], model, None)
+
+
+def route_tries(routes: Sequence[Route], protocol: str, model: str) -> list[Json]:
+    """What `choose` finds at each route, up to the one that takes the request."""
+    tries: list[Json] = []
+    for route in routes:
+        match, taken = matched(route, protocol, model)
+        why = ("the pattern matches" if taken else "the pattern does not match" if not match else
+               f"the pattern matches, but request_protocol is {route.protocol}")
+        tries.append({"route": route.name, "takes": taken, "why": why})
+        if taken:
+            break
+    return tries
 
 
 
@@ -9457,6 +9475,503 @@ class CaptureSwitches:
             self.overrides[phase] = value
 
 
+# -- reading them back -------------------------------------------------------
+
+CAPTURE_READ_BYTES = 64 << 20  # of one file; a request body is at most 50 MiB by default
+SHOWN_LINES, SHOWN_CHARS = 20_000, 2 << 20  # of one body that is shown
+DIFF_LINES = 4000  # on each side: what difflib does with them is up to quadratic
+CAPTURE_NAME = re.compile(
+    rf"([0-9]{{9,10}})-([0-9A-Za-z]{{1,40}})-(?:exchange\.json|"
+    rf"({'|'.join(PHASES).replace('_', '-')})\.(?:(?:metadata|headers|body)\.json|body\.(?:sse|bin)))")
+SECRET_NAME = re.compile("key|token|secret|cookie|authorization", re.I)
+REDACTED = "<redacted>"
+
+
+class StoredCapture(NamedTuple):
+    """The files of one exchange by phase, those of its record under `exchange`."""
+
+    prefix: str
+    id: str
+    files: dict[str, list[str]]
+
+
+class CapturedPhase(NamedTuple):
+    """What was kept of one phase; `cut` tells that the body is longer than what is read."""
+
+    head: Json | None
+    body: bytes | None
+    cut: bool
+    files: list[str]
+
+    @property
+    def sse(self) -> bool:
+        """Whether the body is an event stream."""
+        return any(name.endswith(".sse") for name in self.files)
+
+
+class Capture(NamedTuple):
+    """A stored exchange; `phases` has those that were captured."""
+
+    prefix: str
+    id: str
+    record: Json | None
+    phases: dict[str, CapturedPhase]
+
+
+def captures_directory(environ: Mapping[str, str]) -> Path:
+    """Where captures are."""
+    return app_directory(environ) / "captures"
+
+
+def stored_captures(directory: Path) -> list[StoredCapture]:
+    """The exchanges that have files in a directory, newest first; other files are passed over."""
+    try:
+        with os.scandir(directory) as entries:
+            names = sorted(entry.name for entry in entries)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ConfigError([f"cannot read {directory}: {error.strerror}"]) from None
+    found: dict[str, StoredCapture] = {}
+    for name in names:
+        if match := CAPTURE_NAME.fullmatch(name):
+            prefix = name[:match.end(2)]
+            stored = found.setdefault(prefix, StoredCapture(prefix, match[2], {}))
+            phase = (match[3] or "exchange").replace("-", "_")
+            stored.files.setdefault(phase, []).append(name)
+    return sorted(found.values(), reverse=True, key=lambda stored: (
+        int(stored.prefix.partition("-")[0]), len(stored.id), stored.id))
+
+
+def find_capture(directory: Path, word: str) -> StoredCapture:
+    """The exchange with an id, or with an id that ends so: in full, or as the log shortens it."""
+    captures = stored_captures(directory)
+    found = [stored for stored in captures if word in (stored.id, stored.prefix)]
+    if not found and len(word) >= 4:
+        found = [stored for stored in captures
+                 if stored.id.endswith(word) or short_id(stored.id).endswith(word.lower())]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ConfigError([f"the id {printable(word)} is that of {len(found)} captures: "
+                           + ", ".join(stored.id for stored in found[:5])], "give more of it")
+    raise ConfigError([f"there is no capture with the id {printable(word)} in {directory}"],
+                      "`proxai.py captures` lists them; the last four characters of an id are the"
+                      " least to give")
+
+
+def read_captured(path: Path, limit: int = CAPTURE_READ_BYTES) -> bytes | None:
+    """What a file holds, up to one byte more than `limit`; None where it has gone meanwhile, as
+    a running proxy removes old ones."""
+    try:
+        with path.open("rb") as file:
+            return file.read(limit + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigError([f"cannot read {path}: {error.strerror}"]) from None
+
+
+def read_captured_json(path: Path) -> Json | None:
+    """The JSON object in a file of ours; None where it has gone meanwhile."""
+    raw = read_captured(path)
+    if raw is None:
+        return None
+    try:
+        value = load(raw)
+    except ValueError as error:
+        raise ConfigError([f"{path} is damaged, it is not JSON: {error}"]) from None
+    if not isinstance(value, dict):
+        raise ConfigError([f"{path} is damaged, it is not a JSON object"])
+    return value
+
+
+def read_record(directory: Path, stored: StoredCapture) -> Json | None:
+    """The record of an exchange; None where it has none (yet)."""
+    names = stored.files.get("exchange")
+    return read_captured_json(directory / names[0]) if names else None
+
+
+def read_capture(directory: Path, word: str, limit: int = CAPTURE_READ_BYTES) -> Capture:
+    """A stored exchange by its id (see `find_capture`), of each body `limit` bytes."""
+    stored, phases = find_capture(directory, word), {}
+    for phase in PHASES:
+        head = body = None
+        names = stored.files.get(phase, [])
+        for name in names:
+            if ".body." in name:
+                body = read_captured(directory / name, limit)
+            else:
+                head = read_captured_json(directory / name)
+        if head is not None or body is not None:
+            phases[phase] = CapturedPhase(head, body and body[:limit],
+                                          len(body or b"") > limit, names)
+    record = read_record(directory, stored)
+    if not phases and record is None:
+        raise ConfigError([f"the capture {stored.id} was removed while it was read"])
+    return Capture(stored.prefix, stored.id, record, phases)
+
+
+# -- looking at them ---------------------------------------------------------
+
+def pretty(value: Any) -> str:
+    """JSON for people."""
+    try:
+        return json.dumps(value, ensure_ascii=False, indent=2)
+    except RecursionError:
+        return "(nested too deeply to show)"
+
+
+def loaded(raw: bytes) -> Any:
+    """The JSON value of a text, ABSENT where it is none."""
+    try:
+        return load(raw)
+    except ValueError:
+        return ABSENT
+
+
+def stream_events(raw: bytes) -> Iterator[Event]:
+    """The events of a whole stream."""
+    return filter(None, map(parse_event, split_events(raw)))
+
+
+def body_text(body: bytes, sse: bool, view: Callable[[Any], Any] = lambda value: value) -> str:
+    """A body for people: JSON spread out, the events of a stream one after the other. `view` is
+    what to show of a JSON value."""
+    if sse:
+        return "\n\n".join(f"event: {event.name}\n{body_text(event.data.encode(), False, view)}"
+                           for event in stream_events(body))
+    value = loaded(body)
+    if value is not ABSENT:
+        return pretty(view(value))
+    try:
+        return body.decode("utf-8")
+    except UnicodeDecodeError:
+        return f"({len(body)} bytes that are no text)"
+
+
+# What differs from one answer to the next though nothing has changed.
+VOLATILE_KEYS = frozenset((
+    "id", "created", "created_at", "completed_at", "item_id", "response_id", "call_id",
+    "tool_call_id", "tool_use_id", "request_id", "system_fingerprint", "obfuscation"))
+
+
+def settled(value: Any) -> Any:
+    """JSON without what differs each time."""
+    if isinstance(value, dict):
+        return {key: f"<{key}>" if key in VOLATILE_KEYS and item is not None else settled(item)
+                for key, item in value.items()}
+    return [settled(item) for item in value] if isinstance(value, list) else value
+
+
+def shown_lines(text: str, lines: int = SHOWN_LINES) -> list[str]:
+    """The lines of a text as a terminal can have them, so many at most."""
+    rows = text[:SHOWN_CHARS].split("\n")
+    cut = len(rows) > lines or len(text) > SHOWN_CHARS
+    return ([printable(row) for row in rows[:lines]]
+            + ["(cut here; the file has the rest)"] * cut)
+
+
+def masked(name: str, value: Any) -> str:
+    """A header's value, unless its name says that it is a secret."""
+    return REDACTED if SECRET_NAME.search(name) else printable(text_of(value))
+
+
+def headers_of(phase: CapturedPhase | None) -> dict[str, str]:
+    """The headers of a phase, secrets masked."""
+    headers = mapping(mapping(phase.head if phase else None).get("headers"))
+    return {name.lower(): masked(name, value) for name, value in headers.items()}
+
+
+def phase_lines(name: str, phase: CapturedPhase) -> list[str]:
+    """One phase to read: what is known of it, its headers, its body."""
+    told = [f"{key}: {printable(str(value))}" for key, value in (phase.head or {}).items()
+            if key not in ("headers", "request_id") and value is not None]
+    headers = [f"{key}: {value}" for key, value in headers_of(phase).items()]
+    body, size = phase.body or b"", f"body, {len(phase.body or b'')} bytes"
+    text = ("\n".join(f"{event.name}  {event.data}" for event in stream_events(body))
+            if phase.sse else body_text(body, False))
+    shown = [size + (", and more in the file" if phase.cut else "") + ":",
+             *shown_lines(text)] if body else ["no body"]
+    return [f"== {name} ==", *told, "", *headers, "", *shown, ""]
+
+
+def capture_lines(capture: Capture) -> list[str]:
+    """A stored exchange to read, phase by phase."""
+    lines = [f"== exchange {capture.id} =="]
+    lines += [f"{key}: {printable(toml_value(value) if isinstance(value, list) else str(value))}"
+              for key, value in (capture.record or {}).items() if value not in (None, "", [])]
+    lines.append("")
+    for name in PHASES:
+        phase = capture.phases.get(name)
+        lines += phase_lines(name, phase) if phase else [not_captured(name), ""]
+    return lines
+
+
+def not_captured(phase: str) -> str:
+    """What to do about a phase that was not captured."""
+    return (f"{phase} was not captured; `proxai.py capture enable {phase}` has it captured from"
+            " now on")
+
+
+def diff_of(before: str, after: str, names: Sequence[str]) -> list[str]:
+    """The unified diff of two texts; of long ones, of their beginnings."""
+    return list(difflib.unified_diff(shown_lines(before, DIFF_LINES), shown_lines(after, DIFF_LINES),
+                                     names[0], names[1], lineterm=""))
+
+
+DIFFS = {"request": PHASES[:2], "response": PHASES[2:]}
+
+
+def capture_diff(capture: Capture, names: Sequence[str]) -> list[str]:
+    """How the bodies of two captured phases differ, as a unified diff; nothing where one is
+    missing."""
+    phases = [capture.phases.get(name) for name in names]
+    texts = [body_text(phase.body or b"", phase.sse) for phase in phases if phase]
+    return diff_of(texts[0], texts[1], names) if len(texts) == 2 else []
+
+
+def header_changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    """How two sets of headers differ, a line for each name."""
+    lines = []
+    for name in sorted({*before, *after}):
+        old, new = before.get(name), after.get(name)
+        if old != new:
+            lines += [f"-{name}: {old}"] * (old is not None)
+            lines += [f"+{name}: {new}"] * (new is not None)
+    return lines
+
+
+def difference_lines(capture: Capture) -> list[str]:
+    """What the proxy changed between the client and the provider, and on the way back."""
+    lines = []
+    for title, names in DIFFS.items():
+        missing = [name for name in names if name not in capture.phases]
+        found = [not_captured(name) for name in missing]
+        if not missing:
+            before, after = (headers_of(capture.phases[name]) for name in names)
+            changed, body = header_changes(before, after), capture_diff(capture, names)
+            found = ["headers:", *changed] if changed else ["headers: no difference"]
+            found += ["body:", *body] if body else ["body: no difference"]
+        lines += [f"== {title}: {names[0]} -> {names[1]} ==", *found, ""]
+    return lines
+
+
+def capture_summary(directory: Path, stored: StoredCapture) -> Json:
+    """What a list says of a stored exchange: its record, where it has one that can be read."""
+    try:
+        record = read_record(directory, stored) or {}
+    except ConfigError:
+        record = {"outcome": "damaged"}
+    at = datetime.datetime.fromtimestamp(int(stored.prefix.partition("-")[0]), datetime.UTC)
+    return {"at": at.strftime("%Y-%m-%dT%H:%M:%SZ"), **record, "id": stored.id,
+            "prefix": stored.prefix, "phases": [name for name in PHASES if name in stored.files]}
+
+
+def list_captures(directory: Path, limit: int) -> list[Json]:
+    """The newest stored exchanges, so many at most."""
+    return [capture_summary(directory, stored) for stored in stored_captures(directory)[:limit]]
+
+
+def capture_row(summary: Json) -> list[str]:
+    """A stored exchange in a list: time, id and its short form, protocols, model, status,
+    outcome."""
+    pairs = [" -> ".join(dict.fromkeys(filter(None, (text_of(summary.get(key)) for key in keys))))
+             for keys in (("protocol", "provider_protocol"), ("model", "upstream_model"))]
+    return [printable(str(cell or "-")) for cell in (
+        summary["at"], summary["id"], short_id(summary["id"]), *pairs, summary.get("status"),
+        summary.get("outcome"))]
+
+
+CAPTURE_JSON_BYTES = 1 << 20  # of one body in the answer of the control listener
+
+
+def capture_json(capture: Capture) -> Json:
+    """A stored exchange for programs."""
+    phases: Json = {}
+    for name, phase in capture.phases.items():
+        text = None if phase.body is None else body_text(phase.body, phase.sse)
+        phases[name] = {"head": phase.head, "body": text and text[:CAPTURE_JSON_BYTES],
+                        "files": phase.files}
+        if phase.cut or len(text or "") > CAPTURE_JSON_BYTES:
+            phases[name]["truncated"] = True
+    return {"id": capture.id, "record": capture.record, "phases": phases,
+            "diffs": {name: capture_diff(capture, names) for name, names in DIFFS.items()}}
+
+# -- exporting them ----------------------------------------------------------
+#   kept      structure, numbers, ids, names of tools and parameters, the words of KEPT_KEYS
+#   filled    every other text: a filler for each character that is no blank; JSON in a text stays
+#             JSON, pieces of it stay those pieces, base64 stays base64
+
+FILLER = "A"  # nothing but zeros as base64
+FILLED = re.compile(r"[^\s=]")
+KEPT_START = re.compile(r"(?:data:[\w.+/-]{1,100};base64,|https?://)?")
+KEPT_NAME = re.compile(r"[A-Za-z_$][A-Za-z0-9_.$-]{0,63}")
+KEPT_WORD = re.compile(r"[A-Za-z0-9_$#][A-Za-z0-9_.:/@#$\[\]+-]{0,255}")
+KEPT_KEYS = frozenset((
+    "type", "role", "model", "id", "call_id", "tool_call_id", "tool_use_id", "item_id", "name",
+    "namespace", "object", "status", "phase", "stop_reason", "finish_reason", "effort",
+    "reasoning_effort", "verbosity", "service_tier", "summary", "detail", "media_type",
+    "tool_choice", "mode", "truncation", "include", "modalities", "required", "syntax", "ttl",
+    "format", "$ref"))
+# Keys that hold a word in one place and a text in another: the words.
+KEPT_VALUES = {"summary": ("auto", "concise", "detailed"), "detail": ("auto", "low", "high")}
+# What is in these is somebody's own, whatever it looks like.
+FREE_KEYS = frozenset(("metadata", "arguments", "input", "default", "const", "examples", "enum",
+                       "logit_bias", "bytes", "variables"))
+NAMING_KEYS = frozenset(("properties", "patternProperties", "$defs", "definitions"))
+KEPT_HEADERS = ("content-type", "accept", "anthropic-version", "anthropic-beta", "openai-beta",
+                "retry-after", "content-encoding", "transfer-encoding")
+KEPT_OF_HEAD = ("method", "path", "status", "content_type", "ttfb_ms")
+JSON_PIECE = re.compile(
+    r'"((?:[^"\\]|\\.)*)("\s*:|"|\\?\Z)|true|false|null|(-?[0-9.]+)([eE][+-]?[0-9]+)?'
+    r'|[^\s\[\]{}:,"]', re.DOTALL)
+
+
+def filled(text: str) -> str:
+    """A filler as long as `text`."""
+    start = KEPT_START.match(text).end()  # type: ignore[union-attr]
+    return text[:start] + FILLED.sub(FILLER, text[start:])
+
+
+def filled_json(text: str) -> str:
+    """A filler for JSON that may be unfinished: the same members, other values of their length."""
+    def piece(found: re.Match[str]) -> str:
+        if found[1] is not None:
+            kept = found[2].endswith(":") and KEPT_NAME.fullmatch(found[1])
+            return f'"{found[1] if kept else FILLER * len(found[1])}{found[2]}'
+        if found[3]:
+            return re.sub("[0-9]", "1", found[3]) + (found[4] or "")
+        return found[0] if len(found[0]) > 1 else FILLER
+
+    return JSON_PIECE.sub(piece, text)
+
+
+def kept_name(name: str, taken: Collection[str]) -> str:
+    """A member's name, or a filler for one that is no identifier."""
+    if not KEPT_NAME.fullmatch(name):
+        name = filled(name)
+        while name in taken:
+            name += FILLER
+    return name
+
+
+class Sanitizer:
+    """Replaces what people and models wrote in a JSON value, or in the events of a stream, whose
+    pieces of arguments are put together for that."""
+
+    def __init__(self) -> None:
+        # where pieces stand that belong together, by the indexes around them
+        self.pieces: dict[Any, list[tuple[Json, str, str]]] = defaultdict(list)
+
+    def stream(self, events: Iterable[Event]) -> list[Json]:
+        """The events of a stream."""
+        out = [{"event": event.name if KEPT_WORD.fullmatch(event.name) else filled(event.name),
+                "data": self.event(event.data)} for event in events]
+        for pieces in self.pieces.values():
+            text = filled_json("".join(piece for _, _, piece in pieces))
+            for holder, name, piece in pieces:
+                holder[name], text = text[:len(piece)], text[len(piece):]
+        return out
+
+    def event(self, data: str) -> Any:
+        """The data of one event."""
+        value = loaded(data.encode())
+        if value is ABSENT:
+            return data if data == DONE else filled(data)
+        return self.value(value, place=(0,))
+
+    def value(self, value: Any, key: str = "", free: bool = False, place: Any = ()) -> Any:
+        """A JSON value under `key`; in a `free` one nothing is structure. `place` holds the
+        indexes around it, of a value in a stream."""
+        if isinstance(value, dict):
+            return self.members(value, key, free, place)
+        if isinstance(value, list):
+            return [self.value(item, key, free, place) for item in value]
+        if isinstance(value, str):
+            kept = (not free and key in KEPT_KEYS and KEPT_WORD.fullmatch(value)
+                    and value in KEPT_VALUES.get(key, (value,)))
+            return (value if kept else
+                    filled_json(value) if key in ("arguments", "partial_json") else filled(value))
+        return 1 if free and type(value) in (int, float) else value
+
+    def members(self, value: Json, key: str, free: bool, place: Any) -> Json:
+        """The members of an object; where `key` says that their names are no words of a protocol
+        they decide nothing."""
+        if place:
+            place += tuple(value[name] for name in ("index", "output_index")
+                           if type(value.get(name)) is int)
+        out: Json = {}
+        for name, item in value.items():
+            new, word = kept_name(name, out), "" if key in NAMING_KEYS else name
+            if word == "name" and "role" in value:  # of a person
+                word = ""
+            if word == "code" and "message" in value:  # of an error
+                word = "type"
+            out[new] = self.value(item, word, free or (word in FREE_KEYS and (
+                word != "input" or isinstance(item, dict))), place)
+            if place and isinstance(item, str) and is_piece(name, value):
+                self.pieces[place].append((out, new, item))
+        return out
+
+
+def is_piece(name: str, event: Json) -> bool:
+    """Whether a member of an object in an event is a piece of a call's arguments."""
+    kind = event.get("type")
+    return (name == "partial_json" or (name == "arguments" and kind is None)
+            or (name == "delta" and isinstance(kind, str) and kind.endswith("arguments.delta")))
+
+
+def exported_phase(phase: CapturedPhase, sanitize: bool) -> Json:
+    """The head and the body of a phase for a fixture."""
+    head, body = phase.head or {}, phase.body or b""
+    headers = headers_of(phase)
+    if sanitize:
+        head = {key: head[key] for key in KEPT_OF_HEAD if key in head}
+        if "path" in head:
+            head["path"] = text_of(head["path"]).partition("?")[0]
+        headers = {name: value for name, value in headers.items() if name in KEPT_HEADERS}
+    out: Any = None
+    if phase.sse:
+        events = stream_events(body)
+        out = (Sanitizer().stream(events) if sanitize else
+               [{"event": event.name, "data": event.data if value is ABSENT else value}
+                for event in events for value in [loaded(event.data.encode())]])
+    elif body:
+        value = loaded(body)
+        out = body.decode("utf-8", "replace") if value is ABSENT else value
+        out = Sanitizer().value(out) if sanitize else out
+    return {"head": {**head, "headers": headers}, "body": out}
+
+
+def fixture(capture: Capture, sanitize: bool) -> Json:
+    """An exchange as one JSON value, to keep as a test or, sanitized, to show to others."""
+    large = [name for name, phase in capture.phases.items() if phase.cut]
+    if large:
+        raise ConfigError([f"the body of {large[0]} is too large to export"])
+    record = capture.record or {}
+    path, protocol = request_place(capture)
+    if sanitize:
+        record = {**record, "path": path, "error": filled(text_of(record.get("error"))),
+                  "dropped": [name if KEPT_WORD.fullmatch(name) else filled(name)
+                              for name in map(str, listing(record.get("dropped")))]}
+    out = {"id": capture.id, "protocol": record.get("protocol") or protocol,
+           "provider_protocol": record.get("provider_protocol"), "path": path, "record": record}
+    for name in PHASES:
+        phase = capture.phases.get(name)
+        out[name] = exported_phase(phase, sanitize) if phase else None
+    return out
+
+
+def request_place(capture: Capture) -> tuple[str, str | None]:
+    """The path of a stored request without its query, and the protocol it is of."""
+    heads = [mapping(phase.head) for phase in capture.phases.values()]
+    found = [text_of(said.get("path")) for said in ((capture.record or {}), *heads)]
+    path = next(filter(None, found), "").partition("?")[0]
+    protocol = MESSAGES if path in COUNT_PATHS else MODEL_PATHS.get(path)
+    return path, protocol and protocol.name
+
+
 
 # ============================================================================
 #  19  Upstream
@@ -10465,6 +10980,21 @@ class Provider:
             head, self.protocol, self.fixed, length, translated))
 
 
+def default_providers(config: Config) -> dict[str, str]:
+    """The names of the providers that take what no route does, by protocol."""
+    names = config.routing.default_provider_names
+    return {name: getattr(names, name) for name in PROTOCOLS}
+
+
+def ready_pair(inbound: Protocol, provider: Provider, config: Config) -> Pair | None:
+    """The pair to a provider, None where it speaks the client's protocol;
+    SetupError while its key is a template."""
+    if provider.template_key:
+        raise SetupError(f"providers.{provider.name}.api_key is still the template's",
+                         fix="put your key there, or name api_key_env or api_key_file")
+    return pair_for(inbound, provider.protocol, config.translation.extended_pairs)
+
+
 # Where providers count tokens, of those that do; vLLM and llama.cpp have Anthropic's path.
 COUNT_TARGETS = {"messages": COUNT_PATHS[0], "chat": COUNT_PATHS[0],
                  "responses": f"{RESPONSES.path}/input_tokens"}
@@ -10482,12 +11012,36 @@ def counted_tokens(status: int, raw: bytes) -> int | None:
     return count if 200 <= status < 300 and type(count) is int else None
 
 
+def count_ask(provider: Provider, ask: Json, payload: Json) -> Json | None:
+    """What a provider is asked to count, `ask` being what the client asks and `payload` what that
+    is translated; None for one that cannot count."""
+    if provider.protocol is not MESSAGES and not provider.settings.profile.count_native:
+        return None
+    if provider.protocol is RESPONSES:
+        ask = {name: payload[name] for name in COUNTED_MEMBERS if name in payload}
+    return {name: value for name, value in ask.items() if name not in ("max_tokens", "stream")}
+
+
 class Job(NamedTuple):
     """How one exchange is translated; `lines` are header lines of the provider request."""
 
     pair: Pair
     ctx: Context
     lines: list[bytes]
+
+
+def translated_request(pair: Pair, body: Json, inbound: Protocol, provider: Provider, model: str,
+                       seed: str) -> tuple[bytes, Job]:
+    """The body for a provider of another protocol, and how its answer is translated;
+    RequestError for what it cannot express."""
+    ctx = Context(inbound.word, provider.protocol.word, model, host=provider.origin.authority,
+                  now=int(time.time()), profile=provider.settings.profile, seed=seed)
+    payload = pair.request(body, ctx)
+    try:
+        raw = dump(payload)
+    except ValueError as error:
+        raise RequestError(f"the request body is {error}") from None
+    return raw, Job(pair, ctx, translated_lines(payload.get("stream") is True, ctx.headers))
 
 
 def event_bytes(protocol: Protocol, event: Any) -> bytes:
@@ -10620,11 +11174,10 @@ class Proxy:
     """Serves requests by one configuration; the handler of a `Server`."""
 
     def __init__(self, config: Config, log: Log, environ: Mapping[str, str]) -> None:
-        self.config, self.log = config, log
+        self.config, self.log, self.environ = config, log, environ
         self.style = config.error_responses.format
         self.routes = compile_routes(config.routing.routes)
-        names = config.routing.default_provider_names
-        self.defaults = {name: getattr(names, name) for name in PROTOCOLS}
+        self.defaults = default_providers(config)
         self.providers = {name: Provider(name, settings, environ)
                           for name, settings in config.providers.items()}
         self.pool, self.ids = Pool(), RequestIds()
@@ -10775,10 +11328,7 @@ class Turn:
         self.idle_secs = provider.settings.read_idle_timeout_secs
         exchange.provider, exchange.provider_protocol = provider.name, provider.protocol
         exchange.route, exchange.upstream_model = decision.route, decision.model
-        if provider.template_key:
-            raise SetupError(f"providers.{provider.name}.api_key is still the template's",
-                             fix="put your key there, or name api_key_env or api_key_file")
-        return pair_for(self.inbound, provider.protocol, proxy.config.translation.extended_pairs)
+        return ready_pair(self.inbound, provider, proxy.config)
 
     async def count(self, body: Json, pair: Pair | None) -> None:
         """Answer count_tokens: by the provider where it can count, else with an estimate, which a
@@ -10787,12 +11337,9 @@ class Turn:
         ask: Json = {**body, "model": exchange.upstream_model}
         payload = load(self.translate_request(pair, body)) if pair else ask
         counted: int | None = None
-        if provider.protocol is MESSAGES or provider.settings.profile.count_native:
-            if provider.protocol is RESPONSES:
-                ask = {name: payload[name] for name in COUNTED_MEMBERS if name in payload}
-            for name in ("max_tokens", "stream"):
-                ask.pop(name, None)
-            await self.send(ask, dump(ask), translated_lines(False, ()) if pair else None,
+        asked = count_ask(provider, ask, payload)
+        if asked is not None:
+            await self.send(asked, dump(asked), translated_lines(False, ()) if pair else None,
                             COUNT_TARGETS[provider.protocol.word])
             exchange.status = self.answer.status
             if not pair and exchange.status not in CANNOT_COUNT:
@@ -10812,18 +11359,10 @@ class Turn:
 
     def translate_request(self, pair: Pair, body: Json) -> bytes:
         """The body for a provider of another protocol; RequestError for what it cannot express."""
-        provider = self.provider
-        ctx = Context(self.inbound.word, provider.protocol.word, self.exchange.upstream_model,
-                      host=provider.origin.authority, now=int(time.time()),
-                      profile=provider.settings.profile, seed=str(self.exchange.id))
-        payload = pair.request(body, ctx)
-        try:
-            raw = dump(payload)
-        except ValueError as error:
-            raise RequestError(f"the request body is {error}") from None
-        self.exchange.estimate = ctx.estimate
-        self.tell_dropped(ctx.dropped)
-        self.job = Job(pair, ctx, translated_lines(payload.get("stream") is True, ctx.headers))
+        raw, self.job = translated_request(pair, body, self.inbound, self.provider,
+                                           self.exchange.upstream_model, str(self.exchange.id))
+        self.exchange.estimate = self.job.ctx.estimate
+        self.tell_dropped(self.job.ctx.dropped)
         return raw
 
     def tell_dropped(self, dropped: Mapping[str, str]) -> None:
@@ -11320,6 +11859,109 @@ def write_error(connection: Connection, error: ProxyError, style: str,
     connection.write_head(error.status, lines, len(body), body)
 
 
+# -- dry runs ----------------------------------------------------------------
+
+# What belongs to the client's own connection, or to the page it runs in.
+NOT_REPEATED = HOP_BY_HOP | {b"host", b"content-length", b"accept-encoding", b"expect", b"origin"}
+
+
+def repeated_lines(headers: Mapping[str, Any]) -> list[bytes]:
+    """The header lines to send stored headers again; secrets were not stored."""
+    return [f"{name}: {value}".encode() for name, value in headers.items()
+            if name.lower().encode() not in NOT_REPEATED and value not in (REDACTED, "<non-utf8>")]
+
+
+def explain(config: Config, path: str, lines: Sequence[bytes], raw: bytes,
+            environ: Mapping[str, str]) -> Json:
+    """What would become of a request with a path, header lines and a body, up to what the provider
+    would get. Nothing is sent. `answer` is the error that the client would get."""
+    report: Json = {
+        "path": path, "protocol": None, "model": None, "routes": [], "route": None,
+        "provider": None, "provider_protocol": None, "translation": "", "upstream_model": None,
+        "url": None, "headers": [], "body": None, "changes": [], "dropped": {}, "note": "",
+        "answer": None}
+    try:
+        block = b"\r\n".join([b"POST %b HTTP/1.1" % path.encode(), b"host: 127.0.0.1", *lines])
+        explain_request(report, config, parse_request_head(block, HeadLimits()), raw, environ)
+    except FramingError as error:
+        report["answer"] = malformed(error).payload()
+    except ProxyError as error:
+        report["answer"] = error.payload()
+    return report
+
+
+def explain_request(report: Json, config: Config, head: RequestHead, raw: bytes,
+                    environ: Mapping[str, str]) -> None:
+    """Fill a report step by step, as `Turn.run` goes; ProxyError where that ends."""
+    protocol = admit(head, dataclasses.replace(config.server, api_keys=()))
+    assert not isinstance(protocol, int)  # a POST is not answered there
+    report["protocol"] = protocol.name
+    if len(raw) > config.server.max_request_body_bytes:
+        raise too_large(config.server.max_request_body_bytes)
+    request = read_model_request(protocol, raw)
+    report["model"] = request.model
+    routes = compile_routes(config.routing.routes)
+    report["routes"] = route_tries(routes, protocol.name, request.model)
+    decision = choose(routes, default_providers(config), protocol.name, request.model)
+    provider = Provider(decision.provider, config.providers[decision.provider], environ)
+    report.update(provider=provider.name, provider_protocol=provider.protocol.name,
+                  route=decision.route, upstream_model=decision.model)
+    pair = ready_pair(protocol, provider, config)
+    job = None
+    if pair:
+        body, job = translated_request(pair, request.body, protocol, provider, decision.model, "")
+        report.update(translation=f"{protocol.name}->{provider.protocol.name}",
+                      dropped=job.ctx.dropped)
+    else:
+        body = pass_through_body(protocol, request, decision.model)
+    target = ""
+    if head.path in COUNT_PATHS:
+        asked = count_ask(provider, {**request.body, "model": decision.model}, load(body))
+        if asked is None:
+            report["note"] = "the provider cannot count; the proxy answers with an estimate"
+            return
+        body, target = dump(asked), COUNT_TARGETS[provider.protocol.word]
+    explain_sent(report, provider, provider.request_head(
+        head, len(body), job and job.lines, target), body)
+    report["note"] = "the bytes pass through untouched" if body == raw else ""
+    report["changes"] = diff_of(pretty(request.body), pretty(report["body"]), PHASES[:2])
+
+
+def explain_sent(report: Json, provider: Provider, head: bytes, body: bytes) -> None:
+    """Tell the provider request of which these are the head and the body."""
+    first, *lines = head.decode("latin-1").rstrip("\r\n").split("\r\n")
+    target = first.split(" ")[1]
+    report["url"] = (f"{provider.origin.scheme}://{provider.origin.authority}{target}"
+                     if target.startswith("/") else target)
+    report["headers"] = [f"{name}: {masked(name, value.strip())}"
+                         for name, _, value in (line.partition(":") for line in lines)]
+    report["body"] = load(body)
+
+
+def explain_lines(report: Json) -> list[str]:
+    """A report of `explain` for people."""
+    lines = [f"{report['path']}: {report['protocol'] or 'no protocol'},"
+             f" model {printable(report['model'] or '-')}"]
+    for i, tried in enumerate(report["routes"], 1):
+        lines.append(f"  {'->' if tried['takes'] else '  '} route {i}, {tried['route'] or 'no name'}:"
+                     f" {tried['why']}")
+    if report["provider"]:
+        lines.append(f"provider: {report['provider']}, "
+                     + ("by that route" if report["routes"] and report["routes"][-1]["takes"]
+                        else f"the default of {report['protocol']}"))
+        lines.append(f"protocol: {report['translation'] or report['provider_protocol']}")
+        lines.append(f"model: {printable(report['upstream_model'])}")
+    if report["url"]:
+        lines += [f"POST {report['url']}", *(f"  {line}" for line in report["headers"]),
+                  "body:", *shown_lines(pretty(report["body"]))]
+        lines += ["changes:", *report["changes"]] if report["changes"] else []
+    lines += [f"note: {report['note']}"] if report["note"] else []
+    lines += [f"dropped: {printable(path)}: {why}" for path, why in report["dropped"].items()]
+    if report["answer"]:
+        lines.append("the client would get: {status} {type}: {message}".format(**report["answer"]))
+    return lines
+
+
 
 # ============================================================================
 #  23  Control
@@ -11339,7 +11981,8 @@ class Control:
         try:
             check_host(head, self.host)
             check_control_origin(head)
-            methods = CONTROL_PATHS.get(head.path)
+            below = head.path.startswith(CAPTURE_PATH)  # one capture, by its id
+            methods = CONTROL_PATHS.get(CAPTURE_PATH if below else head.path)
             if methods is None:
                 raise RequestError("there is nothing at this path of the control listener",
                                    status=404, fix="the paths are " + ", ".join(CONTROL_PATHS))
@@ -11384,6 +12027,39 @@ async def control_health(control: Control, connection: Connection, head: Request
     write_text(connection, "OK")
 
 
+CAPTURE_PATH = "/captures/"
+CAPTURES_LISTED, CAPTURES_LISTED_MOST = 50, 1000
+
+
+async def control_captures(control: Control, connection: Connection, head: RequestHead) -> None:
+    """GET /captures?limit=N: the stored exchanges, newest first."""
+    limit = query_number(head, "limit", CAPTURES_LISTED, CAPTURES_LISTED_MOST)
+    found = await read_aside(list_captures, captures_directory(control.proxy.environ), limit)
+    write_text(connection, dump({"captures": found}).decode(), "application/json")
+
+
+async def control_capture(control: Control, connection: Connection, head: RequestHead) -> None:
+    """GET /captures/ID: one of them, with its phases and what changed between them."""
+    directory, word = captures_directory(control.proxy.environ), head.path[len(CAPTURE_PATH):]
+    found = await read_aside(
+        lambda: capture_json(read_capture(directory, word, CAPTURE_JSON_BYTES * 2)))
+    write_text(connection, dump(found).decode(), "application/json")
+
+
+async def read_aside(read: Callable[..., Any], *arguments: Any) -> Any:
+    """What a reader of captures returns, read beside the event loop."""
+    try:
+        return await asyncio.to_thread(read, *arguments)
+    except ConfigError as error:
+        raise RequestError(error.faults[0], status=404, fix=error.hint) from None
+
+
+def query_number(head: RequestHead, name: str, default: int, most: int) -> int:
+    """A whole number in the query of a request, `most` at most."""
+    found = re.search(rf"[?&]{name}=([0-9]{{1,15}})(?:&|$)", head.query)
+    return min(int(found[1]), most) if found else default
+
+
 def write_text(connection: Connection, text: str, content_type: str = "text/plain") -> None:
     """Answer with a text that nobody may keep."""
     body = text.encode()
@@ -11396,6 +12072,8 @@ def write_text(connection: Connection, text: str, content_type: str = "text/plai
 ControlHandler = Callable[[Control, Connection, RequestHead], Any]
 CONTROL_PATHS: dict[str, dict[str, ControlHandler]] = {
     "/health": {"GET": control_health},
+    "/captures": {"GET": control_captures},
+    CAPTURE_PATH: {"GET": control_capture},
 }
 
 
