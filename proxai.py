@@ -84,7 +84,7 @@ import threading
 import time
 import tomllib
 import zlib
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
@@ -9479,7 +9479,7 @@ class CaptureSwitches:
 
 CAPTURE_READ_BYTES = 64 << 20  # of one file; a request body is at most 50 MiB by default
 SHOWN_LINES, SHOWN_CHARS = 20_000, 2 << 20  # of one body that is shown
-DIFF_LINES = 4000  # on each side: what difflib does with them is up to quadratic
+DIFF_LINES, DIFF_PAIRS = 4000, 10_000  # on each side, and equal ones: difflib gets slow with both
 CAPTURE_NAME = re.compile(
     rf"([0-9]{{9,10}})-([0-9A-Za-z]{{1,40}})-(?:exchange\.json|"
     rf"({'|'.join(PHASES).replace('_', '-')})\.(?:(?:metadata|headers|body)\.json|body\.(?:sse|bin)))")
@@ -9716,8 +9716,13 @@ def not_captured(phase: str) -> str:
 
 def diff_of(before: str, after: str, names: Sequence[str]) -> list[str]:
     """The unified diff of two texts; of long ones, of their beginnings."""
-    return list(difflib.unified_diff(shown_lines(before, DIFF_LINES), shown_lines(after, DIFF_LINES),
-                                     names[0], names[1], lineterm=""))
+    limit = DIFF_LINES
+    while True:
+        old, new = shown_lines(before, limit), shown_lines(after, limit)
+        counts = Counter(new)
+        if sum(counts[line] for line in old if counts[line] <= limit // 100 + 1) <= DIFF_PAIRS:
+            return list(difflib.unified_diff(old, new, names[0], names[1], lineterm=""))
+        limit //= 2
 
 
 DIFFS = {"request": PHASES[:2], "response": PHASES[2:]}
@@ -9952,7 +9957,7 @@ def fixture(capture: Capture, sanitize: bool) -> Json:
     record = capture.record or {}
     path, protocol = request_place(capture)
     if sanitize:
-        record = {**record, "path": path, "error": filled(text_of(record.get("error"))),
+        record = {**record, "path": path, "error": filled(text_of(record.get("error"))) or None,
                   "dropped": [name if KEPT_WORD.fullmatch(name) else filled(name)
                               for name in map(str, listing(record.get("dropped")))]}
     out = {"id": capture.id, "protocol": record.get("protocol") or protocol,
@@ -11881,7 +11886,7 @@ def explain(config: Config, path: str, lines: Sequence[bytes], raw: bytes,
         "url": None, "headers": [], "body": None, "changes": [], "dropped": {}, "note": "",
         "answer": None}
     try:
-        block = b"\r\n".join([b"POST %b HTTP/1.1" % path.encode(), b"host: 127.0.0.1", *lines])
+        block = b"\r\n".join([b"POST %b HTTP/1.1" % path.encode("utf-8", "replace"), b"host: 127.0.0.1", *lines])
         explain_request(report, config, parse_request_head(block, HeadLimits()), raw, environ)
     except FramingError as error:
         report["answer"] = malformed(error).payload()
@@ -11893,8 +11898,10 @@ def explain(config: Config, path: str, lines: Sequence[bytes], raw: bytes,
 def explain_request(report: Json, config: Config, head: RequestHead, raw: bytes,
                     environ: Mapping[str, str]) -> None:
     """Fill a report step by step, as `Turn.run` goes; ProxyError where that ends."""
+    check_origin(head, config.server)
     protocol = admit(head, dataclasses.replace(config.server, api_keys=()))
-    assert not isinstance(protocol, int)  # a POST is not answered there
+    if isinstance(protocol, int):  # no POST
+        return
     report["protocol"] = protocol.name
     if len(raw) > config.server.max_request_body_bytes:
         raise too_large(config.server.max_request_body_bytes)
@@ -11907,22 +11914,22 @@ def explain_request(report: Json, config: Config, head: RequestHead, raw: bytes,
     report.update(provider=provider.name, provider_protocol=provider.protocol.name,
                   route=decision.route, upstream_model=decision.model)
     pair = ready_pair(protocol, provider, config)
-    job = None
+    lines, target = None, ""
     if pair:
         body, job = translated_request(pair, request.body, protocol, provider, decision.model, "")
+        lines = job.lines
         report.update(translation=f"{protocol.name}->{provider.protocol.name}",
                       dropped=job.ctx.dropped)
     else:
         body = pass_through_body(protocol, request, decision.model)
-    target = ""
     if head.path in COUNT_PATHS:
         asked = count_ask(provider, {**request.body, "model": decision.model}, load(body))
         if asked is None:
             report["note"] = "the provider cannot count; the proxy answers with an estimate"
             return
         body, target = dump(asked), COUNT_TARGETS[provider.protocol.word]
-    explain_sent(report, provider, provider.request_head(
-        head, len(body), job and job.lines, target), body)
+        lines = translated_lines(False, ()) if pair else None
+    explain_sent(report, provider, provider.request_head(head, len(body), lines, target), body)
     report["note"] = "the bytes pass through untouched" if body == raw else ""
     report["changes"] = diff_of(pretty(request.body), pretty(report["body"]), PHASES[:2])
 
@@ -12671,14 +12678,28 @@ def is_taken(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+async def post(port: int, path: str, lines: Sequence[bytes], body: bytes) -> tuple[bytes, str]:
+    """The answer to a request to the proxy on `port`, head and body, and what broke it off."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(format_lines(b"POST %b HTTP/1.0" % path.encode(), *lines,
+                              b"content-length: %d" % len(body)) + body)
+    parts, size, broken = [], 0, ""
+    try:
+        while size <= CAPTURE_READ_BYTES and (data := await reader.read(READ_BYTES)):
+            parts.append(data)
+            size += len(data)
+    except OSError:
+        broken = "the answer broke off"
+    writer.close()
+    if size > CAPTURE_READ_BYTES:
+        broken = f"only the first {CAPTURE_READ_BYTES >> 20} MiB of the answer were read"
+    return b"".join(parts), broken
+
+
 async def ask(port: int, question: str) -> str:
     """One Chat request through the proxy on `port`, and the answer's text."""
     body = dump({"model": "demo", "messages": [{"role": "user", "content": question}]})
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(format_lines(b"POST /v1/chat/completions HTTP/1.0",
-                              b"content-length: %d" % len(body)) + body)
-    raw = await reader.read()
-    writer.close()
+    raw, _ = await post(port, CHAT.path, (), body)
     return str(json.loads(raw.partition(b"\r\n\r\n")[2])["choices"][0]["message"]["content"])
 
 
@@ -12694,6 +12715,227 @@ def curl_line(protocol: Protocol, port: int) -> str:
             f" \\\n  -d '{json.dumps(body)}'")
 
 
+# -- captures ----------------------------------------------------------------
+
+def captures_line() -> argparse.ArgumentParser:
+    """The parser of `proxai.py captures`."""
+    parser = argparse.ArgumentParser(
+        prog="proxai.py captures", allow_abbrev=False,
+        description="Look at stored exchanges.",
+        epilog="An ID is that of the x-proxai-request-id header, its end (four characters at least),"
+               " or the req= of the log.")
+    add = parser.add_argument
+    add("action", nargs="?", choices=["list", *CAPTURE_ACTIONS], default="list",
+        help="list: newest first (the default); show: the phases of one; diff: what the proxy"
+             " changed; export: one JSON file of it all")
+    add("id", nargs="?", metavar="ID", help="the exchange to show, diff or export")
+    add("--limit", type=int, default=20, metavar="N", help="list: so many at most (20)")
+    add("--json", action="store_true", help="list: as JSON, a line for each")
+    add("--sanitize", action="store_true",
+        help="export: texts replaced by fillers of the same length, few headers, no secrets")
+    add("--output", metavar="FILE", help="export: a new file, readable for you only")
+    return parser
+
+
+def captures(args: Any, environ: Mapping[str, str]) -> int:
+    """List stored exchanges, or do something with one."""
+    directory = captures_directory(environ)
+    if args.action == "list":
+        return print_captures(list_captures(directory, max(args.limit, 0)), args, directory)
+    if not args.id:
+        raise ConfigError([f"captures {args.action} needs the id of a capture"],
+                          "`proxai.py captures` lists them")
+    CAPTURE_ACTIONS[args.action](read_capture(directory, args.id), args)
+    return 0
+
+
+def print_captures(found: list[Json], args: Any, directory: Path) -> int:
+    """Print a list of stored exchanges."""
+    if args.json:
+        for summary in found:
+            print(dump(summary).decode())
+        return 0
+    rows = [capture_row(summary) for summary in found]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    if not rows:
+        print(f"no captures in {directory}; `proxai.py capture enable` has requests captured from"
+              " now on")
+    return 0
+
+
+def export_capture(capture: Capture, args: Any) -> None:
+    """Print an exchange as one JSON value, or write it to a new file."""
+    try:
+        text = json.dumps(fixture(capture, args.sanitize), ensure_ascii=False, indent=2)
+    except RecursionError:
+        raise ConfigError(["the bodies of this capture are nested too deeply to export"]) from None
+    if not args.sanitize:
+        print("Warning: prompts and answers are in it as they were; --sanitize replaces them.",
+              file=sys.stderr)
+    if not args.output:
+        print(text)
+        return
+    try:
+        handle = os.open(args.output, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text + "\n")
+    except OSError as error:
+        raise ConfigError([f"cannot write {args.output}: {error.strerror}"]) from None
+
+
+CAPTURE_ACTIONS: dict[str, Callable[[Capture, Any], None]] = {
+    "show": lambda capture, args: print("\n".join(capture_lines(capture))),
+    "diff": lambda capture, args: print("\n".join(difference_lines(capture))),
+    "export": export_capture,
+}
+
+
+def stored_request(capture: Capture) -> tuple[str, list[bytes], bytes]:
+    """Path, header lines and body to send a stored request again; ConfigError where that was not
+    stored whole."""
+    phase = capture.phases.get(PHASES[0])
+    if phase is None or phase.head is None or phase.body is None or phase.cut:
+        raise ConfigError([f"the capture {capture.id} has no whole inbound request"],
+                          not_captured(PHASES[0]) if phase is None else "")
+    path, lines = text_of(phase.head.get("path")), repeated_lines(mapping(phase.head.get("headers")))
+    try:
+        parse_request_line(b"POST %b HTTP/1.0" % path.encode())
+        parse_fields(b"\r\n".join(lines), HeadLimits())
+    except (FramingError, UnicodeEncodeError) as error:
+        raise ConfigError([f"the inbound request of the capture {capture.id} is damaged:"
+                           f" {error}"]) from None
+    return path, lines, phase.body
+
+
+def load_from(path: str | None, environ: Mapping[str, str]) -> Config:
+    """The configuration in a file, or that of the app directory."""
+    file = Path(path) if path is not None else app_directory(environ) / "config.toml"
+    return load_config(read_file(file), str(file), environ=environ)
+
+
+def replay_line() -> argparse.ArgumentParser:
+    """The parser of `proxai.py replay`."""
+    parser = argparse.ArgumentParser(
+        prog="proxai.py replay", allow_abbrev=False,
+        description="Send a stored request again, to a provider as the configuration is now, and"
+                    " show how the answer differs from the stored one.")
+    add = parser.add_argument
+    add("id", metavar="ID", help="as `proxai.py captures` lists it")
+    add("--provider", metavar="NAME", help="send it to this one, whatever the routes say")
+    add("--config", metavar="PATH", help="configuration file")
+    return parser
+
+
+def replay_config(config: Config, provider: str | None) -> Config:
+    """A configuration for one request from this process: no captures, no key of ours asked for,
+    and where `provider` is given nowhere else to go."""
+    if provider is not None and provider not in config.providers:
+        raise ConfigError([f"there is no provider {provider!r} in the configuration"],
+                          "there are " + ", ".join(config.providers))
+    routing = config.routing
+    if provider is not None:
+        names = DefaultsConfig(**dict.fromkeys(PROTOCOLS, provider))
+        routing = dataclasses.replace(routing, routes=(), default_provider_names=names)
+    server = dataclasses.replace(config.server, host="127.0.0.1", port=0, api_keys=())
+    return dataclasses.replace(config, server=server, routing=routing, capture=CaptureConfig())
+
+
+def replay(args: Any, environ: Mapping[str, str]) -> int:
+    """Send a stored request again; 0 where the answer is a 2xx."""
+    capture = read_capture(captures_directory(environ), args.id)
+    config = replay_config(load_from(args.config, environ), args.provider)
+    request = stored_request(capture)
+    log, writer = start_log(dataclasses.replace(config.logging, level="warn"), sys.stderr, environ)
+    return run_logged(replay_request(config, log, environ, capture, request), writer)
+
+
+async def replay_request(config: Config, log: Log, environ: Mapping[str, str], capture: Capture,
+                         request: tuple[str, list[bytes], bytes]) -> int:
+    """Send a request through a proxy of this process, and print what came of it."""
+    path, lines, body = request
+    report = explain(config, path, lines, body, environ)
+    print(f"POST {path}, {len(body)} bytes, to "
+          + (f"the provider {report['provider']}, {report['url']}" if report["url"] else
+             "no provider"), flush=True)
+    proxy, started = Proxy(config, log, environ), time.perf_counter()
+    server = Server(config.server, proxy.serve, proxy.refuse)
+    server.loop.getaddrinfo = own_resolver(server.loop)  # type: ignore[method-assign]
+    port = await server.listen(config.server.host, 0)
+    try:
+        raw, broken = await post(port, path, lines, body)
+    finally:
+        await server.drain(GOOD_BYE_SECS, asyncio.Event())
+        proxy.close()
+    block, _, answer = raw.partition(b"\r\n\r\n")
+    try:
+        head = parse_response_head(block)
+    except FramingError:
+        raise ConfigError([broken or "the proxy gave no answer"]) from None
+    print(f"answered {head.status}, {len(answer)} bytes, in"
+          f" {milliseconds(time.perf_counter() - started)} ms" + (f"; {broken}" if broken else ""))
+    print("\n".join(replay_lines(capture, head, answer)))
+    return 0 if 200 <= head.status < 300 and not broken else 1
+
+
+def replay_lines(capture: Capture, head: ResponseHead, answer: bytes) -> list[str]:
+    """How an answer differs from the stored one, but for ids and times; all of it where none was
+    stored."""
+    sse, stored = is_event_stream(head.values.get(b"content-type")), capture.phases.get(PHASES[3])
+    if stored is None or stored.body is None:
+        return [not_captured(PHASES[3]), *shown_lines(body_text(answer, sse))]
+    status = mapping(stored.head).get("status")
+    lines = [] if status == head.status else [f"-status: {status}", f"+status: {head.status}"]
+    lines += diff_of(body_text(stored.body, stored.sse, settled), body_text(answer, sse, settled),
+                     ("stored", "now"))
+    return lines or ["the same answer as the stored one, but for ids and times"]
+
+
+# -- explain -----------------------------------------------------------------
+
+CAPTURE_WORD = re.compile(r"[0-9A-Za-z-]+")
+
+
+def explain_line() -> argparse.ArgumentParser:
+    """The parser of `proxai.py explain`."""
+    parser = argparse.ArgumentParser(
+        prog="proxai.py explain", allow_abbrev=False,
+        description="Tell what would become of a request: route, provider, URL, headers, body."
+                    " Nothing is sent.")
+    add = parser.add_argument
+    add("source", nargs="?", default="-", metavar="FILE",
+        help="a request body, - for standard input (the default), or the id of a capture")
+    add("--path", help="where the client would send it, like /v1/messages")
+    add("--header", action="append", default=[], metavar="'NAME: VALUE'",
+        help="a header of the client; may be repeated")
+    add("--config", metavar="PATH", help="configuration file")
+    add("--json", action="store_true", help="print the report as JSON")
+    return parser
+
+
+def explain_source(args: Any, environ: Mapping[str, str]) -> tuple[str, list[bytes], bytes]:
+    """Path, header lines and body of the request to explain."""
+    source, lines = args.source, [line.encode("utf-8", "replace") for line in args.header]
+    if source != "-" and CAPTURE_WORD.fullmatch(source) and not Path(source).exists():
+        path, stored, raw = stored_request(read_capture(captures_directory(environ), source))
+        return args.path or path, [*stored, *lines], raw
+    if not args.path:
+        raise ConfigError(["--path is needed beside a body"],
+                          "give one of " + ", ".join((*MODEL_PATHS, *COUNT_PATHS)))
+    raw = (sys.stdin.buffer.read() if source == "-" else read_file(Path(source)).encode("utf-8"))
+    return args.path, lines, raw
+
+
+def explain_command(args: Any, environ: Mapping[str, str]) -> int:
+    """Print what would become of a request; 1 where that is an error."""
+    config = load_from(args.config, environ)
+    path, lines, raw = explain_source(args, environ)
+    report = explain(config, path, lines, raw, environ)
+    print(pretty(report) if args.json else "\n".join(explain_lines(report)))
+    return 1 if report["answer"] else 0
+
+
 class Command(NamedTuple):
     """A subcommand: its parser, and what runs it and returns the exit status. A ConfigError of
     its is told in a line, with exit status 1."""
@@ -12704,6 +12946,9 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "translate": Command(translate_line, translate),
+    "captures": Command(captures_line, captures),
+    "replay": Command(replay_line, replay),
+    "explain": Command(explain_line, explain_command),
 }
 
 
@@ -12724,8 +12969,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.hint:
             print(f"Hint: {error.hint}.", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # nobody reads on, like `head`
+        return 1
     except KeyboardInterrupt:
         return 130
+    finally:
+        flush_output()
 
 
 def open_outputs() -> None:
@@ -12768,18 +13017,23 @@ def run(args: Any, environ: Mapping[str, str]) -> int:
     return run_logged(serve(config, log, environ, started), writer)
 
 
-def run_logged(work: Any, writer: LineWriter) -> int:
-    """Run `work` in an event loop, and print the log's last lines."""
+def flush_output() -> None:
+    """Hand on what was printed."""
     try:
-        asyncio.run(work)
-        return 0
+        sys.stdout.flush()
+    except (OSError, ValueError):  # nobody reads it; the interpreter's own flush must not fail
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def run_logged(work: Any, writer: LineWriter) -> int:
+    """Run `work` in an event loop, and print the log's last lines; the exit status, `work`'s own
+    where it returns one."""
+    try:
+        return asyncio.run(work) or 0
     finally:
         writer.close()
-        try:
-            sys.stdout.flush()
-        except (OSError, ValueError):  # nobody reads it; the interpreter's own flush must not fail
-            with contextlib.suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        flush_output()
         # nobody reads our output; waiting for that would hang the exit
         if writer.thread.is_alive():
             os._exit(0)

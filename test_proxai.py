@@ -17216,6 +17216,144 @@ def test_words_of_libraries_are_told_as_events(loggers):
 #  18  Captures
 # ============================================================================
 
+STORED_SECS = 1763714401
+MESSAGES_SENT = {"model": "m-asked", "max_tokens": 64, "messages": [{"role": "user", "content": "hi \x1b[31m there"}]}
+CHAT_SENT = {"model": "m-sent", "messages": [{"role": "user", "content": "hi \x1b[31m there"}]}
+CHAT_STREAM = b'data: {"id":"c1","choices":[{"index":0,"delta":{"content":"well"}}]}\n\n: ping\n\ndata: [DONE]\n\n'
+MESSAGES_STREAM = b'event: message_start\ndata: {"type":"message_start","message":{"id":"msg_1"}}\n\n'
+RECORD = {"at": "2025-11-21T08:40:01.123Z", "path": "/v1/messages", "protocol": "anthropic_messages",
+          "provider_protocol": "openai_chat_completions", "model": "m-asked", "upstream_model": "m-sent", "status": 200, "outcome": "end",
+          "error": None, "dropped": ["messages[0].x"]}
+
+
+def store(directory: Path, id: int, *, secs: int = STORED_SECS, record: Any = RECORD, **phases: tuple[Any, bytes]) -> str:
+    """Write the files of a capture; a phase is a head and a body. Returns the id."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for phase, (head, body) in phases.items():
+        name, request = f"{secs}-{id}-{phase.replace('_', '-')}", phase.endswith("request")
+        suffix = "json" if request else "sse" if body.startswith((b"data:", b"event:")) else "bin"
+        (directory / f"{name}.{'metadata' if request else 'headers'}.json").write_text(json.dumps(head))
+        (directory / f"{name}.body.{suffix}").write_bytes(body)
+    if record is not None:
+        (directory / f"{secs}-{id}-exchange.json").write_text(json.dumps(record))
+    return str(id)
+
+
+def store_whole(directory: Path, id: int = 1763714401123456, **more: Any) -> str:
+    """A capture with all phases, of a Messages client and a Chat provider."""
+    secret = {"authorization": "Bearer sk-leak", "content-type": "application/json"}
+    return store(directory, id, **{
+        "inbound_request": ({"request_id": str(id), "method": "POST", "path": "/v1/messages?beta=true", "headers": {
+            "x-api-key": "<redacted>", "anthropic-version": "2023-06-01", "x-gone": "1"}}, json.dumps(MESSAGES_SENT).encode()),
+        "provider_request": ({"method": "POST", "url": "https://h/v1/chat/completions", "headers": secret}, json.dumps(CHAT_SENT).encode()),
+        "upstream_response": ({"status": 200, "headers": {"content-type": "text/event-stream"}}, CHAT_STREAM),
+        "outbound_response": ({"status": 200, "headers": {"content-type": "text/event-stream"}}, MESSAGES_STREAM), **more})
+
+
+@pytest.fixture
+def captures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of captures of a home of its own."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path / ".proxai" / "captures"
+
+
+def test_captures_are_found_newest_first_among_other_files(tmp_path):
+    assert proxai.stored_captures(tmp_path / "missing") == []
+    for id, secs in [(10, STORED_SECS), (9, STORED_SECS), (11, STORED_SECS - 1)]:
+        store(tmp_path, id, secs=secs, inbound_request=({}, b"{}"))
+    for name in ("notes.txt", f"{STORED_SECS}-12-inbound-request.body.json.tmp", "1-2-exchange.json", f"{STORED_SECS}-13-other.json"):
+        (tmp_path / name).write_text("x")
+    found = proxai.stored_captures(tmp_path)
+    assert [stored.id for stored in found] == ["10", "9", "11"]
+    assert set(found[0].files) == {"inbound_request", "exchange"} and len(found[0].files["inbound_request"]) == 2
+
+
+def test_a_capture_is_found_by_its_id_or_the_end_of_it(tmp_path):
+    ids = [1763714401123456, 1763714401993456, 1763714400003456]
+    for id in ids:
+        store(tmp_path, id)
+    for word in (str(ids[0]), f"{STORED_SECS}-{ids[0]}", str(ids[0])[-6:], proxai.short_id(str(ids[0])), proxai.short_id(str(ids[0]))[-4:].upper()):
+        assert proxai.find_capture(tmp_path, word).id == str(ids[0]), word
+    for word, said in [("3456", "is that of 3 captures"), ("7", "no capture with the id 7"), ("nope", "no capture"), ("", "no capture"), ("../x", "no capture")]:
+        with pytest.raises(proxai.ConfigError, match=said):
+            proxai.find_capture(tmp_path, word)
+
+
+@pytest.mark.parametrize(("name", "content", "said"), [
+    ("exchange.json", b"{", "exchange.json is damaged, it is not JSON"),
+    ("inbound-request.metadata.json", b"[]", "metadata.json is damaged, it is not a JSON object"),
+    ("upstream-response.headers.json", b"\xff", "not UTF-8"),
+])
+@pytest.mark.parametrize("action", ["show", "diff", "export"])
+def test_a_damaged_capture_is_told_in_one_line(captures, capsys, name, content, said, action):
+    id = store_whole(captures)
+    (captures / f"{STORED_SECS}-{id}-{name}").write_bytes(content)
+    assert proxai.main(["captures", action, id]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and said in err and err.count("\n") == 1
+    assert proxai.main(["captures"]) == 0 and ("damaged" in capsys.readouterr().out) is (name == "exchange.json")
+
+
+def test_files_that_go_while_they_are_read_are_no_fault(tmp_path, monkeypatch):
+    id = store_whole(tmp_path)
+    found = proxai.stored_captures(tmp_path)
+    monkeypatch.setattr(proxai, "stored_captures", lambda directory: found)
+    for path in tmp_path.glob("*-provider-request.*"):
+        path.unlink()
+    assert set(proxai.read_capture(tmp_path, id).phases) == {"inbound_request", "upstream_response", "outbound_response"}
+    for path in tmp_path.iterdir():
+        path.unlink()
+    assert proxai.list_captures(tmp_path, 5)[0]["at"] == "2025-11-21T08:40:01Z"
+    with pytest.raises(proxai.ConfigError, match="was removed while it was read"):
+        proxai.read_capture(tmp_path, id)
+
+
+def test_captures_are_listed(captures, capsys):
+    assert proxai.main(["captures"]) == 0 and "no captures in" in capsys.readouterr().out
+    id, old = store_whole(captures), store(captures, 7, secs=STORED_SECS - 60, record=None, inbound_request=({}, b"{"))
+    assert proxai.main(["captures", "list"]) == 0
+    first, second = (re.split(r"  +", line) for line in capsys.readouterr().out.splitlines())
+    assert first == ["2025-11-21T08:40:01.123Z", id, proxai.short_id(id), "anthropic_messages -> openai_chat_completions",
+                     "m-asked -> m-sent", "200", "end"]
+    assert second == ["2025-11-21T08:39:01Z", old, "7", "-", "-", "-", "-"]
+    assert proxai.main(["captures", "--json", "--limit", "1"]) == 0
+    assert json.loads(capsys.readouterr().out) == {**RECORD, "id": id, "prefix": f"{STORED_SECS}-{id}", "phases": list(proxai.PHASES)}
+    assert proxai.main(["captures", "show"]) == 1 and "needs the id" in capsys.readouterr().err
+
+
+def test_a_capture_is_shown_phase_by_phase(captures, capsys):
+    id = store_whole(captures, upstream_response=({"status": 200, "ttfb_ms": 7, "headers": {}}, b"\x00\xff"))
+    for path in captures.glob("*outbound*"):
+        path.unlink()
+    assert proxai.main(["captures", "show", id[-5:]]) == 0
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if line.startswith("== ")] == [
+        f"== exchange {id} ==", "== inbound_request ==", "== provider_request ==", "== upstream_response =="]
+    for said in ("outcome: end", 'path: /v1/messages?beta=true', "authorization: <redacted>", '  "model": "m-asked",', "ttfb_ms: 7",
+                 "(2 bytes that are no text)", "outbound_response was not captured; `proxai.py capture enable outbound_response`"):
+        assert said in out, said
+    assert "sk-leak" not in out and "\x1b" not in out
+    assert proxai.main(["captures", "show", store_whole(captures, 5555)]) == 0
+    assert 'message_start  {"type":"message_start"' in capsys.readouterr().out
+
+
+def test_a_diff_shows_what_the_proxy_changed(captures, capsys):
+    assert proxai.main(["captures", "diff", store_whole(captures)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for line in ('-  "model": "m-asked",', '+  "model": "m-sent",', '-  "max_tokens": 64,', "-event: message", "+event: message_start",
+                 "-anthropic-version: 2023-06-01", "+authorization: <redacted>", "-x-gone: 1", "-[DONE]"):
+        assert line in lines, line
+    assert proxai.main(["captures", "diff", store(captures, 5555, inbound_request=({}, b"{}"))]) == 0
+    assert "provider_request was not captured" in capsys.readouterr().out
+
+
+def test_a_diff_of_long_bodies_is_bounded():
+    texts = ["\n".join(f"{i * k % 97}" for i in range(300_000)) for k in (3, 5)]
+    lines = proxai.diff_of(*texts, ("a", "b"))
+    assert 0 < len(lines) < 2 * proxai.DIFF_LINES + 1000
+    assert proxai.shown_lines("x" * (proxai.SHOWN_CHARS + 1)) == ["x" * proxai.SHOWN_CHARS, "(cut here; the file has the rest)"]
+    assert proxai.diff_of("a\nb", "a\nc", ("x", "y")) == ["--- x", "+++ y", "@@ -1,2 +1,2 @@", " a", "-b", "+c"]
+
 
 
 # ============================================================================
