@@ -17355,6 +17355,217 @@ def test_a_diff_of_long_bodies_is_bounded():
     assert proxai.diff_of("a\nb", "a\nc", ("x", "y")) == ["--- x", "+++ y", "@@ -1,2 +1,2 @@", " a", "-b", "+c"]
 
 
+# -- fixtures that can be shown to others ------------------------------------
+
+def planted(value: Any, words: list[str]) -> Any:
+    """`value` with a word of its own in place of each `*`, alone or in a text; `words` gets them."""
+    if isinstance(value, dict):
+        return {key: planted(item, words) for key, item in value.items()}
+    if isinstance(value, list):
+        return [planted(item, words) for item in value]
+    while isinstance(value, str) and "*" in value:
+        words.append(f"Tok{len(words):04}Zq")
+        value = value.replace("*", words[-1], 1)
+    return value
+
+
+FREE_SCHEMA = {"type": "object", "title": "*", "required": ["city"], "additionalProperties": False, "properties": {
+    "city": {"type": ["string", "null"], "description": "*", "enum": ["*", "*"], "default": "*", "examples": ["*"], "pattern": "*"},
+    "metadata": {"type": "string", "const": "*"}, "input": {"type": "object", "properties": {"x": {"type": "integer"}}}}}
+FREE_ARGUMENTS = '{"city": "* \\"* \\u00e9", "n": -12.5e3, "more": [true, null, {"type": "*", "* path/*": "*"}]}'
+PICTURE = "data:image/png;base64,*AAAA"
+FREE_REQUESTS = {
+    RESPONSES: {"model": "gpt-5", "instructions": "*\n *", "user": "*", "safety_identifier": "*", "prompt_cache_key": "*", "metadata": {"type": "*"},
+                "reasoning": {"effort": "high", "summary": "auto"}, "include": ["reasoning.encrypted_content"], "tool_choice": "auto",
+                "text": {"format": {"type": "json_schema", "name": "answer", "schema": FREE_SCHEMA, "description": "*"}}, "stream": True,
+                "tools": [{"type": "function", "name": "look", "description": "*", "parameters": FREE_SCHEMA, "strict": True}],
+                "input": [{"role": "user", "content": [{"type": "input_text", "text": "*"}, {"type": "input_image", "image_url": PICTURE, "detail": "low"}]},
+                          {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "*"}], "encrypted_content": "*=="},
+                          {"type": "function_call", "call_id": "call_1", "name": "look", "arguments": FREE_ARGUMENTS},
+                          {"type": "function_call_output", "call_id": "call_1", "output": "{\"*\": \"*\"}"},
+                          {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "*", "annotations": [{"type": "url_citation", "url": "https://*.example/*", "title": "*"}]}]}]},
+    CHAT: {"model": "gpt-4o", "user": "*", "metadata": {"name": "*"}, "stop": ["*"], "seed": 7, "max_completion_tokens": 100,
+           "response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": FREE_SCHEMA, "strict": True}},
+           "tools": [{"type": "function", "function": {"name": "look", "description": "*", "parameters": FREE_SCHEMA}}],
+           "tool_choice": {"type": "function", "function": {"name": "look"}},
+           "messages": [{"role": "system", "content": "*"}, {"role": "user", "name": "*", "content": [{"type": "text", "text": "*"}, {"type": "image_url", "image_url": {"url": PICTURE, "detail": "*"}}]},
+                        {"role": "assistant", "content": "*", "reasoning_content": "*", "reasoning_details": [{"type": "reasoning.summary", "summary": "*", "format": "unknown"}],
+                         "tool_calls": [{"id": "call_1", "type": "function", "function": {"name": "look", "arguments": FREE_ARGUMENTS}}]},
+                        {"role": "tool", "tool_call_id": "call_1", "content": "*"}]},
+    MESSAGES: {"model": "claude-x", "max_tokens": 2000, "metadata": {"user_id": "*"}, "system": [{"type": "text", "text": "*", "cache_control": {"type": "ephemeral", "ttl": "1h"}}],
+               "thinking": {"type": "enabled", "budget_tokens": 1024}, "stop_sequences": ["*"], "tool_choice": {"type": "any"},
+               "tools": [{"name": "look", "description": "*", "input_schema": FREE_SCHEMA}],
+               "messages": [{"role": "user", "content": [{"type": "text", "text": "*"}, {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "*AAA="}}]},
+                            {"role": "assistant", "content": [{"type": "thinking", "thinking": "*", "signature": "*=="},
+                                                              {"type": "tool_use", "id": "toolu_1", "name": "look", "input": {"city": "*", "type": "*", "n": 123456789, "* *": 1}}]},
+                            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_1", "content": [{"type": "text", "text": "*"}]}]}]},
+}
+
+
+def shape(value: Any) -> Any:
+    """The keys and the sizes in a value."""
+    if isinstance(value, dict):
+        return [(len(key), shape(item)) for key, item in value.items()]
+    return [shape(item) for item in value] if isinstance(value, list) else len(value) if isinstance(value, str) else type(value)
+
+
+@pytest.mark.parametrize("protocol", FREE_REQUESTS, ids=lambda p: p.word)
+def test_a_sanitized_fixture_holds_none_of_the_words_and_still_translates(captures, capsys, tmp_path, protocol):
+    words: list[str] = []
+    request = planted(FREE_REQUESTS[protocol], words)
+    head = {"method": "POST", "path": f"{protocol.path}?{planted('*', words)}", "url": planted("https://*/v1", words), "headers": planted(
+        {"content-type": "application/json", "cookie": "*", "x-mine": "*", "user-agent": "*"}, words)}
+    phases = {name: (head, json.dumps(request).encode()) for name in proxai.PHASES}
+    phases["upstream_response"] = ({"status": 400}, planted("no JSON *", words).encode())
+    id = store(captures, 1763714401123456, record={**RECORD, "protocol": protocol.name, "path": protocol.path, "error": planted("*", words), "dropped": [planted("a[0].* *", words)]}, **phases)
+    assert len(words) > 25
+    assert proxai.main(["captures", "export", id, "--sanitize"]) == 0
+    out, err = capsys.readouterr()
+    assert [word for word in words if word in out] == [] and err == ""
+    exported = json.loads(out)
+    assert (exported["protocol"], exported["path"], exported["record"]["status"]) == (protocol.name, protocol.path, 200)
+    assert exported["inbound_request"]["head"] == {"method": "POST", "path": protocol.path, "headers": {"content-type": "application/json"}}
+    body = exported["inbound_request"]["body"]
+    assert shape(body) == shape(request)
+    (tmp_path / "body.json").write_text(json.dumps(body))
+    for other in {*PROTOCOL_LIST} - {protocol}:
+        assert proxai.main(["translate", "--from", protocol.word, "--to", other.word, str(tmp_path / "body.json")]) == 0
+        out, err = capsys.readouterr()
+        assert "look" in out and '"city"' in out
+
+
+PROTOCOL_LIST = (RESPONSES, CHAT, MESSAGES)
+FREE_PIECES = ['{"ci', 'ty": "* Qru', 'mf", "deep', '": {"n": 12', '34}}']
+FREE_STREAMS: dict[Any, Callable[[list[str]], list[Any]]] = {
+    RESPONSES: lambda pieces: [
+        {"type": "response.output_text.delta", "item_id": "msg_1", "output_index": 0, "delta": "*", "logprobs": [{"token": "*", "bytes": [84, 111]}]},
+        *({"type": "response.function_call_arguments.delta", "output_index": 1, "delta": piece} for piece in pieces),
+        {"type": "response.function_call_arguments.done", "output_index": 1, "arguments": "".join(pieces)}],
+    CHAT: lambda pieces: [
+        {"choices": [{"index": 0, "delta": {"content": "*"}}]},
+        *({"choices": [{"index": 0, "delta": {"tool_calls": [{"index": i, "function": {"arguments": piece}}]}}]} for piece in pieces for i in (0, 1))],
+    MESSAGES: lambda pieces: [
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "*"}},
+        *({"type": "content_block_delta", "index": i, "delta": {"type": "input_json_delta", "partial_json": piece}} for piece in pieces for i in (1, 2)),
+        {"type": "error", "error": {"type": "overloaded_error", "code": "overloaded", "message": "* *"}}],
+}
+
+
+def pieces_of(value: Any, found: dict[Any, str], place: tuple[Any, ...] = ()) -> None:
+    """The arguments in events, put together by the indexes around them."""
+    if isinstance(value, dict):
+        place += tuple(value[key] for key in ("index", "output_index") if key in value)
+        for key, item in value.items():
+            if isinstance(item, str) and (key in ("partial_json", "arguments") or (key == "delta" and "arguments" in value.get("type", ""))):
+                found[(key, place)] = found.get((key, place), "") + item
+            pieces_of(item, found, place)
+    for item in value if isinstance(value, list) else ():
+        pieces_of(item, found, place)
+
+
+@pytest.mark.parametrize("protocol", FREE_STREAMS, ids=lambda p: p.word)
+def test_a_sanitized_stream_keeps_its_pieces(tmp_path, protocol):
+    words: list[str] = []
+    sent = planted(FREE_STREAMS[protocol](FREE_PIECES), words)
+    body = b"".join(b"event: %b\ndata: %b\n\n" % (event.get("type", "message").encode(), proxai.dump(event)) for event in sent)
+    id = store(tmp_path, 1763714401123456, upstream_response=({"status": 200}, body + b": secret comment\n\ndata: [DONE]\n\ndata: Tok no JSON\n\n"))
+    capture = proxai.read_capture(tmp_path, id)
+    events = proxai.fixture(capture, sanitize=True)["upstream_response"]["body"]
+    text = json.dumps(events)
+    assert words and [word for word in [*words, "Qru", "mf", "secret", "Tok"] if word in text] == []
+    assert [event["data"] for event in events[-2:]] == ["[DONE]", "AAA AA AAAA"]
+    assert [shape(event["data"]) for event in events[:-2]] == [shape(event) for event in sent]
+    found: dict[Any, str] = {}
+    pieces_of([event["data"] for event in events], found)
+    assert len(found) == 2
+    for joined in found.values():
+        value = json.loads(joined)
+        assert list(value) == ["city", "deep"] and value["deep"] == {"n": 1111} and set(value["city"]) == {"A"}
+    if protocol is MESSAGES:
+        assert events[-3]["data"]["error"] == {"type": "overloaded_error", "code": "overloaded", "message": "AAAAAAAAA AAAAAAAAA"}
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ('{"a": "b c", "1 x": "\\"", "d": -1.25e3}', '{"a": "AAA", "AAA": "AA", "d": -1.11e3}'),
+    ('{"a": "unfini', '{"a": "AAAAAA'), ('{"a": "b\\', '{"a": "A\\'), ('["key", "key" : true', '["AAA", "key" : true'),
+    ("plain words 42", "AAAAA AAAAA 11"), ("", ""), ('{"a":nul', '{"a":AAA'),
+])
+def test_a_filler_of_json_keeps_what_is_no_value(text, expected):
+    assert proxai.filled_json(text) == expected and len(expected) == len(text)
+
+
+def test_a_whole_fixture_comes_with_a_warning_and_for_its_owner_only(captures, capsys, tmp_path):
+    id, output = store_whole(captures), tmp_path / "fixture.json"
+    assert proxai.main(["captures", "export", id, "--output", str(output)]) == 0
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("Warning: prompts and answers are in it")
+    exported = json.loads(output.read_text())
+    assert exported["inbound_request"]["body"] == MESSAGES_SENT and "sk-leak" not in output.read_text()
+    assert [event["event"] for event in exported["outbound_response"]["body"]] == ["message_start"]
+    assert os.name == "nt" or output.stat().st_mode & 0o777 == 0o600
+    assert proxai.main(["captures", "export", id, "--output", str(output)]) == 1
+    assert "cannot write" in capsys.readouterr().err
+
+
+# -- replay ------------------------------------------------------------------
+
+@pytest.fixture
+def replayed(captures: Path, upstream: Upstream, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Replays a capture; returns the exit status, and what was printed on both outputs."""
+    (tmp_path / "c.toml").write_text(config_for(upstream.url, "[server]\napi_keys = ['mine']", "[translation]\nextended_pairs = true").replace("[server]\n\n", "", 1))
+
+    def replay(*arguments: str) -> tuple[int, str, str]:
+        status = proxai.main(["replay", *arguments, "--config", str(tmp_path / "c.toml")])
+        return status, *capsys.readouterr()
+
+    return replay
+
+
+def test_a_stored_request_is_sent_again(captures, replayed, upstream, model):
+    asked = body_for(MESSAGES, model)
+    answer_now = {"id": "msg_2", "type": "message", "role": "assistant", "model": model, "content": [{"type": "text", "text": "new"}]}
+    upstream.on(model, answer_json(answer_now))
+    head = {"method": "POST", "path": "/v1/messages?beta=true", "headers": {"x-api-key": "<redacted>", "x-mine": "1", "host": "old", "origin": "https://x.example"}}
+    for id, stored, said in [(1111, {**answer_now, "id": "msg_1"}, "the same answer as the stored one"),
+                             (2222, {**answer_now, "content": []}, '+      "text": "new"')]:
+        store(captures, id, inbound_request=(head, json.dumps(asked).encode()), outbound_response=({"status": 200}, json.dumps(stored).encode()))
+        status, out, err = replayed(str(id))
+        assert (status, err) == (0, "") and said in out
+        assert out.startswith(f"POST /v1/messages?beta=true, {len(json.dumps(asked))} bytes, to the provider messages_default, {upstream.url}/v1/messages")
+    sent = upstream.got(model)[-1]
+    assert (sent.json, sent.header("x-mine"), sent.header("x-api-key"), sent.header("origin")) == (asked, "1", "test-upstream-key", None)
+
+
+def test_a_stored_request_can_go_to_another_provider(captures, replayed, upstream, model):
+    upstream.on(model, answer_stream(b'data: {"id":"c","choices":[{"index":0,"delta":{"content":"new"},"finish_reason":"stop"}]}\n\n', b"data: [DONE]\n\n"))
+    head = {"method": "POST", "path": "/v1/messages", "headers": {}}
+    id = store(captures, 1111, inbound_request=(head, json.dumps(body_for(MESSAGES, model, stream=True)).encode()))
+    status, out, _ = replayed(id, "--provider", "chat_default")
+    assert status == 0 and "to the provider chat_default" in out and "outbound_response was not captured" in out and '"text": "new"' in out
+    assert upstream.got(model)[0].target == "/v1/chat/completions"
+
+
+def test_a_replay_that_is_not_answered_well_ends_with_1(captures, replayed, upstream, model):
+    upstream.on(model, answer_json({"error": {"message": "no", "type": "x"}}, 400), lambda peer, request: (peer.send(SSE_HEAD), peer.reset()))
+    id = store(captures, 1111, inbound_request=({"path": "/v1/messages", "headers": {}}, json.dumps(body_for(MESSAGES, model)).encode()),
+               outbound_response=({"status": 200}, b"{}"))
+    status, out, _ = replayed(id)
+    assert status == 1 and "answered 400" in out and "-status: 200\n+status: 400" in out
+    status, out, _ = replayed(id)
+    assert status == 1 and "; the answer broke off" in out
+
+
+@pytest.mark.parametrize(("head", "arguments", "said"), [
+    (None, (), "has no whole inbound request"), ({"path": "/v1/messages", "headers": {}}, ("--provider", "nobody"), "there is no provider 'nobody'"),
+    ({"path": "/v1/x HTTP/1.1\r\nx: y", "headers": {}}, (), "is damaged"), ({"path": "/v1/messages", "headers": {"a": "b\r\nc: d"}}, (), "is damaged"), ({}, (), "is damaged"),
+])
+def test_what_cannot_be_sent_again_is_told_in_a_line(captures, replayed, head, arguments, said):
+    id = store(captures, 1111, **({"inbound_request": (head, b"{}")} if head is not None else {}))
+    status, out, err = replayed(id, *arguments)
+    assert status == 1 and out == "" and said in err and "Traceback" not in err
+    assert replayed("9999")[0] == 1
+
+
 
 # ============================================================================
 #  19  Upstream
