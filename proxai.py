@@ -11908,7 +11908,10 @@ def explain_request(report: Json, config: Config, head: RequestHead, raw: bytes,
     request = read_model_request(protocol, raw)
     report["model"] = request.model
     routes = compile_routes(config.routing.routes)
-    report["routes"] = route_tries(routes, protocol.name, request.model)
+    tries = route_tries(routes, protocol.name, request.model)
+    report["routes"] = [
+        {**tried, "pattern": f"{pattern_kind(r.match_kind, r.model_pattern)} {r.model_pattern}"}
+        for tried, r in zip(tries, config.routing.routes, strict=False)]
     decision = choose(routes, default_providers(config), protocol.name, request.model)
     provider = Provider(decision.provider, config.providers[decision.provider], environ)
     report.update(provider=provider.name, provider_protocol=provider.protocol.name,
@@ -11950,8 +11953,8 @@ def explain_lines(report: Json) -> list[str]:
     lines = [f"{report['path']}: {report['protocol'] or 'no protocol'},"
              f" model {printable(report['model'] or '-')}"]
     for i, tried in enumerate(report["routes"], 1):
-        lines.append(f"  {'->' if tried['takes'] else '  '} route {i}, {tried['route'] or 'no name'}:"
-                     f" {tried['why']}")
+        lines.append(f"  {'->' if tried['takes'] else '  '} {i}. {tried['route'] or '(no name)'}:"
+                     f" {tried['pattern']}: {tried['why']}")
     if report["provider"]:
         lines.append(f"provider: {report['provider']}, "
                      + ("by that route" if report["routes"] and report["routes"][-1]["takes"]
@@ -12802,7 +12805,8 @@ def stored_request(capture: Capture) -> tuple[str, list[bytes], bytes]:
     path, lines = text_of(phase.head.get("path")), repeated_lines(mapping(phase.head.get("headers")))
     try:
         parse_request_line(b"POST %b HTTP/1.0" % path.encode())
-        parse_fields(b"\r\n".join(lines), HeadLimits())
+        for line in lines:
+            parse_field(line)
     except (FramingError, UnicodeEncodeError) as error:
         raise ConfigError([f"the inbound request of the capture {capture.id} is damaged:"
                            f" {error}"]) from None

@@ -17562,7 +17562,7 @@ def test_a_replay_that_is_not_answered_well_ends_with_1(captures, replayed, upst
 def test_what_cannot_be_sent_again_is_told_in_a_line(captures, replayed, head, arguments, said):
     id = store(captures, 1111, **({"inbound_request": (head, b"{}")} if head is not None else {}))
     status, out, err = replayed(id, *arguments)
-    assert status == 1 and out == "" and said in err and "Traceback" not in err
+    assert status == 1 and out == "" and err.startswith("Error: ") and said in err and "Traceback" not in err
     assert replayed("9999")[0] == 1
 
 
@@ -22715,6 +22715,143 @@ def test_a_count_is_logged_like_any_exchange(crossing, model):
     assert (end["event"], end["status"]) == ("end", 200)
 
 
+# -- dry runs ----------------------------------------------------------------
+
+def explained(config: str, path: str, body: Any, *headers: str) -> Any:
+    """The report about a request under a configuration."""
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return proxai.explain(proxai.load_config(config, "c", environ={}), path, [h.encode() for h in headers], raw, {})
+
+
+EXPLAIN_ROUTES = """
+[[routing.routes]]
+name = "guarded"
+model_pattern = "m-*"
+provider = "chat_default"
+request_protocol = "openai_responses"
+[[routing.routes]]
+model_pattern = "^m-(.*)$"
+match_kind = "regex"
+provider = "chat_default"
+upstream_model = "big-$1"
+[[routing.routes]]
+name = "never"
+model_pattern = "*"
+provider = "chat_default"
+"""
+EXPLAIN_CONFIG = config_for("http://h.example/base", EXPLAIN_ROUTES, "[translation]\nextended_pairs = true")
+
+
+def test_explain_tells_the_way_of_a_translated_request():
+    body = body_for(MESSAGES, "m-1", metadata={"user_id": "u"})
+    report = explained(EXPLAIN_CONFIG, "/v1/messages?beta=true", body, "x-api-key: sk-client", "user-agent: me", "x-other: 1")
+    assert report["routes"] == [
+        {"route": "guarded", "pattern": "glob m-*", "takes": False, "why": "the pattern matches, but request_protocol is openai_responses"},
+        {"route": None, "pattern": "regex ^m-(.*)$", "takes": True, "why": "the pattern matches"}]
+    assert {key: report[key] for key in ("protocol", "provider", "translation", "model", "upstream_model", "url", "answer")} == {
+        "protocol": "anthropic_messages", "provider": "chat_default", "translation": "anthropic_messages->openai_chat_completions",
+        "model": "m-1", "upstream_model": "big-1", "url": "http://h.example/base/v1/chat/completions", "answer": None}
+    assert report["body"]["model"] == "big-1" and report["body"]["messages"] == [{"role": "user", "content": "hi"}]
+    assert "authorization: <redacted>" in report["headers"] and "user-agent: me" in report["headers"]
+    assert not [h for h in report["headers"] if "sk-" in h or "test-upstream-key" in h or h.startswith("x-other")]
+    assert list(report["dropped"]) == ["metadata.user_id"] and '-  "model": "m-1",' in report["changes"] and '+  "model": "big-1",' in report["changes"]
+
+
+def test_explain_tells_what_passes_through():
+    report = explained(EXPLAIN_CONFIG, "/v1/chat/completions?x=1", body_for(CHAT, "m-1"))
+    assert (report["upstream_model"], report["translation"], report["note"]) == ("big-1", "", "")
+    assert report["url"] == "http://h.example/base/v1/chat/completions?x=1"
+    assert [line for line in report["changes"] if line[:2] in ("- ", "+ ")] == ['-  "model": "m-1",', '+  "model": "big-1",']
+    report = explained(config_for("http://h.example"), "/v1/responses", body_for(RESPONSES, "other"))
+    assert (report["provider"], report["routes"], report["changes"], report["note"]) == ("responses_default", [], [], "the bytes pass through untouched")
+
+
+def test_explain_tells_how_tokens_are_counted():
+    body = body_for(MESSAGES, "m-1", stream=True)
+    report = explained(EXPLAIN_CONFIG, "/v1/messages/count_tokens", body)
+    assert (report["url"], report["note"]) == (None, "the provider cannot count; the proxy answers with an estimate")
+    report = explained(config_for("http://h.example"), "/v1/messages/count_tokens", body)
+    assert report["url"] == "http://h.example/v1/messages/count_tokens" and set(report["body"]) == {"model", "messages"}
+
+
+@pytest.mark.parametrize(("config", "path", "body", "headers", "status", "said"), [
+    (EXPLAIN_CONFIG, "/nothing", b"", (), 404, "there is nothing at this path"),
+    (EXPLAIN_CONFIG, "/healthz", b"", (), 405, "not allowed"),
+    (EXPLAIN_CONFIG, "no path", b"", (), 400, "malformed"),
+    (EXPLAIN_CONFIG, "/v1/\u00fc\ud800", b"", (), 400, "malformed"),
+    (EXPLAIN_CONFIG, "/v1/messages", b"{", (), 400, "must be a JSON object"),
+    (EXPLAIN_CONFIG, "/v1/messages", b"{}", ("bad",), 400, "it has no colon"),
+    (EXPLAIN_CONFIG, "/v1/messages", b"{}", ("origin: https://x.example",), 403, "web origin"),
+    (EXPLAIN_CONFIG, "/v1/messages", {"model": "m", "messages": 1}, (), 400, "to be an array"),
+    (EXPLAIN_CONFIG.replace("extended_pairs = true", ""), "/v1/messages", body_for(MESSAGES, "m-1"), (), 500, "is switched off"),
+    (EXPLAIN_CONFIG.replace('test-upstream-key', "<YOUR_KEY>"), "/v1/messages", body_for(MESSAGES, "m-1"), (), 500, "still the template's"),
+    (config_for("http://h", server="max_request_body_bytes = 5"), "/v1/messages", b"123456", (), 413, "larger than the length limit"),
+    ('[providers.p]\nprotocol = "openai_responses"\nbase_url = "http://h"\napi_key = "k"\n', "/v1/messages", body_for(MESSAGES, "m"), (), 500, "no route takes"),
+])
+def test_explain_tells_the_error_that_the_client_would_get(config, path, body, headers, status, said):
+    report = explained(config, path, body, *headers)
+    assert report["answer"] and report["answer"]["status"] == status and said in report["answer"]["message"] and report["url"] is None
+
+
+def test_explain_tells_what_the_provider_gets(programs, upstream, model):
+    ways = {MESSAGES: "chat_default", RESPONSES: "messages_default", CHAT: "chat_default"}
+    config = config_for(upstream.url, *(
+        f'[[routing.routes]]\nmodel_pattern = "{model}"\nprovider = "{to}"\nupstream_model = "{model}-{p.word}"\nrequest_protocol = "{p.name}"'
+        for p, to in ways.items()), "[translation]\nextended_pairs = true")
+    headers = ("user-agent: me", "x-api-key: sk", "accept: x/y")
+    for protocol in ways:
+        body, path = body_for(protocol, model, temperature=0.5), f"{protocol.path}?a=b"
+        upstream.on(f"{model}-{protocol.word}", answer_json({}, 400))
+        programs(config).post(path, body, *headers)
+        got, = upstream.got(f"{model}-{protocol.word}")
+        report = explained(config, path, body, *headers)
+        assert (report["url"], report["body"]) == (upstream.url + got.target, got.json)
+        assert [h.partition(":")[0].lower() for h in report["headers"]] == [name.lower() for name, _ in got.headers]
+        assert {h for h in report["headers"] if "redacted" not in h} < {f"{name.lower()}: {value}" for name, value in got.headers}
+
+
+@pytest.fixture
+def explain(captures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Runs `proxai.py explain`; returns the exit status, and what was printed on both outputs."""
+    (tmp_path / "c.toml").write_text(EXPLAIN_CONFIG)
+    (tmp_path / "b.json").write_text(json.dumps(body_for(MESSAGES, "m-1", metadata={"user_id": "u"})))
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((tmp_path / "b.json").read_bytes())))
+        status = proxai.main(["explain", *(a.replace("HERE", str(tmp_path)) for a in arguments), "--config", str(tmp_path / "c.toml")])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_explain_takes_a_file_standard_input_or_a_capture(explain, captures):
+    id = store(captures, 1763714401123456, inbound_request=({"path": "/v1/messages", "headers": {}}, json.dumps(body_for(MESSAGES, "m-1", metadata={"user_id": "u"})).encode()))
+    said = [explain("HERE/b.json", "--path", "/v1/messages"), explain("--path", "/v1/messages"), explain(id[-6:])]
+    assert said[0] == said[1] == said[2]
+    status, out, err = said[0]
+    assert status == 0 and err == ""
+    for line in ("/v1/messages: anthropic_messages, model m-1", "     1. guarded: glob m-*: the pattern matches, but request_protocol is openai_responses",
+                 "  -> 2. (no name): regex ^m-(.*)$: the pattern matches", "provider: chat_default, by that route", "model: big-1",
+                 "POST http://h.example/base/v1/chat/completions", "  authorization: <redacted>", '  "model": "big-1",', '+  "model": "big-1",'):
+        assert line in out.splitlines(), line
+    assert re.search("^dropped: metadata.user_id: .", out, re.M)
+    status, out, _ = explain(id, "--json", "--header", "user-agent: me")
+    assert status == 0 and "user-agent: me" in json.loads(out)["headers"]
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (("HERE/b.json",), "Error: --path is needed"), (("HERE/none.json", "--path", "/v1/messages"), "Error: cannot read"), (("9999",), "Error: there is no capture with the id 9999"),
+])
+def test_what_cannot_be_explained_is_told_in_a_line(explain, arguments, said):
+    status, out, err = explain(*arguments)
+    assert status == 1 and out == "" and said in err
+
+
+def test_explain_ends_with_1_where_the_client_would_get_an_error(explain):
+    status, out, _ = explain("HERE/b.json", "--path", "/v1/responses")
+    assert status == 1 and "the client would get: 400 invalid_request_error: " in out
+
+
 
 # ============================================================================
 #  23  Control
@@ -22733,6 +22870,37 @@ def test_the_control_listener_tells_its_health(tmp_path):
             assert read_reply(program.control(head + b"\r\nconnection: close\r\n\r\n")).status == status, head
     finally:
         assert program.stop() == 0
+
+
+def test_the_control_listener_shows_captures(programs, upstream, tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    program = programs(config_for(upstream.url), env={"HOME": str(home)})
+
+    def get(path: str) -> Reply:
+        return read_reply(program.control(f"GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode()), "GET")
+
+    assert get("/captures").json == {"captures": []}
+    folder = home / ".proxai" / "captures"
+    large = {**CHAT_SENT, "user": "x" * proxai.CAPTURE_JSON_BYTES}
+    id = store_whole(folder, provider_request=({"headers": {}}, json.dumps(large).encode()))
+    old = store(folder, 7, secs=STORED_SECS - 60, record=None, inbound_request=({}, b"{"))
+    first, second = get("/captures").json["captures"]
+    assert first == {**RECORD, "id": id, "prefix": f"{STORED_SECS}-{id}", "phases": list(proxai.PHASES)}
+    assert second == {"at": "2025-11-21T08:39:01Z", "id": old, "prefix": f"{STORED_SECS - 60}-7", "phases": ["inbound_request"]}
+    assert [found["id"] for found in get("/captures?limit=1").json["captures"]] == [id]
+    reply = get(f"/captures/{id[-6:]}")
+    assert (reply.status, reply.headers["content-type"], reply.headers["cache-control"]) == (200, "application/json; charset=utf-8", "no-store")
+    shown = reply.json
+    assert (shown["id"], shown["record"], list(shown["phases"])) == (id, RECORD, list(proxai.PHASES))
+    inbound, provider = (shown["phases"][name] for name in proxai.PHASES[:2])
+    assert inbound["body"] == json.dumps(MESSAGES_SENT, indent=2) and inbound["head"]["path"] == "/v1/messages?beta=true"
+    assert "truncated" not in inbound and len(inbound["files"]) == 2
+    assert provider["truncated"] is True and len(provider["body"]) == proxai.CAPTURE_JSON_BYTES
+    assert '-  "max_tokens": 64,' in shown["diffs"]["request"] and "+event: message_start" in shown["diffs"]["response"]
+    for path in ("/captures/9999", "/captures/", "/captures/..%2Fx", "/capturesx"):
+        assert get(path).status == 404, path
+    (folder / f"{STORED_SECS}-{id}-exchange.json").write_text("{")
+    assert "is damaged" in get(f"/captures/{id}").json["error"]["message"] and get("/captures").json["captures"][0]["outcome"] == "damaged"
 
 
 
