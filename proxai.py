@@ -9646,7 +9646,9 @@ def body_text(body: bytes, sse: bool, view: Callable[[Any], Any] = lambda value:
         return pretty(view(value))
     try:
         return body.decode("utf-8")
-    except UnicodeDecodeError:
+    except UnicodeDecodeError as error:
+        if error.reason == "unexpected end of data":  # cut within a character
+            return body[:error.start].decode("utf-8")
         return f"({len(body)} bytes that are no text)"
 
 
@@ -9796,7 +9798,8 @@ def capture_json(capture: Capture) -> Json:
     phases: Json = {}
     for name, phase in capture.phases.items():
         text = None if phase.body is None else body_text(phase.body, phase.sse)
-        phases[name] = {"head": phase.head, "body": text and text[:CAPTURE_JSON_BYTES],
+        head = phase.head and {**phase.head, "headers": headers_of(phase)}
+        phases[name] = {"head": head, "body": text and text[:CAPTURE_JSON_BYTES],
                         "files": phase.files}
         if phase.cut or len(text or "") > CAPTURE_JSON_BYTES:
             phases[name]["truncated"] = True
@@ -11879,7 +11882,8 @@ def repeated_lines(headers: Mapping[str, Any]) -> list[bytes]:
 def explain(config: Config, path: str, lines: Sequence[bytes], raw: bytes,
             environ: Mapping[str, str]) -> Json:
     """What would become of a request with a path, header lines and a body, up to what the provider
-    would get. Nothing is sent. `answer` is the error that the client would get."""
+    would get. Nothing is sent, and no key of the client is asked for. `answer` is the error that
+    the client would get."""
     report: Json = {
         "path": path, "protocol": None, "model": None, "routes": [], "route": None,
         "provider": None, "provider_protocol": None, "translation": "", "upstream_model": None,
@@ -12744,7 +12748,7 @@ def captures(args: Any, environ: Mapping[str, str]) -> int:
     """List stored exchanges, or do something with one."""
     directory = captures_directory(environ)
     if args.action == "list":
-        return print_captures(list_captures(directory, max(args.limit, 0)), args, directory)
+        return print_captures(list_captures(directory, max(args.limit, 1)), args, directory)
     if not args.id:
         raise ConfigError([f"captures {args.action} needs the id of a capture"],
                           "`proxai.py captures` lists them")

@@ -17219,8 +17219,8 @@ def test_words_of_libraries_are_told_as_events(loggers):
 STORED_SECS = 1763714401
 MESSAGES_SENT = {"model": "m-asked", "max_tokens": 64, "messages": [{"role": "user", "content": "hi \x1b[31m there"}]}
 CHAT_SENT = {"model": "m-sent", "messages": [{"role": "user", "content": "hi \x1b[31m there"}]}
-CHAT_STREAM = b'data: {"id":"c1","choices":[{"index":0,"delta":{"content":"well"}}]}\n\n: ping\n\ndata: [DONE]\n\n'
-MESSAGES_STREAM = b'event: message_start\ndata: {"type":"message_start","message":{"id":"msg_1"}}\n\n'
+STORED_CHAT = b'data: {"id":"c1","choices":[{"index":0,"delta":{"content":"well"}}]}\n\n: ping\n\ndata: [DONE]\n\n'
+STORED_MESSAGES = b'event: message_start\ndata: {"type":"message_start","message":{"id":"msg_1"}}\n\n'
 RECORD = {"at": "2025-11-21T08:40:01.123Z", "path": "/v1/messages", "protocol": "anthropic_messages",
           "provider_protocol": "openai_chat_completions", "model": "m-asked", "upstream_model": "m-sent", "status": 200, "outcome": "end",
           "error": None, "dropped": ["messages[0].x"]}
@@ -17246,8 +17246,8 @@ def store_whole(directory: Path, id: int = 1763714401123456, **more: Any) -> str
         "inbound_request": ({"request_id": str(id), "method": "POST", "path": "/v1/messages?beta=true", "headers": {
             "x-api-key": "<redacted>", "anthropic-version": "2023-06-01", "x-gone": "1"}}, json.dumps(MESSAGES_SENT).encode()),
         "provider_request": ({"method": "POST", "url": "https://h/v1/chat/completions", "headers": secret}, json.dumps(CHAT_SENT).encode()),
-        "upstream_response": ({"status": 200, "headers": {"content-type": "text/event-stream"}}, CHAT_STREAM),
-        "outbound_response": ({"status": 200, "headers": {"content-type": "text/event-stream"}}, MESSAGES_STREAM), **more})
+        "upstream_response": ({"status": 200, "headers": {"content-type": "text/event-stream"}}, STORED_CHAT),
+        "outbound_response": ({"status": 200, "headers": {"content-type": "text/event-stream"}}, STORED_MESSAGES), **more})
 
 
 @pytest.fixture
@@ -17319,6 +17319,22 @@ def test_captures_are_listed(captures, capsys):
     assert proxai.main(["captures", "--json", "--limit", "1"]) == 0
     assert json.loads(capsys.readouterr().out) == {**RECORD, "id": id, "prefix": f"{STORED_SECS}-{id}", "phases": list(proxai.PHASES)}
     assert proxai.main(["captures", "show"]) == 1 and "needs the id" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_is_no_fault(captures, monkeypatch):
+    def gone(*_: Any) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(proxai, "print_captures", gone)
+    assert proxai.main(["captures"]) == 1
+
+
+@pytest.mark.parametrize(("body", "text"), [
+    (b'{"a":[1]}', '{\n  "a": [\n    1\n  ]\n}'), ("\u00fcber\u20ac".encode()[:-1], "\u00fcber"), (b"\xff\x00\xff\x00\xff", "(5 bytes that are no text)"),
+    (b"", ""), (b"[" * 100_000, "[" * 100_000), (b"[" * 500 + b"]" * 500, ANY),
+])
+def test_a_body_is_made_readable(body, text):
+    assert proxai.body_text(body, False) == text
 
 
 def test_a_capture_is_shown_phase_by_phase(captures, capsys):
