@@ -9481,8 +9481,9 @@ CAPTURE_READ_BYTES = 64 << 20  # of one file; a request body is at most 50 MiB b
 SHOWN_LINES, SHOWN_CHARS = 20_000, 2 << 20  # of one body that is shown
 DIFF_LINES, DIFF_PAIRS = 4000, 10_000  # on each side, and equal ones: difflib gets slow with both
 CAPTURE_NAME = re.compile(
-    rf"([0-9]{{9,10}})-([0-9A-Za-z]{{1,40}})-(?:exchange\.json|"
-    rf"({'|'.join(PHASES).replace('_', '-')})\.(?:(?:metadata|headers|body)\.json|body\.(?:sse|bin)))")
+    r"([0-9]{9,10})-([0-9A-Za-z]{1,40})-"
+    rf"(?:exchange\.json|({'|'.join(PHASES).replace('_', '-')})"
+    r"\.(?:metadata\.json|headers\.json|body\.(?:json|sse|bin)))")
 SECRET_NAME = re.compile("key|token|secret|cookie|authorization", re.I)
 REDACTED = "<redacted>"
 
@@ -9509,7 +9510,7 @@ class CapturedPhase(NamedTuple):
         return any(name.endswith(".sse") for name in self.files)
 
 
-class Capture(NamedTuple):
+class CapturedExchange(NamedTuple):
     """A stored exchange; `phases` has those that were captured."""
 
     prefix: str
@@ -9592,7 +9593,7 @@ def read_record(directory: Path, stored: StoredCapture) -> Json | None:
     return read_captured_json(directory / names[0]) if names else None
 
 
-def read_capture(directory: Path, word: str, limit: int = CAPTURE_READ_BYTES) -> Capture:
+def read_capture(directory: Path, word: str, limit: int = CAPTURE_READ_BYTES) -> CapturedExchange:
     """A stored exchange by its id (see `find_capture`), of each body `limit` bytes."""
     stored, phases = find_capture(directory, word), {}
     for phase in PHASES:
@@ -9609,7 +9610,7 @@ def read_capture(directory: Path, word: str, limit: int = CAPTURE_READ_BYTES) ->
     record = read_record(directory, stored)
     if not phases and record is None:
         raise ConfigError([f"the capture {stored.id} was removed while it was read"])
-    return Capture(stored.prefix, stored.id, record, phases)
+    return CapturedExchange(stored.prefix, stored.id, record, phases)
 
 
 # -- looking at them ---------------------------------------------------------
@@ -9698,7 +9699,7 @@ def phase_lines(name: str, phase: CapturedPhase) -> list[str]:
     return [f"== {name} ==", *told, "", *headers, "", *shown, ""]
 
 
-def capture_lines(capture: Capture) -> list[str]:
+def capture_lines(capture: CapturedExchange) -> list[str]:
     """A stored exchange to read, phase by phase."""
     lines = [f"== exchange {capture.id} =="]
     lines += [f"{key}: {printable(toml_value(value) if isinstance(value, list) else str(value))}"
@@ -9730,7 +9731,7 @@ def diff_of(before: str, after: str, names: Sequence[str]) -> list[str]:
 DIFFS = {"request": PHASES[:2], "response": PHASES[2:]}
 
 
-def capture_diff(capture: Capture, names: Sequence[str]) -> list[str]:
+def capture_diff(capture: CapturedExchange, names: Sequence[str]) -> list[str]:
     """How the bodies of two captured phases differ, as a unified diff; nothing where one is
     missing."""
     phases = [capture.phases.get(name) for name in names]
@@ -9749,7 +9750,7 @@ def header_changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[
     return lines
 
 
-def difference_lines(capture: Capture) -> list[str]:
+def difference_lines(capture: CapturedExchange) -> list[str]:
     """What the proxy changed between the client and the provider, and on the way back."""
     lines = []
     for title, names in DIFFS.items():
@@ -9793,7 +9794,7 @@ def capture_row(summary: Json) -> list[str]:
 CAPTURE_JSON_BYTES = 1 << 20  # of one body in the answer of the control listener
 
 
-def capture_json(capture: Capture) -> Json:
+def capture_json(capture: CapturedExchange) -> Json:
     """A stored exchange for programs."""
     phases: Json = {}
     for name, phase in capture.phases.items():
@@ -9952,7 +9953,7 @@ def exported_phase(phase: CapturedPhase, sanitize: bool) -> Json:
     return {"head": {**head, "headers": headers}, "body": out}
 
 
-def fixture(capture: Capture, sanitize: bool) -> Json:
+def fixture(capture: CapturedExchange, sanitize: bool) -> Json:
     """An exchange as one JSON value, to keep as a test or, sanitized, to show to others."""
     large = [name for name, phase in capture.phases.items() if phase.cut]
     if large:
@@ -9971,7 +9972,7 @@ def fixture(capture: Capture, sanitize: bool) -> Json:
     return out
 
 
-def request_place(capture: Capture) -> tuple[str, str | None]:
+def request_place(capture: CapturedExchange) -> tuple[str, str | None]:
     """The path of a stored request without its query, and the protocol it is of."""
     heads = [mapping(phase.head) for phase in capture.phases.values()]
     found = [text_of(said.get("path")) for said in ((capture.record or {}), *heads)]
@@ -11890,7 +11891,8 @@ def explain(config: Config, path: str, lines: Sequence[bytes], raw: bytes,
         "url": None, "headers": [], "body": None, "changes": [], "dropped": {}, "note": "",
         "answer": None}
     try:
-        block = b"\r\n".join([b"POST %b HTTP/1.1" % path.encode("utf-8", "replace"), b"host: 127.0.0.1", *lines])
+        block = b"\r\n".join([b"POST %b HTTP/1.1" % path.encode("utf-8", "replace"),
+                             b"host: 127.0.0.1", *lines])
         explain_request(report, config, parse_request_head(block, HeadLimits()), raw, environ)
     except FramingError as error:
         report["answer"] = malformed(error).payload()
@@ -12052,7 +12054,7 @@ async def control_captures(control: Control, connection: Connection, head: Reque
     write_text(connection, dump({"captures": found}).decode(), "application/json")
 
 
-async def control_capture(control: Control, connection: Connection, head: RequestHead) -> None:
+async def control_one_capture(control: Control, connection: Connection, head: RequestHead) -> None:
     """GET /captures/ID: one of them, with its phases and what changed between them."""
     directory, word = captures_directory(control.proxy.environ), head.path[len(CAPTURE_PATH):]
     found = await read_aside(
@@ -12087,7 +12089,7 @@ ControlHandler = Callable[[Control, Connection, RequestHead], Any]
 CONTROL_PATHS: dict[str, dict[str, ControlHandler]] = {
     "/health": {"GET": control_health},
     "/captures": {"GET": control_captures},
-    CAPTURE_PATH: {"GET": control_capture},
+    CAPTURE_PATH: {"GET": control_one_capture},
 }
 
 
@@ -12729,8 +12731,8 @@ def captures_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="proxai.py captures", allow_abbrev=False,
         description="Look at stored exchanges.",
-        epilog="An ID is that of the x-proxai-request-id header, its end (four characters at least),"
-               " or the req= of the log.")
+        epilog="An ID is that of the x-proxai-request-id header, its end (four characters at"
+               " least), or the req= of the log.")
     add = parser.add_argument
     add("action", nargs="?", choices=["list", *CAPTURE_ACTIONS], default="list",
         help="list: newest first (the default); show: the phases of one; diff: what the proxy"
@@ -12765,14 +12767,15 @@ def print_captures(found: list[Json], args: Any, directory: Path) -> int:
     rows = [capture_row(summary) for summary in found]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+        cells = [f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)]
+        print("  ".join(cells).rstrip())
     if not rows:
         print(f"no captures in {directory}; `proxai.py capture enable` has requests captured from"
               " now on")
     return 0
 
 
-def export_capture(capture: Capture, args: Any) -> None:
+def export_capture(capture: CapturedExchange, args: Any) -> None:
     """Print an exchange as one JSON value, or write it to a new file."""
     try:
         text = json.dumps(fixture(capture, args.sanitize), ensure_ascii=False, indent=2)
@@ -12792,21 +12795,22 @@ def export_capture(capture: Capture, args: Any) -> None:
         raise ConfigError([f"cannot write {args.output}: {error.strerror}"]) from None
 
 
-CAPTURE_ACTIONS: dict[str, Callable[[Capture, Any], None]] = {
+CAPTURE_ACTIONS: dict[str, Callable[[CapturedExchange, Any], None]] = {
     "show": lambda capture, args: print("\n".join(capture_lines(capture))),
     "diff": lambda capture, args: print("\n".join(difference_lines(capture))),
     "export": export_capture,
 }
 
 
-def stored_request(capture: Capture) -> tuple[str, list[bytes], bytes]:
+def stored_request(capture: CapturedExchange) -> tuple[str, list[bytes], bytes]:
     """Path, header lines and body to send a stored request again; ConfigError where that was not
     stored whole."""
     phase = capture.phases.get(PHASES[0])
     if phase is None or phase.head is None or phase.body is None or phase.cut:
         raise ConfigError([f"the capture {capture.id} has no whole inbound request"],
                           not_captured(PHASES[0]) if phase is None else "")
-    path, lines = text_of(phase.head.get("path")), repeated_lines(mapping(phase.head.get("headers")))
+    path = text_of(phase.head.get("path"))
+    lines = repeated_lines(mapping(phase.head.get("headers")))
     try:
         parse_request_line(b"POST %b HTTP/1.0" % path.encode())
         for line in lines:
@@ -12859,8 +12863,8 @@ def replay(args: Any, environ: Mapping[str, str]) -> int:
     return run_logged(replay_request(config, log, environ, capture, request), writer)
 
 
-async def replay_request(config: Config, log: Log, environ: Mapping[str, str], capture: Capture,
-                         request: tuple[str, list[bytes], bytes]) -> int:
+async def replay_request(config: Config, log: Log, environ: Mapping[str, str],
+                         capture: CapturedExchange, request: tuple[str, list[bytes], bytes]) -> int:
     """Send a request through a proxy of this process, and print what came of it."""
     path, lines, body = request
     report = explain(config, path, lines, body, environ)
@@ -12887,7 +12891,7 @@ async def replay_request(config: Config, log: Log, environ: Mapping[str, str], c
     return 0 if 200 <= head.status < 300 and not broken else 1
 
 
-def replay_lines(capture: Capture, head: ResponseHead, answer: bytes) -> list[str]:
+def replay_lines(capture: CapturedExchange, head: ResponseHead, answer: bytes) -> list[str]:
     """How an answer differs from the stored one, but for ids and times; all of it where none was
     stored."""
     sse, stored = is_event_stream(head.values.get(b"content-type")), capture.phases.get(PHASES[3])
