@@ -9480,11 +9480,13 @@ class CaptureSwitches:
 CAPTURE_READ_BYTES = 64 << 20  # of one file; a request body is at most 50 MiB by default
 SHOWN_LINES, SHOWN_CHARS = 20_000, 2 << 20  # of one body that is shown
 DIFF_LINES, DIFF_PAIRS = 4000, 10_000  # on each side, and equal ones: difflib gets slow with both
-CAPTURE_NAME = re.compile(
+CAPTURE_FILE = re.compile(
     r"([0-9]{9,10})-([0-9A-Za-z]{1,40})-"
     rf"(?:exchange\.json|({'|'.join(PHASES).replace('_', '-')})"
     r"\.(?:metadata\.json|headers\.json|body\.(?:json|sse|bin)))")
-SECRET_NAME = re.compile("key|token|secret|cookie|authorization", re.I)
+# limits that providers tell in tokens are no secrets
+SECRET_NAME = re.compile(r"(?!.*(?:ratelimit|token-count)).*"
+                         r"(?:auth|cookie|credential|key|passw|secret|token)", re.IGNORECASE)
 REDACTED = "<redacted>"
 
 
@@ -9535,7 +9537,7 @@ def stored_captures(directory: Path) -> list[StoredCapture]:
         raise ConfigError([f"cannot read {directory}: {error.strerror}"]) from None
     found: dict[str, StoredCapture] = {}
     for name in names:
-        if match := CAPTURE_NAME.fullmatch(name):
+        if match := CAPTURE_FILE.fullmatch(name):
             prefix = name[:match.end(2)]
             stored = found.setdefault(prefix, StoredCapture(prefix, match[2], {}))
             phase = (match[3] or "exchange").replace("-", "_")
@@ -9677,7 +9679,7 @@ def shown_lines(text: str, lines: int = SHOWN_LINES) -> list[str]:
 
 def masked(name: str, value: Any) -> str:
     """A header's value, unless its name says that it is a secret."""
-    return REDACTED if SECRET_NAME.search(name) else printable(text_of(value))
+    return REDACTED if SECRET_NAME.match(name) else printable(text_of(value))
 
 
 def headers_of(phase: CapturedPhase | None) -> dict[str, str]:

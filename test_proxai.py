@@ -17226,7 +17226,7 @@ RECORD = {"at": "2025-11-21T08:40:01.123Z", "path": "/v1/messages", "protocol": 
           "error": None, "dropped": ["messages[0].x"]}
 
 
-def store(directory: Path, id: int, *, secs: int = STORED_SECS, record: Any = RECORD, **phases: tuple[Any, bytes]) -> str:
+def store_capture(directory: Path, id: int, *, secs: int = STORED_SECS, record: Any = RECORD, **phases: tuple[Any, bytes]) -> str:
     """Write the files of a capture; a phase is a head and a body. Returns the id."""
     directory.mkdir(parents=True, exist_ok=True)
     for phase, (head, body) in phases.items():
@@ -17242,7 +17242,7 @@ def store(directory: Path, id: int, *, secs: int = STORED_SECS, record: Any = RE
 def store_whole(directory: Path, id: int = 1763714401123456, **more: Any) -> str:
     """A capture with all phases, of a Messages client and a Chat provider."""
     secret = {"authorization": "Bearer sk-leak", "content-type": "application/json"}
-    return store(directory, id, **{
+    return store_capture(directory, id, **{
         "inbound_request": ({"request_id": str(id), "method": "POST", "path": "/v1/messages?beta=true", "headers": {
             "x-api-key": "<redacted>", "anthropic-version": "2023-06-01", "x-gone": "1"}}, json.dumps(MESSAGES_SENT).encode()),
         "provider_request": ({"method": "POST", "url": "https://h/v1/chat/completions", "headers": secret}, json.dumps(CHAT_SENT).encode()),
@@ -17260,7 +17260,7 @@ def captures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_captures_are_found_newest_first_among_other_files(tmp_path):
     assert proxai.stored_captures(tmp_path / "missing") == []
     for id, secs in [(10, STORED_SECS), (9, STORED_SECS), (11, STORED_SECS - 1)]:
-        store(tmp_path, id, secs=secs, inbound_request=({}, b"{}"))
+        store_capture(tmp_path, id, secs=secs, inbound_request=({}, b"{}"))
     for name in ("notes.txt", f"{STORED_SECS}-12-inbound-request.body.json.tmp", "1-2-exchange.json", f"{STORED_SECS}-13-other.json"):
         (tmp_path / name).write_text("x")
     found = proxai.stored_captures(tmp_path)
@@ -17271,7 +17271,7 @@ def test_captures_are_found_newest_first_among_other_files(tmp_path):
 def test_a_capture_is_found_by_its_id_or_the_end_of_it(tmp_path):
     ids = [1763714401123456, 1763714401993456, 1763714400003456]
     for id in ids:
-        store(tmp_path, id)
+        store_capture(tmp_path, id)
     for word in (str(ids[0]), f"{STORED_SECS}-{ids[0]}", str(ids[0])[-6:], proxai.short_id(str(ids[0])), proxai.short_id(str(ids[0]))[-4:].upper()):
         assert proxai.find_capture(tmp_path, word).id == str(ids[0]), word
     for word, said in [("3456", "is that of 3 captures"), ("7", "no capture with the id 7"), ("nope", "no capture"), ("", "no capture"), ("../x", "no capture")]:
@@ -17310,7 +17310,7 @@ def test_files_that_go_while_they_are_read_are_no_fault(tmp_path, monkeypatch):
 
 def test_captures_are_listed(captures, capsys):
     assert proxai.main(["captures"]) == 0 and "no captures in" in capsys.readouterr().out
-    id, old = store_whole(captures), store(captures, 7, secs=STORED_SECS - 60, record=None, inbound_request=({}, b"{"))
+    id, old = store_whole(captures), store_capture(captures, 7, secs=STORED_SECS - 60, record=None, inbound_request=({}, b"{"))
     assert proxai.main(["captures", "list"]) == 0
     first, second = (re.split(r"  +", line) for line in capsys.readouterr().out.splitlines())
     assert first == ["2025-11-21T08:40:01.123Z", id, proxai.short_id(id), "anthropic_messages -> openai_chat_completions",
@@ -17353,13 +17353,21 @@ def test_a_capture_is_shown_phase_by_phase(captures, capsys):
     assert 'message_start  {"type":"message_start"' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("name", "shown"), [
+    ("Authorization", False), ("x-api-key", False), ("set-cookie", False), ("x-auth-token", False), ("x-client-secret", False),
+    ("x-ratelimit-remaining-tokens", True), ("x-proxai-token-count", True), ("content-type", True),
+])
+def test_headers_that_carry_secrets_are_masked(name, shown):
+    assert proxai.masked(name, "v\x1b") == ("v\\x1b" if shown else "<redacted>")
+
+
 def test_a_diff_shows_what_the_proxy_changed(captures, capsys):
     assert proxai.main(["captures", "diff", store_whole(captures)]) == 0
     lines = capsys.readouterr().out.splitlines()
     for line in ('-  "model": "m-asked",', '+  "model": "m-sent",', '-  "max_tokens": 64,', "-event: message", "+event: message_start",
                  "-anthropic-version: 2023-06-01", "+authorization: <redacted>", "-x-gone: 1", "-[DONE]"):
         assert line in lines, line
-    assert proxai.main(["captures", "diff", store(captures, 5555, inbound_request=({}, b"{}"))]) == 0
+    assert proxai.main(["captures", "diff", store_capture(captures, 5555, inbound_request=({}, b"{}"))]) == 0
     assert "provider_request was not captured" in capsys.readouterr().out
 
 
@@ -17433,7 +17441,7 @@ def test_a_sanitized_fixture_holds_none_of_the_words_and_still_translates(captur
         {"content-type": "application/json", "cookie": "*", "x-mine": "*", "user-agent": "*"}, words)}
     phases = {name: (head, json.dumps(request).encode()) for name in proxai.PHASES}
     phases["upstream_response"] = ({"status": 400}, planted("no JSON *", words).encode())
-    id = store(captures, 1763714401123456, record={**RECORD, "protocol": protocol.name, "path": protocol.path, "error": planted("*", words), "dropped": [planted("a[0].* *", words)]}, **phases)
+    id = store_capture(captures, 1763714401123456, record={**RECORD, "protocol": protocol.name, "path": protocol.path, "error": planted("*", words), "dropped": [planted("a[0].* *", words)]}, **phases)
     assert len(words) > 25
     assert proxai.main(["captures", "export", id, "--sanitize"]) == 0
     out, err = capsys.readouterr()
@@ -17484,7 +17492,7 @@ def test_a_sanitized_stream_keeps_its_pieces(tmp_path, protocol):
     words: list[str] = []
     sent = planted(FREE_STREAMS[protocol](FREE_PIECES), words)
     body = b"".join(b"event: %b\ndata: %b\n\n" % (event.get("type", "message").encode(), proxai.dump(event)) for event in sent)
-    id = store(tmp_path, 1763714401123456, upstream_response=({"status": 200}, body + b": secret comment\n\ndata: [DONE]\n\ndata: Tok no JSON\n\n"))
+    id = store_capture(tmp_path, 1763714401123456, upstream_response=({"status": 200}, body + b": secret comment\n\ndata: [DONE]\n\ndata: Tok no JSON\n\n"))
     capture = proxai.read_capture(tmp_path, id)
     events = proxai.fixture(capture, sanitize=True)["upstream_response"]["body"]
     text = json.dumps(events)
@@ -17544,7 +17552,7 @@ def test_a_stored_request_is_sent_again(captures, replayed, upstream, model):
     head = {"method": "POST", "path": "/v1/messages?beta=true", "headers": {"x-api-key": "<redacted>", "x-mine": "1", "host": "old", "origin": "https://x.example"}}
     for id, stored, said in [(1111, {**answer_now, "id": "msg_1"}, "the same answer as the stored one"),
                              (2222, {**answer_now, "content": []}, '+      "text": "new"')]:
-        store(captures, id, inbound_request=(head, json.dumps(asked).encode()), outbound_response=({"status": 200}, json.dumps(stored).encode()))
+        store_capture(captures, id, inbound_request=(head, json.dumps(asked).encode()), outbound_response=({"status": 200}, json.dumps(stored).encode()))
         status, out, err = replayed(str(id))
         assert (status, err) == (0, "") and said in out
         assert out.startswith(f"POST /v1/messages?beta=true, {len(json.dumps(asked))} bytes, to the provider messages_default, {upstream.url}/v1/messages")
@@ -17555,7 +17563,7 @@ def test_a_stored_request_is_sent_again(captures, replayed, upstream, model):
 def test_a_stored_request_can_go_to_another_provider(captures, replayed, upstream, model):
     upstream.on(model, answer_stream(b'data: {"id":"c","choices":[{"index":0,"delta":{"content":"new"},"finish_reason":"stop"}]}\n\n', b"data: [DONE]\n\n"))
     head = {"method": "POST", "path": "/v1/messages", "headers": {}}
-    id = store(captures, 1111, inbound_request=(head, json.dumps(body_for(MESSAGES, model, stream=True)).encode()))
+    id = store_capture(captures, 1111, inbound_request=(head, json.dumps(body_for(MESSAGES, model, stream=True)).encode()))
     status, out, _ = replayed(id, "--provider", "chat_default")
     assert status == 0 and "to the provider chat_default" in out and "outbound_response was not captured" in out and '"text": "new"' in out
     assert upstream.got(model)[0].target == "/v1/chat/completions"
@@ -17563,7 +17571,7 @@ def test_a_stored_request_can_go_to_another_provider(captures, replayed, upstrea
 
 def test_a_replay_that_is_not_answered_well_ends_with_1(captures, replayed, upstream, model):
     upstream.on(model, answer_json({"error": {"message": "no", "type": "x"}}, 400), lambda peer, request: (peer.send(SSE_HEAD), peer.reset()))
-    id = store(captures, 1111, inbound_request=({"path": "/v1/messages", "headers": {}}, json.dumps(body_for(MESSAGES, model)).encode()),
+    id = store_capture(captures, 1111, inbound_request=({"path": "/v1/messages", "headers": {}}, json.dumps(body_for(MESSAGES, model)).encode()),
                outbound_response=({"status": 200}, b"{}"))
     status, out, _ = replayed(id)
     assert status == 1 and "answered 400" in out and "-status: 200\n+status: 400" in out
@@ -17576,7 +17584,7 @@ def test_a_replay_that_is_not_answered_well_ends_with_1(captures, replayed, upst
     ({"path": "/v1/x HTTP/1.1\r\nx: y", "headers": {}}, (), "is damaged"), ({"path": "/v1/messages", "headers": {"a": "b\r\nc: d"}}, (), "is damaged"), ({}, (), "is damaged"),
 ])
 def test_what_cannot_be_sent_again_is_told_in_a_line(captures, replayed, head, arguments, said):
-    id = store(captures, 1111, **({"inbound_request": (head, b"{}")} if head is not None else {}))
+    id = store_capture(captures, 1111, **({"inbound_request": (head, b"{}")} if head is not None else {}))
     status, out, err = replayed(id, *arguments)
     assert status == 1 and out == "" and err.startswith("Error: ") and said in err and "Traceback" not in err
     assert replayed("9999")[0] == 1
@@ -22841,7 +22849,7 @@ def explain(captures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
 
 
 def test_explain_takes_a_file_standard_input_or_a_capture(explain, captures):
-    id = store(captures, 1763714401123456, inbound_request=({"path": "/v1/messages", "headers": {}}, json.dumps(body_for(MESSAGES, "m-1", metadata={"user_id": "u"})).encode()))
+    id = store_capture(captures, 1763714401123456, inbound_request=({"path": "/v1/messages", "headers": {}}, json.dumps(body_for(MESSAGES, "m-1", metadata={"user_id": "u"})).encode()))
     said = [explain("HERE/b.json", "--path", "/v1/messages"), explain("--path", "/v1/messages"), explain(id[-6:])]
     assert said[0] == said[1] == said[2]
     status, out, err = said[0]
@@ -22899,7 +22907,7 @@ def test_the_control_listener_shows_captures(programs, upstream, tmp_path_factor
     folder = home / ".proxai" / "captures"
     large = {**CHAT_SENT, "user": "x" * proxai.CAPTURE_JSON_BYTES}
     id = store_whole(folder, provider_request=({"headers": {}}, json.dumps(large).encode()))
-    old = store(folder, 7, secs=STORED_SECS - 60, record=None, inbound_request=({}, b"{"))
+    old = store_capture(folder, 7, secs=STORED_SECS - 60, record=None, inbound_request=({}, b"{"))
     first, second = get("/captures").json["captures"]
     assert first == {**RECORD, "id": id, "prefix": f"{STORED_SECS}-{id}", "phases": list(proxai.PHASES)}
     assert second == {"at": "2025-11-21T08:39:01Z", "id": old, "prefix": f"{STORED_SECS - 60}-7", "phases": ["inbound_request"]}
