@@ -84,7 +84,7 @@ import threading
 import time
 import tomllib
 import zlib
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
@@ -754,6 +754,12 @@ def rewrite_model(route: Route, match: re.Match[str], model: str) -> str:
             + model[match.end():])
 
 
+def matched(route: Route, protocol: str, model: str) -> tuple[re.Match[str] | None, bool]:
+    """Where a route's pattern fits a model's name, and whether the route takes the request."""
+    match = route.pattern.search(model)
+    return match, match is not None and route.protocol in (None, protocol)
+
+
 def choose(routes: Sequence[Route], defaults: Mapping[str, str], protocol: str,
            model: str) -> Decision:
     """The first route that fits, else the protocol's default provider; SetupError if there is none.
@@ -763,12 +769,11 @@ def choose(routes: Sequence[Route], defaults: Mapping[str, str], protocol: str,
     """
     mismatch = None
     for route in routes:
-        match = route.pattern.search(model)
-        if not match:
-            continue
-        if route.protocol in (None, protocol):
+        match, taken = matched(route, protocol, model)
+        if match and taken:
             return Decision(route.provider, rewrite_model(route, match, model), route.name)
-        mismatch = mismatch or route
+        if match:
+            mismatch = mismatch or route
     if mismatch:
         named = f"route `{mismatch.name}`" if mismatch.name else "a route without a name"
         raise SetupError(f"{named} matches the model {model}, but its request_protocol is"
@@ -779,6 +784,19 @@ def choose(routes: Sequence[Route], defaults: Mapping[str, str], protocol: str,
                          f" routing.default_provider_names.{protocol} is not set",
                          fix="set that key to the name of a provider, or add a route")
     return Decision(defaults[protocol], model, None)
+
+
+def route_tries(routes: Sequence[Route], protocol: str, model: str) -> list[Json]:
+    """What `choose` finds at each route, up to the one that takes the request."""
+    tries: list[Json] = []
+    for route in routes:
+        match, taken = matched(route, protocol, model)
+        why = ("the pattern matches" if taken else "the pattern does not match" if not match else
+               f"the pattern matches, but request_protocol is {route.protocol}")
+        tries.append({"route": route.name, "takes": taken, "why": why})
+        if taken:
+            break
+    return tries
 
 
 
@@ -10140,6 +10158,514 @@ class CaptureSwitches:
             self.overrides[phase] = value
 
 
+# -- reading them back -------------------------------------------------------
+
+CAPTURE_READ_BYTES = 64 << 20  # of one file; a request body is at most 50 MiB by default
+SHOWN_LINES, SHOWN_CHARS = 20_000, 2 << 20  # of one body that is shown
+DIFF_LINES, DIFF_PAIRS = 4000, 10_000  # on each side, and equal ones: difflib gets slow with both
+CAPTURE_FILE = re.compile(
+    r"([0-9]{9,10})-([0-9A-Za-z]{1,40})-"
+    rf"(?:exchange\.json|({'|'.join(PHASES).replace('_', '-')})"
+    r"\.(?:metadata\.json|headers\.json|body\.(?:json|sse|bin)))")
+# limits that providers tell in tokens are no secrets
+SECRET_NAME = re.compile(r"(?!.*(?:ratelimit|token-count)).*"
+                         r"(?:auth|cookie|credential|key|passw|secret|token)", re.IGNORECASE)
+REDACTED = "<redacted>"
+
+
+class StoredCapture(NamedTuple):
+    """The files of one exchange by phase, those of its record under `exchange`."""
+
+    prefix: str
+    id: str
+    files: dict[str, list[str]]
+
+
+class CapturedPhase(NamedTuple):
+    """What was kept of one phase; `cut` tells that the body is longer than what is read."""
+
+    head: Json | None
+    body: bytes | None
+    cut: bool
+    files: list[str]
+
+    @property
+    def sse(self) -> bool:
+        """Whether the body is an event stream."""
+        return any(name.endswith(".sse") for name in self.files)
+
+
+class CapturedExchange(NamedTuple):
+    """A stored exchange; `phases` has those that were captured."""
+
+    prefix: str
+    id: str
+    record: Json | None
+    phases: dict[str, CapturedPhase]
+
+
+def captures_directory(environ: Mapping[str, str]) -> Path:
+    """Where captures are."""
+    return app_directory(environ) / "captures"
+
+
+def stored_captures(directory: Path) -> list[StoredCapture]:
+    """The exchanges that have files in a directory, newest first; other files are passed over."""
+    try:
+        with os.scandir(directory) as entries:
+            names = sorted(entry.name for entry in entries)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ConfigError([f"cannot read {directory}: {error.strerror}"]) from None
+    found: dict[str, StoredCapture] = {}
+    for name in names:
+        if match := CAPTURE_FILE.fullmatch(name):
+            prefix = name[:match.end(2)]
+            stored = found.setdefault(prefix, StoredCapture(prefix, match[2], {}))
+            phase = (match[3] or "exchange").replace("-", "_")
+            stored.files.setdefault(phase, []).append(name)
+    return sorted(found.values(), reverse=True, key=lambda stored: (
+        int(stored.prefix.partition("-")[0]), len(stored.id), stored.id))
+
+
+def find_capture(directory: Path, word: str) -> StoredCapture:
+    """The exchange with an id, or with an id that ends so: in full, or as the log shortens it."""
+    captures = stored_captures(directory)
+    found = [stored for stored in captures if word in (stored.id, stored.prefix)]
+    if not found and len(word) >= 4:
+        found = [stored for stored in captures
+                 if stored.id.endswith(word) or short_id(stored.id).endswith(word.lower())]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ConfigError([f"the id {printable(word)} is that of {len(found)} captures: "
+                           + ", ".join(stored.id for stored in found[:5])], "give more of it")
+    raise ConfigError([f"there is no capture with the id {printable(word)} in {directory}"],
+                      "`proxai.py captures` lists them; the last four characters of an id are the"
+                      " least to give")
+
+
+def read_captured(path: Path, limit: int = CAPTURE_READ_BYTES) -> bytes | None:
+    """What a file holds, up to one byte more than `limit`; None where it has gone meanwhile, as
+    a running proxy removes old ones."""
+    try:
+        with path.open("rb") as file:
+            return file.read(limit + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigError([f"cannot read {path}: {error.strerror}"]) from None
+
+
+def read_captured_json(path: Path) -> Json | None:
+    """The JSON object in a file of ours; None where it has gone meanwhile."""
+    raw = read_captured(path)
+    if raw is None:
+        return None
+    try:
+        value = load(raw)
+    except ValueError as error:
+        raise ConfigError([f"{path} is damaged, it is not JSON: {error}"]) from None
+    if not isinstance(value, dict):
+        raise ConfigError([f"{path} is damaged, it is not a JSON object"])
+    return value
+
+
+def read_record(directory: Path, stored: StoredCapture) -> Json | None:
+    """The record of an exchange; None where it has none (yet)."""
+    names = stored.files.get("exchange")
+    return read_captured_json(directory / names[0]) if names else None
+
+
+def read_capture(directory: Path, word: str, limit: int = CAPTURE_READ_BYTES) -> CapturedExchange:
+    """A stored exchange by its id (see `find_capture`), of each body `limit` bytes."""
+    stored, phases = find_capture(directory, word), {}
+    for phase in PHASES:
+        head = body = None
+        names = stored.files.get(phase, [])
+        for name in names:
+            if ".body." in name:
+                body = read_captured(directory / name, limit)
+            else:
+                head = read_captured_json(directory / name)
+        if head is not None or body is not None:
+            phases[phase] = CapturedPhase(head, body and body[:limit],
+                                          len(body or b"") > limit, names)
+    record = read_record(directory, stored)
+    if not phases and record is None:
+        raise ConfigError([f"the capture {stored.id} was removed while it was read"])
+    return CapturedExchange(stored.prefix, stored.id, record, phases)
+
+
+# -- looking at them ---------------------------------------------------------
+
+def pretty(value: Any) -> str:
+    """JSON for people."""
+    try:
+        return json.dumps(value, ensure_ascii=False, indent=2)
+    except RecursionError:
+        return "(nested too deeply to show)"
+
+
+def loaded(raw: bytes) -> Any:
+    """The JSON value of a text, ABSENT where it is none."""
+    try:
+        return load(raw)
+    except ValueError:
+        return ABSENT
+
+
+def stream_events(raw: bytes) -> Iterator[Event]:
+    """The events of a whole stream."""
+    return filter(None, map(parse_event, split_events(raw)))
+
+
+def body_text(body: bytes, sse: bool, view: Callable[[Any], Any] = lambda value: value) -> str:
+    """A body for people: JSON spread out, the events of a stream one after the other. `view` is
+    what to show of a JSON value."""
+    if sse:
+        return "\n\n".join(f"event: {event.name}\n{body_text(event.data.encode(), False, view)}"
+                           for event in stream_events(body))
+    value = loaded(body)
+    if value is not ABSENT:
+        return pretty(view(value))
+    try:
+        return body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if error.reason == "unexpected end of data":  # cut within a character
+            return body[:error.start].decode("utf-8")
+        return f"({len(body)} bytes that are no text)"
+
+
+# What differs from one answer to the next though nothing has changed.
+VOLATILE_KEYS = frozenset((
+    "id", "created", "created_at", "completed_at", "item_id", "response_id", "call_id",
+    "tool_call_id", "tool_use_id", "request_id", "system_fingerprint", "obfuscation"))
+
+
+def settled(value: Any) -> Any:
+    """JSON without what differs each time."""
+    if isinstance(value, dict):
+        return {key: f"<{key}>" if key in VOLATILE_KEYS and item is not None else settled(item)
+                for key, item in value.items()}
+    return [settled(item) for item in value] if isinstance(value, list) else value
+
+
+def shown_lines(text: str, lines: int = SHOWN_LINES) -> list[str]:
+    """The lines of a text as a terminal can have them, so many at most."""
+    rows = text[:SHOWN_CHARS].split("\n")
+    cut = len(rows) > lines or len(text) > SHOWN_CHARS
+    return ([printable(row) for row in rows[:lines]]
+            + ["(cut here; the file has the rest)"] * cut)
+
+
+def masked(name: str, value: Any) -> str:
+    """A header's value, unless its name says that it is a secret."""
+    return REDACTED if SECRET_NAME.match(name) else printable(text_of(value))
+
+
+def headers_of(phase: CapturedPhase | None) -> dict[str, str]:
+    """The headers of a phase, secrets masked."""
+    headers = mapping(mapping(phase.head if phase else None).get("headers"))
+    return {name.lower(): masked(name, value) for name, value in headers.items()}
+
+
+def phase_lines(name: str, phase: CapturedPhase) -> list[str]:
+    """One phase to read: what is known of it, its headers, its body."""
+    told = [f"{key}: {printable(str(value))}" for key, value in (phase.head or {}).items()
+            if key not in ("headers", "request_id") and value is not None]
+    headers = [f"{key}: {value}" for key, value in headers_of(phase).items()]
+    body, size = phase.body or b"", f"body, {len(phase.body or b'')} bytes"
+    text = ("\n".join(f"{event.name}  {event.data}" for event in stream_events(body))
+            if phase.sse else body_text(body, False))
+    shown = [size + (", and more in the file" if phase.cut else "") + ":",
+             *shown_lines(text)] if body else ["no body"]
+    return [f"== {name} ==", *told, "", *headers, "", *shown, ""]
+
+
+def capture_lines(capture: CapturedExchange) -> list[str]:
+    """A stored exchange to read, phase by phase."""
+    lines = [f"== exchange {capture.id} =="]
+    lines += [f"{key}: {printable(toml_value(value) if isinstance(value, list) else str(value))}"
+              for key, value in (capture.record or {}).items() if value not in (None, "", [])]
+    lines.append("")
+    for name in PHASES:
+        phase = capture.phases.get(name)
+        lines += phase_lines(name, phase) if phase else [not_captured(name), ""]
+    return lines
+
+
+def not_captured(phase: str) -> str:
+    """What to do about a phase that was not captured."""
+    return (f"{phase} was not captured; `proxai.py capture enable {phase}` has it captured from"
+            " now on")
+
+
+def diff_of(before: str, after: str, names: Sequence[str]) -> list[str]:
+    """The unified diff of two texts; of long ones, of their beginnings."""
+    limit = DIFF_LINES
+    while True:
+        old, new = shown_lines(before, limit), shown_lines(after, limit)
+        counts = Counter(new)
+        if sum(counts[line] for line in old if counts[line] <= limit // 100 + 1) <= DIFF_PAIRS:
+            return list(difflib.unified_diff(old, new, names[0], names[1], lineterm=""))
+        limit //= 2
+
+
+DIFFS = {"request": PHASES[:2], "response": PHASES[2:]}
+
+
+def capture_diff(capture: CapturedExchange, names: Sequence[str]) -> list[str]:
+    """How the bodies of two captured phases differ, as a unified diff; nothing where one is
+    missing."""
+    phases = [capture.phases.get(name) for name in names]
+    texts = [body_text(phase.body or b"", phase.sse) for phase in phases if phase]
+    return diff_of(texts[0], texts[1], names) if len(texts) == 2 else []
+
+
+def header_changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    """How two sets of headers differ, a line for each name."""
+    lines = []
+    for name in sorted({*before, *after}):
+        old, new = before.get(name), after.get(name)
+        if old != new:
+            lines += [f"-{name}: {old}"] * (old is not None)
+            lines += [f"+{name}: {new}"] * (new is not None)
+    return lines
+
+
+def difference_lines(capture: CapturedExchange) -> list[str]:
+    """What the proxy changed between the client and the provider, and on the way back."""
+    lines = []
+    for title, names in DIFFS.items():
+        missing = [name for name in names if name not in capture.phases]
+        found = [not_captured(name) for name in missing]
+        if not missing:
+            before, after = (headers_of(capture.phases[name]) for name in names)
+            changed, body = header_changes(before, after), capture_diff(capture, names)
+            found = ["headers:", *changed] if changed else ["headers: no difference"]
+            found += ["body:", *body] if body else ["body: no difference"]
+        lines += [f"== {title}: {names[0]} -> {names[1]} ==", *found, ""]
+    return lines
+
+
+def capture_summary(directory: Path, stored: StoredCapture) -> Json:
+    """What a list says of a stored exchange: its record, where it has one that can be read."""
+    try:
+        record = read_record(directory, stored) or {}
+    except ConfigError:
+        record = {"outcome": "damaged"}
+    at = datetime.datetime.fromtimestamp(int(stored.prefix.partition("-")[0]), datetime.UTC)
+    return {"at": at.strftime("%Y-%m-%dT%H:%M:%SZ"), **record, "id": stored.id,
+            "prefix": stored.prefix, "phases": [name for name in PHASES if name in stored.files]}
+
+
+def list_captures(directory: Path, limit: int) -> list[Json]:
+    """The newest stored exchanges, so many at most."""
+    return [capture_summary(directory, stored) for stored in stored_captures(directory)[:limit]]
+
+
+def capture_row(summary: Json) -> list[str]:
+    """A stored exchange in a list: time, id and its short form, protocols, model, status,
+    outcome."""
+    pairs = [" -> ".join(dict.fromkeys(filter(None, (text_of(summary.get(key)) for key in keys))))
+             for keys in (("protocol", "provider_protocol"), ("model", "upstream_model"))]
+    return [printable(str(cell or "-")) for cell in (
+        summary["at"], summary["id"], short_id(summary["id"]), *pairs, summary.get("status"),
+        summary.get("outcome"))]
+
+
+CAPTURE_JSON_BYTES = 1 << 20  # of one body in the answer of the control listener
+
+
+def capture_json(capture: CapturedExchange) -> Json:
+    """A stored exchange for programs."""
+    phases: Json = {}
+    for name, phase in capture.phases.items():
+        text = None if phase.body is None else body_text(phase.body, phase.sse)
+        head = phase.head and {**phase.head, "headers": headers_of(phase)}
+        phases[name] = {"head": head, "body": text and text[:CAPTURE_JSON_BYTES],
+                        "files": phase.files}
+        if phase.cut or len(text or "") > CAPTURE_JSON_BYTES:
+            phases[name]["truncated"] = True
+    return {"id": capture.id, "record": capture.record, "phases": phases,
+            "diffs": {name: capture_diff(capture, names) for name, names in DIFFS.items()}}
+
+# -- exporting them ----------------------------------------------------------
+#   kept      structure, numbers, ids, names of tools and parameters, the words of KEPT_KEYS
+#   filled    every other text: a filler for each character that is no blank; JSON in a text stays
+#             JSON, pieces of it stay those pieces, base64 stays base64
+
+FILLER = "A"  # nothing but zeros as base64
+FILLED = re.compile(r"[^\s=]")
+KEPT_START = re.compile(r"(?:data:[\w.+/-]{1,100};base64,|https?://)?")
+KEPT_NAME = re.compile(r"[A-Za-z_$][A-Za-z0-9_.$-]{0,63}")
+KEPT_WORD = re.compile(r"[A-Za-z0-9_$#][A-Za-z0-9_.:/@#$\[\]+-]{0,255}")
+KEPT_KEYS = frozenset((
+    "type", "role", "model", "id", "call_id", "tool_call_id", "tool_use_id", "item_id", "name",
+    "namespace", "object", "status", "phase", "stop_reason", "finish_reason", "effort",
+    "reasoning_effort", "verbosity", "service_tier", "summary", "detail", "media_type",
+    "tool_choice", "mode", "truncation", "include", "modalities", "required", "syntax", "ttl",
+    "format", "$ref"))
+# Keys that hold a word in one place and a text in another: the words.
+KEPT_VALUES = {"summary": ("auto", "concise", "detailed"), "detail": ("auto", "low", "high")}
+# What is in these is somebody's own, whatever it looks like.
+FREE_KEYS = frozenset(("metadata", "arguments", "input", "default", "const", "examples", "enum",
+                       "logit_bias", "bytes", "variables"))
+NAMING_KEYS = frozenset(("properties", "patternProperties", "$defs", "definitions"))
+KEPT_HEADERS = ("content-type", "accept", "anthropic-version", "anthropic-beta", "openai-beta",
+                "retry-after", "content-encoding", "transfer-encoding")
+KEPT_OF_HEAD = ("method", "path", "status", "content_type", "ttfb_ms")
+JSON_PIECE = re.compile(
+    r'"((?:[^"\\]|\\.)*)("\s*:|"|\\?\Z)|true|false|null|(-?[0-9.]+)([eE][+-]?[0-9]+)?'
+    r'|[^\s\[\]{}:,"]', re.DOTALL)
+
+
+def filled(text: str) -> str:
+    """A filler as long as `text`."""
+    start = KEPT_START.match(text).end()  # type: ignore[union-attr]
+    return text[:start] + FILLED.sub(FILLER, text[start:])
+
+
+def filled_json(text: str) -> str:
+    """A filler for JSON that may be unfinished: the same members, other values of their length."""
+    def piece(found: re.Match[str]) -> str:
+        if found[1] is not None:
+            kept = found[2].endswith(":") and KEPT_NAME.fullmatch(found[1])
+            return f'"{found[1] if kept else FILLER * len(found[1])}{found[2]}'
+        if found[3]:
+            return re.sub("[0-9]", "1", found[3]) + (found[4] or "")
+        return found[0] if len(found[0]) > 1 else FILLER
+
+    return JSON_PIECE.sub(piece, text)
+
+
+def kept_name(name: str, taken: Collection[str]) -> str:
+    """A member's name, or a filler for one that is no identifier."""
+    if not KEPT_NAME.fullmatch(name):
+        name = filled(name)
+        while name in taken:
+            name += FILLER
+    return name
+
+
+class Sanitizer:
+    """Replaces what people and models wrote in a JSON value, or in the events of a stream, whose
+    pieces of arguments are put together for that."""
+
+    def __init__(self) -> None:
+        # where pieces stand that belong together, by the indexes around them
+        self.pieces: dict[Any, list[tuple[Json, str, str]]] = defaultdict(list)
+
+    def stream(self, events: Iterable[Event]) -> list[Json]:
+        """The events of a stream."""
+        out = [{"event": event.name if KEPT_WORD.fullmatch(event.name) else filled(event.name),
+                "data": self.event(event.data)} for event in events]
+        for pieces in self.pieces.values():
+            text = filled_json("".join(piece for _, _, piece in pieces))
+            for holder, name, piece in pieces:
+                holder[name], text = text[:len(piece)], text[len(piece):]
+        return out
+
+    def event(self, data: str) -> Any:
+        """The data of one event."""
+        value = loaded(data.encode())
+        if value is ABSENT:
+            return data if data == DONE else filled(data)
+        return self.value(value, place=(0,))
+
+    def value(self, value: Any, key: str = "", free: bool = False, place: Any = ()) -> Any:
+        """A JSON value under `key`; in a `free` one nothing is structure. `place` holds the
+        indexes around it, of a value in a stream."""
+        if isinstance(value, dict):
+            return self.members(value, key, free, place)
+        if isinstance(value, list):
+            return [self.value(item, key, free, place) for item in value]
+        if isinstance(value, str):
+            kept = (not free and key in KEPT_KEYS and KEPT_WORD.fullmatch(value)
+                    and value in KEPT_VALUES.get(key, (value,)))
+            return (value if kept else
+                    filled_json(value) if key in ("arguments", "partial_json") else filled(value))
+        return 1 if free and type(value) in (int, float) else value
+
+    def members(self, value: Json, key: str, free: bool, place: Any) -> Json:
+        """The members of an object; where `key` says that their names are no words of a protocol
+        they decide nothing."""
+        if place:
+            place += tuple(value[name] for name in ("index", "output_index")
+                           if type(value.get(name)) is int)
+        out: Json = {}
+        for name, item in value.items():
+            new, word = kept_name(name, out), "" if key in NAMING_KEYS else name
+            if word == "name" and "role" in value:  # of a person
+                word = ""
+            if word == "code" and "message" in value:  # of an error
+                word = "type"
+            out[new] = self.value(item, word, free or (word in FREE_KEYS and (
+                word != "input" or isinstance(item, dict))), place)
+            if place and isinstance(item, str) and is_piece(name, value):
+                self.pieces[place].append((out, new, item))
+        return out
+
+
+def is_piece(name: str, event: Json) -> bool:
+    """Whether a member of an object in an event is a piece of a call's arguments."""
+    kind = event.get("type")
+    return (name == "partial_json" or (name == "arguments" and kind is None)
+            or (name == "delta" and isinstance(kind, str) and kind.endswith("arguments.delta")))
+
+
+def exported_phase(phase: CapturedPhase, sanitize: bool) -> Json:
+    """The head and the body of a phase for a fixture."""
+    head, body = phase.head or {}, phase.body or b""
+    headers = headers_of(phase)
+    if sanitize:
+        head = {key: head[key] for key in KEPT_OF_HEAD if key in head}
+        if "path" in head:
+            head["path"] = text_of(head["path"]).partition("?")[0]
+        headers = {name: value for name, value in headers.items() if name in KEPT_HEADERS}
+    out: Any = None
+    if phase.sse:
+        events = stream_events(body)
+        out = (Sanitizer().stream(events) if sanitize else
+               [{"event": event.name, "data": event.data if value is ABSENT else value}
+                for event in events for value in [loaded(event.data.encode())]])
+    elif body:
+        value = loaded(body)
+        out = body.decode("utf-8", "replace") if value is ABSENT else value
+        out = Sanitizer().value(out) if sanitize else out
+    return {"head": {**head, "headers": headers}, "body": out}
+
+
+def fixture(capture: CapturedExchange, sanitize: bool) -> Json:
+    """An exchange as one JSON value, to keep as a test or, sanitized, to show to others."""
+    large = [name for name, phase in capture.phases.items() if phase.cut]
+    if large:
+        raise ConfigError([f"the body of {large[0]} is too large to export"])
+    record = capture.record or {}
+    path, protocol = request_place(capture)
+    if sanitize:
+        record = {**record, "path": path, "error": filled(text_of(record.get("error"))) or None,
+                  "dropped": [name if KEPT_WORD.fullmatch(name) else filled(name)
+                              for name in map(str, listing(record.get("dropped")))]}
+    out = {"id": capture.id, "protocol": record.get("protocol") or protocol,
+           "provider_protocol": record.get("provider_protocol"), "path": path, "record": record}
+    for name in PHASES:
+        phase = capture.phases.get(name)
+        out[name] = exported_phase(phase, sanitize) if phase else None
+    return out
+
+
+def request_place(capture: CapturedExchange) -> tuple[str, str | None]:
+    """The path of a stored request without its query, and the protocol it is of."""
+    heads = [mapping(phase.head) for phase in capture.phases.values()]
+    found = [text_of(said.get("path")) for said in ((capture.record or {}), *heads)]
+    path = next(filter(None, found), "").partition("?")[0]
+    protocol = MESSAGES if path in COUNT_PATHS else MODEL_PATHS.get(path)
+    return path, protocol and protocol.name
+
+
 
 # ============================================================================
 #  19  Upstream
@@ -11164,6 +11690,21 @@ class Provider:
             head, self.protocol, self.fixed, length, translated))
 
 
+def default_providers(config: Config) -> dict[str, str]:
+    """The names of the providers that take what no route does, by protocol."""
+    names = config.routing.default_provider_names
+    return {name: getattr(names, name) for name in PROTOCOLS}
+
+
+def ready_pair(inbound: Protocol, provider: Provider, config: Config) -> Pair | None:
+    """The pair to a provider, None where it speaks the client's protocol;
+    SetupError while its key is a template."""
+    if provider.template_key:
+        raise SetupError(f"providers.{provider.name}.api_key is still the template's",
+                         fix="put your key there, or name api_key_env or api_key_file")
+    return pair_for(inbound, provider.protocol, config.translation.extended_pairs)
+
+
 # Where providers count tokens, of those that do; vLLM and llama.cpp have Anthropic's path.
 COUNT_TARGETS = {"messages": COUNT_PATHS[0], "chat": COUNT_PATHS[0],
                  "responses": f"{RESPONSES.path}/input_tokens"}
@@ -11181,12 +11722,36 @@ def counted_tokens(status: int, raw: bytes) -> int | None:
     return count if 200 <= status < 300 and type(count) is int else None
 
 
+def count_ask(provider: Provider, ask: Json, payload: Json) -> Json | None:
+    """What a provider is asked to count, `ask` being what the client asks and `payload` what that
+    is translated; None for one that cannot count."""
+    if provider.protocol is not MESSAGES and not provider.settings.profile.count_native:
+        return None
+    if provider.protocol is RESPONSES:
+        ask = {name: payload[name] for name in COUNTED_MEMBERS if name in payload}
+    return {name: value for name, value in ask.items() if name not in ("max_tokens", "stream")}
+
+
 class Job(NamedTuple):
     """How one exchange is translated; `lines` are header lines of the provider request."""
 
     pair: Pair
     ctx: Context
     lines: list[bytes]
+
+
+def translated_request(pair: Pair, body: Json, inbound: Protocol, provider: Provider, model: str,
+                       seed: str) -> tuple[bytes, Job]:
+    """The body for a provider of another protocol, and how its answer is translated;
+    RequestError for what it cannot express."""
+    ctx = Context(inbound.word, provider.protocol.word, model, host=provider.origin.authority,
+                  now=int(time.time()), profile=provider.settings.profile, seed=seed)
+    payload = pair.request(body, ctx)
+    try:
+        raw = dump(payload)
+    except ValueError as error:
+        raise RequestError(f"the request body is {error}") from None
+    return raw, Job(pair, ctx, translated_lines(payload.get("stream") is True, ctx.headers))
 
 
 def event_bytes(protocol: Protocol, event: Any) -> bytes:
@@ -11330,8 +11895,7 @@ class Proxy:
         """Serve by `config` from the next request on; those on their way keep what they chose."""
         self.config, self.style = config, config.error_responses.format
         self.routes = compile_routes(config.routing.routes)
-        names = config.routing.default_provider_names
-        self.defaults = {name: getattr(names, name) for name in PROTOCOLS}
+        self.defaults = default_providers(config)
         self.providers = {name: Provider(name, settings, self.environ)
                           for name, settings in config.providers.items()}
         self.slots = asyncio.Semaphore(config.server.max_concurrent_requests)
@@ -11479,10 +12043,7 @@ class Turn:
         self.idle_secs = provider.settings.read_idle_timeout_secs
         exchange.provider, exchange.provider_protocol = provider.name, provider.protocol
         exchange.route, exchange.upstream_model = decision.route, decision.model
-        if provider.template_key:
-            raise SetupError(f"providers.{provider.name}.api_key is still the template's",
-                             fix="put your key there, or name api_key_env or api_key_file")
-        return pair_for(self.inbound, provider.protocol, proxy.config.translation.extended_pairs)
+        return ready_pair(self.inbound, provider, proxy.config)
 
     async def count(self, body: Json, pair: Pair | None) -> None:
         """Answer count_tokens: by the provider where it can count, else with an estimate, which a
@@ -11491,12 +12052,9 @@ class Turn:
         ask: Json = {**body, "model": exchange.upstream_model}
         payload = load(self.translate_request(pair, body)) if pair else ask
         counted: int | None = None
-        if provider.protocol is MESSAGES or provider.settings.profile.count_native:
-            if provider.protocol is RESPONSES:
-                ask = {name: payload[name] for name in COUNTED_MEMBERS if name in payload}
-            for name in ("max_tokens", "stream"):
-                ask.pop(name, None)
-            await self.send(ask, dump(ask), translated_lines(False, ()) if pair else None,
+        asked = count_ask(provider, ask, payload)
+        if asked is not None:
+            await self.send(asked, dump(asked), translated_lines(False, ()) if pair else None,
                             COUNT_TARGETS[provider.protocol.word])
             exchange.status = self.answer.status
             if not pair and exchange.status not in CANNOT_COUNT:
@@ -11516,18 +12074,10 @@ class Turn:
 
     def translate_request(self, pair: Pair, body: Json) -> bytes:
         """The body for a provider of another protocol; RequestError for what it cannot express."""
-        provider = self.provider
-        ctx = Context(self.inbound.word, provider.protocol.word, self.exchange.upstream_model,
-                      host=provider.origin.authority, now=int(time.time()),
-                      profile=provider.settings.profile, seed=str(self.exchange.id))
-        payload = pair.request(body, ctx)
-        try:
-            raw = dump(payload)
-        except ValueError as error:
-            raise RequestError(f"the request body is {error}") from None
-        self.exchange.estimate = ctx.estimate
-        self.tell_dropped(ctx.dropped)
-        self.job = Job(pair, ctx, translated_lines(payload.get("stream") is True, ctx.headers))
+        raw, self.job = translated_request(pair, body, self.inbound, self.provider,
+                                           self.exchange.upstream_model, str(self.exchange.id))
+        self.exchange.estimate = self.job.ctx.estimate
+        self.tell_dropped(self.job.ctx.dropped)
         return raw
 
     def tell_dropped(self, dropped: Mapping[str, str]) -> None:
@@ -12024,6 +12574,116 @@ def write_error(connection: Connection, error: ProxyError, style: str,
     connection.write_head(error.status, lines, len(body), body)
 
 
+# -- dry runs ----------------------------------------------------------------
+
+# What belongs to the client's own connection, or to the page it runs in.
+NOT_REPEATED = HOP_BY_HOP | {b"host", b"content-length", b"accept-encoding", b"expect", b"origin"}
+
+
+def repeated_lines(headers: Mapping[str, Any]) -> list[bytes]:
+    """The header lines to send stored headers again; secrets were not stored."""
+    return [f"{name}: {value}".encode() for name, value in headers.items()
+            if name.lower().encode() not in NOT_REPEATED and value not in (REDACTED, "<non-utf8>")]
+
+
+def explain(config: Config, path: str, lines: Sequence[bytes], raw: bytes,
+            environ: Mapping[str, str]) -> Json:
+    """What would become of a request with a path, header lines and a body, up to what the provider
+    would get. Nothing is sent, and no key of the client is asked for. `answer` is the error that
+    the client would get."""
+    report: Json = {
+        "path": path, "protocol": None, "model": None, "routes": [], "route": None,
+        "provider": None, "provider_protocol": None, "translation": "", "upstream_model": None,
+        "url": None, "headers": [], "body": None, "changes": [], "dropped": {}, "note": "",
+        "answer": None}
+    try:
+        block = b"\r\n".join([b"POST %b HTTP/1.1" % path.encode("utf-8", "replace"),
+                             b"host: 127.0.0.1", *lines])
+        explain_request(report, config, parse_request_head(block, HeadLimits()), raw, environ)
+    except FramingError as error:
+        report["answer"] = malformed(error).payload()
+    except ProxyError as error:
+        report["answer"] = error.payload()
+    return report
+
+
+def explain_request(report: Json, config: Config, head: RequestHead, raw: bytes,
+                    environ: Mapping[str, str]) -> None:
+    """Fill a report step by step, as `Turn.run` goes; ProxyError where that ends."""
+    check_origin(head, config.server)
+    protocol = admit(head, dataclasses.replace(config.server, api_keys=()))
+    if isinstance(protocol, int):  # no POST
+        return
+    report["protocol"] = protocol.name
+    if len(raw) > config.server.max_request_body_bytes:
+        raise too_large(config.server.max_request_body_bytes)
+    request = read_model_request(protocol, raw)
+    report["model"] = request.model
+    routes = compile_routes(config.routing.routes)
+    tries = route_tries(routes, protocol.name, request.model)
+    report["routes"] = [
+        {**tried, "pattern": f"{pattern_kind(r.match_kind, r.model_pattern)} {r.model_pattern}"}
+        for tried, r in zip(tries, config.routing.routes, strict=False)]
+    decision = choose(routes, default_providers(config), protocol.name, request.model)
+    provider = Provider(decision.provider, config.providers[decision.provider], environ)
+    report.update(provider=provider.name, provider_protocol=provider.protocol.name,
+                  route=decision.route, upstream_model=decision.model)
+    pair = ready_pair(protocol, provider, config)
+    lines, target = None, ""
+    if pair:
+        body, job = translated_request(pair, request.body, protocol, provider, decision.model, "")
+        lines = job.lines
+        report.update(translation=f"{protocol.name}->{provider.protocol.name}",
+                      dropped=job.ctx.dropped)
+    else:
+        body = pass_through_body(protocol, request, decision.model)
+    if head.path in COUNT_PATHS:
+        asked = count_ask(provider, {**request.body, "model": decision.model}, load(body))
+        if asked is None:
+            report["note"] = "the provider cannot count; the proxy answers with an estimate"
+            return
+        body, target = dump(asked), COUNT_TARGETS[provider.protocol.word]
+        lines = translated_lines(False, ()) if pair else None
+    explain_sent(report, provider, provider.request_head(head, len(body), lines, target), body)
+    report["note"] = "the bytes pass through untouched" if body == raw else ""
+    report["changes"] = diff_of(pretty(request.body), pretty(report["body"]), PHASES[:2])
+
+
+def explain_sent(report: Json, provider: Provider, head: bytes, body: bytes) -> None:
+    """Tell the provider request of which these are the head and the body."""
+    first, *lines = head.decode("latin-1").rstrip("\r\n").split("\r\n")
+    target = first.split(" ")[1]
+    report["url"] = (f"{provider.origin.scheme}://{provider.origin.authority}{target}"
+                     if target.startswith("/") else target)
+    report["headers"] = [f"{name}: {masked(name, value.strip())}"
+                         for name, _, value in (line.partition(":") for line in lines)]
+    report["body"] = load(body)
+
+
+def explain_lines(report: Json) -> list[str]:
+    """A report of `explain` for people."""
+    lines = [f"{report['path']}: {report['protocol'] or 'no protocol'},"
+             f" model {printable(report['model'] or '-')}"]
+    for i, tried in enumerate(report["routes"], 1):
+        lines.append(f"  {'->' if tried['takes'] else '  '} {i}. {tried['route'] or '(no name)'}:"
+                     f" {tried['pattern']}: {tried['why']}")
+    if report["provider"]:
+        lines.append(f"provider: {report['provider']}, "
+                     + ("by that route" if report["routes"] and report["routes"][-1]["takes"]
+                        else f"the default of {report['protocol']}"))
+        lines.append(f"protocol: {report['translation'] or report['provider_protocol']}")
+        lines.append(f"model: {printable(report['upstream_model'])}")
+    if report["url"]:
+        lines += [f"POST {report['url']}", *(f"  {line}" for line in report["headers"]),
+                  "body:", *shown_lines(pretty(report["body"]))]
+        lines += ["changes:", *report["changes"]] if report["changes"] else []
+    lines += [f"note: {report['note']}"] if report["note"] else []
+    lines += [f"dropped: {printable(path)}: {why}" for path, why in report["dropped"].items()]
+    if report["answer"]:
+        lines.append("the client would get: {status} {type}: {message}".format(**report["answer"]))
+    return lines
+
+
 
 # ============================================================================
 #  23  Control
@@ -12043,7 +12703,8 @@ class Control:
         try:
             check_host(head, self.host)
             check_control_origin(head)
-            methods = CONTROL_PATHS.get(head.path)
+            below = head.path.startswith(CAPTURE_PATH)  # one capture, by its id
+            methods = CONTROL_PATHS.get(CAPTURE_PATH if below else head.path)
             if methods is None:
                 raise RequestError("there is nothing at this path of the control listener",
                                    status=404, fix="the paths are " + ", ".join(CONTROL_PATHS))
@@ -12088,6 +12749,39 @@ async def control_health(control: Control, connection: Connection, head: Request
     write_text(connection, "OK")
 
 
+CAPTURE_PATH = "/captures/"
+CAPTURES_LISTED, CAPTURES_LISTED_MOST = 50, 1000
+
+
+async def control_captures(control: Control, connection: Connection, head: RequestHead) -> None:
+    """GET /captures?limit=N: the stored exchanges, newest first."""
+    limit = query_number(head, "limit", CAPTURES_LISTED, CAPTURES_LISTED_MOST)
+    found = await read_aside(list_captures, captures_directory(control.proxy.environ), limit)
+    write_text(connection, dump({"captures": found}).decode(), "application/json")
+
+
+async def control_one_capture(control: Control, connection: Connection, head: RequestHead) -> None:
+    """GET /captures/ID: one of them, with its phases and what changed between them."""
+    directory, word = captures_directory(control.proxy.environ), head.path[len(CAPTURE_PATH):]
+    found = await read_aside(
+        lambda: capture_json(read_capture(directory, word, CAPTURE_JSON_BYTES * 2)))
+    write_text(connection, dump(found).decode(), "application/json")
+
+
+async def read_aside(read: Callable[..., Any], *arguments: Any) -> Any:
+    """What a reader of captures returns, read beside the event loop."""
+    try:
+        return await asyncio.to_thread(read, *arguments)
+    except ConfigError as error:
+        raise RequestError(error.faults[0], status=404, fix=error.hint) from None
+
+
+def query_number(head: RequestHead, name: str, default: int, most: int) -> int:
+    """A whole number in the query of a request, `most` at most."""
+    found = re.search(rf"[?&]{name}=([0-9]{{1,15}})(?:&|$)", head.query)
+    return min(int(found[1]), most) if found else default
+
+
 def write_text(connection: Connection, text: str, content_type: str = "text/plain") -> None:
     """Answer with a text that nobody may keep."""
     body = text.encode()
@@ -12100,6 +12794,8 @@ def write_text(connection: Connection, text: str, content_type: str = "text/plai
 ControlHandler = Callable[[Control, Connection, RequestHead], Any]
 CONTROL_PATHS: dict[str, dict[str, ControlHandler]] = {
     "/health": {"GET": control_health},
+    "/captures": {"GET": control_captures},
+    CAPTURE_PATH: {"GET": control_one_capture},
 }
 
 
@@ -12858,14 +13554,28 @@ def is_taken(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+async def post(port: int, path: str, lines: Sequence[bytes], body: bytes) -> tuple[bytes, str]:
+    """The answer to a request to the proxy on `port`, head and body, and what broke it off."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(format_lines(b"POST %b HTTP/1.0" % path.encode(), *lines,
+                              b"content-length: %d" % len(body)) + body)
+    parts, size, broken = [], 0, ""
+    try:
+        while size <= CAPTURE_READ_BYTES and (data := await reader.read(READ_BYTES)):
+            parts.append(data)
+            size += len(data)
+    except OSError:
+        broken = "the answer broke off"
+    writer.close()
+    if size > CAPTURE_READ_BYTES:
+        broken = f"only the first {CAPTURE_READ_BYTES >> 20} MiB of the answer were read"
+    return b"".join(parts), broken
+
+
 async def ask(port: int, question: str) -> str:
     """One Chat request through the proxy on `port`, and the answer's text."""
     body = dump({"model": "demo", "messages": [{"role": "user", "content": question}]})
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(format_lines(b"POST /v1/chat/completions HTTP/1.0",
-                              b"content-length: %d" % len(body)) + body)
-    raw = await reader.read()
-    writer.close()
+    raw, _ = await post(port, CHAT.path, (), body)
     return str(json.loads(raw.partition(b"\r\n\r\n")[2])["choices"][0]["message"]["content"])
 
 
@@ -12971,6 +13681,230 @@ def env(args: Any, environ: Mapping[str, str]) -> int:
     return 0
 
 
+# -- captures ----------------------------------------------------------------
+
+def captures_line() -> argparse.ArgumentParser:
+    """The parser of `proxai.py captures`."""
+    parser = argparse.ArgumentParser(
+        prog="proxai.py captures", allow_abbrev=False,
+        description="Look at stored exchanges.",
+        epilog="An ID is that of the x-proxai-request-id header, its end (four characters at"
+               " least), or the req= of the log.")
+    add = parser.add_argument
+    add("action", nargs="?", choices=["list", *CAPTURE_ACTIONS], default="list",
+        help="list: newest first (the default); show: the phases of one; diff: what the proxy"
+             " changed; export: one JSON file of it all")
+    add("id", nargs="?", metavar="ID", help="the exchange to show, diff or export")
+    add("--limit", type=int, default=20, metavar="N", help="list: so many at most (20)")
+    add("--json", action="store_true", help="list: as JSON, a line for each")
+    add("--sanitize", action="store_true",
+        help="export: texts replaced by fillers of the same length, few headers, no secrets")
+    add("--output", metavar="FILE", help="export: a new file, readable for you only")
+    return parser
+
+
+def captures(args: Any, environ: Mapping[str, str]) -> int:
+    """List stored exchanges, or do something with one."""
+    directory = captures_directory(environ)
+    if args.action == "list":
+        return print_captures(list_captures(directory, max(args.limit, 1)), args, directory)
+    if not args.id:
+        raise ConfigError([f"captures {args.action} needs the id of a capture"],
+                          "`proxai.py captures` lists them")
+    CAPTURE_ACTIONS[args.action](read_capture(directory, args.id), args)
+    return 0
+
+
+def print_captures(found: list[Json], args: Any, directory: Path) -> int:
+    """Print a list of stored exchanges."""
+    if args.json:
+        for summary in found:
+            print(dump(summary).decode())
+        return 0
+    rows = [capture_row(summary) for summary in found]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)]
+        print("  ".join(cells).rstrip())
+    if not rows:
+        print(f"no captures in {directory}; `proxai.py capture enable` has requests captured from"
+              " now on")
+    return 0
+
+
+def export_capture(capture: CapturedExchange, args: Any) -> None:
+    """Print an exchange as one JSON value, or write it to a new file."""
+    try:
+        text = json.dumps(fixture(capture, args.sanitize), ensure_ascii=False, indent=2)
+    except RecursionError:
+        raise ConfigError(["the bodies of this capture are nested too deeply to export"]) from None
+    if not args.sanitize:
+        print("Warning: prompts and answers are in it as they were; --sanitize replaces them.",
+              file=sys.stderr)
+    if not args.output:
+        print(text)
+        return
+    try:
+        handle = os.open(args.output, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text + "\n")
+    except OSError as error:
+        raise ConfigError([f"cannot write {args.output}: {error.strerror}"]) from None
+
+
+CAPTURE_ACTIONS: dict[str, Callable[[CapturedExchange, Any], None]] = {
+    "show": lambda capture, args: print("\n".join(capture_lines(capture))),
+    "diff": lambda capture, args: print("\n".join(difference_lines(capture))),
+    "export": export_capture,
+}
+
+
+def stored_request(capture: CapturedExchange) -> tuple[str, list[bytes], bytes]:
+    """Path, header lines and body to send a stored request again; ConfigError where that was not
+    stored whole."""
+    phase = capture.phases.get(PHASES[0])
+    if phase is None or phase.head is None or phase.body is None or phase.cut:
+        raise ConfigError([f"the capture {capture.id} has no whole inbound request"],
+                          not_captured(PHASES[0]) if phase is None else "")
+    path = text_of(phase.head.get("path"))
+    lines = repeated_lines(mapping(phase.head.get("headers")))
+    try:
+        parse_request_line(b"POST %b HTTP/1.0" % path.encode())
+        for line in lines:
+            parse_field(line)
+    except (FramingError, UnicodeEncodeError) as error:
+        raise ConfigError([f"the inbound request of the capture {capture.id} is damaged:"
+                           f" {error}"]) from None
+    return path, lines, phase.body
+
+
+def load_from(path: str | None, environ: Mapping[str, str]) -> Config:
+    """The configuration in a file, or that of the app directory."""
+    file = Path(path) if path is not None else app_directory(environ) / "config.toml"
+    return load_config(read_file(file), str(file), environ=environ)
+
+
+def replay_line() -> argparse.ArgumentParser:
+    """The parser of `proxai.py replay`."""
+    parser = argparse.ArgumentParser(
+        prog="proxai.py replay", allow_abbrev=False,
+        description="Send a stored request again, to a provider as the configuration is now, and"
+                    " show how the answer differs from the stored one.")
+    add = parser.add_argument
+    add("id", metavar="ID", help="as `proxai.py captures` lists it")
+    add("--provider", metavar="NAME", help="send it to this one, whatever the routes say")
+    add("--config", metavar="PATH", help="configuration file")
+    return parser
+
+
+def replay_config(config: Config, provider: str | None) -> Config:
+    """A configuration for one request from this process: no captures, no key of ours asked for,
+    and where `provider` is given nowhere else to go."""
+    if provider is not None and provider not in config.providers:
+        raise ConfigError([f"there is no provider {provider!r} in the configuration"],
+                          "there are " + ", ".join(config.providers))
+    routing = config.routing
+    if provider is not None:
+        names = DefaultsConfig(**dict.fromkeys(PROTOCOLS, provider))
+        routing = dataclasses.replace(routing, routes=(), default_provider_names=names)
+    server = dataclasses.replace(config.server, host="127.0.0.1", port=0, api_keys=())
+    return dataclasses.replace(config, server=server, routing=routing, capture=CaptureConfig())
+
+
+def replay(args: Any, environ: Mapping[str, str]) -> int:
+    """Send a stored request again; 0 where the answer is a 2xx."""
+    capture = read_capture(captures_directory(environ), args.id)
+    config = replay_config(load_from(args.config, environ), args.provider)
+    request = stored_request(capture)
+    log, writer = start_log(dataclasses.replace(config.logging, level="warn"), sys.stderr, environ)
+    return run_logged(replay_request(config, log, environ, capture, request), writer)
+
+
+async def replay_request(config: Config, log: Log, environ: Mapping[str, str],
+                         capture: CapturedExchange, request: tuple[str, list[bytes], bytes]) -> int:
+    """Send a request through a proxy of this process, and print what came of it."""
+    path, lines, body = request
+    report = explain(config, path, lines, body, environ)
+    print(f"POST {path}, {len(body)} bytes, to "
+          + (f"the provider {report['provider']}, {report['url']}" if report["url"] else
+             "no provider"), flush=True)
+    proxy, started = Proxy(config, log, environ), time.perf_counter()
+    server = Server(config.server, proxy.serve, proxy.refuse)
+    server.loop.getaddrinfo = own_resolver(server.loop)  # type: ignore[method-assign]
+    port = await server.listen(bound_socket(config.server.host, 0))
+    try:
+        raw, broken = await post(port, path, lines, body)
+    finally:
+        await server.drain(GOOD_BYE_SECS, asyncio.Event())
+        proxy.close()
+    block, _, answer = raw.partition(b"\r\n\r\n")
+    try:
+        head = parse_response_head(block)
+    except FramingError:
+        raise ConfigError([broken or "the proxy gave no answer"]) from None
+    print(f"answered {head.status}, {len(answer)} bytes, in"
+          f" {milliseconds(time.perf_counter() - started)} ms" + (f"; {broken}" if broken else ""))
+    print("\n".join(replay_lines(capture, head, answer)))
+    return 0 if 200 <= head.status < 300 and not broken else 1
+
+
+def replay_lines(capture: CapturedExchange, head: ResponseHead, answer: bytes) -> list[str]:
+    """How an answer differs from the stored one, but for ids and times; all of it where none was
+    stored."""
+    sse, stored = is_event_stream(head.values.get(b"content-type")), capture.phases.get(PHASES[3])
+    if stored is None or stored.body is None:
+        return [not_captured(PHASES[3]), *shown_lines(body_text(answer, sse))]
+    status = mapping(stored.head).get("status")
+    lines = [] if status == head.status else [f"-status: {status}", f"+status: {head.status}"]
+    lines += diff_of(body_text(stored.body, stored.sse, settled), body_text(answer, sse, settled),
+                     ("stored", "now"))
+    return lines or ["the same answer as the stored one, but for ids and times"]
+
+
+# -- explain -----------------------------------------------------------------
+
+CAPTURE_WORD = re.compile(r"[0-9A-Za-z-]+")
+
+
+def explain_line() -> argparse.ArgumentParser:
+    """The parser of `proxai.py explain`."""
+    parser = argparse.ArgumentParser(
+        prog="proxai.py explain", allow_abbrev=False,
+        description="Tell what would become of a request: route, provider, URL, headers, body."
+                    " Nothing is sent.")
+    add = parser.add_argument
+    add("source", nargs="?", default="-", metavar="FILE",
+        help="a request body, - for standard input (the default), or the id of a capture")
+    add("--path", help="where the client would send it, like /v1/messages")
+    add("--header", action="append", default=[], metavar="'NAME: VALUE'",
+        help="a header of the client; may be repeated")
+    add("--config", metavar="PATH", help="configuration file")
+    add("--json", action="store_true", help="print the report as JSON")
+    return parser
+
+
+def explain_source(args: Any, environ: Mapping[str, str]) -> tuple[str, list[bytes], bytes]:
+    """Path, header lines and body of the request to explain."""
+    source, lines = args.source, [line.encode("utf-8", "replace") for line in args.header]
+    if source != "-" and CAPTURE_WORD.fullmatch(source) and not Path(source).exists():
+        path, stored, raw = stored_request(read_capture(captures_directory(environ), source))
+        return args.path or path, [*stored, *lines], raw
+    if not args.path:
+        raise ConfigError(["--path is needed beside a body"],
+                          "give one of " + ", ".join((*MODEL_PATHS, *COUNT_PATHS)))
+    raw = (sys.stdin.buffer.read() if source == "-" else read_file(Path(source)).encode("utf-8"))
+    return args.path, lines, raw
+
+
+def explain_command(args: Any, environ: Mapping[str, str]) -> int:
+    """Print what would become of a request; 1 where that is an error."""
+    config = load_from(args.config, environ)
+    path, lines, raw = explain_source(args, environ)
+    report = explain(config, path, lines, raw, environ)
+    print(pretty(report) if args.json else "\n".join(explain_lines(report)))
+    return 1 if report["answer"] else 0
+
+
 class Command(NamedTuple):
     """A subcommand: its parser, and what runs it and returns the exit status. A ConfigError of
     its is told in a line, with exit status 1."""
@@ -12982,6 +13916,9 @@ class Command(NamedTuple):
 COMMANDS = {
     "translate": Command(translate_line, translate),
     "env": Command(env_line, env),
+    "captures": Command(captures_line, captures),
+    "replay": Command(replay_line, replay),
+    "explain": Command(explain_line, explain_command),
 }
 
 
@@ -13002,8 +13939,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.hint:
             print(f"Hint: {error.hint}.", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # nobody reads on, like `head`
+        return 1
     except KeyboardInterrupt:
         return 130
+    finally:
+        flush_output()
 
 
 def open_outputs() -> None:
@@ -13058,18 +13999,23 @@ def run(args: Any, environ: Mapping[str, str]) -> int:
     return work(0) if len(sockets) == 1 else run_workers(sockets, work)
 
 
-def run_logged(work: Any, writer: LineWriter) -> int:
-    """Run `work` in an event loop, and print the log's last lines."""
+def flush_output() -> None:
+    """Hand on what was printed."""
     try:
-        asyncio.run(work)
-        return 0
+        sys.stdout.flush()
+    except (OSError, ValueError):  # nobody reads it; the interpreter's own flush must not fail
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def run_logged(work: Any, writer: LineWriter) -> int:
+    """Run `work` in an event loop, and print the log's last lines; the exit status, `work`'s own
+    where it returns one."""
+    try:
+        return asyncio.run(work) or 0
     finally:
         writer.close()
-        try:
-            sys.stdout.flush()
-        except (OSError, ValueError):  # nobody reads it; the interpreter's own flush must not fail
-            with contextlib.suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        flush_output()
         # nobody reads our output; waiting for that would hang the exit
         if writer.thread.is_alive():
             os._exit(0)

@@ -17869,6 +17869,379 @@ def test_words_of_libraries_are_told_as_events(loggers):
 #  18  Captures
 # ============================================================================
 
+STORED_SECS = 1763714401
+MESSAGES_SENT = {"model": "m-asked", "max_tokens": 64, "messages": [{"role": "user", "content": "hi \x1b[31m there"}]}
+CHAT_SENT = {"model": "m-sent", "messages": [{"role": "user", "content": "hi \x1b[31m there"}]}
+STORED_CHAT = b'data: {"id":"c1","choices":[{"index":0,"delta":{"content":"well"}}]}\n\n: ping\n\ndata: [DONE]\n\n'
+STORED_MESSAGES = b'event: message_start\ndata: {"type":"message_start","message":{"id":"msg_1"}}\n\n'
+RECORD = {"at": "2025-11-21T08:40:01.123Z", "path": "/v1/messages", "protocol": "anthropic_messages",
+          "provider_protocol": "openai_chat_completions", "model": "m-asked", "upstream_model": "m-sent", "status": 200, "outcome": "end",
+          "error": None, "dropped": ["messages[0].x"]}
+
+
+def store_capture(directory: Path, id: int, *, secs: int = STORED_SECS, record: Any = RECORD, **phases: tuple[Any, bytes]) -> str:
+    """Write the files of a capture; a phase is a head and a body. Returns the id."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for phase, (head, body) in phases.items():
+        name, request = f"{secs}-{id}-{phase.replace('_', '-')}", phase.endswith("request")
+        suffix = "json" if request else "sse" if body.startswith((b"data:", b"event:")) else "bin"
+        (directory / f"{name}.{'metadata' if request else 'headers'}.json").write_text(json.dumps(head))
+        (directory / f"{name}.body.{suffix}").write_bytes(body)
+    if record is not None:
+        (directory / f"{secs}-{id}-exchange.json").write_text(json.dumps(record))
+    return str(id)
+
+
+def store_whole(directory: Path, id: int = 1763714401123456, **more: Any) -> str:
+    """A capture with all phases, of a Messages client and a Chat provider."""
+    secret = {"authorization": "Bearer sk-leak", "content-type": "application/json"}
+    return store_capture(directory, id, **{
+        "inbound_request": ({"request_id": str(id), "method": "POST", "path": "/v1/messages?beta=true", "headers": {
+            "x-api-key": "<redacted>", "anthropic-version": "2023-06-01", "x-gone": "1"}}, json.dumps(MESSAGES_SENT).encode()),
+        "provider_request": ({"method": "POST", "url": "https://h/v1/chat/completions", "headers": secret}, json.dumps(CHAT_SENT).encode()),
+        "upstream_response": ({"status": 200, "headers": {"content-type": "text/event-stream"}}, STORED_CHAT),
+        "outbound_response": ({"status": 200, "headers": {"content-type": "text/event-stream"}}, STORED_MESSAGES), **more})
+
+
+@pytest.fixture
+def captures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of captures of a home of its own."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path / ".proxai" / "captures"
+
+
+def test_captures_are_found_newest_first_among_other_files(tmp_path):
+    assert proxai.stored_captures(tmp_path / "missing") == []
+    for id, secs in [(10, STORED_SECS), (9, STORED_SECS), (11, STORED_SECS - 1)]:
+        store_capture(tmp_path, id, secs=secs, inbound_request=({}, b"{}"))
+    for name in ("notes.txt", f"{STORED_SECS}-12-inbound-request.body.json.tmp", "1-2-exchange.json", f"{STORED_SECS}-13-other.json"):
+        (tmp_path / name).write_text("x")
+    found = proxai.stored_captures(tmp_path)
+    assert [stored.id for stored in found] == ["10", "9", "11"]
+    assert set(found[0].files) == {"inbound_request", "exchange"} and len(found[0].files["inbound_request"]) == 2
+
+
+def test_a_capture_is_found_by_its_id_or_the_end_of_it(tmp_path):
+    ids = [1763714401123456, 1763714401993456, 1763714400003456]
+    for id in ids:
+        store_capture(tmp_path, id)
+    for word in (str(ids[0]), f"{STORED_SECS}-{ids[0]}", str(ids[0])[-6:], proxai.short_id(str(ids[0])), proxai.short_id(str(ids[0]))[-4:].upper()):
+        assert proxai.find_capture(tmp_path, word).id == str(ids[0]), word
+    for word, said in [("3456", "is that of 3 captures"), ("7", "no capture with the id 7"), ("nope", "no capture"), ("", "no capture"), ("../x", "no capture")]:
+        with pytest.raises(proxai.ConfigError, match=said):
+            proxai.find_capture(tmp_path, word)
+
+
+@pytest.mark.parametrize(("name", "content", "said"), [
+    ("exchange.json", b"{", "exchange.json is damaged, it is not JSON"),
+    ("inbound-request.metadata.json", b"[]", "metadata.json is damaged, it is not a JSON object"),
+    ("upstream-response.headers.json", b"\xff", "not UTF-8"),
+])
+@pytest.mark.parametrize("action", ["show", "diff", "export"])
+def test_a_damaged_capture_is_told_in_one_line(captures, capsys, name, content, said, action):
+    id = store_whole(captures)
+    (captures / f"{STORED_SECS}-{id}-{name}").write_bytes(content)
+    assert proxai.main(["captures", action, id]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and said in err and err.count("\n") == 1
+    assert proxai.main(["captures"]) == 0 and ("damaged" in capsys.readouterr().out) is (name == "exchange.json")
+
+
+def test_files_that_go_while_they_are_read_are_no_fault(tmp_path, monkeypatch):
+    id = store_whole(tmp_path)
+    found = proxai.stored_captures(tmp_path)
+    monkeypatch.setattr(proxai, "stored_captures", lambda directory: found)
+    for path in tmp_path.glob("*-provider-request.*"):
+        path.unlink()
+    assert set(proxai.read_capture(tmp_path, id).phases) == {"inbound_request", "upstream_response", "outbound_response"}
+    for path in tmp_path.iterdir():
+        path.unlink()
+    assert proxai.list_captures(tmp_path, 5)[0]["at"] == "2025-11-21T08:40:01Z"
+    with pytest.raises(proxai.ConfigError, match="was removed while it was read"):
+        proxai.read_capture(tmp_path, id)
+
+
+def test_captures_are_listed(captures, capsys):
+    assert proxai.main(["captures"]) == 0 and "no captures in" in capsys.readouterr().out
+    id, old = store_whole(captures), store_capture(captures, 7, secs=STORED_SECS - 60, record=None, inbound_request=({}, b"{"))
+    assert proxai.main(["captures", "list"]) == 0
+    first, second = (re.split(r"  +", line) for line in capsys.readouterr().out.splitlines())
+    assert first == ["2025-11-21T08:40:01.123Z", id, proxai.short_id(id), "anthropic_messages -> openai_chat_completions",
+                     "m-asked -> m-sent", "200", "end"]
+    assert second == ["2025-11-21T08:39:01Z", old, "7", "-", "-", "-", "-"]
+    assert proxai.main(["captures", "--json", "--limit", "1"]) == 0
+    assert json.loads(capsys.readouterr().out) == {**RECORD, "id": id, "prefix": f"{STORED_SECS}-{id}", "phases": list(proxai.PHASES)}
+    assert proxai.main(["captures", "show"]) == 1 and "needs the id" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_is_no_fault(captures, monkeypatch):
+    def gone(*_: Any) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(proxai, "print_captures", gone)
+    assert proxai.main(["captures"]) == 1
+
+
+@pytest.mark.parametrize(("body", "text"), [
+    (b'{"a":[1]}', '{\n  "a": [\n    1\n  ]\n}'), ("\u00fcber\u20ac".encode()[:-1], "\u00fcber"), (b"\xff\x00\xff\x00\xff", "(5 bytes that are no text)"),
+    (b"", ""), (b"[" * 100_000, "[" * 100_000), (b"[" * 500 + b"]" * 500, ANY),
+])
+def test_a_body_is_made_readable(body, text):
+    assert proxai.body_text(body, False) == text
+
+
+def test_a_capture_is_shown_phase_by_phase(captures, capsys):
+    id = store_whole(captures, upstream_response=({"status": 200, "ttfb_ms": 7, "headers": {}}, b"\x00\xff"))
+    for path in captures.glob("*outbound*"):
+        path.unlink()
+    assert proxai.main(["captures", "show", id[-5:]]) == 0
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if line.startswith("== ")] == [
+        f"== exchange {id} ==", "== inbound_request ==", "== provider_request ==", "== upstream_response =="]
+    for said in ("outcome: end", 'path: /v1/messages?beta=true', "authorization: <redacted>", '  "model": "m-asked",', "ttfb_ms: 7",
+                 "(2 bytes that are no text)", "outbound_response was not captured; `proxai.py capture enable outbound_response`"):
+        assert said in out, said
+    assert "sk-leak" not in out and "\x1b" not in out
+    assert proxai.main(["captures", "show", store_whole(captures, 5555)]) == 0
+    assert 'message_start  {"type":"message_start"' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "shown"), [
+    ("Authorization", False), ("x-api-key", False), ("set-cookie", False), ("x-auth-token", False), ("x-client-secret", False),
+    ("x-ratelimit-remaining-tokens", True), ("x-proxai-token-count", True), ("content-type", True),
+])
+def test_headers_that_carry_secrets_are_masked(name, shown):
+    assert proxai.masked(name, "v\x1b") == ("v\\x1b" if shown else "<redacted>")
+
+
+def test_a_diff_shows_what_the_proxy_changed(captures, capsys):
+    assert proxai.main(["captures", "diff", store_whole(captures)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for line in ('-  "model": "m-asked",', '+  "model": "m-sent",', '-  "max_tokens": 64,', "-event: message", "+event: message_start",
+                 "-anthropic-version: 2023-06-01", "+authorization: <redacted>", "-x-gone: 1", "-[DONE]"):
+        assert line in lines, line
+    assert proxai.main(["captures", "diff", store_capture(captures, 5555, inbound_request=({}, b"{}"))]) == 0
+    assert "provider_request was not captured" in capsys.readouterr().out
+
+
+def test_a_diff_of_long_bodies_is_bounded():
+    texts = ["\n".join(f"{i * k % 97}" for i in range(300_000)) for k in (3, 5)]
+    lines = proxai.diff_of(*texts, ("a", "b"))
+    assert 0 < len(lines) < 2 * proxai.DIFF_LINES + 1000
+    assert proxai.shown_lines("x" * (proxai.SHOWN_CHARS + 1)) == ["x" * proxai.SHOWN_CHARS, "(cut here; the file has the rest)"]
+    assert proxai.diff_of("a\nb", "a\nc", ("x", "y")) == ["--- x", "+++ y", "@@ -1,2 +1,2 @@", " a", "-b", "+c"]
+
+
+# -- fixtures that can be shown to others ------------------------------------
+
+def planted(value: Any, words: list[str]) -> Any:
+    """`value` with a word of its own in place of each `*`, alone or in a text; `words` gets them."""
+    if isinstance(value, dict):
+        return {key: planted(item, words) for key, item in value.items()}
+    if isinstance(value, list):
+        return [planted(item, words) for item in value]
+    while isinstance(value, str) and "*" in value:
+        words.append(f"Tok{len(words):04}Zq")
+        value = value.replace("*", words[-1], 1)
+    return value
+
+
+FREE_SCHEMA = {"type": "object", "title": "*", "required": ["city"], "additionalProperties": False, "properties": {
+    "city": {"type": ["string", "null"], "description": "*", "enum": ["*", "*"], "default": "*", "examples": ["*"], "pattern": "*"},
+    "metadata": {"type": "string", "const": "*"}, "input": {"type": "object", "properties": {"x": {"type": "integer"}}}}}
+FREE_ARGUMENTS = '{"city": "* \\"* \\u00e9", "n": -12.5e3, "more": [true, null, {"type": "*", "* path/*": "*"}]}'
+PICTURE = "data:image/png;base64,*AAAA"
+FREE_REQUESTS = {
+    RESPONSES: {"model": "gpt-5", "instructions": "*\n *", "user": "*", "safety_identifier": "*", "prompt_cache_key": "*", "metadata": {"type": "*"},
+                "reasoning": {"effort": "high", "summary": "auto"}, "include": ["reasoning.encrypted_content"], "tool_choice": "auto",
+                "text": {"format": {"type": "json_schema", "name": "answer", "schema": FREE_SCHEMA, "description": "*"}}, "stream": True,
+                "tools": [{"type": "function", "name": "look", "description": "*", "parameters": FREE_SCHEMA, "strict": True}],
+                "input": [{"role": "user", "content": [{"type": "input_text", "text": "*"}, {"type": "input_image", "image_url": PICTURE, "detail": "low"}]},
+                          {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "*"}], "encrypted_content": "*=="},
+                          {"type": "function_call", "call_id": "call_1", "name": "look", "arguments": FREE_ARGUMENTS},
+                          {"type": "function_call_output", "call_id": "call_1", "output": "{\"*\": \"*\"}"},
+                          {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "*", "annotations": [{"type": "url_citation", "url": "https://*.example/*", "title": "*"}]}]}]},
+    CHAT: {"model": "gpt-4o", "user": "*", "metadata": {"name": "*"}, "stop": ["*"], "seed": 7, "max_completion_tokens": 100,
+           "response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": FREE_SCHEMA, "strict": True}},
+           "tools": [{"type": "function", "function": {"name": "look", "description": "*", "parameters": FREE_SCHEMA}}],
+           "tool_choice": {"type": "function", "function": {"name": "look"}},
+           "messages": [{"role": "system", "content": "*"}, {"role": "user", "name": "*", "content": [{"type": "text", "text": "*"}, {"type": "image_url", "image_url": {"url": PICTURE, "detail": "*"}}]},
+                        {"role": "assistant", "content": "*", "reasoning_content": "*", "reasoning_details": [{"type": "reasoning.summary", "summary": "*", "format": "unknown"}],
+                         "tool_calls": [{"id": "call_1", "type": "function", "function": {"name": "look", "arguments": FREE_ARGUMENTS}}]},
+                        {"role": "tool", "tool_call_id": "call_1", "content": "*"}]},
+    MESSAGES: {"model": "claude-x", "max_tokens": 2000, "metadata": {"user_id": "*"}, "system": [{"type": "text", "text": "*", "cache_control": {"type": "ephemeral", "ttl": "1h"}}],
+               "thinking": {"type": "enabled", "budget_tokens": 1024}, "stop_sequences": ["*"], "tool_choice": {"type": "any"},
+               "tools": [{"name": "look", "description": "*", "input_schema": FREE_SCHEMA}],
+               "messages": [{"role": "user", "content": [{"type": "text", "text": "*"}, {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "*AAA="}}]},
+                            {"role": "assistant", "content": [{"type": "thinking", "thinking": "*", "signature": "*=="},
+                                                              {"type": "tool_use", "id": "toolu_1", "name": "look", "input": {"city": "*", "type": "*", "n": 123456789, "* *": 1}}]},
+                            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_1", "content": [{"type": "text", "text": "*"}]}]}]},
+}
+
+
+def shape(value: Any) -> Any:
+    """The keys and the sizes in a value."""
+    if isinstance(value, dict):
+        return [(len(key), shape(item)) for key, item in value.items()]
+    return [shape(item) for item in value] if isinstance(value, list) else len(value) if isinstance(value, str) else type(value)
+
+
+@pytest.mark.parametrize("protocol", FREE_REQUESTS, ids=lambda p: p.word)
+def test_a_sanitized_fixture_holds_none_of_the_words_and_still_translates(captures, capsys, tmp_path, protocol):
+    words: list[str] = []
+    request = planted(FREE_REQUESTS[protocol], words)
+    head = {"method": "POST", "path": f"{protocol.path}?{planted('*', words)}", "url": planted("https://*/v1", words), "headers": planted(
+        {"content-type": "application/json", "cookie": "*", "x-mine": "*", "user-agent": "*"}, words)}
+    phases = {name: (head, json.dumps(request).encode()) for name in proxai.PHASES}
+    phases["upstream_response"] = ({"status": 400}, planted("no JSON *", words).encode())
+    id = store_capture(captures, 1763714401123456, record={**RECORD, "protocol": protocol.name, "path": protocol.path, "error": planted("*", words), "dropped": [planted("a[0].* *", words)]}, **phases)
+    assert len(words) > 25
+    assert proxai.main(["captures", "export", id, "--sanitize"]) == 0
+    out, err = capsys.readouterr()
+    assert [word for word in words if word in out] == [] and err == ""
+    exported = json.loads(out)
+    assert (exported["protocol"], exported["path"], exported["record"]["status"]) == (protocol.name, protocol.path, 200)
+    assert exported["inbound_request"]["head"] == {"method": "POST", "path": protocol.path, "headers": {"content-type": "application/json"}}
+    body = exported["inbound_request"]["body"]
+    assert shape(body) == shape(request)
+    (tmp_path / "body.json").write_text(json.dumps(body))
+    for other in {*PROTOCOL_LIST} - {protocol}:
+        assert proxai.main(["translate", "--from", protocol.word, "--to", other.word, str(tmp_path / "body.json")]) == 0
+        out, err = capsys.readouterr()
+        assert "look" in out and '"city"' in out
+
+
+PROTOCOL_LIST = (RESPONSES, CHAT, MESSAGES)
+FREE_PIECES = ['{"ci', 'ty": "* Qru', 'mf", "deep', '": {"n": 12', '34}}']
+FREE_STREAMS: dict[Any, Callable[[list[str]], list[Any]]] = {
+    RESPONSES: lambda pieces: [
+        {"type": "response.output_text.delta", "item_id": "msg_1", "output_index": 0, "delta": "*", "logprobs": [{"token": "*", "bytes": [84, 111]}]},
+        *({"type": "response.function_call_arguments.delta", "output_index": 1, "delta": piece} for piece in pieces),
+        {"type": "response.function_call_arguments.done", "output_index": 1, "arguments": "".join(pieces)}],
+    CHAT: lambda pieces: [
+        {"choices": [{"index": 0, "delta": {"content": "*"}}]},
+        *({"choices": [{"index": 0, "delta": {"tool_calls": [{"index": i, "function": {"arguments": piece}}]}}]} for piece in pieces for i in (0, 1))],
+    MESSAGES: lambda pieces: [
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "*"}},
+        *({"type": "content_block_delta", "index": i, "delta": {"type": "input_json_delta", "partial_json": piece}} for piece in pieces for i in (1, 2)),
+        {"type": "error", "error": {"type": "overloaded_error", "code": "overloaded", "message": "* *"}}],
+}
+
+
+def pieces_of(value: Any, found: dict[Any, str], place: tuple[Any, ...] = ()) -> None:
+    """The arguments in events, put together by the indexes around them."""
+    if isinstance(value, dict):
+        place += tuple(value[key] for key in ("index", "output_index") if key in value)
+        for key, item in value.items():
+            if isinstance(item, str) and (key in ("partial_json", "arguments") or (key == "delta" and "arguments" in value.get("type", ""))):
+                found[(key, place)] = found.get((key, place), "") + item
+            pieces_of(item, found, place)
+    for item in value if isinstance(value, list) else ():
+        pieces_of(item, found, place)
+
+
+@pytest.mark.parametrize("protocol", FREE_STREAMS, ids=lambda p: p.word)
+def test_a_sanitized_stream_keeps_its_pieces(tmp_path, protocol):
+    words: list[str] = []
+    sent = planted(FREE_STREAMS[protocol](FREE_PIECES), words)
+    body = b"".join(b"event: %b\ndata: %b\n\n" % (event.get("type", "message").encode(), proxai.dump(event)) for event in sent)
+    id = store_capture(tmp_path, 1763714401123456, upstream_response=({"status": 200}, body + b": secret comment\n\ndata: [DONE]\n\ndata: Tok no JSON\n\n"))
+    capture = proxai.read_capture(tmp_path, id)
+    events = proxai.fixture(capture, sanitize=True)["upstream_response"]["body"]
+    text = json.dumps(events)
+    assert words and [word for word in [*words, "Qru", "mf", "secret", "Tok"] if word in text] == []
+    assert [event["data"] for event in events[-2:]] == ["[DONE]", "AAA AA AAAA"]
+    assert [shape(event["data"]) for event in events[:-2]] == [shape(event) for event in sent]
+    found: dict[Any, str] = {}
+    pieces_of([event["data"] for event in events], found)
+    assert len(found) == 2
+    for joined in found.values():
+        value = json.loads(joined)
+        assert list(value) == ["city", "deep"] and value["deep"] == {"n": 1111} and set(value["city"]) == {"A"}
+    if protocol is MESSAGES:
+        assert events[-3]["data"]["error"] == {"type": "overloaded_error", "code": "overloaded", "message": "AAAAAAAAA AAAAAAAAA"}
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ('{"a": "b c", "1 x": "\\"", "d": -1.25e3}', '{"a": "AAA", "AAA": "AA", "d": -1.11e3}'),
+    ('{"a": "unfini', '{"a": "AAAAAA'), ('{"a": "b\\', '{"a": "A\\'), ('["key", "key" : true', '["AAA", "key" : true'),
+    ("plain words 42", "AAAAA AAAAA 11"), ("", ""), ('{"a":nul', '{"a":AAA'),
+])
+def test_a_filler_of_json_keeps_what_is_no_value(text, expected):
+    assert proxai.filled_json(text) == expected and len(expected) == len(text)
+
+
+def test_a_whole_fixture_comes_with_a_warning_and_for_its_owner_only(captures, capsys, tmp_path):
+    id, output = store_whole(captures), tmp_path / "fixture.json"
+    assert proxai.main(["captures", "export", id, "--output", str(output)]) == 0
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("Warning: prompts and answers are in it")
+    exported = json.loads(output.read_text())
+    assert exported["inbound_request"]["body"] == MESSAGES_SENT and "sk-leak" not in output.read_text()
+    assert [event["event"] for event in exported["outbound_response"]["body"]] == ["message_start"]
+    assert os.name == "nt" or output.stat().st_mode & 0o777 == 0o600
+    assert proxai.main(["captures", "export", id, "--output", str(output)]) == 1
+    assert "cannot write" in capsys.readouterr().err
+
+
+# -- replay ------------------------------------------------------------------
+
+@pytest.fixture
+def replayed(captures: Path, upstream: Upstream, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Replays a capture; returns the exit status, and what was printed on both outputs."""
+    (tmp_path / "c.toml").write_text(config_for(upstream.url, "[server]\napi_keys = ['mine']", "[translation]\nextended_pairs = true").replace("[server]\n\n", "", 1))
+
+    def replay(*arguments: str) -> tuple[int, str, str]:
+        status = proxai.main(["replay", *arguments, "--config", str(tmp_path / "c.toml")])
+        return status, *capsys.readouterr()
+
+    return replay
+
+
+def test_a_stored_request_is_sent_again(captures, replayed, upstream, model):
+    asked = body_for(MESSAGES, model)
+    answer_now = {"id": "msg_2", "type": "message", "role": "assistant", "model": model, "content": [{"type": "text", "text": "new"}]}
+    upstream.on(model, answer_json(answer_now))
+    head = {"method": "POST", "path": "/v1/messages?beta=true", "headers": {"x-api-key": "<redacted>", "x-mine": "1", "host": "old", "origin": "https://x.example"}}
+    for id, stored, said in [(1111, {**answer_now, "id": "msg_1"}, "the same answer as the stored one"),
+                             (2222, {**answer_now, "content": []}, '+      "text": "new"')]:
+        store_capture(captures, id, inbound_request=(head, json.dumps(asked).encode()), outbound_response=({"status": 200}, json.dumps(stored).encode()))
+        status, out, err = replayed(str(id))
+        assert (status, err) == (0, "") and said in out
+        assert out.startswith(f"POST /v1/messages?beta=true, {len(json.dumps(asked))} bytes, to the provider messages_default, {upstream.url}/v1/messages")
+    sent = upstream.got(model)[-1]
+    assert (sent.json, sent.header("x-mine"), sent.header("x-api-key"), sent.header("origin")) == (asked, "1", "test-upstream-key", None)
+
+
+def test_a_stored_request_can_go_to_another_provider(captures, replayed, upstream, model):
+    upstream.on(model, answer_stream(b'data: {"id":"c","choices":[{"index":0,"delta":{"content":"new"},"finish_reason":"stop"}]}\n\n', b"data: [DONE]\n\n"))
+    head = {"method": "POST", "path": "/v1/messages", "headers": {}}
+    id = store_capture(captures, 1111, inbound_request=(head, json.dumps(body_for(MESSAGES, model, stream=True)).encode()))
+    status, out, _ = replayed(id, "--provider", "chat_default")
+    assert status == 0 and "to the provider chat_default" in out and "outbound_response was not captured" in out and '"text": "new"' in out
+    assert upstream.got(model)[0].target == "/v1/chat/completions"
+
+
+def test_a_replay_that_is_not_answered_well_ends_with_1(captures, replayed, upstream, model):
+    upstream.on(model, answer_json({"error": {"message": "no", "type": "x"}}, 400), lambda peer, request: (peer.send(SSE_HEAD), peer.reset()))
+    id = store_capture(captures, 1111, inbound_request=({"path": "/v1/messages", "headers": {}}, json.dumps(body_for(MESSAGES, model)).encode()),
+               outbound_response=({"status": 200}, b"{}"))
+    status, out, _ = replayed(id)
+    assert status == 1 and "answered 400" in out and "-status: 200\n+status: 400" in out
+    status, out, _ = replayed(id)
+    assert status == 1 and "; the answer broke off" in out
+
+
+@pytest.mark.parametrize(("head", "arguments", "said"), [
+    (None, (), "has no whole inbound request"), ({"path": "/v1/messages", "headers": {}}, ("--provider", "nobody"), "there is no provider 'nobody'"),
+    ({"path": "/v1/x HTTP/1.1\r\nx: y", "headers": {}}, (), "is damaged"), ({"path": "/v1/messages", "headers": {"a": "b\r\nc: d"}}, (), "is damaged"), ({}, (), "is damaged"),
+])
+def test_what_cannot_be_sent_again_is_told_in_a_line(captures, replayed, head, arguments, said):
+    id = store_capture(captures, 1111, **({"inbound_request": (head, b"{}")} if head is not None else {}))
+    status, out, err = replayed(id, *arguments)
+    assert status == 1 and out == "" and err.startswith("Error: ") and said in err and "Traceback" not in err
+    assert replayed("9999")[0] == 1
+
 
 
 # ============================================================================
@@ -23019,6 +23392,143 @@ def test_a_count_is_logged_like_any_exchange(crossing, model):
     assert (end["event"], end["status"]) == ("end", 200)
 
 
+# -- dry runs ----------------------------------------------------------------
+
+def explained(config: str, path: str, body: Any, *headers: str) -> Any:
+    """The report about a request under a configuration."""
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return proxai.explain(proxai.load_config(config, "c", environ={}), path, [h.encode() for h in headers], raw, {})
+
+
+EXPLAIN_ROUTES = """
+[[routing.routes]]
+name = "guarded"
+model_pattern = "m-*"
+provider = "chat_default"
+request_protocol = "openai_responses"
+[[routing.routes]]
+model_pattern = "^m-(.*)$"
+match_kind = "regex"
+provider = "chat_default"
+upstream_model = "big-$1"
+[[routing.routes]]
+name = "never"
+model_pattern = "*"
+provider = "chat_default"
+"""
+EXPLAIN_CONFIG = config_for("http://h.example/base", EXPLAIN_ROUTES, "[translation]\nextended_pairs = true")
+
+
+def test_explain_tells_the_way_of_a_translated_request():
+    body = body_for(MESSAGES, "m-1", metadata={"user_id": "u"})
+    report = explained(EXPLAIN_CONFIG, "/v1/messages?beta=true", body, "x-api-key: sk-client", "user-agent: me", "x-other: 1")
+    assert report["routes"] == [
+        {"route": "guarded", "pattern": "glob m-*", "takes": False, "why": "the pattern matches, but request_protocol is openai_responses"},
+        {"route": None, "pattern": "regex ^m-(.*)$", "takes": True, "why": "the pattern matches"}]
+    assert {key: report[key] for key in ("protocol", "provider", "translation", "model", "upstream_model", "url", "answer")} == {
+        "protocol": "anthropic_messages", "provider": "chat_default", "translation": "anthropic_messages->openai_chat_completions",
+        "model": "m-1", "upstream_model": "big-1", "url": "http://h.example/base/v1/chat/completions", "answer": None}
+    assert report["body"]["model"] == "big-1" and report["body"]["messages"] == [{"role": "user", "content": "hi"}]
+    assert "authorization: <redacted>" in report["headers"] and "user-agent: me" in report["headers"]
+    assert not [h for h in report["headers"] if "sk-" in h or "test-upstream-key" in h or h.startswith("x-other")]
+    assert list(report["dropped"]) == ["metadata.user_id"] and '-  "model": "m-1",' in report["changes"] and '+  "model": "big-1",' in report["changes"]
+
+
+def test_explain_tells_what_passes_through():
+    report = explained(EXPLAIN_CONFIG, "/v1/chat/completions?x=1", body_for(CHAT, "m-1"))
+    assert (report["upstream_model"], report["translation"], report["note"]) == ("big-1", "", "")
+    assert report["url"] == "http://h.example/base/v1/chat/completions?x=1"
+    assert [line for line in report["changes"] if line[:2] in ("- ", "+ ")] == ['-  "model": "m-1",', '+  "model": "big-1",']
+    report = explained(config_for("http://h.example"), "/v1/responses", body_for(RESPONSES, "other"))
+    assert (report["provider"], report["routes"], report["changes"], report["note"]) == ("responses_default", [], [], "the bytes pass through untouched")
+
+
+def test_explain_tells_how_tokens_are_counted():
+    body = body_for(MESSAGES, "m-1", stream=True)
+    report = explained(EXPLAIN_CONFIG, "/v1/messages/count_tokens", body)
+    assert (report["url"], report["note"]) == (None, "the provider cannot count; the proxy answers with an estimate")
+    report = explained(config_for("http://h.example"), "/v1/messages/count_tokens", body)
+    assert report["url"] == "http://h.example/v1/messages/count_tokens" and set(report["body"]) == {"model", "messages"}
+
+
+@pytest.mark.parametrize(("config", "path", "body", "headers", "status", "said"), [
+    (EXPLAIN_CONFIG, "/nothing", b"", (), 404, "there is nothing at this path"),
+    (EXPLAIN_CONFIG, "/healthz", b"", (), 405, "not allowed"),
+    (EXPLAIN_CONFIG, "no path", b"", (), 400, "malformed"),
+    (EXPLAIN_CONFIG, "/v1/\u00fc\ud800", b"", (), 400, "malformed"),
+    (EXPLAIN_CONFIG, "/v1/messages", b"{", (), 400, "must be a JSON object"),
+    (EXPLAIN_CONFIG, "/v1/messages", b"{}", ("bad",), 400, "it has no colon"),
+    (EXPLAIN_CONFIG, "/v1/messages", b"{}", ("origin: https://x.example",), 403, "web origin"),
+    (EXPLAIN_CONFIG, "/v1/messages", {"model": "m", "messages": 1}, (), 400, "to be an array"),
+    (EXPLAIN_CONFIG.replace("extended_pairs = true", ""), "/v1/messages", body_for(MESSAGES, "m-1"), (), 500, "is switched off"),
+    (EXPLAIN_CONFIG.replace('test-upstream-key', "<YOUR_KEY>"), "/v1/messages", body_for(MESSAGES, "m-1"), (), 500, "still the template's"),
+    (config_for("http://h", server="max_request_body_bytes = 5"), "/v1/messages", b"123456", (), 413, "larger than the length limit"),
+    ('[providers.p]\nprotocol = "openai_responses"\nbase_url = "http://h"\napi_key = "k"\n', "/v1/messages", body_for(MESSAGES, "m"), (), 500, "no route takes"),
+])
+def test_explain_tells_the_error_that_the_client_would_get(config, path, body, headers, status, said):
+    report = explained(config, path, body, *headers)
+    assert report["answer"] and report["answer"]["status"] == status and said in report["answer"]["message"] and report["url"] is None
+
+
+def test_explain_tells_what_the_provider_gets(programs, upstream, model):
+    ways = {MESSAGES: "chat_default", RESPONSES: "messages_default", CHAT: "chat_default"}
+    config = config_for(upstream.url, *(
+        f'[[routing.routes]]\nmodel_pattern = "{model}"\nprovider = "{to}"\nupstream_model = "{model}-{p.word}"\nrequest_protocol = "{p.name}"'
+        for p, to in ways.items()), "[translation]\nextended_pairs = true")
+    headers = ("user-agent: me", "x-api-key: sk", "accept: x/y")
+    for protocol in ways:
+        body, path = body_for(protocol, model, temperature=0.5), f"{protocol.path}?a=b"
+        upstream.on(f"{model}-{protocol.word}", answer_json({}, 400))
+        programs(config).post(path, body, *headers)
+        got, = upstream.got(f"{model}-{protocol.word}")
+        report = explained(config, path, body, *headers)
+        assert (report["url"], report["body"]) == (upstream.url + got.target, got.json)
+        assert [h.partition(":")[0].lower() for h in report["headers"]] == [name.lower() for name, _ in got.headers]
+        assert {h for h in report["headers"] if "redacted" not in h} < {f"{name.lower()}: {value}" for name, value in got.headers}
+
+
+@pytest.fixture
+def explain(captures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Runs `proxai.py explain`; returns the exit status, and what was printed on both outputs."""
+    (tmp_path / "c.toml").write_text(EXPLAIN_CONFIG)
+    (tmp_path / "b.json").write_text(json.dumps(body_for(MESSAGES, "m-1", metadata={"user_id": "u"})))
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((tmp_path / "b.json").read_bytes())))
+        status = proxai.main(["explain", *(a.replace("HERE", str(tmp_path)) for a in arguments), "--config", str(tmp_path / "c.toml")])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_explain_takes_a_file_standard_input_or_a_capture(explain, captures):
+    id = store_capture(captures, 1763714401123456, inbound_request=({"path": "/v1/messages", "headers": {}}, json.dumps(body_for(MESSAGES, "m-1", metadata={"user_id": "u"})).encode()))
+    said = [explain("HERE/b.json", "--path", "/v1/messages"), explain("--path", "/v1/messages"), explain(id[-6:])]
+    assert said[0] == said[1] == said[2]
+    status, out, err = said[0]
+    assert status == 0 and err == ""
+    for line in ("/v1/messages: anthropic_messages, model m-1", "     1. guarded: glob m-*: the pattern matches, but request_protocol is openai_responses",
+                 "  -> 2. (no name): regex ^m-(.*)$: the pattern matches", "provider: chat_default, by that route", "model: big-1",
+                 "POST http://h.example/base/v1/chat/completions", "  authorization: <redacted>", '  "model": "big-1",', '+  "model": "big-1",'):
+        assert line in out.splitlines(), line
+    assert re.search("^dropped: metadata.user_id: .", out, re.M)
+    status, out, _ = explain(id, "--json", "--header", "user-agent: me")
+    assert status == 0 and "user-agent: me" in json.loads(out)["headers"]
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (("HERE/b.json",), "Error: --path is needed"), (("HERE/none.json", "--path", "/v1/messages"), "Error: cannot read"), (("9999",), "Error: there is no capture with the id 9999"),
+])
+def test_what_cannot_be_explained_is_told_in_a_line(explain, arguments, said):
+    status, out, err = explain(*arguments)
+    assert status == 1 and out == "" and said in err
+
+
+def test_explain_ends_with_1_where_the_client_would_get_an_error(explain):
+    status, out, _ = explain("HERE/b.json", "--path", "/v1/responses")
+    assert status == 1 and "the client would get: 400 invalid_request_error: " in out
+
+
 
 # ============================================================================
 #  23  Control
@@ -23037,6 +23547,37 @@ def test_the_control_listener_tells_its_health(tmp_path):
             assert read_reply(program.control(head + b"\r\nconnection: close\r\n\r\n")).status == status, head
     finally:
         assert program.stop() == 0
+
+
+def test_the_control_listener_shows_captures(programs, upstream, tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    program = programs(config_for(upstream.url), env={"HOME": str(home)})
+
+    def get(path: str) -> Reply:
+        return read_reply(program.control(f"GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode()), "GET")
+
+    assert get("/captures").json == {"captures": []}
+    folder = home / ".proxai" / "captures"
+    large = {**CHAT_SENT, "user": "x" * proxai.CAPTURE_JSON_BYTES}
+    id = store_whole(folder, provider_request=({"headers": {}}, json.dumps(large).encode()))
+    old = store_capture(folder, 7, secs=STORED_SECS - 60, record=None, inbound_request=({}, b"{"))
+    first, second = get("/captures").json["captures"]
+    assert first == {**RECORD, "id": id, "prefix": f"{STORED_SECS}-{id}", "phases": list(proxai.PHASES)}
+    assert second == {"at": "2025-11-21T08:39:01Z", "id": old, "prefix": f"{STORED_SECS - 60}-7", "phases": ["inbound_request"]}
+    assert [found["id"] for found in get("/captures?limit=1").json["captures"]] == [id]
+    reply = get(f"/captures/{id[-6:]}")
+    assert (reply.status, reply.headers["content-type"], reply.headers["cache-control"]) == (200, "application/json; charset=utf-8", "no-store")
+    shown = reply.json
+    assert (shown["id"], shown["record"], list(shown["phases"])) == (id, RECORD, list(proxai.PHASES))
+    inbound, provider = (shown["phases"][name] for name in proxai.PHASES[:2])
+    assert inbound["body"] == json.dumps(MESSAGES_SENT, indent=2) and inbound["head"]["path"] == "/v1/messages?beta=true"
+    assert "truncated" not in inbound and len(inbound["files"]) == 2
+    assert provider["truncated"] is True and len(provider["body"]) == proxai.CAPTURE_JSON_BYTES
+    assert '-  "max_tokens": 64,' in shown["diffs"]["request"] and "+event: message_start" in shown["diffs"]["response"]
+    for path in ("/captures/9999", "/captures/", "/captures/..%2Fx", "/capturesx"):
+        assert get(path).status == 404, path
+    (folder / f"{STORED_SECS}-{id}-exchange.json").write_text("{")
+    assert "is damaged" in get(f"/captures/{id}").json["error"]["message"] and get("/captures").json["captures"][0]["outcome"] == "damaged"
 
 
 
