@@ -58,6 +58,7 @@ import argparse
 import ast
 import asyncio
 import base64
+import bisect
 import contextlib
 import copy
 import dataclasses
@@ -8324,11 +8325,11 @@ class Observed:
 class Exchange:
     """Everything about one request that is told afterwards, in the log and in headers."""
 
-    __slots__ = ("body", "choices", "chunks", "content_type", "down", "dropped", "encoding",
-                 "error", "estimate", "head_at", "id", "inbound", "inbound_bytes", "last_byte_at",
-                 "method", "model", "observed", "path", "phase", "provider", "provider_bytes",
-                 "provider_protocol", "rates", "route", "sse", "started", "status",
-                 "upstream_model")
+    __slots__ = ("body", "captured", "choices", "chunks", "content_type", "down", "dropped",
+                 "dropped_paths", "encoding", "error", "error_type", "estimate", "head_at", "id",
+                 "inbound", "inbound_bytes", "last_byte_at", "method", "model", "observed", "path",
+                 "phase", "provider", "provider_bytes", "provider_protocol", "rates", "route",
+                 "sse", "started", "status", "upstream_model")
 
     def __init__(self, id: int, method: str, path: str, started: float) -> None:
         self.id, self.method, self.path, self.started = id, method, path, started
@@ -8346,10 +8347,31 @@ class Exchange:
         self.encoding: str | None = None  # the Transfer-Encoding of the answer
         self.sse = False
         self.dropped = 0  # how many parts a translation has left out, as far as was told
+        self.dropped_paths: list[str] = []  # the first of them
         self.estimate = 0  # of the tokens of a request that was translated
         self.rates: Sequence[Field] = ()
         self.observed: Observed | None = None
         self.error: str | None = None
+        self.error_type: str | None = None
+        self.captured = False
+
+    def shrink(self) -> None:
+        """Let go of what only a request on its way needs, for a record of it may stay."""
+        self.body, self.rates, seen = None, (), self.observed
+        if seen:
+            for table in (seen.seen, seen.items, seen.calls, seen.sources, seen.finish):
+                table.clear()
+
+
+def translation_name(exchange: Exchange) -> str:
+    """`a->b` where protocols differ, else nothing."""
+    a, b = exchange.inbound, exchange.provider_protocol
+    return f"{a.name}->{b.name}" if a and b and a is not b else ""
+
+
+def milliseconds(secs: float) -> int:
+    """A duration as whole milliseconds."""
+    return round(secs * 1000)
 
 
 class RequestIds:
@@ -8913,6 +8935,342 @@ def request_max_tokens(body: Json) -> int | None:
 # Counters and histograms of what was served, and a short memory of the latest
 # requests; bounded whatever clients send. Pure: takes exchanges that have ended.
 
+TTFB_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0)
+DURATION_BOUNDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+MODEL_SERIES = 200  # that are counted apart; clients choose the names of models
+OTHER_MODELS = "_other"  # the model of all beyond these
+LABEL_CHARS = 100
+RECENT_REQUESTS = 200
+HISTORY_MINUTES = 60
+MEDIAN_SAMPLES = 200  # the newest times, of which a median is told
+# as Observed has them; all but the last are in records
+TOKEN_KINDS = ("input", "output", "cached", "reasoning", "cache_creation")
+NO_ERRORS = ("end", "closed")  # a client that goes away is no error
+
+# -- one request -------------------------------------------------------------
+
+def request_record(exchange: Exchange, outcome: str, now_wall: float, clock: float) -> Json:
+    """What is told of a request by the control listener and beside its captures. `now_wall` and
+    `clock` are the same moment: the end, or now where the outcome is "open"."""
+    inbound, provider, seen = exchange.inbound, exchange.provider_protocol, exchange.observed
+    return {
+        "id": str(exchange.id), "at": wall_text(now_wall - (clock - exchange.started)),
+        "method": exchange.method, "path": exchange.path[:OBSERVED_CHARS],
+        "protocol": inbound.name if inbound else None,
+        "provider_protocol": provider.name if provider else None,
+        "translation": translation_name(exchange), "provider": exchange.provider,
+        "route": exchange.route, "model": exchange.model[:OBSERVED_CHARS],
+        "upstream_model": exchange.upstream_model[:OBSERVED_CHARS],
+        "status": exchange.status, "outcome": outcome,
+        "error": exchange.error, "error_type": exchange.error_type, "stream": exchange.sse,
+        "ttfb_ms": milliseconds(exchange.head_at - exchange.started) if exchange.head_at else None,
+        "duration_ms": milliseconds(clock - exchange.started),
+        "bytes_in": exchange.inbound_bytes, "bytes_out": exchange.down,
+        **{f"{kind}_tokens": getattr(seen, kind) if seen else 0
+           for kind in TOKEN_KINDS[:-1]},
+        "dropped": list(exchange.dropped_paths), "captured": exchange.captured,
+    }
+
+
+def wall_text(at: float) -> str:
+    """A moment in UTC: 2026-11-21T08:40:01.123Z"""
+    moment = datetime.datetime.fromtimestamp(at, datetime.UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def health_told(exchange: Exchange, outcome: str) -> str | None:
+    """What the end of a request tells of its provider's health; None where that is nothing."""
+    status = exchange.status
+    if exchange.phase == PHASES[0] or outcome == "closed":
+        return None
+    if outcome == "end":
+        return "ok" if exchange.head_at else None  # a count may be an estimate of ours
+    if outcome == "hdr-error" and status < 500:
+        return None if status == 429 else "failing" if status in (401, 402, 403) else "ok"
+    if outcome == "request-failed" and status not in (502, 504):
+        return None  # a bug or the end of this proxy
+    return "failing"
+
+
+# -- counting ----------------------------------------------------------------
+
+class Histogram:
+    """How many values were at most each of some bounds, and their sum."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds, self.total = bounds, 0.0
+        self.counts = [0] * (len(bounds) + 1)
+
+    def add(self, value: float) -> None:
+        """Count a value."""
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+
+class Labels(NamedTuple):
+    """What requests are counted by."""
+
+    provider: str
+    model: str
+    protocol: str
+    provider_protocol: str
+
+
+class Series:
+    """What was counted for one provider, model and pair of protocols."""
+
+    __slots__ = ("dropped", "duration", "errors", "labels", "received", "requests", "sent",
+                 "tokens", "ttfb")
+
+    def __init__(self, labels: Labels) -> None:
+        self.labels = labels
+        self.requests: defaultdict[tuple[int, str], int] = defaultdict(int)  # by hundred, outcome
+        self.errors: defaultdict[str, int] = defaultdict(int)  # by type
+        self.ttfb, self.duration = Histogram(TTFB_BOUNDS), Histogram(DURATION_BOUNDS)
+        self.received = self.sent = self.dropped = 0
+        self.tokens = dict.fromkeys(TOKEN_KINDS, 0)
+
+
+class Tally:
+    """Requests of a while or of a provider: how many, and the newest times in milliseconds."""
+
+    __slots__ = ("at", "durations", "errors", "health", "input", "last", "output", "requests",
+                 "ttfbs")
+
+    def __init__(self, at: int = 0) -> None:
+        self.at = at  # the minute
+        self.requests = self.errors = self.input = self.output = 0
+        self.ttfbs: deque[float] = deque(maxlen=MEDIAN_SAMPLES)
+        self.durations: deque[float] = deque(maxlen=MEDIAN_SAMPLES)
+        self.last: tuple[float, int, str | None] | None = None  # when, status, last error
+        self.health = "unknown"
+
+    def add(self, failed: bool, ttfb: float | None, duration: float, seen: Observed | None) -> None:
+        """Count a request."""
+        self.requests += 1
+        self.errors += failed
+        self.durations.append(duration)
+        if ttfb is not None:
+            self.ttfbs.append(ttfb)
+        if seen:
+            self.input += seen.input
+            self.output += seen.output
+
+
+def median_ms(values: Collection[float]) -> int | None:
+    """The median of seconds, in milliseconds; None of nothing."""
+    return milliseconds(sorted(values)[len(values) // 2]) if values else None
+
+
+class Metrics:
+    """What was served since `started`; times are given, by the wall and by the clock that
+    exchanges are timed with."""
+
+    def __init__(self, started: float) -> None:
+        self.started = started
+        self.open: set[Exchange] = set()
+        self.series: dict[Labels, Series] = {}
+        self.providers: defaultdict[str, Tally] = defaultdict(Tally)
+        self.minutes: deque[Tally] = deque(maxlen=HISTORY_MINUTES)
+        self.ended_count = self.error_count = 0
+        # with what request_record() wants to know
+        self.recent: deque[tuple[int, Exchange, str, float, float]] = deque(maxlen=RECENT_REQUESTS)
+
+    def began(self, exchange: Exchange) -> None:
+        """A request is here."""
+        self.open.add(exchange)
+
+    def forget(self, exchange: Exchange) -> None:
+        """What is here was no request for a model, so it is not counted."""
+        self.open.discard(exchange)
+
+    def ended(self, exchange: Exchange, outcome: str, now: float, clock: float) -> None:
+        """A request is over, which is counted once."""
+        if exchange not in self.open:
+            return
+        self.open.discard(exchange)
+        seen, failed = exchange.observed, outcome not in NO_ERRORS
+        duration = clock - exchange.started
+        ttfb = exchange.head_at - exchange.started if exchange.head_at else None
+        self.ended_count += 1
+        self.error_count += failed
+        self.minute(now).add(failed, ttfb, duration, seen)
+        if exchange.provider:
+            tally = self.providers[exchange.provider]
+            tally.add(failed, ttfb, duration, None)
+            told = tally.last[2] if tally.last else None
+            tally.last = (now, exchange.status, exchange.error if failed else told)
+            tally.health = health_told(exchange, outcome) or tally.health
+        series = self.series_of(exchange)
+        series.requests[exchange.status // 100, outcome] += 1
+        if failed:
+            series.errors[exchange.error_type or outcome] += 1
+        series.duration.add(duration)
+        if ttfb is not None:
+            series.ttfb.add(ttfb)
+        series.received += exchange.inbound_bytes
+        series.sent += exchange.down
+        series.dropped += exchange.dropped
+        if seen:
+            for kind in TOKEN_KINDS:
+                series.tokens[kind] += getattr(seen, kind)
+        exchange.shrink()
+        self.recent.append((self.ended_count, exchange, outcome, now, clock))
+
+    def minute(self, now: float) -> Tally:
+        """The tally of this minute; of the last one where the wall clock went back."""
+        at = int(now) // 60 * 60
+        if not self.minutes or self.minutes[-1].at < at:
+            self.minutes.append(Tally(at))
+        return self.minutes[-1]
+
+    def series_of(self, exchange: Exchange) -> Series:
+        """Where a request is counted."""
+        inbound, provider = exchange.inbound, exchange.provider_protocol
+        labels = Labels(exchange.provider, exchange.upstream_model[:LABEL_CHARS],
+                        inbound.name if inbound else "", provider.name if provider else "")
+        series = self.series.get(labels)
+        if series is None:
+            if len(self.series) >= MODEL_SERIES:
+                labels = labels._replace(model=OTHER_MODELS)
+            series = self.series.setdefault(labels, Series(labels))
+        return series
+
+    # -- what is told
+
+    def history(self, now: float) -> list[Json]:
+        """The minutes up to this one, oldest first."""
+        known, latest = {tally.at: tally for tally in self.minutes}, int(now) // 60 * 60
+        tallies = [known.get(at) or Tally(at)
+                   for at in range(latest - 60 * (HISTORY_MINUTES - 1), latest + 1, 60)]
+        return [{"at": tally.at, "requests": tally.requests, "errors": tally.errors,
+                 "ttfb_ms_p50": median_ms(tally.ttfbs),
+                 "duration_ms_p50": median_ms(tally.durations),
+                 "input_tokens": tally.input, "output_tokens": tally.output} for tally in tallies]
+
+    def models(self) -> list[Json]:
+        """The counts of each provider, model and pair."""
+        return [{"provider": series.labels.provider, "model": series.labels.model,
+                 "pair": f"{series.labels.protocol}->{series.labels.provider_protocol}",
+                 "requests": sum(series.requests.values()), "errors": sum(series.errors.values()),
+                 **{f"{kind}_tokens": series.tokens[kind] for kind in TOKEN_KINDS[:-1]}}
+                for series in self.series.values() if series.labels.provider]
+
+    def provider(self, name: str) -> Json:
+        """What is known of a provider."""
+        tally = self.providers.get(name) or Tally()
+        at, status, error = tally.last or (None, None, None)
+        return {"requests": tally.requests, "errors": tally.errors,
+                "in_flight": sum(exchange.provider == name for exchange in self.open),
+                "last_status": status, "last_error": error, "last_at": at and wall_text(at),
+                "ttfb_ms_p50": median_ms(tally.ttfbs), "health": tally.health}
+
+    def requests(self, after: int, limit: int) -> list[Json]:
+        """The records of the latest requests that are over, newest first."""
+        wanted = [entry for entry in reversed(self.recent) if entry[0] > after][:limit]
+        return [{"seq": seq, **request_record(exchange, outcome, now, clock)}
+                for seq, exchange, outcome, now, clock in wanted]
+
+    def open_requests(self, now: float, clock: float) -> list[Json]:
+        """The records of the requests in flight, newest first."""
+        return [{"seq": 0, **request_record(exchange, "open", now, clock)}
+                for exchange in sorted(self.open, key=lambda e: -e.id)[:RECENT_REQUESTS]]
+
+# -- the text that Prometheus reads (exposition format 0.0.4) ----------------
+
+Sample = tuple[str, Mapping[str, str], float]  # what is added to the name, labels, value
+
+
+class Family(NamedTuple):
+    """A metric, and its samples of one series."""
+
+    name: str
+    kind: str
+    help: str
+    samples: Callable[[Series], Iterable[Sample]]
+
+
+def histogram_samples(histogram: Histogram) -> Iterator[Sample]:
+    """Each bucket counts what the ones before it count too."""
+    bounds = (*map(str, histogram.bounds), "+Inf")
+    count = 0
+    for bound, more in zip(bounds, histogram.counts, strict=True):
+        count += more
+        yield "_bucket", {"le": bound}, count
+    yield "_sum", {}, histogram.total
+    yield "_count", {}, count
+
+
+FAMILIES = (
+    Family("proxai_requests_total", "counter", "Requests that are over, refused ones too.",
+           lambda s: [("", {"status": f"{hundred}xx" if hundred else "none", "outcome": outcome}, n)
+                      for (hundred, outcome), n in s.requests.items()]),
+    Family("proxai_request_errors_total", "counter", "Requests that failed, by type of the error.",
+           lambda s: [("", {"type": kind}, n) for kind, n in s.errors.items()]),
+    Family("proxai_time_to_first_byte_seconds", "histogram",
+           "From the request to the head of the provider's answer.",
+           lambda s: histogram_samples(s.ttfb)),
+    Family("proxai_request_duration_seconds", "histogram", "From the request to its end.",
+           lambda s: histogram_samples(s.duration)),
+    Family("proxai_request_bytes_total", "counter", "Bytes of request bodies from clients.",
+           lambda s: [("", {}, s.received)]),
+    Family("proxai_response_bytes_total", "counter", "Bytes of answers from providers.",
+           lambda s: [("", {}, s.sent)]),
+    Family("proxai_tokens_total", "counter",
+           "Tokens as providers count them; input is without cached, output with reasoning.",
+           lambda s: [("", {"kind": kind}, n) for kind, n in s.tokens.items()]),
+    Family("proxai_dropped_fields_total", "counter", "What translations have left out.",
+           lambda s: [("", {}, s.dropped)]),
+)
+
+
+def label_text(labels: Mapping[str, str]) -> str:
+    """Labels in their braces, whatever their values are made of."""
+    pairs = []
+    for name, value in labels.items():
+        value = value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+        pairs.append(f'{name}="{value}"')
+    return "{" + ",".join(pairs) + "}" if pairs else ""
+
+
+def family_lines(name: str, kind: str, help: str,
+                 samples: Iterable[tuple[str, str, float]]) -> Iterator[str]:
+    """The lines of a metric; of a sample: what is added to the name, labels as text, value."""
+    yield f"# HELP {name} {help}"
+    yield f"# TYPE {name} {kind}"
+    for suffix, labels, value in samples:
+        yield f"{name}{suffix}{labels} {value}"
+
+
+def metrics_text(metrics: Metrics, providers: Collection[str], version: str, connections: int,
+                 captures_dropped: int) -> str:
+    """All metrics; what is open is told for each of the providers, and for none."""
+    open_ = {name: 0 for name in ("", *providers)}
+    for exchange in metrics.open:
+        open_[exchange.provider] += 1
+    lines: list[str] = []
+    for name, kind, help, samples in (
+            ("proxai_build_info", "gauge", "The version that runs.",
+             [({"version": version}, 1.0)]),
+            ("process_start_time_seconds", "gauge", "When it started, since 1970.",
+             [({}, metrics.started)]),
+            ("proxai_open_connections", "gauge", "Connections of clients.", [({}, connections)]),
+            ("proxai_requests_in_flight", "gauge", "Requests that are not over.",
+             [({"provider": name}, count) for name, count in open_.items()]),
+            ("proxai_captures_dropped_total", "counter", "Captures that were not written.",
+             [({}, captures_dropped)])):
+        lines += family_lines(name, kind, help,
+                              [("", label_text(labels), value) for labels, value in samples])
+    common = [(series, label_text(series.labels._asdict())[:-1])
+              for series in metrics.series.values()]
+    for family in FAMILIES:
+        lines += family_lines(*family[:3], (
+            (suffix, f"{text},{label_text(labels)[1:]}" if labels else text + "}", value)
+            for series, text in common for suffix, labels, value in family.samples(series)))
+    return "\n".join([*lines, ""])
+
 
 
 # ============================================================================
@@ -8940,12 +9298,6 @@ LEVEL_NAMES = {number_: name for name, number_ in LEVELS.items()}
 def base_fields(exchange: Exchange) -> Json:
     """What each line about an exchange begins with."""
     return {"request_id": str(exchange.id), "method": exchange.method, "path": exchange.path}
-
-
-def translation_name(exchange: Exchange) -> str:
-    """`a->b` where protocols differ, else nothing."""
-    a, b = exchange.inbound, exchange.provider_protocol
-    return f"{a.name}->{b.name}" if a and b and a is not b else ""
 
 
 def fwd_fields(exchange: Exchange) -> Json:
@@ -9060,11 +9412,6 @@ def rate_fields(fields: Sequence[Field]) -> Json:
                    .replace("-", "_"))
             out[f"codex_{key}"] = float(text)
     return out
-
-
-def milliseconds(secs: float) -> int:
-    """A duration as whole milliseconds."""
-    return round(secs * 1000)
 
 
 # -- lines for people --------------------------------------------------------
@@ -10627,7 +10974,7 @@ class Proxy:
         self.defaults = {name: getattr(names, name) for name in PROTOCOLS}
         self.providers = {name: Provider(name, settings, environ)
                           for name, settings in config.providers.items()}
-        self.pool, self.ids = Pool(), RequestIds()
+        self.pool, self.ids, self.metrics = Pool(), RequestIds(), Metrics(time.time())
         self.slots = asyncio.Semaphore(config.server.max_concurrent_requests)
         self.streams: set[Exchange] = set()
         self.drains: set[asyncio.Task[None]] = set()
@@ -10682,6 +11029,7 @@ class Turn:
     def __init__(self, proxy: Proxy, connection: Connection, method: str, path: str) -> None:
         self.proxy, self.log, self.connection = proxy, proxy.log, connection
         self.exchange = Exchange(proxy.ids.next(), method, path, time.perf_counter())
+        proxy.metrics.began(self.exchange)
         connection.extra = [b"x-proxai-request-id: %d" % self.exchange.id]
         self.head: RequestHead
         self.inbound: Protocol
@@ -10763,6 +11111,7 @@ class Turn:
                      b"access-control-allow-headers: " + wanted, b"access-control-max-age: 600"]
         self.connection.write_head(status, lines, len(body), body)
         self.exchange.status = status
+        self.proxy.metrics.forget(self.exchange)
         self.log_end(logging.DEBUG, "end")
 
     def route(self, model: str) -> Pair | None:
@@ -10840,6 +11189,8 @@ class Turn:
             self.log.event(logging.DEBUG, "dropped",
                            {"request_id": str(exchange.id), "dropped": bounded(told)})
         exchange.dropped = len(dropped)
+        exchange.dropped_paths = [path[:OBSERVED_CHARS]
+                                  for path in itertools.islice(dropped, DROPPED_NAMES)]
 
     async def send(self, asked: Json, body: bytes, translated: Sequence[bytes] | None,
                    path: str = "") -> None:
@@ -10967,9 +11318,8 @@ class Turn:
         self.connection.write_head(self.answer.status, self.lines, len(raw), raw)
         self.release(True)
         await self.connection.flush()
-        if self.log.info_on:
-            exchange.observed = observe_body(provider.protocol, value)
-            self.log_end(logging.INFO, "end")
+        exchange.observed = observe_body(provider.protocol, value)
+        self.log_end(logging.INFO, "end")
 
     async def relay_rest(self, data: bytes) -> None:
         """An answer beyond what is held for checking: its bytes pass as they come."""
@@ -11125,6 +11475,7 @@ class Turn:
             error = UpstreamError(said or fault, status=504, type=UPSTREAM_BODY_READ)
         if error:
             error = outlet.failed(error)
+            self.exchange.error_type = error.type
             if event == "end":  # the provider thinks so
                 level, event, said = logging.WARNING, "stream-error", error.message
             if connection.answered:
@@ -11220,6 +11571,7 @@ class Turn:
     def fail(self, error: ProxyError, event: str = "request-failed") -> None:
         """Answer with an error; a stream that has begun can only be cut."""
         connection, error = self.connection, self.as_told(error)
+        self.exchange.error_type = error.type
         if connection.answered:
             connection.cut()
             self.log_end(logging.WARNING, "stream-error", error.message)
@@ -11247,10 +11599,12 @@ class Turn:
 
     def log_end(self, level: int, event: str, said: str | None = None,
                 more: Json | None = None) -> None:
-        """The line that closes an exchange."""
+        """The line that closes an exchange, and its place in the metrics."""
+        exchange = self.exchange
+        exchange.error = said[:LOG_TEXT_CHARS] if said else None
         if self.log.logger.isEnabledFor(level):
-            self.exchange.error = said[:LOG_TEXT_CHARS] if said else None
-            self.log.event(level, event, {**end_fields(self.exchange), **(more or {})})
+            self.log.event(level, event, {**end_fields(exchange), **(more or {})})
+        self.proxy.metrics.ended(exchange, event, time.time(), time.perf_counter())
 
     def stream_outcome(self, observer: StreamObserver,
                        fault: str | None) -> tuple[int, str, str | None]:
