@@ -72,6 +72,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import logging.handlers
 import math
 import os
 import queue
@@ -90,7 +91,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast, dataclass_transform
-from urllib.parse import unquote, unquote_to_bytes, urlsplit
+from urllib.parse import parse_qs, unquote, unquote_to_bytes, urlsplit
 
 __all__ = ["Config", "ConfigError", "ProxyError", "load_config", "main"]
 __version__ = "0.1.0"
@@ -1167,7 +1168,7 @@ class ThresholdsConfig:
 
 @schema
 class LoggingConfig:
-    """What is told on standard output."""
+    """What is told on standard output, and in a file."""
 
     level: str = setting(
         choice("trace", "debug", "info", "warn", "error"), "Least important lines to print.",
@@ -1176,6 +1177,13 @@ class LoggingConfig:
         choice("human", "json"), "Lines for people or for programs.", "human")
     use_color: bool = setting(
         BOOLEAN, "Colour for human lines on a terminal, unless NO_COLOR is set.", True)
+    file: str | None = setting(
+        TEXT, "File for the same lines without colour: a path, or a name within the app"
+        " directory's logs. Each proxy needs a file of its own.", None, example="proxai.log")
+    file_max_bytes: int = setting(
+        whole(1024), "Size at which the file becomes FILE.1 and a new one is begun.", 10485760)
+    file_backups: int = setting(
+        whole(1, 1000), "How many older files are kept, FILE.1 the newest.", 5)
     duration_thresholds: ThresholdsConfig = setting(
         Section(ThresholdsConfig), "Colour of durations.")
 
@@ -9353,6 +9361,16 @@ def end_fields(exchange: Exchange) -> Json:
     return fields
 
 
+def wait_fields(exchange: Exchange, idle: float) -> Json:
+    """The fields of `wait`: a stream has been silent for `idle` seconds."""
+    seen = exchange.observed or Observed()
+    return {**base_fields(exchange), "idle_ms": milliseconds(idle),
+            "duration_ms": milliseconds(time.perf_counter() - exchange.started),
+            "chunks": exchange.chunks, "down": exchange.down,
+            "response_id": seen.response_id[-8:] if seen.response_id else None,
+            "seq": seen.sequence, "response_status": seen.status, "pending": len(seen.pending)}
+
+
 def observed_fields(seen: Observed, provider: Protocol) -> Json:
     """What a provider's answer told, as its protocol tells it."""
     total = seen.total or seen.input + seen.output + seen.cached + seen.cache_creation
@@ -9554,6 +9572,9 @@ class HumanLines:
         yield f"dur={span_text(fields['duration_ms'] / 1000)}"
         yield f"↓{bytes_text(fields['down'])}"
         yield f"chunks={fields['chunks']}"
+        yield from self.place_parts(fields)
+        yield self.state_part(fields)
+        yield f"pending={fields['pending']}" if fields.get("pending") else ""
         yield f"req={short_id(fields['request_id'])}"
 
     def hdr_parts(self, fields: Json) -> Iterator[str]:
@@ -9598,12 +9619,20 @@ class HumanLines:
         yield f"req={short_id(fields['request_id'])}"
         yield fields.get("err") or ""
 
+    def state_part(self, fields: Json) -> str:
+        """What a Responses provider says its answer is, in its colour."""
+        state = fields.get("response_status")
+        color = {"completed": "green", "failed": "red"}.get(state or "", "yellow")
+        return f"state={self.paint(state, color)}" if state else ""
+
+    def place_parts(self, fields: Json) -> Iterator[str]:
+        """Which answer it is, and how far it has come."""
+        yield f"resp=...{fields['response_id']}" if fields.get("response_id") else ""
+        yield f"seq={fields['seq']}" if fields.get("seq") is not None else ""
+
     def outcome_parts(self, fields: Json) -> Iterator[str]:
         """What the provider's answer told of itself."""
-        state = fields.get("response_status")
-        if state:
-            yield "state=" + self.paint(
-                state, {"completed": "green", "failed": "red"}.get(state, "yellow"))
+        yield self.state_part(fields)
         if fields.get("service_tier") not in (None, "default", "standard"):
             yield f"tier={fields['service_tier']}"
         yield f"inc={fields['incomplete_reason']}" if fields.get("incomplete_reason") else ""
@@ -9611,8 +9640,9 @@ class HumanLines:
         yield f"param={fields['error_param']}" if fields.get("error_param") else ""
         yield rate_part(fields)
         yield codex_part(fields)
-        yield f"resp=...{fields['response_id']}" if fields.get("response_id") else ""
-        yield f"seq={fields['seq']}" if fields.get("seq") is not None else ""
+        yield from self.place_parts(fields)
+        timeout = fields.get("timeout_ms")
+        yield f"timeout={secs_text(timeout)}" if timeout is not None else ""
         items = {k: v for k, v in (fields.get("output_items") or {}).items()
                  if not k.startswith("stream_")}
         if items and items not in ({"message": 1}, {"text": 1}):
@@ -9678,23 +9708,84 @@ def json_line(at: float, level: str, event: str, fields: Json) -> str:
 
 # -- writing -----------------------------------------------------------------
 
+class LogFile(logging.handlers.RotatingFileHandler):
+    """The file of the log. What cannot be written to it is lost, which is told once."""
+
+    def __init__(self, settings: LoggingConfig, environ: Mapping[str, str]) -> None:
+        self.told = False
+        path = log_path(settings.file or "", environ)
+        try:
+            super().__init__(path, maxBytes=settings.file_max_bytes,
+                             backupCount=settings.file_backups, encoding="utf-8",
+                             errors="backslashreplace")
+        except OSError as error:
+            raise ConfigError([f"logging.file: cannot write {path}: {error.strerror}"],
+                              "name a file in a folder that you may write to") from None
+
+    def _open(self) -> Any:
+        """The file, made for its owner alone."""
+        return open(self.baseFilename, self.mode, encoding=self.encoding, errors=self.errors,
+                    opener=lambda path, flags: os.open(path, flags, 0o600))
+
+    def write(self, text: str) -> None:
+        """Write a line, if that can be."""
+        self.handle(logging.makeLogRecord({"msg": text}))
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Tell that the log cannot be written."""
+        if not self.told:
+            self.told = True
+            with contextlib.suppress(OSError, ValueError):
+                print(f"proxai: logging.file: cannot write {self.baseFilename}:"
+                      f" {sys.exc_info()[1]}", file=sys.stderr)
+
+
+def log_path(name: str, environ: Mapping[str, str]) -> Path:
+    """Where the file `name` is: within the app directory's logs, which are made for it, unless it
+    is an absolute path."""
+    path = Path(name).expanduser()
+    if path.is_absolute():
+        return path
+    base = app_directory(environ)
+    with contextlib.suppress(OSError):  # opening the file will tell
+        for folder in (base, base / "logs"):
+            folder.mkdir(mode=0o700, parents=folder == base, exist_ok=True)
+    return base / "logs" / path
+
+
+Renderer = Callable[[float, str, str, Json], str | None]
+
+
+def renderer(settings: LoggingConfig, color: bool) -> Renderer:
+    """What makes a line of an event."""
+    limits = settings.duration_thresholds
+    return json_line if settings.output_format == "json" else HumanLines(
+        color, limits.warn_ms, limits.error_ms, LEVELS[settings.level] <= logging.DEBUG).render
+
+
+class Line(NamedTuple):
+    """An event as it is shown, and as the file has it."""
+
+    event: str
+    shown: str
+    kept: str
+
+
 class LineWriter(logging.Handler):
-    """Prints records on a thread of its own; counts and drops lines while the reader
-    does not read."""
+    """Prints records, and writes them to a file, on a thread of its own; counts and drops lines
+    while the reader does not read."""
 
     def __init__(self, stream: Any, settings: LoggingConfig, environ: Mapping[str, str]) -> None:
         super().__init__()
         terminal = bool(getattr(stream, "isatty", bool)())
         color = settings.use_color and terminal and not environ.get("NO_COLOR")
-        limits = settings.duration_thresholds
-        self.lines = HumanLines(color, limits.warn_ms, limits.error_ms,
-                                LEVELS[settings.level] <= logging.DEBUG)
-        as_json = settings.output_format == "json"
-        self.render: Callable[[float, str, str, Json], str | None] = (
-            json_line if as_json else self.lines.render)
-        self.in_place = color and not as_json  # `wait` lines overwrite one another on a terminal
+        self.render, self.plain = renderer(settings, color), renderer(settings, False)
+        # `wait` lines overwrite one another on a terminal
+        self.in_place = color and settings.output_format != "json"
+        self.file = LogFile(settings, environ) if settings.file else None
         self.stream, self.dropped = stream, 0
-        self.queue: queue.SimpleQueue[tuple[str, str] | None] = queue.SimpleQueue()
+        self.open_line = self.gone = False  # whether the next overwrites it; nobody reads any more
+        self.queue: queue.SimpleQueue[Line | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self.write_lines, name="proxai-log", daemon=True)
         self.thread.start()
 
@@ -9708,39 +9799,55 @@ class LineWriter(logging.Handler):
             fields = {**fields, "traceback": logging.Formatter().formatException(record.exc_info)}
         level = LEVEL_NAMES.get(record.levelno, "error")
         try:
-            line = self.render(record.created, level, event, fields)
+            line = self.line(record.created, level, event, fields)
         except Exception:  # a line that cannot be rendered must not take a request with it
-            line = self.own_line("error", "log-fault", {"lost": event})
+            line = self.line(time.time(), "error", "log-fault", {"lost": event})
         if line is None:
             return
         if self.queue.qsize() >= LOG_QUEUE_LINES:
             self.dropped += 1
             return
-        self.queue.put((event, line))
+        self.queue.put(line)
 
-    def own_line(self, level: str, event: str, fields: Json) -> str:
-        """A line about the log itself."""
-        return str(self.render(time.time(), level, event, fields))
+    def line(self, at: float, level: str, event: str, fields: Json) -> Line | None:
+        """The line of an event; None where it has none."""
+        shown = self.render(at, level, event, fields)
+        if shown is None:
+            return None
+        kept = self.plain(at, level, event, fields) if self.file and self.in_place else None
+        return Line(event, shown, kept or shown)
 
     def write_lines(self) -> None:
-        """The thread: print what is queued until told to end."""
-        open_line = False
+        """The thread: write what is queued until told to end."""
         while (item := self.queue.get()) is not None:
-            event, line = item
+            lines = [item]
             if self.dropped:
                 fields, self.dropped = {"count": self.dropped}, 0
-                line = f"{line}\n{self.own_line('warn', 'log-lines-dropped', fields)}"
-            if open_line:
-                line = f"\r\x1b[2K{line}"
-            open_line = self.in_place and event == "wait"
-            try:
-                self.stream.write(line if open_line else line + "\n")
-                if self.queue.empty():
-                    self.stream.flush()
-            except (OSError, ValueError):  # nobody reads any more
+                more = self.line(time.time(), "warn", "log-lines-dropped", fields)
+                lines += [more] if more else []
+            for line in lines:
+                if self.file:
+                    self.file.write(line.kept)
+                self.show(line)
+            if self.gone and not self.file:
                 return
         with contextlib.suppress(OSError, ValueError):
             self.stream.flush()
+        if self.file:
+            self.file.close()
+
+    def show(self, line: Line) -> None:
+        """Print a line, while anybody reads."""
+        if self.gone:
+            return
+        before = "\r\x1b[2K" if self.open_line else ""
+        self.open_line = self.in_place and line.event == "wait"
+        try:
+            self.stream.write(before + line.shown + ("" if self.open_line else "\n"))
+            if self.queue.empty():
+                self.stream.flush()
+        except (OSError, ValueError):
+            self.gone = True
 
     def close(self) -> None:
         """Print what is left, for a little while."""
@@ -9802,6 +9909,13 @@ class CaptureSwitches:
         """Override one phase, or `all`; None goes back to the configuration."""
         for phase in PHASES if target == "all" else (target,):
             self.overrides[phase] = value
+
+
+class CaptureStore:
+    """Where captures are kept, and which phases are."""
+
+    def __init__(self, settings: CaptureConfig, directory: Path) -> None:
+        self.switches, self.directory, self.dropped = CaptureSwitches(settings), directory, 0
 
 
 
@@ -10650,6 +10764,7 @@ class Server:
         self.connections: set[Connection] = set()
         self.draining = False
         self.listener: asyncio.AbstractServer | None = None
+        self.url = ""
 
     def new_protocol(self) -> ClientProtocol:
         """What a new connection is handled by."""
@@ -10665,7 +10780,9 @@ class Server:
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno else str(error)
             raise ConfigError([f"cannot listen on {host}:{port}: {reason}"], hint) from None
-        return int(listener.sockets[0].getsockname()[1])
+        taken = int(listener.sockets[0].getsockname()[1])
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{taken}"
+        return taken
 
     async def drain(self, grace: float, hurry: asyncio.Event) -> None:
         """Accept no more, let open requests end for `grace` seconds or until `hurry`,
@@ -10975,6 +11092,7 @@ class Proxy:
         self.providers = {name: Provider(name, settings, environ)
                           for name, settings in config.providers.items()}
         self.pool, self.ids, self.metrics = Pool(), RequestIds(), Metrics(time.time())
+        self.captures = CaptureStore(config.capture, app_directory(environ) / "captures")
         self.slots = asyncio.Semaphore(config.server.max_concurrent_requests)
         self.streams: set[Exchange] = set()
         self.drains: set[asyncio.Task[None]] = set()
@@ -11009,14 +11127,11 @@ class Proxy:
     def tick(self) -> None:
         """Write a `wait` line for each stream that has been silent for a while."""
         loop = asyncio.get_running_loop()
-        now, clock = loop.time(), time.perf_counter()
+        now = loop.time()
         for exchange in self.streams:
             idle = now - exchange.last_byte_at
             if idle >= SWEEP_SECS:
-                self.log.event(logging.INFO, "wait", {
-                    **base_fields(exchange), "idle_ms": milliseconds(idle),
-                    "duration_ms": milliseconds(clock - exchange.started),
-                    "chunks": exchange.chunks, "down": exchange.down})
+                self.log.event(logging.INFO, "wait", wait_fields(exchange, idle))
         self.ticker = loop.call_later(SWEEP_SECS, self.tick) if self.streams else None
 
 
@@ -11603,7 +11718,12 @@ class Turn:
         exchange = self.exchange
         exchange.error = said[:LOG_TEXT_CHARS] if said else None
         if self.log.logger.isEnabledFor(level):
-            self.log.event(level, event, {**end_fields(exchange), **(more or {})})
+            fields = {**end_fields(exchange), **(more or {})}
+            if event == "timeout":
+                connecting = exchange.phase == PHASES[1]
+                fields["timeout_ms"] = milliseconds(
+                    self.provider.settings.connect_timeout_secs if connecting else self.idle_secs)
+            self.log.event(level, event, fields)
         self.proxy.metrics.ended(exchange, event, time.time(), time.perf_counter())
 
     def stream_outcome(self, observer: StreamObserver,
@@ -11685,8 +11805,9 @@ def write_error(connection: Connection, error: ProxyError, style: str,
 class Control:
     """Serves the control listener; a handler of a `Server`, like `Proxy`."""
 
-    def __init__(self, proxy: Proxy) -> None:
+    def __init__(self, proxy: Proxy, server: Server) -> None:
         self.proxy, self.host = proxy, ServerConfig(host=proxy.config.mcp.host)
+        self.server = server  # that clients talk to
 
     async def serve(self, connection: Connection, head: RequestHead) -> None:
         """Answer one request, whatever happens."""
@@ -11733,9 +11854,72 @@ def check_control_origin(head: RequestHead) -> None:
                            fix="use the control listener from this machine")
 
 
+def query_number(head: RequestHead, name: str, default: int, most: int) -> int:
+    """A whole number of the query, at most `most`; RequestError for anything else."""
+    texts = parse_qs(head.query[1:], keep_blank_values=True).get(name)
+    if texts is None:
+        return default
+    if not re.fullmatch(r"[0-9]{1,15}", texts[-1]):
+        raise RequestError(f"`{name}` must be a whole number", param=name,
+                           fix=f"leave it out for {default}")
+    return min(int(texts[-1]), most)
+
+
 async def control_health(control: Control, connection: Connection, head: RequestHead) -> None:
     """GET /health: that the process runs (contract 10)."""
     write_text(connection, "OK")
+
+
+async def control_metrics(control: Control, connection: Connection, head: RequestHead) -> None:
+    """GET /metrics: all counts, for Prometheus."""
+    proxy = control.proxy
+    write_text(connection, metrics_text(proxy.metrics, proxy.providers, __version__,
+                                        len(control.server.connections), proxy.captures.dropped),
+               "text/plain; version=0.0.4")
+
+
+async def control_status(control: Control, connection: Connection, head: RequestHead) -> None:
+    """GET /status: what the proxy does and did."""
+    write_value(connection, status_view(control.proxy, control.server.url, time.time()))
+
+
+async def control_requests(control: Control, connection: Connection, head: RequestHead) -> None:
+    """GET /requests: the latest requests behind the number `after`, and those in flight."""
+    metrics = control.proxy.metrics
+    after = query_number(head, "after", 0, 1 << 50)
+    limit = query_number(head, "limit", 50, RECENT_REQUESTS)
+    write_value(connection, {"latest": metrics.ended_count,
+                             "open": metrics.open_requests(time.time(), time.perf_counter()),
+                             "requests": metrics.requests(after, limit)})
+
+
+def status_view(proxy: Proxy, listen: str, now: float) -> Json:
+    """What /status tells; of a provider's URL no more than where it is."""
+    metrics = proxy.metrics
+    providers = [{"name": name, "protocol": provider.protocol.name,
+                  "base_url": f"{provider.origin.scheme}://{provider.origin.authority}",
+                  **metrics.provider(name)} for name, provider in proxy.providers.items()]
+    return {"version": __version__, "started_at": wall_text(metrics.started),
+            "uptime_secs": int(now - metrics.started), "listen": listen,
+            "in_flight": len(metrics.open),
+            "requests": {"total": metrics.ended_count, "errors": metrics.error_count},
+            "providers": providers, "captures": captures_view(proxy.captures),
+            "history": metrics.history(now), "models": metrics.models(),
+            "recent": metrics.requests(0, 20)}
+
+
+def captures_view(store: CaptureStore) -> Json:
+    """Which phases are captured, and where."""
+    switches = store.switches
+    return {"directory": str(store.directory), "dropped": store.dropped,
+            "phases": {phase: {"default": switches.defaults[phase],
+                               "override": switches.overrides[phase],
+                               "effective": switches.effective(phase)} for phase in PHASES}}
+
+
+def write_value(connection: Connection, value: Json) -> None:
+    """Answer with JSON that nobody may keep."""
+    write_text(connection, dump(value).decode(), "application/json")
 
 
 def write_text(connection: Connection, text: str, content_type: str = "text/plain") -> None:
@@ -11750,6 +11934,9 @@ def write_text(connection: Connection, text: str, content_type: str = "text/plai
 ControlHandler = Callable[[Control, Connection, RequestHead], Any]
 CONTROL_PATHS: dict[str, dict[str, ControlHandler]] = {
     "/health": {"GET": control_health},
+    "/metrics": {"GET": control_metrics},
+    "/requests": {"GET": control_requests},
+    "/status": {"GET": control_status},
 }
 
 
@@ -12289,7 +12476,7 @@ async def serve(config: Config, log: Log, environ: Mapping[str, str],
     proxy = Proxy(config, log, environ)
     server = Server(config.server, proxy.serve, proxy.refuse)
     port = await server.listen(config.server.host, config.server.port)
-    control = Control(proxy)
+    control = Control(proxy, server)
     switchboard = Server(dataclasses.replace(config.server, host=config.mcp.host),
                          control.serve, control.refuse)
     control_port = await switchboard.listen(
