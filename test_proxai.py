@@ -17489,6 +17489,11 @@ def test_where_the_file_is(tmp_path):
     assert proxai.log_path(str(tmp_path / "b.log"), environ) == tmp_path / "b.log"
 
 
+def test_the_line_of_a_timeout_tells_the_limit():
+    fields = proxai.end_fields(exchange_of(CHAT, error="silent")) | {"timeout_ms": 1500}
+    assert " timeout=1.5s " in human("timeout", fields, "warn")
+
+
 def test_the_line_of_a_silent_stream_tells_how_far_it_is():
     observed = proxai.Observed()
     observed.response_id, observed.sequence, observed.status, observed.pending = "resp_12345678", 7, "in_progress", {1: 0.0}
@@ -21142,7 +21147,8 @@ def test_silence_within_a_stream_cuts_it(hasty, upstream, model):
         upstream.on(name, witness)
         reply = ask(hasty, protocol, name, stream=True)
         assert (reply.body, reply.broken) == (b"".join(WHOLE_STREAMS[protocol.word][:-1]), True)
-        assert outcome(hasty, reply)["event"] == "timeout"
+        line = outcome(hasty, reply)
+        assert (line["event"], line["timeout_ms"]) == ("timeout", 200)
         assert witness.wait()
 
     at_once(check, ALL)
@@ -22714,6 +22720,16 @@ def test_the_status_tells_what_the_proxy_did(metered, upstream):
     assert {m["model"]: (m["requests"], m["errors"], m["input_tokens"], m["cached_tokens"]) for m in status["models"]} == {
         "metered": (1, 0, 7, 3), "meterless": (1, 1, 0, 0)}
     assert [r["outcome"] for r in status["recent"]] == ["request-failed", "hdr-error", "end"]
+
+
+def test_what_a_translation_leaves_out_is_in_the_record():
+    exchange = proxai.Exchange(1, "POST", "/v1/messages", 0.0)
+    turn = types.SimpleNamespace(connection=types.SimpleNamespace(extra=[]), exchange=exchange,
+                                 log=types.SimpleNamespace(debug_on=False))
+    for count in (1, 30):
+        proxai.Turn.tell_dropped(turn, {f"part_{number}{'x' * 500}": "why" for number in range(count)})
+    told = proxai.request_record(exchange, "end", 1.0, 1.0)["dropped"]
+    assert len(told) == 20 and told[0].startswith("part_0x") and {len(path) for path in told} == {200}
 
 
 def test_the_requests_are_told_from_a_number_on(metered):
