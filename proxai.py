@@ -8337,7 +8337,7 @@ class Exchange:
                  "dropped_paths", "encoding", "error", "error_type", "estimate", "head_at", "id",
                  "inbound", "inbound_bytes", "last_byte_at", "method", "model", "observed", "path",
                  "phase", "provider", "provider_bytes", "provider_protocol", "rates", "route",
-                 "sse", "started", "status", "upstream_model")
+                 "sse", "started", "status", "upstream_model", "usage")
 
     def __init__(self, id: int, method: str, path: str, started: float) -> None:
         self.id, self.method, self.path, self.started = id, method, path, started
@@ -8355,10 +8355,11 @@ class Exchange:
         self.encoding: str | None = None  # the Transfer-Encoding of the answer
         self.sse = False
         self.dropped = 0  # how many parts a translation has left out, as far as was told
-        self.dropped_paths: list[str] = []  # the first of them
+        self.dropped_paths: Sequence[str] = ()  # the first of them
         self.estimate = 0  # of the tokens of a request that was translated
         self.rates: Sequence[Field] = ()
         self.observed: Observed | None = None
+        self.usage: Any = None  # of an answer that was not looked at yet
         self.error: str | None = None
         self.error_type: str | None = None
         self.captured = False
@@ -8949,6 +8950,7 @@ MODEL_SERIES = 200  # that are counted apart; clients choose the names of models
 OTHER_MODELS = "_other"  # the model of all beyond these
 LABEL_CHARS = 100
 RECENT_REQUESTS = 200
+COUNTED_TOGETHER = 64
 HISTORY_MINUTES = 60
 MEDIAN_SAMPLES = 200  # the newest times, of which a median is told
 # as Observed has them; all but the last are in records
@@ -8978,6 +8980,11 @@ def request_record(exchange: Exchange, outcome: str, now_wall: float, clock: flo
            for kind in TOKEN_KINDS[:-1]},
         "dropped": list(exchange.dropped_paths), "captured": exchange.captured,
     }
+
+
+def wall(exchange: Exchange, clock: float) -> float:
+    """The wall clock's time at a moment of `clock`: the id of an exchange is when it came."""
+    return exchange.id / 1e6 + clock - exchange.started
 
 
 def wall_text(at: float) -> str:
@@ -9044,27 +9051,25 @@ class Series:
 class Tally:
     """Requests of a while or of a provider: how many, and the newest times in milliseconds."""
 
-    __slots__ = ("at", "durations", "errors", "health", "input", "last", "output", "requests",
-                 "ttfbs")
+    __slots__ = ("at", "durations", "errors", "health", "input", "last_at", "last_error",
+                 "last_status", "output", "requests", "ttfbs")
 
     def __init__(self, at: int = 0) -> None:
         self.at = at  # the minute
         self.requests = self.errors = self.input = self.output = 0
         self.ttfbs: deque[float] = deque(maxlen=MEDIAN_SAMPLES)
         self.durations: deque[float] = deque(maxlen=MEDIAN_SAMPLES)
-        self.last: tuple[float, int, str | None] | None = None  # when, status, last error
+        self.last_at: float | None = None
+        self.last_status: int | None = None
+        self.last_error: str | None = None
         self.health = "unknown"
 
-    def add(self, failed: bool, ttfb: float | None, duration: float, seen: Observed | None) -> None:
+    def add(self, failed: bool, ttfb: float | None) -> None:
         """Count a request."""
         self.requests += 1
         self.errors += failed
-        self.durations.append(duration)
         if ttfb is not None:
             self.ttfbs.append(ttfb)
-        if seen:
-            self.input += seen.input
-            self.output += seen.output
 
 
 def median_ms(values: Collection[float]) -> int | None:
@@ -9073,18 +9078,19 @@ def median_ms(values: Collection[float]) -> int | None:
 
 
 class Metrics:
-    """What was served since `started`; times are given, by the wall and by the clock that
-    exchanges are timed with."""
+    """What was served since `started`. Times are given, by the wall and by the clock that
+    exchanges are timed with; count() brings up to date what is read."""
 
     def __init__(self, started: float) -> None:
         self.started = started
         self.open: set[Exchange] = set()
-        self.series: dict[Labels, Series] = {}
+        self.series: dict[tuple[str, ...], Series] = {}  # by labels
         self.providers: defaultdict[str, Tally] = defaultdict(Tally)
         self.minutes: deque[Tally] = deque(maxlen=HISTORY_MINUTES)
         self.ended_count = self.error_count = 0
-        # with what request_record() wants to know
-        self.recent: deque[tuple[int, Exchange, str, float, float]] = deque(maxlen=RECENT_REQUESTS)
+        self.pending: list[tuple[Exchange, str, float]] = []  # over, and not counted yet
+        # number, exchange, outcome and when it was over
+        self.recent: deque[tuple[int, Exchange, str, float]] = deque(maxlen=RECENT_REQUESTS)
 
     def began(self, exchange: Exchange) -> None:
         """A request is here."""
@@ -9094,25 +9100,47 @@ class Metrics:
         """What is here was no request for a model, so it is not counted."""
         self.open.discard(exchange)
 
-    def ended(self, exchange: Exchange, outcome: str, now: float, clock: float) -> None:
-        """A request is over, which is counted once."""
-        if exchange not in self.open:
-            return
-        self.open.discard(exchange)
-        seen, failed = exchange.observed, outcome not in NO_ERRORS
-        duration = clock - exchange.started
+    def ended(self, exchange: Exchange, outcome: str, clock: float) -> None:
+        """A request is over, which is counted once: many at a time, for that is much faster."""
+        if exchange in self.open:
+            self.open.discard(exchange)
+            exchange.shrink()
+            self.pending.append((exchange, outcome, clock))
+            if len(self.pending) >= COUNTED_TOGETHER:
+                self.count()
+
+    def count(self) -> None:
+        """Count what is over."""
+        for exchange, outcome, clock in self.pending:
+            if exchange.usage:
+                exchange.observed = seen = Observed()
+                of_messages = exchange.provider_protocol is MESSAGES
+                (observe_messages_usage if of_messages else observe_openai_usage)(
+                    seen, exchange.usage)
+                exchange.usage = None
+            self.count_one(exchange, outcome, clock - exchange.started)
+            self.recent.append((self.ended_count, exchange, outcome, clock))
+        self.pending.clear()
+
+    def count_one(self, exchange: Exchange, outcome: str, duration: float) -> None:
+        """Count one request."""
+        seen, failed, status = exchange.observed, outcome not in NO_ERRORS, exchange.status
+        now = wall(exchange, exchange.started + duration)
         ttfb = exchange.head_at - exchange.started if exchange.head_at else None
         self.ended_count += 1
         self.error_count += failed
-        self.minute(now).add(failed, ttfb, duration, seen)
+        minute = self.minute(now)
+        minute.add(failed, ttfb)
+        minute.durations.append(duration)
         if exchange.provider:
             tally = self.providers[exchange.provider]
-            tally.add(failed, ttfb, duration, None)
-            told = tally.last[2] if tally.last else None
-            tally.last = (now, exchange.status, exchange.error if failed else told)
+            tally.add(failed, ttfb)
+            tally.last_at, tally.last_status = now, status
+            if failed:
+                tally.last_error = exchange.error
             tally.health = health_told(exchange, outcome) or tally.health
         series = self.series_of(exchange)
-        series.requests[exchange.status // 100, outcome] += 1
+        series.requests[status // 100, outcome] += 1
         if failed:
             series.errors[exchange.error_type or outcome] += 1
         series.duration.add(duration)
@@ -9122,10 +9150,10 @@ class Metrics:
         series.sent += exchange.down
         series.dropped += exchange.dropped
         if seen:
+            minute.input += seen.input
+            minute.output += seen.output
             for kind in TOKEN_KINDS:
                 series.tokens[kind] += getattr(seen, kind)
-        exchange.shrink()
-        self.recent.append((self.ended_count, exchange, outcome, now, clock))
 
     def minute(self, now: float) -> Tally:
         """The tally of this minute; of the last one where the wall clock went back."""
@@ -9137,10 +9165,11 @@ class Metrics:
     def series_of(self, exchange: Exchange) -> Series:
         """Where a request is counted."""
         inbound, provider = exchange.inbound, exchange.provider_protocol
-        labels = Labels(exchange.provider, exchange.upstream_model[:LABEL_CHARS],
-                        inbound.name if inbound else "", provider.name if provider else "")
-        series = self.series.get(labels)
+        key = (exchange.provider, exchange.upstream_model[:LABEL_CHARS],
+               inbound.name if inbound else "", provider.name if provider else "")
+        series = self.series.get(key)
         if series is None:
+            labels = Labels(*key)
             if len(self.series) >= MODEL_SERIES:
                 labels = labels._replace(model=OTHER_MODELS)
             series = self.series.setdefault(labels, Series(labels))
@@ -9169,17 +9198,17 @@ class Metrics:
     def provider(self, name: str) -> Json:
         """What is known of a provider."""
         tally = self.providers.get(name) or Tally()
-        at, status, error = tally.last or (None, None, None)
         return {"requests": tally.requests, "errors": tally.errors,
                 "in_flight": sum(exchange.provider == name for exchange in self.open),
-                "last_status": status, "last_error": error, "last_at": at and wall_text(at),
+                "last_status": tally.last_status, "last_error": tally.last_error,
+                "last_at": None if tally.last_at is None else wall_text(tally.last_at),
                 "ttfb_ms_p50": median_ms(tally.ttfbs), "health": tally.health}
 
     def requests(self, after: int, limit: int) -> list[Json]:
         """The records of the latest requests that are over, newest first."""
         wanted = [entry for entry in reversed(self.recent) if entry[0] > after][:limit]
-        return [{"seq": seq, **request_record(exchange, outcome, now, clock)}
-                for seq, exchange, outcome, now, clock in wanted]
+        return [{"seq": seq, **request_record(exchange, outcome, wall(exchange, clock), clock)}
+                for seq, exchange, outcome, clock in wanted]
 
     def open_requests(self, now: float, clock: float) -> list[Json]:
         """The records of the requests in flight, newest first."""
@@ -9255,6 +9284,7 @@ def family_lines(name: str, kind: str, help: str,
 def metrics_text(metrics: Metrics, providers: Collection[str], version: str, connections: int,
                  captures_dropped: int) -> str:
     """All metrics; what is open is told for each of the providers, and for none."""
+    metrics.count()
     open_ = {name: 0 for name in ("", *providers)}
     for exchange in metrics.open:
         open_[exchange.provider] += 1
@@ -11433,7 +11463,10 @@ class Turn:
         self.connection.write_head(self.answer.status, self.lines, len(raw), raw)
         self.release(True)
         await self.connection.flush()
-        exchange.observed = observe_body(provider.protocol, value)
+        if self.log.info_on or exchange.captured or len(raw) > READ_BYTES:
+            exchange.observed = observe_body(provider.protocol, value)
+        elif isinstance(value, dict):
+            exchange.usage = value.get("usage")
         self.log_end(logging.INFO, "end")
 
     async def relay_rest(self, data: bytes) -> None:
@@ -11724,7 +11757,7 @@ class Turn:
                 fields["timeout_ms"] = milliseconds(
                     self.provider.settings.connect_timeout_secs if connecting else self.idle_secs)
             self.log.event(level, event, fields)
-        self.proxy.metrics.ended(exchange, event, time.time(), time.perf_counter())
+        self.proxy.metrics.ended(exchange, event, time.perf_counter())
 
     def stream_outcome(self, observer: StreamObserver,
                        fault: str | None) -> tuple[int, str, str | None]:
@@ -11886,6 +11919,7 @@ async def control_status(control: Control, connection: Connection, head: Request
 async def control_requests(control: Control, connection: Connection, head: RequestHead) -> None:
     """GET /requests: the latest requests behind the number `after`, and those in flight."""
     metrics = control.proxy.metrics
+    metrics.count()
     after = query_number(head, "after", 0, 1 << 50)
     limit = query_number(head, "limit", 50, RECENT_REQUESTS)
     write_value(connection, {"latest": metrics.ended_count,
@@ -11896,6 +11930,7 @@ async def control_requests(control: Control, connection: Connection, head: Reque
 def status_view(proxy: Proxy, listen: str, now: float) -> Json:
     """What /status tells; of a provider's URL no more than where it is."""
     metrics = proxy.metrics
+    metrics.count()
     providers = [{"name": name, "protocol": provider.protocol.name,
                   "base_url": f"{provider.origin.scheme}://{provider.origin.authority}",
                   **metrics.provider(name)} for name, provider in proxy.providers.items()]

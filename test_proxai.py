@@ -16565,10 +16565,11 @@ def test_what_a_translated_stream_tells_is_seen_once():
 
 def counted(metrics, outcome="end", *, now=1_800_000_000.0, duration=0.5, model="m", **more):
     """Count one request."""
-    exchange = exchange_of(CHAT, **{"model": model, "upstream_model": model, "head_at": 100.25,
-                                    "phase": proxai.PHASES[3], **more})
+    exchange = exchange_of(CHAT, **{"model": model, "upstream_model": model, "head_at": 100.25, "phase": proxai.PHASES[3],
+                                    "id": round((now - duration) * 1e6), **more})
     metrics.began(exchange)
-    metrics.ended(exchange, outcome, now, 100.0 + duration)
+    metrics.ended(exchange, outcome, 100.0 + duration)
+    metrics.count()
     return exchange
 
 
@@ -16669,12 +16670,26 @@ def test_a_long_model_name_is_cut():
 def test_a_request_is_counted_once_and_only_if_it_is_one_for_a_model():
     metrics = proxai.Metrics(0.0)
     first = counted(metrics)
-    metrics.ended(first, "end", 0.0, 101.0)
+    metrics.ended(first, "end", 101.0)
     health = exchange_of(CHAT)
     metrics.began(health)
     metrics.forget(health)
-    metrics.ended(health, "end", 0.0, 101.0)
+    metrics.ended(health, "end", 101.0)
+    metrics.count()
     assert metrics.ended_count == 1 and not metrics.open and len(metrics.recent) == 1
+
+
+def test_what_is_over_is_counted_many_at_a_time_and_the_wait_for_that_is_bounded():
+    metrics = proxai.Metrics(0.0)
+    for number in range(1, 3 * proxai.COUNTED_TOGETHER):
+        exchange = exchange_of(MESSAGES, id=number, usage={"input_tokens": 2, "output_tokens": "3"})
+        metrics.began(exchange)
+        metrics.ended(exchange, "end", 101.0)
+        assert len(metrics.pending) == number % proxai.COUNTED_TOGETHER
+        assert metrics.ended_count == number - len(metrics.pending)
+    assert len(text_of_metrics(metrics)) > 10 and not metrics.pending
+    found, = metrics.models()
+    assert (found["requests"], found["input_tokens"], found["output_tokens"]) == (number, 2 * number, 3 * number)
 
 
 def test_the_history_goes_by_minutes():
@@ -22782,6 +22797,17 @@ def test_a_request_in_flight_is_told(metered, upstream, model):
             gate.set()
         assert read_reply(read_all(sock)).status == 200
     assert control_get(metered, "/status").json["in_flight"] == 0
+
+
+def test_tokens_are_counted_where_no_line_tells_them(upstream, model, tmp_path):
+    upstream.on(model, answer_json({"choices": [], "usage": {"prompt_tokens": 10, "completion_tokens": 4}}))
+    program = Running(tmp_path, config=config_for(upstream.url).replace('"debug"', '"warn"'))
+    try:
+        assert program.post("/v1/chat/completions", body_for(CHAT, model)).status == 200
+        record, = control_get(program, "/status").json["recent"]
+        assert (record["model"], record["input_tokens"], record["output_tokens"]) == (model, 10, 4)
+    finally:
+        assert program.stop() == 0
 
 
 def test_the_lines_are_in_the_file_too(metered):
