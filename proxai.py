@@ -58,6 +58,7 @@ import argparse
 import ast
 import asyncio
 import base64
+import bisect
 import contextlib
 import copy
 import dataclasses
@@ -71,6 +72,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import logging.handlers
 import math
 import os
 import queue
@@ -89,7 +91,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast, dataclass_transform
-from urllib.parse import unquote, unquote_to_bytes, urlsplit
+from urllib.parse import parse_qs, unquote, unquote_to_bytes, urlsplit
 
 __all__ = ["Config", "ConfigError", "ProxyError", "load_config", "main"]
 __version__ = "0.1.0"
@@ -1197,7 +1199,7 @@ class ThresholdsConfig:
 
 @schema
 class LoggingConfig:
-    """What is told on standard output."""
+    """What is told on standard output, and in a file."""
 
     level: str = setting(
         choice("trace", "debug", "info", "warn", "error"), "Least important lines to print.",
@@ -1206,6 +1208,13 @@ class LoggingConfig:
         choice("human", "json"), "Lines for people or for programs.", "human")
     use_color: bool = setting(
         BOOLEAN, "Colour for human lines on a terminal, unless NO_COLOR is set.", True)
+    file: str | None = setting(
+        TEXT, "File for the same lines without colour: a path, or a name within the app"
+        " directory's logs. Each proxy needs a file of its own.", None, example="proxai.log")
+    file_max_bytes: int = setting(
+        whole(1024), "Size at which the file becomes FILE.1 and a new one is begun.", 10485760)
+    file_backups: int = setting(
+        whole(1, 1000), "How many older files are kept, FILE.1 the newest.", 5)
     duration_thresholds: ThresholdsConfig = setting(
         Section(ThresholdsConfig), "Colour of durations.")
 
@@ -8381,11 +8390,11 @@ class Observed:
 class Exchange:
     """Everything about one request that is told afterwards, in the log and in headers."""
 
-    __slots__ = ("body", "choices", "chunks", "content_type", "down", "dropped", "encoding",
-                 "error", "estimate", "head_at", "id", "inbound", "inbound_bytes", "last_byte_at",
-                 "method", "model", "observed", "path", "phase", "provider", "provider_bytes",
-                 "provider_protocol", "rates", "route", "sse", "started", "status",
-                 "upstream_model")
+    __slots__ = ("body", "captured", "choices", "chunks", "content_type", "down", "dropped",
+                 "dropped_paths", "encoding", "error", "error_type", "estimate", "head_at", "id",
+                 "inbound", "inbound_bytes", "last_byte_at", "method", "model", "observed", "path",
+                 "phase", "provider", "provider_bytes", "provider_protocol", "rates", "route",
+                 "sse", "started", "status", "upstream_model", "usage")
 
     def __init__(self, id: int, method: str, path: str, started: float) -> None:
         self.id, self.method, self.path, self.started = id, method, path, started
@@ -8403,10 +8412,32 @@ class Exchange:
         self.encoding: str | None = None  # the Transfer-Encoding of the answer
         self.sse = False
         self.dropped = 0  # how many parts a translation has left out, as far as was told
+        self.dropped_paths: Sequence[str] = ()  # the first of them
         self.estimate = 0  # of the tokens of a request that was translated
         self.rates: Sequence[Field] = ()
         self.observed: Observed | None = None
+        self.usage: Any = None  # of an answer that was not looked at yet
         self.error: str | None = None
+        self.error_type: str | None = None
+        self.captured = False
+
+    def shrink(self) -> None:
+        """Let go of what only a request on its way needs, for a record of it may stay."""
+        self.body, self.rates, seen = None, (), self.observed
+        if seen:
+            for table in (seen.seen, seen.items, seen.calls, seen.sources, seen.finish):
+                table.clear()
+
+
+def translation_name(exchange: Exchange) -> str:
+    """`a->b` where protocols differ, else nothing."""
+    a, b = exchange.inbound, exchange.provider_protocol
+    return f"{a.name}->{b.name}" if a and b and a is not b else ""
+
+
+def milliseconds(secs: float) -> int:
+    """A duration as whole milliseconds."""
+    return round(secs * 1000)
 
 
 class RequestIds:
@@ -8969,6 +9000,371 @@ def request_max_tokens(body: Json) -> int | None:
 # ============================================================================
 # Counters and histograms of what was served, and a short memory of the latest
 # requests; bounded whatever clients send. Pure: takes exchanges that have ended.
+
+TTFB_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0)
+DURATION_BOUNDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+MODEL_SERIES = 200  # that are counted apart; clients choose the names of models
+OTHER_MODELS = "_other"  # the model of all beyond these
+LABEL_CHARS = 100
+RECENT_REQUESTS = 200
+COUNTED_TOGETHER = 64
+HISTORY_MINUTES = 60
+MEDIAN_SAMPLES = 200  # the newest times, of which a median is told
+# as Observed has them; all but the last are in records
+TOKEN_KINDS = ("input", "output", "cached", "reasoning", "cache_creation")
+NO_ERRORS = ("end", "closed")  # a client that goes away is no error
+
+# -- one request -------------------------------------------------------------
+
+def request_record(exchange: Exchange, outcome: str, now_wall: float, clock: float) -> Json:
+    """What is told of a request by the control listener and beside its captures. `now_wall` and
+    `clock` are the same moment: the end, or now where the outcome is "open"."""
+    inbound, provider, seen = exchange.inbound, exchange.provider_protocol, exchange.observed
+    return {
+        "id": str(exchange.id), "at": wall_text(now_wall - (clock - exchange.started)),
+        "method": exchange.method, "path": exchange.path[:OBSERVED_CHARS],
+        "protocol": inbound.name if inbound else None,
+        "provider_protocol": provider.name if provider else None,
+        "translation": translation_name(exchange), "provider": exchange.provider,
+        "route": exchange.route, "model": exchange.model[:OBSERVED_CHARS],
+        "upstream_model": exchange.upstream_model[:OBSERVED_CHARS],
+        "status": exchange.status, "outcome": outcome,
+        "error": exchange.error, "error_type": exchange.error_type, "stream": exchange.sse,
+        "ttfb_ms": milliseconds(exchange.head_at - exchange.started) if exchange.head_at else None,
+        "duration_ms": milliseconds(clock - exchange.started),
+        "bytes_in": exchange.inbound_bytes, "bytes_out": exchange.down,
+        **{f"{kind}_tokens": getattr(seen, kind) if seen else 0
+           for kind in TOKEN_KINDS[:-1]},
+        "dropped": list(exchange.dropped_paths), "captured": exchange.captured,
+    }
+
+
+def wall(exchange: Exchange, clock: float) -> float:
+    """The wall clock's time at a moment of `clock`: the id of an exchange is when it came."""
+    return exchange.id / 1e6 + clock - exchange.started
+
+
+def wall_text(at: float) -> str:
+    """A moment in UTC: 2026-11-21T08:40:01.123Z"""
+    moment = datetime.datetime.fromtimestamp(at, datetime.UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def health_told(exchange: Exchange, outcome: str) -> str | None:
+    """What the end of a request tells of its provider's health; None where that is nothing."""
+    status = exchange.status
+    if exchange.phase == PHASES[0] or outcome == "closed":
+        return None
+    if outcome == "end":
+        return "ok" if exchange.head_at else None  # a count may be an estimate of ours
+    if outcome == "hdr-error" and status < 500:
+        return None if status == 429 else "failing" if status in (401, 402, 403) else "ok"
+    if outcome == "request-failed" and status not in (502, 504):
+        return None  # a bug or the end of this proxy
+    return "failing"
+
+
+# -- counting ----------------------------------------------------------------
+
+class Histogram:
+    """How many values were at most each of some bounds, and their sum."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds, self.total = bounds, 0.0
+        self.counts = [0] * (len(bounds) + 1)
+
+    def add(self, value: float) -> None:
+        """Count a value."""
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+
+class Labels(NamedTuple):
+    """What requests are counted by."""
+
+    provider: str
+    model: str
+    protocol: str
+    provider_protocol: str
+
+
+class Series:
+    """What was counted for one provider, model and pair of protocols."""
+
+    __slots__ = ("dropped", "duration", "errors", "labels", "received", "requests", "sent",
+                 "tokens", "ttfb")
+
+    def __init__(self, labels: Labels) -> None:
+        self.labels = labels
+        self.requests: defaultdict[tuple[int, str], int] = defaultdict(int)  # by hundred, outcome
+        self.errors: defaultdict[str, int] = defaultdict(int)  # by type
+        self.ttfb, self.duration = Histogram(TTFB_BOUNDS), Histogram(DURATION_BOUNDS)
+        self.received = self.sent = self.dropped = 0
+        self.tokens = dict.fromkeys(TOKEN_KINDS, 0)
+
+
+class Tally:
+    """Requests of a while or of a provider: how many, and the newest times in milliseconds."""
+
+    __slots__ = ("at", "durations", "errors", "health", "input", "last_at", "last_error",
+                 "last_status", "output", "requests", "ttfbs")
+
+    def __init__(self, at: int = 0) -> None:
+        self.at = at  # the minute
+        self.requests = self.errors = self.input = self.output = 0
+        self.ttfbs: deque[float] = deque(maxlen=MEDIAN_SAMPLES)
+        self.durations: deque[float] = deque(maxlen=MEDIAN_SAMPLES)
+        self.last_at: float | None = None
+        self.last_status: int | None = None
+        self.last_error: str | None = None
+        self.health = "unknown"
+
+    def add(self, failed: bool, ttfb: float | None) -> None:
+        """Count a request."""
+        self.requests += 1
+        self.errors += failed
+        if ttfb is not None:
+            self.ttfbs.append(ttfb)
+
+
+def median_ms(values: Collection[float]) -> int | None:
+    """The median of seconds, in milliseconds; None of nothing."""
+    return milliseconds(sorted(values)[len(values) // 2]) if values else None
+
+
+class Metrics:
+    """What was served since `started`. Times are given, by the wall and by the clock that
+    exchanges are timed with; count() brings up to date what is read."""
+
+    def __init__(self, started: float) -> None:
+        self.started = started
+        self.open: set[Exchange] = set()
+        self.series: dict[tuple[str, ...], Series] = {}  # by labels
+        self.providers: defaultdict[str, Tally] = defaultdict(Tally)
+        self.minutes: deque[Tally] = deque(maxlen=HISTORY_MINUTES)
+        self.ended_count = self.error_count = 0
+        self.pending: list[tuple[Exchange, str, float]] = []  # over, and not counted yet
+        # number, exchange, outcome and when it was over
+        self.recent: deque[tuple[int, Exchange, str, float]] = deque(maxlen=RECENT_REQUESTS)
+
+    def began(self, exchange: Exchange) -> None:
+        """A request is here."""
+        self.open.add(exchange)
+
+    def forget(self, exchange: Exchange) -> None:
+        """What is here was no request for a model, so it is not counted."""
+        self.open.discard(exchange)
+
+    def ended(self, exchange: Exchange, outcome: str, clock: float) -> None:
+        """A request is over, which is counted once: many at a time, for that is much faster."""
+        if exchange in self.open:
+            self.open.discard(exchange)
+            exchange.shrink()
+            self.pending.append((exchange, outcome, clock))
+            if len(self.pending) >= COUNTED_TOGETHER:
+                self.count()
+
+    def count(self) -> None:
+        """Count what is over."""
+        for exchange, outcome, clock in self.pending:
+            if exchange.usage:
+                exchange.observed = seen = Observed()
+                of_messages = exchange.provider_protocol is MESSAGES
+                (observe_messages_usage if of_messages else observe_openai_usage)(
+                    seen, exchange.usage)
+                exchange.usage = None
+            self.count_one(exchange, outcome, clock - exchange.started)
+            self.recent.append((self.ended_count, exchange, outcome, clock))
+        self.pending.clear()
+
+    def count_one(self, exchange: Exchange, outcome: str, duration: float) -> None:
+        """Count one request."""
+        seen, failed, status = exchange.observed, outcome not in NO_ERRORS, exchange.status
+        now = wall(exchange, exchange.started + duration)
+        ttfb = exchange.head_at - exchange.started if exchange.head_at else None
+        self.ended_count += 1
+        self.error_count += failed
+        minute = self.minute(now)
+        minute.add(failed, ttfb)
+        minute.durations.append(duration)
+        if exchange.provider:
+            tally = self.providers[exchange.provider]
+            tally.add(failed, ttfb)
+            tally.last_at, tally.last_status = now, status
+            if failed:
+                tally.last_error = exchange.error
+            tally.health = health_told(exchange, outcome) or tally.health
+        series = self.series_of(exchange)
+        series.requests[status // 100, outcome] += 1
+        if failed:
+            series.errors[exchange.error_type or outcome] += 1
+        series.duration.add(duration)
+        if ttfb is not None:
+            series.ttfb.add(ttfb)
+        series.received += exchange.inbound_bytes
+        series.sent += exchange.down
+        series.dropped += exchange.dropped
+        if seen:
+            minute.input += seen.input
+            minute.output += seen.output
+            for kind in TOKEN_KINDS:
+                series.tokens[kind] += getattr(seen, kind)
+
+    def minute(self, now: float) -> Tally:
+        """The tally of this minute; of the last one where the wall clock went back."""
+        at = int(now) // 60 * 60
+        if not self.minutes or self.minutes[-1].at < at:
+            self.minutes.append(Tally(at))
+        return self.minutes[-1]
+
+    def series_of(self, exchange: Exchange) -> Series:
+        """Where a request is counted."""
+        inbound, provider = exchange.inbound, exchange.provider_protocol
+        key = (exchange.provider, exchange.upstream_model[:LABEL_CHARS],
+               inbound.name if inbound else "", provider.name if provider else "")
+        series = self.series.get(key)
+        if series is None:
+            labels = Labels(*key)
+            if len(self.series) >= MODEL_SERIES:
+                labels = labels._replace(model=OTHER_MODELS)
+            series = self.series.setdefault(labels, Series(labels))
+        return series
+
+    # -- what is told
+
+    def history(self, now: float) -> list[Json]:
+        """The minutes up to this one, oldest first."""
+        known, latest = {tally.at: tally for tally in self.minutes}, int(now) // 60 * 60
+        tallies = [known.get(at) or Tally(at)
+                   for at in range(latest - 60 * (HISTORY_MINUTES - 1), latest + 1, 60)]
+        return [{"at": tally.at, "requests": tally.requests, "errors": tally.errors,
+                 "ttfb_ms_p50": median_ms(tally.ttfbs),
+                 "duration_ms_p50": median_ms(tally.durations),
+                 "input_tokens": tally.input, "output_tokens": tally.output} for tally in tallies]
+
+    def models(self) -> list[Json]:
+        """The counts of each provider, model and pair."""
+        return [{"provider": series.labels.provider, "model": series.labels.model,
+                 "pair": f"{series.labels.protocol}->{series.labels.provider_protocol}",
+                 "requests": sum(series.requests.values()), "errors": sum(series.errors.values()),
+                 **{f"{kind}_tokens": series.tokens[kind] for kind in TOKEN_KINDS[:-1]}}
+                for series in self.series.values() if series.labels.provider]
+
+    def provider(self, name: str) -> Json:
+        """What is known of a provider."""
+        tally = self.providers.get(name) or Tally()
+        return {"requests": tally.requests, "errors": tally.errors,
+                "in_flight": sum(exchange.provider == name for exchange in self.open),
+                "last_status": tally.last_status, "last_error": tally.last_error,
+                "last_at": None if tally.last_at is None else wall_text(tally.last_at),
+                "ttfb_ms_p50": median_ms(tally.ttfbs), "health": tally.health}
+
+    def requests(self, after: int, limit: int) -> list[Json]:
+        """The records of the latest requests that are over, newest first."""
+        wanted = [entry for entry in reversed(self.recent) if entry[0] > after][:limit]
+        return [{"seq": seq, **request_record(exchange, outcome, wall(exchange, clock), clock)}
+                for seq, exchange, outcome, clock in wanted]
+
+    def open_requests(self, now: float, clock: float) -> list[Json]:
+        """The records of the requests in flight, newest first."""
+        return [{"seq": 0, **request_record(exchange, "open", now, clock)}
+                for exchange in sorted(self.open, key=lambda e: -e.id)[:RECENT_REQUESTS]]
+
+# -- the text that Prometheus reads (exposition format 0.0.4) ----------------
+
+Sample = tuple[str, Mapping[str, str], float]  # what is added to the name, labels, value
+
+
+class Family(NamedTuple):
+    """A metric, and its samples of one series."""
+
+    name: str
+    kind: str
+    help: str
+    samples: Callable[[Series], Iterable[Sample]]
+
+
+def histogram_samples(histogram: Histogram) -> Iterator[Sample]:
+    """Each bucket counts what the ones before it count too."""
+    bounds = (*map(str, histogram.bounds), "+Inf")
+    count = 0
+    for bound, more in zip(bounds, histogram.counts, strict=True):
+        count += more
+        yield "_bucket", {"le": bound}, count
+    yield "_sum", {}, histogram.total
+    yield "_count", {}, count
+
+
+FAMILIES = (
+    Family("proxai_requests_total", "counter", "Requests that are over, refused ones too.",
+           lambda s: [("", {"status": f"{hundred}xx" if hundred else "none", "outcome": outcome}, n)
+                      for (hundred, outcome), n in s.requests.items()]),
+    Family("proxai_request_errors_total", "counter", "Requests that failed, by type of the error.",
+           lambda s: [("", {"type": kind}, n) for kind, n in s.errors.items()]),
+    Family("proxai_time_to_first_byte_seconds", "histogram",
+           "From the request to the head of the provider's answer.",
+           lambda s: histogram_samples(s.ttfb)),
+    Family("proxai_request_duration_seconds", "histogram", "From the request to its end.",
+           lambda s: histogram_samples(s.duration)),
+    Family("proxai_request_bytes_total", "counter", "Bytes of request bodies from clients.",
+           lambda s: [("", {}, s.received)]),
+    Family("proxai_response_bytes_total", "counter", "Bytes of answers from providers.",
+           lambda s: [("", {}, s.sent)]),
+    Family("proxai_tokens_total", "counter",
+           "Tokens as providers count them; input is without cached, output with reasoning.",
+           lambda s: [("", {"kind": kind}, n) for kind, n in s.tokens.items()]),
+    Family("proxai_dropped_fields_total", "counter", "What translations have left out.",
+           lambda s: [("", {}, s.dropped)]),
+)
+
+
+def label_text(labels: Mapping[str, str]) -> str:
+    """Labels in their braces, whatever their values are made of."""
+    pairs = []
+    for name, value in labels.items():
+        value = value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+        pairs.append(f'{name}="{value}"')
+    return "{" + ",".join(pairs) + "}" if pairs else ""
+
+
+def family_lines(name: str, kind: str, help: str,
+                 samples: Iterable[tuple[str, str, float]]) -> Iterator[str]:
+    """The lines of a metric; of a sample: what is added to the name, labels as text, value."""
+    yield f"# HELP {name} {help}"
+    yield f"# TYPE {name} {kind}"
+    for suffix, labels, value in samples:
+        yield f"{name}{suffix}{labels} {value}"
+
+
+def metrics_text(metrics: Metrics, providers: Collection[str], version: str, connections: int,
+                 captures_dropped: int) -> str:
+    """All metrics; what is open is told for each of the providers, and for none."""
+    metrics.count()
+    open_ = {name: 0 for name in ("", *providers)}
+    for exchange in metrics.open:
+        open_[exchange.provider] += 1
+    lines: list[str] = []
+    for name, kind, help, samples in (
+            ("proxai_build_info", "gauge", "The version that runs.",
+             [({"version": version}, 1.0)]),
+            ("process_start_time_seconds", "gauge", "When it started, since 1970.",
+             [({}, metrics.started)]),
+            ("proxai_open_connections", "gauge", "Connections of clients.", [({}, connections)]),
+            ("proxai_requests_in_flight", "gauge", "Requests that are not over.",
+             [({"provider": name}, count) for name, count in open_.items()]),
+            ("proxai_captures_dropped_total", "counter", "Captures that were not written.",
+             [({}, captures_dropped)])):
+        lines += family_lines(name, kind, help,
+                              [("", label_text(labels), value) for labels, value in samples])
+    common = [(series, label_text(series.labels._asdict())[:-1])
+              for series in metrics.series.values()]
+    for family in FAMILIES:
+        lines += family_lines(*family[:3], (
+            (suffix, f"{text},{label_text(labels)[1:]}" if labels else text + "}", value)
+            for series, text in common for suffix, labels, value in family.samples(series)))
+    return "\n".join([*lines, ""])
 
 
 
@@ -9643,12 +10039,6 @@ def base_fields(exchange: Exchange) -> Json:
     return {"request_id": str(exchange.id), "method": exchange.method, "path": exchange.path}
 
 
-def translation_name(exchange: Exchange) -> str:
-    """`a->b` where protocols differ, else nothing."""
-    a, b = exchange.inbound, exchange.provider_protocol
-    return f"{a.name}->{b.name}" if a and b and a is not b else ""
-
-
 def fwd_fields(exchange: Exchange) -> Json:
     """The fields of `fwd`: a provider request is on its way (contract 9.4)."""
     inbound, provider, body = exchange.inbound, exchange.provider_protocol, exchange.body or {}
@@ -9700,6 +10090,16 @@ def end_fields(exchange: Exchange) -> Json:
     if exchange.error:
         fields |= {"phase": exchange.phase, "err": exchange.error}
     return fields
+
+
+def wait_fields(exchange: Exchange, idle: float) -> Json:
+    """The fields of `wait`: a stream has been silent for `idle` seconds."""
+    seen = exchange.observed or Observed()
+    return {**base_fields(exchange), "idle_ms": milliseconds(idle),
+            "duration_ms": milliseconds(time.perf_counter() - exchange.started),
+            "chunks": exchange.chunks, "down": exchange.down,
+            "response_id": seen.response_id[-8:] if seen.response_id else None,
+            "seq": seen.sequence, "response_status": seen.status, "pending": len(seen.pending)}
 
 
 def observed_fields(seen: Observed, provider: Protocol) -> Json:
@@ -9761,11 +10161,6 @@ def rate_fields(fields: Sequence[Field]) -> Json:
                    .replace("-", "_"))
             out[f"codex_{key}"] = float(text)
     return out
-
-
-def milliseconds(secs: float) -> int:
-    """A duration as whole milliseconds."""
-    return round(secs * 1000)
 
 
 # -- lines for people --------------------------------------------------------
@@ -9908,6 +10303,9 @@ class HumanLines:
         yield f"dur={span_text(fields['duration_ms'] / 1000)}"
         yield f"↓{bytes_text(fields['down'])}"
         yield f"chunks={fields['chunks']}"
+        yield from self.place_parts(fields)
+        yield self.state_part(fields)
+        yield f"pending={fields['pending']}" if fields.get("pending") else ""
         yield f"req={short_id(fields['request_id'])}"
 
     def hdr_parts(self, fields: Json) -> Iterator[str]:
@@ -9952,12 +10350,20 @@ class HumanLines:
         yield f"req={short_id(fields['request_id'])}"
         yield fields.get("err") or ""
 
+    def state_part(self, fields: Json) -> str:
+        """What a Responses provider says its answer is, in its colour."""
+        state = fields.get("response_status")
+        color = {"completed": "green", "failed": "red"}.get(state or "", "yellow")
+        return f"state={self.paint(state, color)}" if state else ""
+
+    def place_parts(self, fields: Json) -> Iterator[str]:
+        """Which answer it is, and how far it has come."""
+        yield f"resp=...{fields['response_id']}" if fields.get("response_id") else ""
+        yield f"seq={fields['seq']}" if fields.get("seq") is not None else ""
+
     def outcome_parts(self, fields: Json) -> Iterator[str]:
         """What the provider's answer told of itself."""
-        state = fields.get("response_status")
-        if state:
-            yield "state=" + self.paint(
-                state, {"completed": "green", "failed": "red"}.get(state, "yellow"))
+        yield self.state_part(fields)
         if fields.get("service_tier") not in (None, "default", "standard"):
             yield f"tier={fields['service_tier']}"
         yield f"inc={fields['incomplete_reason']}" if fields.get("incomplete_reason") else ""
@@ -9965,8 +10371,9 @@ class HumanLines:
         yield f"param={fields['error_param']}" if fields.get("error_param") else ""
         yield rate_part(fields)
         yield codex_part(fields)
-        yield f"resp=...{fields['response_id']}" if fields.get("response_id") else ""
-        yield f"seq={fields['seq']}" if fields.get("seq") is not None else ""
+        yield from self.place_parts(fields)
+        timeout = fields.get("timeout_ms")
+        yield f"timeout={secs_text(timeout)}" if timeout is not None else ""
         items = {k: v for k, v in (fields.get("output_items") or {}).items()
                  if not k.startswith("stream_")}
         if items and items not in ({"message": 1}, {"text": 1}):
@@ -10032,23 +10439,84 @@ def json_line(at: float, level: str, event: str, fields: Json) -> str:
 
 # -- writing -----------------------------------------------------------------
 
+class LogFile(logging.handlers.RotatingFileHandler):
+    """The file of the log. What cannot be written to it is lost, which is told once."""
+
+    def __init__(self, settings: LoggingConfig, environ: Mapping[str, str]) -> None:
+        self.told = False
+        path = log_path(settings.file or "", environ)
+        try:
+            super().__init__(path, maxBytes=settings.file_max_bytes,
+                             backupCount=settings.file_backups, encoding="utf-8",
+                             errors="backslashreplace")
+        except OSError as error:
+            raise ConfigError([f"logging.file: cannot write {path}: {error.strerror}"],
+                              "name a file in a folder that you may write to") from None
+
+    def _open(self) -> Any:
+        """The file, made for its owner alone."""
+        return open(self.baseFilename, self.mode, encoding=self.encoding, errors=self.errors,
+                    opener=lambda path, flags: os.open(path, flags, 0o600))
+
+    def write(self, text: str) -> None:
+        """Write a line, if that can be."""
+        self.handle(logging.makeLogRecord({"msg": text}))
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Tell that the log cannot be written."""
+        if not self.told:
+            self.told = True
+            with contextlib.suppress(OSError, ValueError):
+                print(f"proxai: logging.file: cannot write {self.baseFilename}:"
+                      f" {sys.exc_info()[1]}", file=sys.stderr)
+
+
+def log_path(name: str, environ: Mapping[str, str]) -> Path:
+    """Where the file `name` is: within the app directory's logs, which are made for it, unless it
+    is an absolute path."""
+    path = Path(name).expanduser()
+    if path.is_absolute():
+        return path
+    base = app_directory(environ)
+    with contextlib.suppress(OSError):  # opening the file will tell
+        for folder in (base, base / "logs"):
+            folder.mkdir(mode=0o700, parents=folder == base, exist_ok=True)
+    return base / "logs" / path
+
+
+Renderer = Callable[[float, str, str, Json], str | None]
+
+
+def renderer(settings: LoggingConfig, color: bool) -> Renderer:
+    """What makes a line of an event."""
+    limits = settings.duration_thresholds
+    return json_line if settings.output_format == "json" else HumanLines(
+        color, limits.warn_ms, limits.error_ms, LEVELS[settings.level] <= logging.DEBUG).render
+
+
+class Line(NamedTuple):
+    """An event as it is shown, and as the file has it."""
+
+    event: str
+    shown: str
+    kept: str
+
+
 class LineWriter(logging.Handler):
-    """Prints records on a thread of its own; counts and drops lines while the reader
-    does not read."""
+    """Prints records, and writes them to a file, on a thread of its own; counts and drops lines
+    while the reader does not read."""
 
     def __init__(self, stream: Any, settings: LoggingConfig, environ: Mapping[str, str]) -> None:
         super().__init__()
         terminal = bool(getattr(stream, "isatty", bool)())
         color = settings.use_color and terminal and not environ.get("NO_COLOR")
-        limits = settings.duration_thresholds
-        self.lines = HumanLines(color, limits.warn_ms, limits.error_ms,
-                                LEVELS[settings.level] <= logging.DEBUG)
-        as_json = settings.output_format == "json"
-        self.render: Callable[[float, str, str, Json], str | None] = (
-            json_line if as_json else self.lines.render)
-        self.in_place = color and not as_json  # `wait` lines overwrite one another on a terminal
+        self.render, self.plain = renderer(settings, color), renderer(settings, False)
+        # `wait` lines overwrite one another on a terminal
+        self.in_place = color and settings.output_format != "json"
+        self.file = LogFile(settings, environ) if settings.file else None
         self.stream, self.dropped = stream, 0
-        self.queue: queue.SimpleQueue[tuple[str, str] | None] = queue.SimpleQueue()
+        self.open_line = self.gone = False  # whether the next overwrites it; nobody reads any more
+        self.queue: queue.SimpleQueue[Line | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self.write_lines, name="proxai-log", daemon=True)
         self.thread.start()
 
@@ -10062,39 +10530,55 @@ class LineWriter(logging.Handler):
             fields = {**fields, "traceback": logging.Formatter().formatException(record.exc_info)}
         level = LEVEL_NAMES.get(record.levelno, "error")
         try:
-            line = self.render(record.created, level, event, fields)
+            line = self.line(record.created, level, event, fields)
         except Exception:  # a line that cannot be rendered must not take a request with it
-            line = self.own_line("error", "log-fault", {"lost": event})
+            line = self.line(time.time(), "error", "log-fault", {"lost": event})
         if line is None:
             return
         if self.queue.qsize() >= LOG_QUEUE_LINES:
             self.dropped += 1
             return
-        self.queue.put((event, line))
+        self.queue.put(line)
 
-    def own_line(self, level: str, event: str, fields: Json) -> str:
-        """A line about the log itself."""
-        return str(self.render(time.time(), level, event, fields))
+    def line(self, at: float, level: str, event: str, fields: Json) -> Line | None:
+        """The line of an event; None where it has none."""
+        shown = self.render(at, level, event, fields)
+        if shown is None:
+            return None
+        kept = self.plain(at, level, event, fields) if self.file and self.in_place else None
+        return Line(event, shown, kept or shown)
 
     def write_lines(self) -> None:
-        """The thread: print what is queued until told to end."""
-        open_line = False
+        """The thread: write what is queued until told to end."""
         while (item := self.queue.get()) is not None:
-            event, line = item
+            lines = [item]
             if self.dropped:
                 fields, self.dropped = {"count": self.dropped}, 0
-                line = f"{line}\n{self.own_line('warn', 'log-lines-dropped', fields)}"
-            if open_line:
-                line = f"\r\x1b[2K{line}"
-            open_line = self.in_place and event == "wait"
-            try:
-                self.stream.write(line if open_line else line + "\n")
-                if self.queue.empty():
-                    self.stream.flush()
-            except (OSError, ValueError):  # nobody reads any more
+                more = self.line(time.time(), "warn", "log-lines-dropped", fields)
+                lines += [more] if more else []
+            for line in lines:
+                if self.file:
+                    self.file.write(line.kept)
+                self.show(line)
+            if self.gone and not self.file:
                 return
         with contextlib.suppress(OSError, ValueError):
             self.stream.flush()
+        if self.file:
+            self.file.close()
+
+    def show(self, line: Line) -> None:
+        """Print a line, while anybody reads."""
+        if self.gone:
+            return
+        before = "\r\x1b[2K" if self.open_line else ""
+        self.open_line = self.in_place and line.event == "wait"
+        try:
+            self.stream.write(before + line.shown + ("" if self.open_line else "\n"))
+            if self.queue.empty():
+                self.stream.flush()
+        except (OSError, ValueError):
+            self.gone = True
 
     def close(self) -> None:
         """Print what is left, for a little while."""
@@ -10664,6 +11148,11 @@ def request_place(capture: CapturedExchange) -> tuple[str, str | None]:
     path = next(filter(None, found), "").partition("?")[0]
     protocol = MESSAGES if path in COUNT_PATHS else MODEL_PATHS.get(path)
     return path, protocol and protocol.name
+class CaptureStore:
+    """Where captures are kept, and which phases are."""
+
+    def __init__(self, settings: CaptureConfig, directory: Path) -> None:
+        self.switches, self.directory, self.dropped = CaptureSwitches(settings), directory, 0
 
 
 
@@ -11524,6 +12013,7 @@ class Server:
         self.leaving = False  # the end is announced
         self.draining = False  # no more requests are taken
         self.listener: asyncio.AbstractServer | None = None
+        self.url = ""
 
     def configure(self, settings: ServerConfig) -> None:
         """Hold to these limits from the next request on."""
@@ -11539,7 +12029,9 @@ class Server:
     async def listen(self, at: socket.socket) -> int:
         """Begin to accept at a bound socket; returns its port."""
         self.listener = await self.loop.create_server(self.new_protocol, sock=at, backlog=BACKLOG)
-        return int(at.getsockname()[1])
+        host, port = at.getsockname()[:2]
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        return int(port)
 
     async def drain(self, grace: float, hurry: asyncio.Event, delay: float = 0) -> None:
         """Go on for `delay` seconds, then accept no more and let open requests end for `grace`
@@ -11886,7 +12378,8 @@ class Proxy:
     def __init__(self, config: Config, log: Log, environ: Mapping[str, str]) -> None:
         self.log, self.environ = log, environ
         self.configure(config)
-        self.pool, self.ids = Pool(), RequestIds()
+        self.pool, self.ids, self.metrics = Pool(), RequestIds(), Metrics(time.time())
+        self.captures = CaptureStore(config.capture, app_directory(environ) / "captures")
         self.streams: set[Exchange] = set()
         self.drains: set[asyncio.Task[None]] = set()
         self.ticker: asyncio.TimerHandle | None = None
@@ -11929,14 +12422,11 @@ class Proxy:
     def tick(self) -> None:
         """Write a `wait` line for each stream that has been silent for a while."""
         loop = asyncio.get_running_loop()
-        now, clock = loop.time(), time.perf_counter()
+        now = loop.time()
         for exchange in self.streams:
             idle = now - exchange.last_byte_at
             if idle >= SWEEP_SECS:
-                self.log.event(logging.INFO, "wait", {
-                    **base_fields(exchange), "idle_ms": milliseconds(idle),
-                    "duration_ms": milliseconds(clock - exchange.started),
-                    "chunks": exchange.chunks, "down": exchange.down})
+                self.log.event(logging.INFO, "wait", wait_fields(exchange, idle))
         self.ticker = loop.call_later(SWEEP_SECS, self.tick) if self.streams else None
 
 
@@ -11949,6 +12439,7 @@ class Turn:
     def __init__(self, proxy: Proxy, connection: Connection, method: str, path: str) -> None:
         self.proxy, self.log, self.connection = proxy, proxy.log, connection
         self.exchange = Exchange(proxy.ids.next(), method, path, time.perf_counter())
+        proxy.metrics.began(self.exchange)
         connection.extra = [b"x-proxai-request-id: %d" % self.exchange.id]
         self.head: RequestHead
         self.inbound: Protocol
@@ -12031,6 +12522,7 @@ class Turn:
                      b"access-control-allow-headers: " + wanted, b"access-control-max-age: 600"]
         self.connection.write_head(status, lines, len(body), body)
         self.exchange.status = status
+        self.proxy.metrics.forget(self.exchange)
         self.log_end(logging.DEBUG, "end")
 
     def route(self, model: str) -> Pair | None:
@@ -12094,6 +12586,8 @@ class Turn:
             self.log.event(logging.DEBUG, "dropped",
                            {"request_id": str(exchange.id), "dropped": bounded(told)})
         exchange.dropped = len(dropped)
+        exchange.dropped_paths = [path[:OBSERVED_CHARS]
+                                  for path in itertools.islice(dropped, DROPPED_NAMES)]
 
     async def send(self, asked: Json, body: bytes, translated: Sequence[bytes] | None,
                    path: str = "") -> None:
@@ -12221,9 +12715,11 @@ class Turn:
         self.connection.write_head(self.answer.status, self.lines, len(raw), raw)
         self.release(True)
         await self.connection.flush()
-        if self.log.info_on:
+        if self.log.info_on or exchange.captured or len(raw) > READ_BYTES:
             exchange.observed = observe_body(provider.protocol, value)
-            self.log_end(logging.INFO, "end")
+        elif isinstance(value, dict):
+            exchange.usage = value.get("usage")
+        self.log_end(logging.INFO, "end")
 
     async def relay_rest(self, data: bytes) -> None:
         """An answer beyond what is held for checking: its bytes pass as they come."""
@@ -12379,6 +12875,7 @@ class Turn:
             error = UpstreamError(said or fault, status=504, type=UPSTREAM_BODY_READ)
         if error:
             error = outlet.failed(error)
+            self.exchange.error_type = error.type
             if event == "end":  # the provider thinks so
                 level, event, said = logging.WARNING, "stream-error", error.message
             if connection.answered:
@@ -12474,6 +12971,7 @@ class Turn:
     def fail(self, error: ProxyError, event: str = "request-failed") -> None:
         """Answer with an error; a stream that has begun can only be cut."""
         connection, error = self.connection, self.as_told(error)
+        self.exchange.error_type = error.type
         if connection.answered:
             connection.cut()
             self.log_end(logging.WARNING, "stream-error", error.message)
@@ -12501,10 +12999,17 @@ class Turn:
 
     def log_end(self, level: int, event: str, said: str | None = None,
                 more: Json | None = None) -> None:
-        """The line that closes an exchange."""
+        """The line that closes an exchange, and its place in the metrics."""
+        exchange = self.exchange
+        exchange.error = said[:LOG_TEXT_CHARS] if said else None
         if self.log.logger.isEnabledFor(level):
-            self.exchange.error = said[:LOG_TEXT_CHARS] if said else None
-            self.log.event(level, event, {**end_fields(self.exchange), **(more or {})})
+            fields = {**end_fields(exchange), **(more or {})}
+            if event == "timeout":
+                connecting = exchange.phase == PHASES[1]
+                fields["timeout_ms"] = milliseconds(
+                    self.provider.settings.connect_timeout_secs if connecting else self.idle_secs)
+            self.log.event(level, event, fields)
+        self.proxy.metrics.ended(exchange, event, time.perf_counter())
 
     def stream_outcome(self, observer: StreamObserver,
                        fault: str | None) -> tuple[int, str, str | None]:
@@ -12695,8 +13200,9 @@ def explain_lines(report: Json) -> list[str]:
 class Control:
     """Serves the control listener; a handler of a `Server`, like `Proxy`."""
 
-    def __init__(self, proxy: Proxy) -> None:
+    def __init__(self, proxy: Proxy, server: Server) -> None:
         self.proxy, self.host = proxy, ServerConfig(host=proxy.config.mcp.host)
+        self.server = server  # that clients talk to
 
     async def serve(self, connection: Connection, head: RequestHead) -> None:
         """Answer one request, whatever happens."""
@@ -12744,6 +13250,17 @@ def check_control_origin(head: RequestHead) -> None:
                            fix="use the control listener from this machine")
 
 
+def query_number(head: RequestHead, name: str, default: int, most: int) -> int:
+    """A whole number of the query, at most `most`; RequestError for anything else."""
+    texts = parse_qs(head.query[1:], keep_blank_values=True).get(name)
+    if texts is None:
+        return default
+    if not re.fullmatch(r"[0-9]{1,15}", texts[-1]):
+        raise RequestError(f"`{name}` must be a whole number", param=name,
+                           fix=f"leave it out for {default}")
+    return min(int(texts[-1]), most)
+
+
 async def control_health(control: Control, connection: Connection, head: RequestHead) -> None:
     """GET /health: that the process runs (contract 10)."""
     write_text(connection, "OK")
@@ -12757,7 +13274,7 @@ async def control_captures(control: Control, connection: Connection, head: Reque
     """GET /captures?limit=N: the stored exchanges, newest first."""
     limit = query_number(head, "limit", CAPTURES_LISTED, CAPTURES_LISTED_MOST)
     found = await read_aside(list_captures, captures_directory(control.proxy.environ), limit)
-    write_text(connection, dump({"captures": found}).decode(), "application/json")
+    write_value(connection, {"captures": found})
 
 
 async def control_one_capture(control: Control, connection: Connection, head: RequestHead) -> None:
@@ -12765,7 +13282,7 @@ async def control_one_capture(control: Control, connection: Connection, head: Re
     directory, word = captures_directory(control.proxy.environ), head.path[len(CAPTURE_PATH):]
     found = await read_aside(
         lambda: capture_json(read_capture(directory, word, CAPTURE_JSON_BYTES * 2)))
-    write_text(connection, dump(found).decode(), "application/json")
+    write_value(connection, found)
 
 
 async def read_aside(read: Callable[..., Any], *arguments: Any) -> Any:
@@ -12776,10 +13293,60 @@ async def read_aside(read: Callable[..., Any], *arguments: Any) -> Any:
         raise RequestError(error.faults[0], status=404, fix=error.hint) from None
 
 
-def query_number(head: RequestHead, name: str, default: int, most: int) -> int:
-    """A whole number in the query of a request, `most` at most."""
-    found = re.search(rf"[?&]{name}=([0-9]{{1,15}})(?:&|$)", head.query)
-    return min(int(found[1]), most) if found else default
+
+
+async def control_metrics(control: Control, connection: Connection, head: RequestHead) -> None:
+    """GET /metrics: all counts, for Prometheus."""
+    proxy = control.proxy
+    write_text(connection, metrics_text(proxy.metrics, proxy.providers, __version__,
+                                        len(control.server.connections), proxy.captures.dropped),
+               "text/plain; version=0.0.4")
+
+
+async def control_status(control: Control, connection: Connection, head: RequestHead) -> None:
+    """GET /status: what the proxy does and did."""
+    write_value(connection, status_view(control.proxy, control.server.url, time.time()))
+
+
+async def control_requests(control: Control, connection: Connection, head: RequestHead) -> None:
+    """GET /requests: the latest requests behind the number `after`, and those in flight."""
+    metrics = control.proxy.metrics
+    metrics.count()
+    after = query_number(head, "after", 0, 1 << 50)
+    limit = query_number(head, "limit", 50, RECENT_REQUESTS)
+    write_value(connection, {"latest": metrics.ended_count,
+                             "open": metrics.open_requests(time.time(), time.perf_counter()),
+                             "requests": metrics.requests(after, limit)})
+
+
+def status_view(proxy: Proxy, listen: str, now: float) -> Json:
+    """What /status tells; of a provider's URL no more than where it is."""
+    metrics = proxy.metrics
+    metrics.count()
+    providers = [{"name": name, "protocol": provider.protocol.name,
+                  "base_url": f"{provider.origin.scheme}://{provider.origin.authority}",
+                  **metrics.provider(name)} for name, provider in proxy.providers.items()]
+    return {"version": __version__, "started_at": wall_text(metrics.started),
+            "uptime_secs": int(now - metrics.started), "listen": listen,
+            "in_flight": len(metrics.open),
+            "requests": {"total": metrics.ended_count, "errors": metrics.error_count},
+            "providers": providers, "captures": captures_view(proxy.captures),
+            "history": metrics.history(now), "models": metrics.models(),
+            "recent": metrics.requests(0, 20)}
+
+
+def captures_view(store: CaptureStore) -> Json:
+    """Which phases are captured, and where."""
+    switches = store.switches
+    return {"directory": str(store.directory), "dropped": store.dropped,
+            "phases": {phase: {"default": switches.defaults[phase],
+                               "override": switches.overrides[phase],
+                               "effective": switches.effective(phase)} for phase in PHASES}}
+
+
+def write_value(connection: Connection, value: Json) -> None:
+    """Answer with JSON that nobody may keep."""
+    write_text(connection, dump(value).decode(), "application/json")
 
 
 def write_text(connection: Connection, text: str, content_type: str = "text/plain") -> None:
@@ -12796,6 +13363,9 @@ CONTROL_PATHS: dict[str, dict[str, ControlHandler]] = {
     "/health": {"GET": control_health},
     "/captures": {"GET": control_captures},
     CAPTURE_PATH: {"GET": control_one_capture},
+    "/metrics": {"GET": control_metrics},
+    "/requests": {"GET": control_requests},
+    "/status": {"GET": control_status},
 }
 
 
@@ -13363,8 +13933,8 @@ async def serve(config: Config, log: Log, environ: Mapping[str, str], sockets: S
     """Run the proxy until a signal ends it: the first drains, the second cuts. `started` is
     called when it accepts, and a change of `file` is followed."""
     proxy = Proxy(config, log, environ)
-    control = Control(proxy)
     server = Server(config.server, proxy.serve, proxy.refuse)
+    control = Control(proxy, server)
     switchboard = Server(dataclasses.replace(config.server, host=config.mcp.host),
                          control.serve, control.refuse)
     await server.listen(sockets.proxy)

@@ -19,6 +19,7 @@ import dataclasses
 import datetime
 import dis
 import email.utils
+import errno
 import functools
 import gzip
 import hashlib
@@ -1576,6 +1577,9 @@ format = "json"
 level = "trace"
 output_format = "json"
 use_color = false
+file = "a.log"
+file_max_bytes = 1024
+file_backups = 1
 [logging.duration_thresholds]
 warn_ms = 0
 error_ms = 1
@@ -1638,6 +1642,7 @@ FULL_VALUES = {
     "providers.two.profile.vision": None,
     "tool_calls.timeout_secs": 9, "translation.extended_pairs": True, "error_responses.format": "json",
     "logging.level": "trace", "logging.output_format": "json", "logging.use_color": False,
+    "logging.file": "a.log", "logging.file_max_bytes": 1024, "logging.file_backups": 1,
     "logging.duration_thresholds.warn_ms": 0, "logging.duration_thresholds.error_ms": 1,
     **{f"capture.{phase}_enabled": True for phase in proxai.PHASES},
 }
@@ -1668,6 +1673,7 @@ SPECIFIED = {
     "providers.p.compatibility": "anthropic_compatible", "providers.p.read_idle_timeout_secs": 120,
     "tool_calls.timeout_secs": 120, "translation.extended_pairs": False, "error_responses.format": "text",
     "logging.level": "info", "logging.output_format": "human", "logging.use_color": True,
+    "logging.file": None, "logging.file_max_bytes": 10 * 1024 * 1024, "logging.file_backups": 5,
     "logging.duration_thresholds.warn_ms": 5000, "logging.duration_thresholds.error_ms": 15000,
     "capture.inbound_request_enabled": False, "capture.provider_request_enabled": False,
     "capture.upstream_response_enabled": False, "capture.outbound_response_enabled": False,
@@ -16560,6 +16566,215 @@ def test_what_a_translated_stream_tells_is_seen_once():
 #  15  Metrics
 # ============================================================================
 
+def counted(metrics, outcome="end", *, now=1_800_000_000.0, duration=0.5, model="m", **more):
+    """Count one request."""
+    exchange = exchange_of(CHAT, **{"model": model, "upstream_model": model, "head_at": 100.25, "phase": proxai.PHASES[3],
+                                    "id": round((now - duration) * 1e6), **more})
+    metrics.began(exchange)
+    metrics.ended(exchange, outcome, 100.0 + duration)
+    metrics.count()
+    return exchange
+
+
+def text_of_metrics(metrics, *providers):
+    """The lines without comments."""
+    text = proxai.metrics_text(metrics, providers, "1.2.3", 7, 5)
+    assert text.endswith("\n")
+    return [line for line in text.splitlines() if not line.startswith("#")]
+
+
+@pytest.mark.parametrize("values, counts", [
+    ([], [0, 0, 0]), ([0.0, 1.0], [2, 0, 0]), ([1.0001, 2.0], [0, 2, 0]), ([2.5, 1e9, 0.5], [1, 0, 2])])
+def test_a_value_on_a_bound_is_below_it(values, counts):
+    histogram = proxai.Histogram((1.0, 2.0))
+    for value in values:
+        histogram.add(value)
+    assert histogram.counts == counts and histogram.total == sum(values)
+    samples = list(proxai.histogram_samples(histogram))
+    assert [(suffix, labels.get("le"), value) for suffix, labels, value in samples] == [
+        ("_bucket", "1.0", counts[0]), ("_bucket", "2.0", sum(counts[:2])), ("_bucket", "+Inf", len(values)),
+        ("_sum", None, sum(values)), ("_count", None, len(values))]
+
+
+@pytest.mark.parametrize("value, shown", [
+    ("plain", "plain"), ('a"b', r'a\"b'), ("a\\b", r"a\\b"), ("a\nb", r"a\nb"), ('\\"\n', r'\\\"\n'), ("ü€", "ü€"), ("", "")])
+def test_label_values_are_escaped(value, shown):
+    assert proxai.label_text({"a": value, "b": "c"}) == f'{{a="{shown}",b="c"}}'
+    assert proxai.label_text({}) == ""
+
+
+def test_metrics_are_counted_by_provider_model_and_pair():
+    metrics = proxai.Metrics(1_700_000_000.5)
+    usage = proxai.observe_body(CHAT, {"usage": {
+        "prompt_tokens": 10, "completion_tokens": 4, "prompt_tokens_details": {"cached_tokens": 3},
+        "completion_tokens_details": {"reasoning_tokens": 2}}})
+    counted(metrics, observed=usage, inbound=RESPONSES, dropped=2)
+    counted(metrics, inbound=RESPONSES)
+    counted(metrics, "hdr-error", inbound=RESPONSES, status=429, error_type="upstream_error")
+    counted(metrics, "timeout", inbound=RESPONSES, status=502, head_at=0.0)
+    metrics.began(exchange_of(CHAT))
+    lines = text_of_metrics(metrics, "openai_default", "other")
+    at = ('provider="openai_default",model="m",protocol="openai_responses",'
+          'provider_protocol="openai_chat_completions"')
+    for line in ('proxai_build_info{version="1.2.3"} 1.0', "process_start_time_seconds 1700000000.5",
+                 "proxai_open_connections 7", "proxai_captures_dropped_total 5",
+                 'proxai_requests_in_flight{provider="openai_default"} 1', 'proxai_requests_in_flight{provider="other"} 0',
+                 f'proxai_requests_total{{{at},status="2xx",outcome="end"}} 2',
+                 f'proxai_requests_total{{{at},status="4xx",outcome="hdr-error"}} 1',
+                 f'proxai_request_errors_total{{{at},type="upstream_error"}} 1',
+                 f'proxai_request_errors_total{{{at},type="timeout"}} 1',
+                 f'proxai_time_to_first_byte_seconds_bucket{{{at},le="0.1"}} 0',
+                 f'proxai_time_to_first_byte_seconds_bucket{{{at},le="0.25"}} 3',
+                 f'proxai_time_to_first_byte_seconds_count{{{at}}} 3',
+                 f'proxai_request_duration_seconds_bucket{{{at},le="+Inf"}} 4',
+                 f'proxai_request_duration_seconds_sum{{{at}}} 2.0',
+                 f'proxai_request_bytes_total{{{at}}} 8000', f'proxai_response_bytes_total{{{at}}} 16384',
+                 f'proxai_tokens_total{{{at},kind="input"}} 7', f'proxai_tokens_total{{{at},kind="output"}} 4',
+                 f'proxai_tokens_total{{{at},kind="cached"}} 3', f'proxai_tokens_total{{{at},kind="reasoning"}} 2',
+                 f'proxai_dropped_fields_total{{{at}}} 2'):
+        assert line in lines, line
+
+
+def test_the_text_of_the_metrics_is_what_prometheus_reads():
+    parser = pytest.importorskip("prometheus_client.parser")
+    metrics = proxai.Metrics(1.0)
+    name = 'odd "name\\n\nof a model'
+    counted(metrics, model=name)
+    counted(metrics, "stream-error", model="b", duration=1000.0)
+    text = proxai.metrics_text(metrics, ["p"], "1", 0, 0)
+    families = {family.name: family for family in parser.text_string_to_metric_families(text)}
+    counters = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE") and line.endswith("counter")]
+    assert all(name.endswith("_total") for name in counters) and len(families) == text.count("# TYPE") == text.count("# HELP")
+    assert {s.labels["model"]: s.value for s in families["proxai_requests"].samples} == {name: 1.0, "b": 1.0}
+    buckets = [s for s in families["proxai_request_duration_seconds"].samples
+               if s.labels["model"] == "b" and s.name.endswith("_bucket")]
+    assert [s.value for s in buckets] == [0.0] * 14 + [1.0] and buckets[-1].labels["le"] == "+Inf"
+    assert [s.value for s in families["proxai_request_errors"].samples] == [1.0]
+
+
+def test_models_beyond_the_limit_are_counted_together(monkeypatch):
+    monkeypatch.setattr(proxai, "MODEL_SERIES", 3)
+    metrics = proxai.Metrics(0.0)
+    for number in range(8):
+        counted(metrics, model=f"m{number}")
+    counted(metrics, model="m0")
+    counted(metrics, model="x" * 500, provider="second")
+    counts = {(found["provider"], found["model"]): found["requests"] for found in metrics.models()}
+    default = "openai_default"
+    assert counts == {(default, "m0"): 2, (default, "m1"): 1, (default, "m2"): 1, (default, "_other"): 5, ("second", "_other"): 1}
+
+
+def test_a_long_model_name_is_cut():
+    metrics = proxai.Metrics(0.0)
+    counted(metrics, model="x" * 500)
+    assert [found["model"] for found in metrics.models()] == ["x" * 100]
+
+
+def test_a_request_is_counted_once_and_only_if_it_is_one_for_a_model():
+    metrics = proxai.Metrics(0.0)
+    first = counted(metrics)
+    metrics.ended(first, "end", 101.0)
+    health = exchange_of(CHAT)
+    metrics.began(health)
+    metrics.forget(health)
+    metrics.ended(health, "end", 101.0)
+    metrics.count()
+    assert metrics.ended_count == 1 and not metrics.open and len(metrics.recent) == 1
+
+
+def test_what_is_over_is_counted_many_at_a_time_and_the_wait_for_that_is_bounded():
+    metrics = proxai.Metrics(0.0)
+    for number in range(1, 3 * proxai.COUNTED_TOGETHER):
+        exchange = exchange_of(MESSAGES, id=number, usage={"input_tokens": 2, "output_tokens": "3"})
+        metrics.began(exchange)
+        metrics.ended(exchange, "end", 101.0)
+        assert len(metrics.pending) == number % proxai.COUNTED_TOGETHER
+        assert metrics.ended_count == number - len(metrics.pending)
+    assert len(text_of_metrics(metrics)) > 10 and not metrics.pending
+    found, = metrics.models()
+    assert (found["requests"], found["input_tokens"], found["output_tokens"]) == (number, 2 * number, 3 * number)
+
+
+def test_the_history_goes_by_minutes():
+    metrics, start = proxai.Metrics(0.0), 1_800_000_000.0
+    assert start % 60 == 0
+    counted(metrics, now=start - 60 * 59, duration=1.0)
+    counted(metrics, now=start - 60 * 60)  # the clock went back: counted in the minute that is open
+    counted(metrics, "timeout", now=start + 1, duration=0.3, head_at=0.0)
+    for duration in (0.4, 0.9):
+        counted(metrics, now=start + 59.9, duration=duration)
+    history = metrics.history(start + 59.99)
+    assert [minute["at"] for minute in history] == [int(start) - 60 * k for k in range(59, -1, -1)]
+    assert {place: minute["requests"] for place, minute in enumerate(history) if minute["requests"]} == {0: 2, 59: 3}
+    assert history[59] == {"at": int(start), "requests": 3, "errors": 1, "ttfb_ms_p50": 250,
+                           "duration_ms_p50": 400, "input_tokens": 0, "output_tokens": 0}
+    assert history[1]["ttfb_ms_p50"] is None and history[1]["duration_ms_p50"] is None
+    later = metrics.history(start + 60)
+    assert (later[0]["requests"], later[58]["requests"], later[59]["requests"]) == (0, 3, 0)
+    counted(metrics, now=start + 60 * 500)
+    assert len(metrics.minutes) <= 60 and sum(m["requests"] for m in metrics.history(start + 60 * 500)) == 1
+
+
+def test_memory_of_requests_is_bounded_and_light():
+    metrics = proxai.Metrics(0.0)
+    exchange = counted(metrics, body={"much": 1}, observed=watched(CHAT, {"choices": [
+        {"index": 0, "delta": {"tool_calls": [{"index": 0, "id": "c", "function": {"name": "f"}}]}}]}).seen)
+    assert exchange.body is None and not exchange.rates
+    assert not exchange.observed.seen and not exchange.observed.calls
+    for number in range(proxai.RECENT_REQUESTS + 50):
+        counted(metrics, model=f"m{number}", duration=float(number))
+    assert len(metrics.recent) == proxai.RECENT_REQUESTS
+    assert all(len(t.ttfbs) <= proxai.MEDIAN_SAMPLES for t in (*metrics.minutes, *metrics.providers.values()))
+    newest = metrics.ended_count
+    assert [r["seq"] for r in metrics.requests(0, 3)] == [newest, newest - 1, newest - 2]
+    assert [r["seq"] for r in metrics.requests(newest - 2, 50)] == [newest, newest - 1]
+    assert metrics.requests(newest, 50) == []
+
+
+def test_the_record_of_a_request():
+    exchange = exchange_of(CHAT, RESPONSES, model="asked", route="r", error="words", error_type="upstream_error",
+                           dropped_paths=["a", "b"], status=500,
+                           observed=proxai.observe_body(CHAT, {"usage": {"prompt_tokens": 3, "completion_tokens": 2}}))
+    assert proxai.request_record(exchange, "hdr-error", 1_800_000_002.623, 102.5) == {
+        "id": str(ID), "at": "2027-01-15T08:00:00.123Z", "method": "POST", "path": "/v1/responses",
+        "protocol": "openai_responses", "provider_protocol": "openai_chat_completions",
+        "translation": "openai_responses->openai_chat_completions", "provider": "openai_default", "route": "r",
+        "model": "asked", "upstream_model": "up-model", "status": 500, "outcome": "hdr-error", "error": "words",
+        "error_type": "upstream_error", "stream": True, "ttfb_ms": 1200, "duration_ms": 2500, "bytes_in": 2000,
+        "bytes_out": 4096, "input_tokens": 3, "output_tokens": 2, "cached_tokens": 0, "reasoning_tokens": 0,
+        "dropped": ["a", "b"], "captured": False}
+    nothing = proxai.request_record(proxai.Exchange(1, "-", "-", 5.0), "open", 10.0, 6.0)
+    assert nothing["at"] == "1970-01-01T00:00:09.000Z" and nothing["duration_ms"] == 1000
+    assert (nothing["protocol"], nothing["provider"], nothing["ttfb_ms"], nothing["translation"]) == (None, "", None, "")
+    assert json.loads(proxai.dump(nothing)) == nothing
+
+
+@pytest.mark.parametrize("outcome, more, health", [
+    ("end", {}, "ok"), ("end", {"head_at": 0.0}, "unknown"), ("closed", {}, "unknown"),
+    ("hdr-error", {"status": 400}, "ok"), ("hdr-error", {"status": 404}, "ok"), ("hdr-error", {"status": 429}, "unknown"),
+    ("hdr-error", {"status": 401}, "failing"), ("hdr-error", {"status": 402}, "failing"),
+    ("hdr-error", {"status": 403}, "failing"), ("hdr-error", {"status": 529}, "failing"),
+    ("request-failed", {"status": 502, "phase": "provider_request"}, "failing"), ("timeout", {"status": 502}, "failing"),
+    ("stream-error", {}, "failing"), ("unfinished-tool", {}, "failing"),
+    ("request-failed", {"status": 502, "phase": "inbound_request"}, "unknown"), ("request-failed", {"status": 503}, "unknown"),
+])
+def test_the_health_of_a_provider(outcome, more, health):
+    metrics = proxai.Metrics(0.0)
+    counted(metrics, outcome, **more)
+    assert metrics.provider("openai_default")["health"] == health
+    assert metrics.provider("unused") == {
+        "requests": 0, "errors": 0, "in_flight": 0, "last_status": None, "last_error": None, "last_at": None,
+        "ttfb_ms_p50": None, "health": "unknown"}
+
+
+def test_the_last_error_of_a_provider_stays_while_its_health_comes_back():
+    metrics = proxai.Metrics(0.0)
+    counted(metrics, "hdr-error", status=500, error="no")
+    counted(metrics, now=0.5)
+    assert metrics.provider("openai_default") == {
+        "requests": 2, "errors": 1, "in_flight": 0, "last_status": 200, "last_error": "no",
+        "last_at": "1970-01-01T00:00:00.500Z", "ttfb_ms_p50": 250, "health": "ok"}
+
 
 
 # ============================================================================
@@ -17862,6 +18077,99 @@ def test_words_of_libraries_are_told_as_events(loggers):
     writer.close()
     line, = screen.getvalue().splitlines()
     assert "slow" in line and "\x1b" not in line and "not this" not in line
+
+
+# -- the file
+
+def logged(directory, **settings):
+    """Settings of a log with a file in `directory`."""
+    return {"file": str(directory / "log"), **settings}
+
+
+def test_the_file_has_the_lines_without_colour_and_each_wait(writers, tmp_path):
+    screen = Screen(terminal=True)
+    writer = writers(screen, **logged(tmp_path))
+    for event in ("some", "wait", "wait", "last"):
+        tell(writer, event, WAIT if event == "wait" else {"a": 1})
+    writer.close()
+    lines = (tmp_path / "log").read_text("utf-8").splitlines()
+    assert [line.split()[2] for line in lines] == ["some", "wait", "wait", "last"] and "\x1b" not in "".join(lines)
+    assert "\x1b[" in screen.getvalue()
+    if os.name == "posix":
+        assert (tmp_path / "log").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_file_is_for_programs_where_the_lines_are(writers, tmp_path):
+    writer = writers(Screen(), **logged(tmp_path, output_format="json"))
+    tell(writer, "some", {"text": "ü\ud800"})
+    writer.close()
+    assert json.loads((tmp_path / "log").read_text("utf-8"))["event"] == "some"
+
+
+def test_a_file_that_is_full_becomes_an_older_one(writers, tmp_path):
+    writer = writers(Screen(), **logged(tmp_path, file_max_bytes=1024, file_backups=2))
+    for number in range(40):
+        tell(writer, "some", {"number": number, "text": "x" * 100})
+    writer.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "log.1", "log.2"]
+    kept = "".join((tmp_path / name).read_text("utf-8") for name in ("log.2", "log.1", "log"))
+    numbers = [int(n) for n in re.findall(r"number=(\d+)", kept)]
+    assert numbers == list(range(numbers[0], 40)) and all(p.stat().st_size <= 1024 for p in tmp_path.iterdir())
+
+
+def test_a_file_that_cannot_be_written_any_more_is_told_once(writers, tmp_path, monkeypatch, capsys):
+    screen = Screen()
+    writer = writers(screen, **logged(tmp_path))
+
+    def full(record):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writer.file, "shouldRollover", full)
+    for _ in range(3):
+        tell(writer, "some", {"a": 1})
+    writer.close()
+    assert len(screen.getvalue().splitlines()) == 3
+    line, = capsys.readouterr().err.splitlines()
+    assert "logging.file" in line and "No space left" in line
+
+
+def test_the_file_goes_on_when_nobody_reads_the_output(writers, tmp_path):
+    screen = Screen()
+    screen.close()
+    writer = writers(screen, **logged(tmp_path))
+    for _ in range(3):
+        tell(writer, "some", {"a": 1})
+    writer.close()
+    assert len((tmp_path / "log").read_text("utf-8").splitlines()) == 3
+
+
+def test_a_file_that_cannot_be_written_from_the_start_is_refused(tmp_path):
+    with pytest.raises(proxai.ConfigError) as caught:
+        proxai.LineWriter(Screen(), proxai.LoggingConfig(file=str(tmp_path / "no" / "log")), {})
+    fault, = caught.value.faults
+    assert fault.startswith("logging.file: cannot write") and "No such file" in fault
+
+
+def test_where_the_file_is(tmp_path):
+    environ = {"HOME": str(tmp_path)}
+    assert proxai.log_path("a.log", environ) == tmp_path / ".proxai" / "logs" / "a.log"
+    assert (tmp_path / ".proxai" / "logs").is_dir()
+    assert proxai.log_path(str(tmp_path / "b.log"), environ) == tmp_path / "b.log"
+
+
+def test_the_line_of_a_timeout_tells_the_limit():
+    fields = proxai.end_fields(exchange_of(CHAT, error="silent")) | {"timeout_ms": 1500}
+    assert " timeout=1.5s " in human("timeout", fields, "warn")
+
+
+def test_the_line_of_a_silent_stream_tells_how_far_it_is():
+    observed = proxai.Observed()
+    observed.response_id, observed.sequence, observed.status, observed.pending = "resp_12345678", 7, "in_progress", {1: 0.0}
+    fields = proxai.wait_fields(exchange_of(RESPONSES, observed=observed), 5.0)
+    assert fields["idle_ms"] == 5000
+    line = human("wait", fields | {"duration_ms": 42_000})
+    assert line == (" INFO wait  idle=5s dur=42s ↓4.0KB chunks=16 resp=...12345678 seq=7 state=in_progress pending=1"
+                    " req=wn82ac")
 
 
 
@@ -21880,7 +22188,8 @@ def test_silence_within_a_stream_cuts_it(hasty, upstream, model):
         upstream.on(name, witness)
         reply = ask(hasty, protocol, name, stream=True)
         assert (reply.body, reply.broken) == (b"".join(WHOLE_STREAMS[protocol.word][:-1]), True)
-        assert outcome(hasty, reply)["event"] == "timeout"
+        line = outcome(hasty, reply)
+        assert (line["event"], line["timeout_ms"]) == ("timeout", 200)
         assert witness.wait()
 
     at_once(check, ALL)
@@ -23578,6 +23887,127 @@ def test_the_control_listener_shows_captures(programs, upstream, tmp_path_factor
         assert get(path).status == 404, path
     (folder / f"{STORED_SECS}-{id}-exchange.json").write_text("{")
     assert "is damaged" in get(f"/captures/{id}").json["error"]["message"] and get("/captures").json["captures"][0]["outcome"] == "damaged"
+@pytest.fixture(scope="module")
+def metered(upstream, tmp_path_factory):
+    """The program behind which one request went well, one failed, and one was none for a model."""
+    home = tmp_path_factory.mktemp("metered")
+    program = Running(home, config=config_for(upstream.url, server='allowed_hosts = ["a"]').replace(
+        "[logging]", '[logging]\nfile = "own.log"'))
+    program.log = home / ".proxai" / "logs" / "own.log"
+    upstream.on("metered", answer_json({"id": "c", "model": "metered", "choices": [], "usage": {
+        "prompt_tokens": 10, "completion_tokens": 4, "prompt_tokens_details": {"cached_tokens": 3}}}))
+    upstream.on("meterless", answer_json({"error": {"message": "busy", "type": "server_error"}}, 500))
+    try:
+        assert program.post("/v1/chat/completions", body_for(CHAT, "metered")).status == 200
+        assert program.post("/v1/chat/completions", body_for(CHAT, "meterless")).status == 500
+        assert program.post(proxai.HEALTH_PATHS[0], b"", method="GET").status == 200
+        assert program.post("/nothing", b"{}").status == 404
+        yield program
+    finally:
+        assert program.stop() == 0
+
+
+def control_get(program, path):
+    """What the control listener answers."""
+    return read_reply(program.control(f"GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode()))
+
+
+def test_the_status_tells_what_the_proxy_did(metered, upstream):
+    reply = control_get(metered, "/status")
+    assert reply.headers["cache-control"] == "no-store" and reply.headers["content-type"].startswith("application/json")
+    status = reply.json
+    assert status["version"] == proxai.__version__ and status["listen"] == f"http://127.0.0.1:{metered.port}"
+    assert status["in_flight"] == 0 and status["requests"] == {"total": 3, "errors": 2}
+    provider = next(p for p in status["providers"] if p["name"] == "chat_default")
+    assert provider | {"last_at": "", "ttfb_ms_p50": 0} == {
+        "name": "chat_default", "protocol": CHAT.name, "base_url": upstream.url, "requests": 2, "errors": 1, "in_flight": 0,
+        "last_status": 500, "last_error": "busy", "last_at": "", "ttfb_ms_p50": 0, "health": "failing"}
+    assert status["captures"]["phases"]["inbound_request"] == {"default": False, "override": None, "effective": False}
+    assert len(status["history"]) == 60 and sum(m["requests"] for m in status["history"]) == 3
+    assert {m["model"]: (m["requests"], m["errors"], m["input_tokens"], m["cached_tokens"]) for m in status["models"]} == {
+        "metered": (1, 0, 7, 3), "meterless": (1, 1, 0, 0)}
+    assert [r["outcome"] for r in status["recent"]] == ["request-failed", "hdr-error", "end"]
+
+
+def test_what_a_translation_leaves_out_is_in_the_record():
+    exchange = proxai.Exchange(1, "POST", "/v1/messages", 0.0)
+    turn = types.SimpleNamespace(connection=types.SimpleNamespace(extra=[]), exchange=exchange,
+                                 log=types.SimpleNamespace(debug_on=False))
+    for count in (1, 30):
+        proxai.Turn.tell_dropped(turn, {f"part_{number}{'x' * 500}": "why" for number in range(count)})
+    told = proxai.request_record(exchange, "end", 1.0, 1.0)["dropped"]
+    assert len(told) == 20 and told[0].startswith("part_0x") and {len(path) for path in told} == {200}
+
+
+def test_the_requests_are_told_from_a_number_on(metered):
+    found = control_get(metered, "/requests?limit=2").json
+    assert found["latest"] == 3 and found["open"] == [] and [r["seq"] for r in found["requests"]] == [3, 2]
+    assert found["requests"][1]["error_type"] == "upstream_error" and found["requests"][0]["status"] == 404
+    assert [r["model"] for r in control_get(metered, "/requests?after=0").json["requests"]] == ["", "meterless", "metered"]
+    assert control_get(metered, "/requests?after=3").json["requests"] == []
+    for query in ("after=x", "limit=-1", "limit="):
+        reply = control_get(metered, f"/requests?{query}")
+        assert reply.status == 400 and reply.json["error"]["param"] == query.partition("=")[0], query
+
+
+def test_the_metrics_are_told_to_prometheus(metered):
+    reply = control_get(metered, "/metrics")
+    assert reply.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    parser = pytest.importorskip("prometheus_client.parser")
+    counts = {}
+    for family in parser.text_string_to_metric_families(reply.body.decode()):
+        for sample in family.samples:
+            counts[sample.name, sample.labels.get("model"), sample.labels.get("kind") or sample.labels.get("type")] = sample.value
+    assert counts["proxai_requests_total", "metered", None] == counts["proxai_requests_total", "meterless", None] == 1
+    assert counts["proxai_tokens_total", "metered", "input"] == 7 and counts["proxai_tokens_total", "metered", "output"] == 4
+    assert counts["proxai_request_errors_total", "meterless", "upstream_error"] == 1
+    assert counts["proxai_request_errors_total", "", "invalid_request_error"] == 1
+    assert counts["proxai_time_to_first_byte_seconds_count", "metered", None] == 1
+
+
+def test_a_request_in_flight_is_told(metered, upstream, model):
+    asked, gate = threading.Event(), threading.Event()
+
+    def script(peer, request):
+        asked.set()
+        assert gate.wait(PATIENCE)
+        answer_json({"choices": []})(peer, request)
+
+    upstream.on(model, script)
+    with metered.connect() as sock:
+        raw = json.dumps(body_for(CHAT, model)).encode()
+        sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b"
+                     % (len(raw), raw))
+        try:
+            assert asked.wait(PATIENCE)
+            record, = control_get(metered, "/requests?limit=1").json["open"]
+            assert (record["seq"], record["outcome"], record["model"], record["provider"]) == (0, "open", model, "chat_default")
+            status = control_get(metered, "/status").json
+            assert status["in_flight"] == sum(p["in_flight"] for p in status["providers"]) == 1
+            assert b'proxai_requests_in_flight{provider="chat_default"} 1\n' in control_get(metered, "/metrics").body
+        finally:
+            gate.set()
+        assert read_reply(read_all(sock)).status == 200
+    assert control_get(metered, "/status").json["in_flight"] == 0
+
+
+def test_tokens_are_counted_where_no_line_tells_them(upstream, model, tmp_path):
+    upstream.on(model, answer_json({"choices": [], "usage": {"prompt_tokens": 10, "completion_tokens": 4}}))
+    program = Running(tmp_path, config=config_for(upstream.url).replace('"debug"', '"warn"'))
+    try:
+        assert program.post("/v1/chat/completions", body_for(CHAT, model)).status == 200
+        record, = control_get(program, "/status").json["recent"]
+        assert (record["model"], record["input_tokens"], record["output_tokens"]) == (model, 10, 4)
+    finally:
+        assert program.stop() == 0
+
+
+def test_the_lines_are_in_the_file_too(metered):
+    events = metered.events(control_get(metered, "/requests?after=0").json["requests"][-1]["id"])
+    kept = [json.loads(line) for line in metered.log.read_text("utf-8").splitlines()]
+    assert events and all(event in kept for event in events)
+    if os.name == "posix":
+        assert metered.log.stat().st_mode & 0o777 == 0o600 and metered.log.parent.stat().st_mode & 0o777 == 0o700
 
 
 

@@ -1119,6 +1119,8 @@ model_pattern = "gpt-*"
 provider = "responses"
 [logging]
 level = "warn"
+[mcp]
+port = 0
 """ + "".join(f"""[providers.{word}]
 protocol = "{name}"
 base_url = "http://127.0.0.1:{{mock}}"
