@@ -8914,6 +8914,14 @@ def request_max_tokens(body: Json) -> int | None:
 # requests; bounded whatever clients send. Pure: takes exchanges that have ended.
 
 
+class Metrics:
+    """STAND-IN until the branch of the metrics is merged."""
+
+    def recent(self, limit: int, after: int = 0) -> list[Json]:
+        """No requests."""
+        return []
+
+
 
 # ============================================================================
 #  16  Credentials
@@ -9455,6 +9463,46 @@ class CaptureSwitches:
         """Override one phase, or `all`; None goes back to the configuration."""
         for phase in PHASES if target == "all" else (target,):
             self.overrides[phase] = value
+
+
+class CaptureStore:
+    """STAND-IN until the branch of the captures is merged."""
+
+    def __init__(self, settings: CaptureConfig, directory: Path) -> None:
+        self.switches, self.directory = CaptureSwitches(settings), directory
+
+
+CAPTURE_FILE = re.compile(rf"(\d+-(\d+))-({'|'.join(PHASES)})\.".replace("_", "-"))
+
+
+def stored_captures(directory: Path) -> list[Json]:
+    """STAND-IN until the branch of the capture tools is merged: what is there, newest first."""
+    found: dict[str, Json] = {}
+    for name in sorted(os.listdir(directory) if directory.is_dir() else (), reverse=True):
+        if m := CAPTURE_FILE.match(name):
+            one = found.setdefault(m[1], {"id": m[2], "prefix": m[1], "phases": []})
+            phase = m[3].replace("-", "_")
+            one["phases"] += [phase] if phase not in one["phases"] else []
+    return list(found.values())
+
+
+def read_capture(directory: Path, id: str) -> Json:
+    """STAND-IN until the branch of the capture tools is merged: one capture's phases."""
+    phases: Json = {}
+    for path in sorted(directory.iterdir()):
+        if (m := CAPTURE_FILE.match(path.name)) and m[2] == id:
+            phase = phases.setdefault(m[3].replace("-", "_"), {"head": None, "body": None, "files": []})
+            phase["files"].append(path.name)
+            if ".body." in path.name:
+                phase["body"] = path.read_text("utf-8", "replace")
+            else:
+                phase["head"] = load(path.read_bytes())
+    return {"id": id, "record": None, "phases": phases}
+
+
+def explain(proxy: Any, path: str, headers: Mapping[str, str], raw_body: bytes) -> Json:
+    """STAND-IN until the branch of the capture tools is merged."""
+    return {"path": path, "headers": list(headers), "model": load(raw_body).get("model")}
 
 
 
@@ -10628,6 +10676,8 @@ class Proxy:
         self.providers = {name: Provider(name, settings, environ)
                           for name, settings in config.providers.items()}
         self.pool, self.ids = Pool(), RequestIds()
+        self.metrics = Metrics()  # STAND-IN
+        self.captures = CaptureStore(config.capture, app_directory(environ) / "captures")
         self.slots = asyncio.Semaphore(config.server.max_concurrent_requests)
         self.streams: set[Exchange] = set()
         self.drains: set[asyncio.Task[None]] = set()
