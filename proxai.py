@@ -11673,9 +11673,11 @@ async def mcp_answer(proxy: Proxy, message: Any) -> Json | None:
             raise RpcError(INVALID_MESSAGE, "this is no message of JSON-RPC 2.0")
         if "id" not in message or "method" not in message:
             return None
-        reply["id"], result = message["id"], mcp_result(message)
-        reply["result"] = await run_tool(proxy, result) if isinstance(
-            result, ToolCall) else result
+        reply["id"] = message["id"]
+        result = mcp_result(message)
+        if isinstance(result, ToolCall):
+            result = await run_tool(proxy, result)
+        reply["result"] = result
     except RpcError as error:
         reply["error"] = {"code": error.code, "message": str(error)}
     return reply
