@@ -169,7 +169,8 @@ LOG_QUEUE_LINES = 10_000  # lines waiting for a blocked terminal before they are
 MCP_VERSIONS = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")  # the newest last
 MCP_BATCH_VERSION, MCP_BATCH = "2025-03-26", 32  # the one with batches; messages in one
 MCP_BODY_BYTES = 4 << 20
-MCP_TEXT_CHARS = 200_000  # of a capture that a tool reads out
+MCP_READ_BYTES = 1 << 20  # of each file of a capture that a tool reads,
+MCP_TEXT_CHARS = 200_000  # and of what it makes of them
 MCP_SESSIONS, MCP_IDLE_SECS = 64, 300.0
 MCP_KEEPALIVE_SECS = 15.0
 
@@ -8923,7 +8924,7 @@ def request_max_tokens(body: Json) -> int | None:
 class Metrics:
     """STAND-IN until the branch of the metrics is merged."""
 
-    def recent(self, limit: int, after: int = 0) -> list[Json]:
+    def requests(self, after: int, limit: int) -> list[Json]:
         """No requests."""
         return []
 
@@ -9478,37 +9479,76 @@ class CaptureStore:
         self.switches, self.directory = CaptureSwitches(settings), directory
 
 
-CAPTURE_FILE = re.compile(rf"(\d+-(\d+))-({'|'.join(PHASES)})\.".replace("_", "-"))
+class StoredCapture(NamedTuple):
+    """STAND-IN until the branch of the capture tools is merged, like all down to `explain`."""
+
+    prefix: str
+    id: str
+    files: dict[str, list[str]]
 
 
-def stored_captures(directory: Path) -> list[Json]:
-    """STAND-IN until the branch of the capture tools is merged: what is there, newest first."""
-    found: dict[str, Json] = {}
-    for name in sorted(os.listdir(directory) if directory.is_dir() else (), reverse=True):
-        if m := CAPTURE_FILE.match(name):
-            one = found.setdefault(m[1], {"id": m[2], "prefix": m[1], "phases": []})
-            phase = m[3].replace("-", "_")
-            one["phases"] += [phase] if phase not in one["phases"] else []
-    return list(found.values())
+class CapturedPhase(NamedTuple):
+    """STAND-IN: what was kept of one phase."""
+
+    head: Json | None
+    body: bytes | None
+    cut: bool
+    files: list[str]
+
+    @property
+    def sse(self) -> bool:
+        """STAND-IN."""
+        return False
 
 
-def read_capture(directory: Path, id: str) -> Json:
-    """STAND-IN until the branch of the capture tools is merged: one capture's phases."""
-    phases: Json = {}
-    for path in sorted(directory.iterdir()):
-        if (m := CAPTURE_FILE.match(path.name)) and m[2] == id:
-            phase = phases.setdefault(m[3].replace("-", "_"), {"head": None, "body": None, "files": []})
-            phase["files"].append(path.name)
-            if ".body." in path.name:
-                phase["body"] = path.read_text("utf-8", "replace")
-            else:
-                phase["head"] = load(path.read_bytes())
-    return {"id": id, "record": None, "phases": phases}
+class Capture(NamedTuple):
+    """STAND-IN: a stored exchange."""
+
+    prefix: str
+    id: str
+    record: Json | None
+    phases: dict[str, CapturedPhase]
 
 
-def explain(proxy: Any, path: str, headers: Mapping[str, str], raw_body: bytes) -> Json:
-    """STAND-IN until the branch of the capture tools is merged."""
-    return {"path": path, "headers": list(headers), "model": load(raw_body).get("model")}
+def stored_captures(directory: Path) -> list[StoredCapture]:
+    """STAND-IN: what is there, newest first."""
+    found: dict[str, StoredCapture] = {}
+    for name in sorted(os.listdir(directory) if directory.is_dir() else ()):
+        if m := re.match(rf"([0-9]+-([0-9]+))-({'|'.join(PHASES).replace('_', '-')})\.", name):
+            files = found.setdefault(m[1], StoredCapture(m[1], m[2], {})).files
+            files.setdefault(m[3].replace("-", "_"), []).append(name)
+    return [*found.values()][::-1]
+
+
+def read_capture(directory: Path, word: str, limit: int = 0) -> Capture:
+    """STAND-IN: one of them."""
+    for one in stored_captures(directory):
+        if one.id == word:
+            phases = {}
+            for phase, names in one.files.items():
+                head, body = None, None
+                for name in names:
+                    raw = (directory / name).read_bytes()
+                    head, body = (head, raw) if ".body." in name else (load(raw), body)
+                phases[phase] = CapturedPhase(head, body, False, names)
+            return Capture(one.prefix, one.id, None, phases)
+    raise ConfigError([f"there is no capture with the id {word} in {directory}"])
+
+
+def pretty(value: Any) -> str:
+    """STAND-IN: JSON for people."""
+    return json.dumps(value, ensure_ascii=False, indent=2)
+
+
+def body_text(body: bytes, sse: bool) -> str:
+    """STAND-IN: a body for people."""
+    return body.decode("utf-8", "replace")
+
+
+def explain(config: Any, path: str, lines: Sequence[bytes], raw: bytes,
+            environ: Mapping[str, str]) -> Json:
+    """STAND-IN: what would become of a request."""
+    return {"path": path, "headers": [*map(repr, lines)], "model": load(raw).get("model")}
 
 
 
@@ -10682,7 +10722,7 @@ class Proxy:
         self.providers = {name: Provider(name, settings, environ)
                           for name, settings in config.providers.items()}
         self.pool, self.ids = Pool(), RequestIds()
-        self.metrics = Metrics()  # STAND-IN
+        self.metrics, self.environ = Metrics(), environ  # STAND-IN
         self.captures = CaptureStore(config.capture, app_directory(environ) / "captures")
         self.slots = asyncio.Semaphore(config.server.max_concurrent_requests)
         self.streams: set[Exchange] = set()
@@ -11478,7 +11518,7 @@ class McpTool(NamedTuple):
     arguments: Json  # name -> JSON schema
     required: tuple[str, ...] = ()
     changes: bool = False  # whether it changes what the proxy does
-    reads_files: bool = False  # then it runs on a thread
+    aside: bool = False  # whether it takes a while, and so runs on a thread
 
 
 class ToolCall(NamedTuple):
@@ -11486,11 +11526,6 @@ class ToolCall(NamedTuple):
 
     tool: McpTool
     arguments: Json
-
-
-def as_text(value: Any) -> str:
-    """A value as JSON that people can read, too."""
-    return json.dumps(value, ensure_ascii=False, indent=2)
 
 
 def tool_capture_status(proxy: Proxy, arguments: Json) -> str:
@@ -11515,40 +11550,35 @@ def tool_capture_override(value: bool | None) -> Callable[[Proxy, Json], str]:
 
 def tool_capture_list(proxy: Proxy, arguments: Json) -> str:
     """The newest captures, a line each."""
-    found = stored_captures(proxy.captures.directory)[:arguments["limit"]]
     return "\n".join(
-        " ".join([f"request_id={one['id']} prefix={one['prefix']}",
-                  *(f"{phase}={MCP_WORDS[phase in one['phases']]}" for phase in PHASES)])
-        for one in found) or "There are no captures yet."
+        " ".join([f"request_id={stored.id} prefix={stored.prefix}",
+                  *(f"{phase}={MCP_WORDS[phase in stored.files]}" for phase in PHASES)])
+        for stored in stored_captures(proxy.captures.directory)[:arguments["limit"]]
+    ) or "There are no captures yet."
 
 
 def tool_capture_show_latest(proxy: Proxy, arguments: Json) -> str:
     """The files of the newest capture, or of the newest that has the phase `target`."""
     target, directory = arguments.get("target"), proxy.captures.directory
-    newest = next((one for one in stored_captures(directory)
-                   if not target or target in one["phases"]), None)
+    newest = next((stored for stored in stored_captures(directory)
+                   if not target or target in stored.files), None)
     if newest is None:
         return f"There are no captures{f' of {target}' if target else ''} yet."
-    phases = read_capture(directory, newest["id"])["phases"]
-    lines = [f"request_id: {newest['id']}", f"prefix: {newest['prefix']}"]
-    for phase in (target,) if target else PHASES:
-        start = len(f"{newest['prefix']}-{phase}.")
-        lines += [f"{phase}.{name[start:].partition('.')[0]}: {directory / name}"
-                  for name in mapping(phases.get(phase)).get("files", ())]
-    return "\n".join(lines)
+    return "\n".join([
+        f"request_id: {newest.id}", f"prefix: {newest.prefix}",
+        *(f"{phase}.{name[len(f'{newest.prefix}-{phase}.'):].partition('.')[0]}: {directory / name}"
+          for phase in ([target] if target else PHASES) for name in newest.files.get(phase, ()))])
 
 
 def tool_capture_read(proxy: Proxy, arguments: Json) -> str:
     """What was captured of a request: for each phase its head and its body."""
-    id, directory = arguments["id"], proxy.captures.directory
-    if not any(one["id"] == id for one in stored_captures(directory)):
-        raise RequestError(f"there is no capture of {short(id)}", status=404,
-                           fix="capture_list names those that there are")
-    phases, parts = read_capture(directory, id)["phases"], [f"request_id: {id}"]
-    for phase in (arguments["phase"],) if "phase" in arguments else PHASES:
-        one = mapping(phases.get(phase))
-        parts += [f"{phase}.{part}:\n{text if isinstance(text, str) else as_text(text)}"
-                  for part in ("head", "body") if (text := one.get(part)) is not None]
+    directory = proxy.captures.directory
+    capture = read_capture(directory, arguments["id"], MCP_READ_BYTES)
+    parts = [f"request_id: {capture.id}"]
+    for name, phase in capture.phases.items():
+        if arguments.get("phase", name) == name:
+            parts += [f"{name}.head:\n{pretty(phase.head)}",
+                      f"{name}.body:\n{body_text(phase.body or b'', phase.sse)}"]
     text = "\n\n".join(parts)
     return text if len(text) <= MCP_TEXT_CHARS else (
         f"{text[:MCP_TEXT_CHARS]}\n\n(cut here; all of it is in the files of {directory})")
@@ -11556,19 +11586,20 @@ def tool_capture_read(proxy: Proxy, arguments: Json) -> str:
 
 def tool_explain(proxy: Proxy, arguments: Json) -> str:
     """What would become of a request."""
-    return as_text(explain(proxy, arguments["path"], arguments["headers"],
-                           dump(arguments["body"])))
+    lines = [f"{name}: {value}".encode() for name, value in arguments["headers"].items()]
+    return pretty(explain(proxy.config, arguments["path"], lines, dump(arguments["body"]),
+                          proxy.environ))
 
 
 def tool_recent_requests(proxy: Proxy, arguments: Json) -> str:
     """The records of the latest requests."""
-    return as_text(proxy.metrics.recent(arguments["limit"]))
+    return pretty(proxy.metrics.requests(0, arguments["limit"]))
 
 
 def tool_providers(proxy: Proxy, arguments: Json) -> str:
     """Where requests can go, and which do; never a key or the path of an address."""
     routes = proxy.config.routing.routes
-    return as_text([{
+    return pretty([{
         "name": name, "protocol": provider.protocol.name,
         "base_url": f"{provider.origin.scheme}://{provider.origin.authority}",
         "default_for": [protocol for protocol, default in proxy.defaults.items()
@@ -11685,10 +11716,11 @@ async def mcp_answer(proxy: Proxy, message: Any) -> Json | None:
 
 async def run_tool(proxy: Proxy, call: ToolCall) -> Json:
     """The result of a tool: its text, or what went wrong in it, which the model may read."""
+    tool, wrong = call.tool, False
     try:
-        text, wrong = (await asyncio.to_thread(call.tool.run, proxy, call.arguments)
-                       if call.tool.reads_files else call.tool.run(proxy, call.arguments)), False
-    except (ProxyError, OSError) as error:
+        text = (await asyncio.to_thread(tool.run, proxy, call.arguments) if tool.aside
+                else tool.run(proxy, call.arguments))
+    except (ProxyError, ConfigError, OSError, ValueError) as error:  # ValueError: half a surrogate
         text, wrong = str(error), True
     return {"content": [{"type": "text", "text": text}], "isError": wrong}
 
@@ -11720,22 +11752,22 @@ MCP_TOOLS = {
         tool_capture_override(None), {"target": MCP_TARGET}, changes=True),
     "capture_show_latest": McpTool(
         "Latest capture", "The files of the newest capture.", tool_capture_show_latest,
-        {"target": MCP_PHASE}, reads_files=True),
+        {"target": MCP_PHASE}, aside=True),
     "capture_list": McpTool(
         "List captures", "The captures, newest first, with the phases that each has.",
-        tool_capture_list, {"limit": limit_schema(10)}, reads_files=True),
+        tool_capture_list, {"limit": limit_schema(10)}, aside=True),
     "capture_read": McpTool(
         "Read a capture", "Heads and bodies of a captured request, as text; keys are redacted.",
         tool_capture_read,
         {"id": {"type": "string", "description": "The request_id of a capture."},
-         "phase": MCP_PHASE}, ("id",), reads_files=True),
+         "phase": MCP_PHASE}, ("id",), aside=True),
     "explain": McpTool(
         "Explain a request", "What the proxy would do with a request, without sending it: route,"
         " provider, translation, what is dropped.", tool_explain,
         {"path": {"type": "string", "description": "Such as /v1/responses."},
          "body": {"type": "object", "description": "The body of the request."},
          "headers": {"type": "object", "default": {}, "description": "Its headers, by name.",
-                     "additionalProperties": {"type": "string"}}}, ("path", "body")),
+                     "additionalProperties": {"type": "string"}}}, ("path", "body"), aside=True),
     "recent_requests": McpTool(
         "Recent requests", "The latest requests: models, providers, status, times, tokens, errors;"
         " no contents.", tool_recent_requests, {"limit": limit_schema(20)}),

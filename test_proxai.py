@@ -22581,7 +22581,7 @@ def test_mcp_captures_are_listed_shown_and_read(mcp_proxy, tmp_path, monkeypatch
     monkeypatch.setattr(proxai, "MCP_TEXT_CHARS", 40)
     assert mcp_text(mcp_proxy, "capture_read", id="7") == f"{read[:40]}\n\n(cut here; all of it is in the files of {tmp_path})"
     result = mcp_said(mcp_proxy, call("capture_read", {"id": "../7"}))["result"]
-    assert result["isError"] and "there is no capture of \"../7\"; capture_list names" in result["content"][0]["text"]
+    assert result["isError"] and "there is no capture with the id ../7" in result["content"][0]["text"]
 
 
 def test_mcp_a_tool_that_fails_says_so_to_the_model(mcp_proxy, monkeypatch):
@@ -22591,6 +22591,8 @@ def test_mcp_a_tool_that_fails_says_so_to_the_model(mcp_proxy, monkeypatch):
     monkeypatch.setattr(proxai, "stored_captures", broken)
     assert mcp_said(mcp_proxy, call("capture_list"))["result"] == {
         "content": [{"type": "text", "text": "[Errno 13] Permission denied: 'captures'"}], "isError": True}
+    half = call("explain", {"path": "/v1/responses", "body": {}, "headers": {"x-a": "\ud800"}})
+    assert mcp_said(mcp_proxy, half)["result"]["isError"]
 
 
 # -- MCP: the transport
