@@ -11619,9 +11619,8 @@ def mcp_initialize(params: Json) -> Json:
     return {"protocolVersion": asked if asked in MCP_VERSIONS else MCP_VERSIONS[-1],
             "capabilities": {"tools": {}},
             "serverInfo": {"name": "proxai", "version": __version__},
-            "instructions": "Look into this machine's ProxAI, a proxy for model requests: its"
-                            " providers and latest requests; switch captures on and off, and read"
-                            " them. Changes last until it restarts."}
+            "instructions": "These tools look into this machine's ProxAI, a proxy for model"
+                            " requests, and switch its captures; changes last until it restarts."}
 
 
 def mcp_tools(params: Json) -> Json:

@@ -22576,7 +22576,7 @@ def test_mcp_captures_are_listed_shown_and_read(mcp_proxy, tmp_path, monkeypatch
     assert mcp_text(mcp_proxy, "capture_show_latest", target="outbound_response") == "There are no captures of outbound_response yet."
     read = mcp_text(mcp_proxy, "capture_read", id="7")
     assert read.startswith("request_id: 7\n\ninbound_request.head:\n{\n") and '"older"' in read and '"newer"' not in read
-    assert "upstream_response.body:\ndata: one" in read
+    assert re.search(r"\n\nupstream_response\.body:\n(?:.*\n)?.*\bone\b", read)
     assert '"older"' not in mcp_text(mcp_proxy, "capture_read", id="7", phase="upstream_response")
     monkeypatch.setattr(proxai, "MCP_TEXT_CHARS", 40)
     assert mcp_text(mcp_proxy, "capture_read", id="7") == f"{read[:40]}\n\n(cut here; all of it is in the files of {tmp_path})"
@@ -22719,7 +22719,7 @@ HELLO = rpc("initialize", {"protocolVersion": "2025-11-25"})
     (mcp_bytes("DELETE", None, UNKNOWN), 404),
     (mcp_bytes("PUT", HELLO, BOTH, JSON_TYPE), 405),
     (mcp_bytes("OPTIONS"), 405),
-    (mcp_bytes("POST", b" " * (4 << 20) + b"{}", BOTH, JSON_TYPE)[:4096], 413)])
+    (mcp_bytes("POST", b" " * (4 << 20) + b"{}", BOTH, JSON_TYPE)[:300], 413)])
 def test_mcp_statuses(mcp_program, request_bytes, status):
     reply = read_reply(mcp_program.control(request_bytes))
     assert reply.status == status
