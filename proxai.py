@@ -168,6 +168,13 @@ DRAIN_SECS = 0.05  # that a client's next request waits for the end of a stream 
 AFTER_TERMINAL_SECS = 5.0  # how long a provider may take to end a stream that is complete
 BACKLOG = 1024
 LOG_QUEUE_LINES = 10_000  # lines waiting for a blocked terminal before they are counted and dropped
+MCP_VERSIONS = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")  # the newest last
+MCP_BATCH_VERSION, MCP_BATCH = "2025-03-26", 32  # the one with batches; messages in one
+MCP_BODY_BYTES = 4 << 20
+MCP_READ_BYTES = 1 << 20  # of each file of a capture that a tool reads,
+MCP_TEXT_CHARS = 200_000  # and of what it makes of them
+MCP_SESSIONS, MCP_IDLE_SECS = 64, 300.0
+MCP_KEEPALIVE_SECS = 15.0
 
 
 
@@ -13203,6 +13210,7 @@ class Control:
     def __init__(self, proxy: Proxy, server: Server) -> None:
         self.proxy, self.host = proxy, ServerConfig(host=proxy.config.mcp.host)
         self.server = server  # that clients talk to
+        self.sessions = McpSessions()
 
     async def serve(self, connection: Connection, head: RequestHead) -> None:
         """Answer one request, whatever happens."""
@@ -13357,6 +13365,440 @@ def write_text(connection: Connection, text: str, content_type: str = "text/plai
                                 date_line()], len(body), body)
 
 
+# -- MCP ---------------------------------------------------------------------
+# Streamable HTTP at /mcp (contract 10). What a message is answered with depends on the message and
+# the proxy alone; headers, sessions and event streams are the transport's, further below.
+
+INVALID_MESSAGE, NO_METHOD, INVALID_PARAMS = -32600, -32601, -32602
+JSON_TYPES = {"string": str, "integer": int, "object": dict}
+MCP_WORDS = {True: "true", False: "false", None: "none"}
+MCP_SESSION = b"mcp-session-id"
+MCP_ACCEPT = {b"POST": (b"application/json", b"text/event-stream"), b"GET": (b"text/event-stream",)}
+MCP_PRIMING = b"id:0\nretry:3000\ndata:\n\n"
+
+
+class RpcError(Exception):
+    """Why a request of JSON-RPC has no result, with its code."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class McpTool(NamedTuple):
+    """What a client is told of a tool, and what makes its text of the proxy and the arguments."""
+
+    title: str
+    description: str
+    run: Callable[[Proxy, Json], str]
+    arguments: Json  # name -> JSON schema
+    required: tuple[str, ...] = ()
+    changes: bool = False  # whether it changes what the proxy does
+    aside: bool = False  # whether it takes a while, and so runs on a thread
+
+
+class ToolCall(NamedTuple):
+    """A tool with arguments that its schema allows."""
+
+    tool: McpTool
+    arguments: Json
+
+
+def tool_capture_status(proxy: Proxy, arguments: Json) -> str:
+    """The switches of the phases, and where captures go."""
+    switches = proxy.captures.switches
+    views: dict[str, Callable[[str], bool | None]] = {
+        "defaults": switches.defaults.__getitem__, "overrides": switches.overrides.__getitem__,
+        "effective": switches.effective}
+    return "\n".join([*(f"{view}.{phase}_enabled: {MCP_WORDS[get(phase)]}"
+                        for view, get in views.items() for phase in PHASES),
+                      f"captures_dir: {proxy.captures.directory}"])
+
+
+def tool_capture_override(value: bool | None) -> Callable[[Proxy, Json], str]:
+    """The tool that overrides switches with `value`, and tells how they are then."""
+    def run(proxy: Proxy, arguments: Json) -> str:
+        proxy.captures.switches.override(arguments["target"], value)
+        return tool_capture_status(proxy, arguments)
+
+    return run
+
+
+def tool_capture_list(proxy: Proxy, arguments: Json) -> str:
+    """The newest captures, a line each."""
+    return "\n".join(
+        " ".join([f"request_id={stored.id} prefix={stored.prefix}",
+                  *(f"{phase}={MCP_WORDS[phase in stored.files]}" for phase in PHASES)])
+        for stored in stored_captures(proxy.captures.directory)[:arguments["limit"]]
+    ) or "There are no captures yet."
+
+
+def tool_capture_show_latest(proxy: Proxy, arguments: Json) -> str:
+    """The files of the newest capture, or of the newest that has the phase `target`."""
+    target, directory = arguments.get("target"), proxy.captures.directory
+    newest = next((stored for stored in stored_captures(directory)
+                   if not target or target in stored.files), None)
+    if newest is None:
+        return f"There are no captures{f' of {target}' if target else ''} yet."
+    return "\n".join([
+        f"request_id: {newest.id}", f"prefix: {newest.prefix}",
+        *(f"{phase}.{name[len(f'{newest.prefix}-{phase}.'):].partition('.')[0]}: {directory / name}"
+          for phase in ([target] if target else PHASES) for name in newest.files.get(phase, ()))])
+
+
+def tool_capture_read(proxy: Proxy, arguments: Json) -> str:
+    """What was captured of a request: for each phase its head and its body."""
+    directory = proxy.captures.directory
+    capture = read_capture(directory, arguments["id"], MCP_READ_BYTES)
+    parts = [f"request_id: {capture.id}"]
+    for name, phase in capture.phases.items():
+        if arguments.get("phase", name) == name:
+            parts += [f"{name}.head:\n{pretty(phase.head)}",
+                      f"{name}.body:\n{body_text(phase.body or b'', phase.sse)}"]
+    text = "\n\n".join(parts)
+    return text if len(text) <= MCP_TEXT_CHARS else (
+        f"{text[:MCP_TEXT_CHARS]}\n\n(cut here; all of it is in the files of {directory})")
+
+
+def tool_explain(proxy: Proxy, arguments: Json) -> str:
+    """What would become of a request."""
+    lines = [f"{name}: {value}".encode() for name, value in arguments["headers"].items()]
+    return pretty(explain(proxy.config, arguments["path"], lines, dump(arguments["body"]),
+                          proxy.environ))
+
+
+def tool_recent_requests(proxy: Proxy, arguments: Json) -> str:
+    """The records of the latest requests."""
+    return pretty(proxy.metrics.requests(0, arguments["limit"]))
+
+
+def tool_providers(proxy: Proxy, arguments: Json) -> str:
+    """Where requests can go, and which do; never a key or the path of an address."""
+    routes = proxy.config.routing.routes
+    return pretty([{
+        "name": name, "protocol": provider.protocol.name,
+        "base_url": f"{provider.origin.scheme}://{provider.origin.authority}",
+        "default_for": [protocol for protocol, default in proxy.defaults.items()
+                        if default == name],
+        "routes": [{key: value for key in ("name", "request_protocol", "model_pattern",
+                                           "upstream_model")
+                    if (value := getattr(route, key))}
+                   for route in routes if route.provider == name],
+    } for name, provider in proxy.providers.items()])
+
+
+def mcp_initialize(params: Json) -> Json:
+    """Who we are, in the version the client asks for, or in our newest."""
+    asked = params.get("protocolVersion")
+    if not isinstance(asked, str):
+        raise RpcError(INVALID_PARAMS, "protocolVersion must be a string")
+    return {"protocolVersion": asked if asked in MCP_VERSIONS else MCP_VERSIONS[-1],
+            "capabilities": {"tools": {}},
+            "serverInfo": {"name": "proxai", "version": __version__},
+            "instructions": "These tools look into this machine's ProxAI, a proxy for model"
+                            " requests, and switch its captures; changes last until it restarts."}
+
+
+def mcp_tools(params: Json) -> Json:
+    """All tools."""
+    return {"tools": [
+        {"name": name, "description": tool.description, "inputSchema": tool_schema(tool),
+         "annotations": {"title": tool.title, "readOnlyHint": not tool.changes,
+                         "destructiveHint": False, "idempotentHint": True,
+                         "openWorldHint": False}}
+        for name, tool in MCP_TOOLS.items()]}
+
+
+def tool_schema(tool: McpTool) -> Json:
+    """The JSON schema of a tool's arguments."""
+    return {"type": "object", "properties": tool.arguments, "required": list(tool.required),
+            "additionalProperties": False}
+
+
+def mcp_call(params: Json) -> ToolCall:
+    """The tool that a client calls, with its arguments."""
+    name = params.get("name")
+    tool = MCP_TOOLS.get(name) if isinstance(name, str) else None
+    if tool is None:
+        raise RpcError(INVALID_PARAMS,
+                       f"there is no tool {short(name)}; there are {', '.join(MCP_TOOLS)}")
+    given = {} if (found := params.get("arguments")) is None else found
+    if not isinstance(given, dict):
+        raise RpcError(INVALID_PARAMS, "arguments must be an object")
+    # models write null for what they leave out
+    given = {key: value for key, value in given.items() if value is not None}
+    defaults = {key: schema["default"] for key, schema in tool.arguments.items()
+                if "default" in schema}
+    faults = list(argument_faults(tool_schema(tool), given))
+    if faults:
+        raise RpcError(INVALID_PARAMS, f"{name}: {'; '.join(faults)}")
+    return ToolCall(tool, {**defaults, **given})
+
+
+def argument_faults(schema: Json, given: Json) -> Iterator[str]:
+    """What a tool's schema forbids of arguments; it has the words that our tools use."""
+    yield from (f"{key} is missing" for key in schema["required"] if key not in given)
+    for key, value in given.items():
+        one = schema["properties"].get(key)
+        if one is None:
+            yield f"there is no argument {short(key)}"
+        elif type(value) is not JSON_TYPES[one["type"]]:
+            yield f"{key} must be of type {one['type']}"
+        elif value not in one.get("enum", (value,)):
+            yield f"{key} must be one of {', '.join(one['enum'])}"
+        elif one["type"] == "integer" and not one["minimum"] <= value <= one["maximum"]:
+            yield f"{key} must be from {one['minimum']} to {one['maximum']}"
+
+
+def is_rpc(value: Any) -> bool:
+    """Whether a value is a message of JSON-RPC: a request, a notification or an answer."""
+    if not isinstance(value, dict) or value.get("jsonrpc") != "2.0":
+        return False
+    if "id" in value and type(value["id"]) not in (int, str):
+        return False
+    return isinstance(value.get("method"), str) or (
+        "id" in value and ("result" in value or "error" in value))
+
+
+def mcp_result(message: Json) -> Json | ToolCall:
+    """The result of a request, or the call that makes it; RpcError where there is none."""
+    method = MCP_METHODS.get(message["method"])
+    if method is None:
+        raise RpcError(NO_METHOD, f"there is no method {short(message['method'])}")
+    params = message.get("params", {})
+    if not isinstance(params, dict):
+        raise RpcError(INVALID_PARAMS, "params must be an object")
+    return method(params)
+
+
+async def mcp_answer(proxy: Proxy, message: Any) -> Json | None:
+    """The answer to a message; None for a notification or an answer, that want none."""
+    reply: Json = {"jsonrpc": "2.0", "id": None}
+    try:
+        if not is_rpc(message):
+            raise RpcError(INVALID_MESSAGE, "this is no message of JSON-RPC 2.0")
+        if "id" not in message or "method" not in message:
+            return None
+        reply["id"] = message["id"]
+        result = mcp_result(message)
+        if isinstance(result, ToolCall):
+            result = await run_tool(proxy, result)
+        reply["result"] = result
+    except RpcError as error:
+        reply["error"] = {"code": error.code, "message": str(error)}
+    return reply
+
+
+async def run_tool(proxy: Proxy, call: ToolCall) -> Json:
+    """The result of a tool: its text, or what went wrong in it, which the model may read."""
+    tool, wrong = call.tool, False
+    try:
+        text = (await asyncio.to_thread(tool.run, proxy, call.arguments) if tool.aside
+                else tool.run(proxy, call.arguments))
+    except (ProxyError, ConfigError, OSError, ValueError) as error:  # ValueError: half a surrogate
+        text, wrong = str(error), True
+    return {"content": [{"type": "text", "text": text}], "isError": wrong}
+
+
+MCP_TARGET = {"type": "string", "enum": [*PHASES, "all"], "default": "all",
+          "description": "Which phase of requests; all of them without it."}
+MCP_PHASE = {"type": "string", "enum": [*PHASES], "description": "Only this phase."}
+
+
+def limit_schema(default: int) -> Json:
+    """The argument that bounds a list."""
+    return {"type": "integer", "minimum": 1, "maximum": 200, "default": default,
+            "description": "How many, at most."}
+
+
+MCP_TOOLS = {
+    "capture_status": McpTool(
+        "Capture status", "Which phases of requests are captured to files: by the configuration,"
+        " by overrides, in effect.", tool_capture_status, {}),
+    "capture_enable": McpTool(
+        "Enable captures", "Capture a phase of the requests that start from now on. Captures hold"
+        " prompts and answers; they stay on this machine.", tool_capture_override(True),
+        {"target": MCP_TARGET}, changes=True),
+    "capture_disable": McpTool(
+        "Disable captures", "Capture a phase no longer.", tool_capture_override(False),
+        {"target": MCP_TARGET}, changes=True),
+    "capture_clear": McpTool(
+        "Clear overrides", "Capture a phase as the configuration says again.",
+        tool_capture_override(None), {"target": MCP_TARGET}, changes=True),
+    "capture_show_latest": McpTool(
+        "Latest capture", "The files of the newest capture.", tool_capture_show_latest,
+        {"target": MCP_PHASE}, aside=True),
+    "capture_list": McpTool(
+        "List captures", "The captures, newest first, with the phases that each has.",
+        tool_capture_list, {"limit": limit_schema(10)}, aside=True),
+    "capture_read": McpTool(
+        "Read a capture", "Heads and bodies of a captured request, as text; keys are redacted.",
+        tool_capture_read,
+        {"id": {"type": "string", "description": "The request_id of a capture."},
+         "phase": MCP_PHASE}, ("id",), aside=True),
+    "explain": McpTool(
+        "Explain a request", "What the proxy would do with a request, without sending it: route,"
+        " provider, translation, what is dropped.", tool_explain,
+        {"path": {"type": "string", "description": "Such as /v1/responses."},
+         "body": {"type": "object", "description": "The body of the request."},
+         "headers": {"type": "object", "default": {}, "description": "Its headers, by name.",
+                     "additionalProperties": {"type": "string"}}}, ("path", "body"), aside=True),
+    "recent_requests": McpTool(
+        "Recent requests", "The latest requests: models, providers, status, times, tokens, errors;"
+        " no contents.", tool_recent_requests, {"limit": limit_schema(20)}),
+    "providers": McpTool(
+        "Providers", "The providers, with the routes that lead to them and the protocols they are"
+        " the default of.", tool_providers, {}),
+}
+
+# method -> params -> result
+MCP_METHODS: dict[str, Callable[[Json], Json | ToolCall]] = {
+    "initialize": mcp_initialize, "ping": lambda params: {},
+    "tools/list": mcp_tools, "tools/call": mcp_call,
+}
+
+
+class McpSession:
+    """A client of /mcp from its `initialize` on."""
+
+    def __init__(self, version: str, now: float) -> None:
+        self.id, self.version, self.used = os.urandom(16).hex(), version, now
+        self.streams = 0  # that wait for what the server says of its own accord
+        self.ended = asyncio.Event()
+
+
+class McpSessions:
+    """The sessions of /mcp by id. One that is idle for too long ends, and of too many the one
+    that was idle longest; while a stream is open a session is not idle."""
+
+    def __init__(self) -> None:
+        self.open: dict[str, McpSession] = {}
+
+    def begin(self, version: str, now: float) -> McpSession:
+        """A new session."""
+        self.sweep(now)
+        if len(self.open) >= MCP_SESSIONS:
+            self.end(min(self.open.values(), key=lambda one: (one.streams > 0, one.used)))
+        session = McpSession(version, now)
+        self.open[session.id] = session
+        return session
+
+    def find(self, head: RequestHead, now: float) -> McpSession:
+        """The session that a request names."""
+        self.sweep(now)
+        id = head.values.get(MCP_SESSION)
+        if id is None:
+            raise RequestError("the header Mcp-Session-Id is missing")
+        session = self.open.get(id.decode("latin-1"))
+        if session is None:
+            raise RequestError("there is no such MCP session", status=404,
+                               fix="begin a new one with initialize")
+        session.used = now
+        return session
+
+    def sweep(self, now: float) -> None:
+        """End the sessions that are idle for too long."""
+        for session in list(self.open.values()):
+            if not session.streams and now - session.used > MCP_IDLE_SECS:
+                self.end(session)
+
+    def end(self, session: McpSession) -> None:
+        """End a session and its streams."""
+        session.ended.set()
+        self.open.pop(session.id, None)
+
+
+def check_mcp(head: RequestHead) -> None:
+    """Refuse a request whose headers are not those of the transport."""
+    accepted = head.values.get(b"accept", b"").lower()
+    for kind in MCP_ACCEPT.get(head.method, ()):
+        if kind not in accepted:
+            raise RequestError(f"Accept must contain {kind.decode()}", status=406)
+    kind = head.values.get(b"content-type", b"").lower()
+    if head.method == b"POST" and not kind.startswith(b"application/json"):
+        raise RequestError("Content-Type must be application/json", status=415)
+    version = head.values.get(b"mcp-protocol-version")
+    if version is not None and version.decode("latin-1") not in MCP_VERSIONS:
+        raise RequestError(f"there is no MCP-Protocol-Version {short(version.decode('latin-1'))}"
+                           " here", fix=f"there are {', '.join(MCP_VERSIONS)}")
+
+
+def rpc_messages(raw: bytes, version: str | None) -> list[Any]:
+    """The messages of a body: one, or several where the version of the session knows batches."""
+    try:
+        value = load(raw)
+    except ValueError as error:
+        raise RequestError(f"the body is not JSON: {error}", status=415) from None
+    if isinstance(value, list) and version == MCP_BATCH_VERSION and 0 < len(value) <= MCP_BATCH:
+        return value
+    if not is_rpc(value):
+        raise RequestError("the body is no message of JSON-RPC 2.0", status=415,
+                           fix=f"batches are for {MCP_BATCH_VERSION}, up to {MCP_BATCH} messages"
+                           if isinstance(value, list) else "")
+    return [value]
+
+
+async def control_mcp(control: Control, connection: Connection, head: RequestHead) -> None:
+    """POST /mcp: a client's messages, answered as events."""
+    check_mcp(head)
+    now, sessions = connection.server.loop.time(), control.sessions
+    session = sessions.find(head, now) if MCP_SESSION in head.values else None
+    messages = rpc_messages(await connection.read_body(MCP_BODY_BYTES),
+                             session.version if session else None)
+    first = mapping(messages[0])
+    begins = first.get("method") == "initialize" and "id" in first
+    if session is None and not begins:
+        raise RequestError("a session begins with initialize", status=422,
+                           fix="later requests name it in Mcp-Session-Id")
+    answers = [answer for message in messages
+               if (answer := await mcp_answer(control.proxy, message)) is not None]
+    if not answers:
+        connection.write_head(202, [date_line()], 0)
+        return
+    lines = mcp_lines()
+    if begins and "result" in answers[0]:
+        session = sessions.begin(answers[0]["result"]["protocolVersion"], now)
+        lines.append(b"%b: %b" % (MCP_SESSION, session.id.encode()))
+    body = MCP_PRIMING + b"".join(b"data: %b\n\n" % dump(answer) for answer in answers)
+    connection.write_head(200, lines, len(body), body)
+
+
+async def control_mcp_stream(control: Control, connection: Connection, head: RequestHead) -> None:
+    """GET /mcp: a stream for what the server says of its own accord, which is nothing; it lasts as
+    long as the session."""
+    check_mcp(head)
+    session = control.sessions.find(head, connection.server.loop.time())
+    if connection.gone:
+        raise ConnectionResetError
+    connection.exchanging, session.streams = True, session.streams + 1
+    try:
+        connection.write_head(200, mcp_lines(), None)
+        connection.write_part(MCP_PRIMING)
+        while not session.ended.is_set():
+            await connection.flush()
+            connection.watch.disarm()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(session.ended.wait(), MCP_KEEPALIVE_SECS)
+                break
+            connection.write_part(b":\n\n")
+    finally:
+        connection.exchanging, session.streams = False, session.streams - 1
+        session.used = connection.server.loop.time()
+    connection.write_end()
+
+
+async def control_mcp_end(control: Control, connection: Connection, head: RequestHead) -> None:
+    """DELETE /mcp: the end of a session."""
+    check_mcp(head)
+    control.sessions.end(control.sessions.find(head, connection.server.loop.time()))
+    connection.write_head(202, [date_line()], 0)
+
+
+def mcp_lines() -> list[bytes]:
+    """The head of an event stream."""
+    return [b"content-type: text/event-stream", b"cache-control: no-cache", date_line()]
+
+
 # path -> method -> handler; a handler is given the control, the connection and the head
 ControlHandler = Callable[[Control, Connection, RequestHead], Any]
 CONTROL_PATHS: dict[str, dict[str, ControlHandler]] = {
@@ -13366,6 +13808,7 @@ CONTROL_PATHS: dict[str, dict[str, ControlHandler]] = {
     "/metrics": {"GET": control_metrics},
     "/requests": {"GET": control_requests},
     "/status": {"GET": control_status},
+    "/mcp": {"GET": control_mcp_stream, "POST": control_mcp, "DELETE": control_mcp_end},
 }
 
 

@@ -24008,6 +24008,445 @@ def test_the_lines_are_in_the_file_too(metered):
     assert events and all(event in kept for event in events)
     if os.name == "posix":
         assert metered.log.stat().st_mode & 0o777 == 0o600 and metered.log.parent.stat().st_mode & 0o777 == 0o700
+# -- MCP: messages
+
+MCP_NAMES = ["capture_status", "capture_enable", "capture_disable", "capture_clear", "capture_show_latest", "capture_list",
+             "capture_read", "explain", "recent_requests", "providers"]
+
+
+def rpc(method: str, params: Any = None, id: Any = 1, **more: Any) -> dict[str, Any]:
+    """A message of JSON-RPC; a notification without an id."""
+    return {"jsonrpc": "2.0", "method": method, **({} if id is None else {"id": id}),
+            **({} if params is None else {"params": params}), **more}
+
+
+def call(name: str, arguments: Any = None) -> dict[str, Any]:
+    """A message that calls a tool."""
+    return rpc("tools/call", {"name": name, **({} if arguments is None else {"arguments": arguments})})
+
+
+@pytest.fixture
+def mcp_proxy(tmp_path) -> Any:
+    """What the tools for captures know of a proxy: one phase is captured by the configuration."""
+    settings = proxai.CaptureConfig(upstream_response_enabled=True)
+    return types.SimpleNamespace(captures=types.SimpleNamespace(switches=proxai.CaptureSwitches(settings), directory=tmp_path))
+
+
+def mcp_said(proxy: Any, message: Any) -> Any:
+    """What a message is answered with."""
+    return asyncio.run(proxai.mcp_answer(proxy, message))
+
+
+def mcp_text(proxy: Any, name: str, **arguments: Any) -> str:
+    """The text of a tool that worked."""
+    result = mcp_said(proxy, call(name, arguments))["result"]
+    assert not result["isError"], result
+    return result["content"][0]["text"]
+
+
+@pytest.mark.parametrize("asked, given", [
+    ("2024-11-05", "2024-11-05"), ("2025-03-26", "2025-03-26"), ("2025-06-18", "2025-06-18"), ("2025-11-25", "2025-11-25"),
+    ("2026-07-28", "2025-11-25"), ("", "2025-11-25")])
+def test_mcp_initialize_settles_the_version(asked, given):
+    result = mcp_said(None, rpc("initialize", {"protocolVersion": asked, "capabilities": {}, "clientInfo": {}}))["result"]
+    assert result["protocolVersion"] == given
+    assert result["serverInfo"] == {"name": "proxai", "version": proxai.__version__}
+    assert result["capabilities"] == {"tools": {}} and result["instructions"]
+
+
+@pytest.mark.parametrize("message, answer", [
+    (rpc("ping", id="a"), {"jsonrpc": "2.0", "id": "a", "result": {}}),
+    (rpc("notifications/initialized", id=None), None),
+    (rpc("notifications/of-another-kind", {"a": 1}, id=None), None),
+    ({"jsonrpc": "2.0", "id": 3, "result": {}}, None),
+    ({"jsonrpc": "2.0", "id": 3, "error": {"code": 1, "message": "no"}}, None),
+    (rpc("resources/list"), (1, -32601, "resources/list")),
+    (rpc("initialize", {}), (1, -32602, "protocolVersion")),
+    (rpc("initialize", {"protocolVersion": 1}), (1, -32602, "protocolVersion")),
+    (rpc("ping", [1]), (1, -32602, "params must be an object")),
+    (rpc("tools/call", {}), (1, -32602, "no tool null; there are capture_status, ")),
+    (call("capture_statu"), (1, -32602, "no tool")),
+    (call("capture_status", [1]), (1, -32602, "arguments must be an object")),
+    (call("capture_status", {"target": "all"}), (1, -32602, "no argument \"target\"")),
+    (call("capture_enable", {"target": "outbound"}), (1, -32602, "one of inbound_request, ")),
+    (call("capture_enable", {"target": 1}), (1, -32602, "of type string")),
+    (call("capture_show_latest", {"target": "all"}), (1, -32602, "must be one of")),
+    (call("capture_list", {"limit": 0}), (1, -32602, "limit must be from 1 to 200")),
+    (call("capture_list", {"limit": 201}), (1, -32602, "limit must be from 1 to 200")),
+    (call("capture_list", {"limit": True}), (1, -32602, "of type integer")),
+    (call("capture_list", {"limit": "3"}), (1, -32602, "of type integer")),
+    (call("explain", {"path": "/v1/responses"}), (1, -32602, "body is missing")),
+    (call("explain", {"path": "/v1/responses", "body": None}), (1, -32602, "body is missing")),
+    (call("capture_read", {}), (1, -32602, "id is missing")),
+    ("hi", (None, -32600, "JSON-RPC")), ([], (None, -32600, "JSON-RPC")), ({}, (None, -32600, "JSON-RPC")),
+    (rpc("ping", jsonrpc="1.0"), (None, -32600, "JSON-RPC")), (rpc("ping") | {"id": None}, (None, -32600, "JSON-RPC")),
+    (rpc("ping", id=True), (None, -32600, "JSON-RPC")), (rpc("ping") | {"method": 1}, (None, -32600, "JSON-RPC"))])
+def test_mcp_messages_and_their_answers(message, answer):
+    said = mcp_said(None, message)
+    if isinstance(answer, tuple):
+        id, code, words = answer
+        assert (said["id"], said["error"]["code"]) == (id, code) and words in said["error"]["message"]
+        assert "result" not in said
+    else:
+        assert said == answer
+
+
+def test_mcp_tools_are_told_with_schemas_that_hold_their_own_defaults():
+    tools = mcp_said(None, rpc("tools/list"))["result"]["tools"]
+    assert [tool["name"] for tool in tools] == MCP_NAMES
+    assert {tool["name"] for tool in tools if not tool["annotations"]["readOnlyHint"]} == {
+        "capture_enable", "capture_disable", "capture_clear"}
+    for tool in tools:
+        schema = tool["inputSchema"]
+        assert (schema["type"], schema["additionalProperties"]) == ("object", False) and tool["description"]
+        assert set(schema["required"]) <= set(schema["properties"])
+        defaults = {name: one["default"] for name, one in schema["properties"].items() if "default" in one}
+        assert not list(proxai.argument_faults({**schema, "required": []}, defaults))
+
+
+def test_mcp_tools_and_versions_are_in_the_readme():
+    section = (HERE / "README.md").read_text("utf-8").split("\n## MCP\n")[1].split("\n## ")[0]
+    rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("| `")]
+    told = {name: set(re.findall(r"`(\w+)`", arguments)) - {"all"}
+            for names, arguments in rows for name in re.findall(r"`(\w+)`", names)}
+    assert told == {name: set(tool.arguments) for name, tool in proxai.MCP_TOOLS.items()}
+    assert all(version in section for version in proxai.MCP_VERSIONS)
+
+
+@pytest.mark.parametrize("raw, version, messages", [
+    (b'{"jsonrpc":"2.0","id":1,"method":"ping"}', None, 1), (b'{"jsonrpc":"2.0","id":1,"method":"ping"}', "2025-03-26", 1),
+    (b'[{"jsonrpc":"2.0","id":1,"method":"ping"},1]', "2025-03-26", 2),
+    (b'[{"jsonrpc":"2.0","id":1,"method":"ping"}]', None, 0), (b'[{"jsonrpc":"2.0","id":1,"method":"ping"}]', "2024-11-05", 0),
+    (b'[{"jsonrpc":"2.0","id":1,"method":"ping"}]', "2025-06-18", 0), (b'[{"jsonrpc":"2.0","id":1,"method":"ping"}]', "2025-11-25", 0),
+    (b"[]", "2025-03-26", 0), (b"[" + b"1," * 32 + b"1]", "2025-03-26", 0), (b"[" + b"1," * 31 + b"1]", "2025-03-26", 32),
+    (b"", None, 0), (b"{", None, 0), (b"\xff", None, 0), (b"null", None, 0), (b'{"id":1,"method":"ping"}', None, 0)])
+def test_mcp_bodies(raw, version, messages):
+    if messages:
+        assert len(proxai.rpc_messages(raw, version)) == messages
+    else:
+        with pytest.raises(proxai.RequestError) as refused:
+            proxai.rpc_messages(raw, version)
+        assert refused.value.status == 415
+
+
+def test_mcp_sessions_end_when_idle_and_do_not_pile_up():
+    def head(id: str) -> Any:
+        return types.SimpleNamespace(values={b"mcp-session-id": id.encode()})
+
+    sessions = proxai.McpSessions()
+    idle, used, streaming = (sessions.begin("2025-11-25", 0.0) for _ in range(3))
+    streaming.streams = 1
+    assert sessions.find(head(used.id), 200.0) is used
+    assert set(sessions.open.values()) == {idle, used, streaming}
+    assert sessions.find(head(streaming.id), 301.0) is streaming  # idle since 0, used since 200, one with a stream
+    assert set(sessions.open.values()) == {used, streaming} and idle.ended.is_set()
+    more = [sessions.begin("2025-11-25", 302.0 + n) for n in range(proxai.MCP_SESSIONS - 2)]
+    assert len({session.id for session in more}) == len(more) == proxai.MCP_SESSIONS - 2 and used.id in sessions.open
+    sessions.begin("2025-11-25", 400.0)
+    assert len(sessions.open) == proxai.MCP_SESSIONS and used.id not in sessions.open  # the one not used for the longest
+    sessions.begin("2025-11-25", 401.0)
+    assert more[0].ended.is_set() and not streaming.ended.is_set()
+
+
+# -- MCP: tools
+
+def test_mcp_capture_switches(mcp_proxy, tmp_path):
+    def lines(default: str, override: str, effective: str) -> str:
+        views = zip(("defaults", "overrides", "effective"), (default, override, effective))
+        words = {"t": "true", "f": "false", "n": "none"}
+        return "\n".join([*(f"{view}.{phase}_enabled: {words[letter]}" for view, letters in views
+                            for phase, letter in zip(proxai.PHASES, letters)), f"captures_dir: {tmp_path}"])
+
+    for name, arguments, told in [
+            ("capture_status", {}, ("fftf", "nnnn", "fftf")),
+            ("capture_enable", {"target": "inbound_request"}, ("fftf", "tnnn", "tftf")),
+            ("capture_disable", {}, ("fftf", "ffff", "ffff")),
+            ("capture_enable", {"target": None}, ("fftf", "tttt", "tttt")),
+            ("capture_clear", {"target": "provider_request"}, ("fftf", "tntt", "tftt")),
+            ("capture_clear", {}, ("fftf", "nnnn", "fftf")), ("capture_status", {}, ("fftf", "nnnn", "fftf"))]:
+        assert mcp_text(mcp_proxy, name, **arguments) == lines(*told), (name, arguments)
+
+
+def put_captures(directory: Path) -> None:
+    """Two captures as their files: an older one of two phases and a newer one of one."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, text in {
+            "1700000000-7-inbound-request.metadata.json": '{"request_id":"7","path":"/v1/responses"}',
+            "1700000000-7-inbound-request.body.json": '{"model":"older"}',
+            "1700000000-7-upstream-response.headers.json": '{"status":200}',
+            "1700000000-7-upstream-response.body.sse": "data: one\n\n",
+            "1700000100-8-inbound-request.metadata.json": '{"request_id":"8"}',
+            "1700000100-8-inbound-request.body.json": '{"model":"newer"}'}.items():
+        (directory / name).write_text(text, "utf-8")
+
+
+def test_mcp_captures_are_listed_shown_and_read(mcp_proxy, tmp_path, monkeypatch):
+    assert mcp_text(mcp_proxy, "capture_list") == "There are no captures yet."
+    assert mcp_text(mcp_proxy, "capture_show_latest") == "There are no captures yet."
+    put_captures(tmp_path)
+    newer = "request_id=8 prefix=1700000100-8 inbound_request=true provider_request=false upstream_response=false outbound_response=false"
+    older = "request_id=7 prefix=1700000000-7 inbound_request=true provider_request=false upstream_response=true outbound_response=false"
+    assert mcp_text(mcp_proxy, "capture_list") == f"{newer}\n{older}"
+    assert mcp_text(mcp_proxy, "capture_list", limit=1) == newer
+    for target, said in [
+            (None, ["request_id: 8", "prefix: 1700000100-8", "inbound_request.body: {}-inbound-request.body.json",
+                    "inbound_request.metadata: {}-inbound-request.metadata.json"]),
+            ("upstream_response", ["request_id: 7", "prefix: 1700000000-7", "upstream_response.body: {}-upstream-response.body.sse",
+                                   "upstream_response.headers: {}-upstream-response.headers.json"])]:
+        prefix = tmp_path / said[1].removeprefix("prefix: ")
+        assert mcp_text(mcp_proxy, "capture_show_latest", target=target).splitlines() == [line.format(prefix) for line in said]
+    assert mcp_text(mcp_proxy, "capture_show_latest", target="outbound_response") == "There are no captures of outbound_response yet."
+    read = mcp_text(mcp_proxy, "capture_read", id="7")
+    assert read.startswith("request_id: 7\n\ninbound_request.head:\n{\n") and '"older"' in read and '"newer"' not in read
+    assert re.search(r"\n\nupstream_response\.body:\n(?:.*\n)?.*\bone\b", read)
+    assert '"older"' not in mcp_text(mcp_proxy, "capture_read", id="7", phase="upstream_response")
+    monkeypatch.setattr(proxai, "MCP_TEXT_CHARS", 40)
+    assert mcp_text(mcp_proxy, "capture_read", id="7") == f"{read[:40]}\n\n(cut here; all of it is in the files of {tmp_path})"
+    result = mcp_said(mcp_proxy, call("capture_read", {"id": "../7"}))["result"]
+    assert result["isError"] and "there is no capture with the id ../7" in result["content"][0]["text"]
+
+
+def test_mcp_a_tool_that_fails_says_so_to_the_model(mcp_proxy, monkeypatch):
+    def broken(*_: Any) -> Any:
+        raise OSError(13, "Permission denied", "captures")
+
+    monkeypatch.setattr(proxai, "stored_captures", broken)
+    assert mcp_said(mcp_proxy, call("capture_list"))["result"] == {
+        "content": [{"type": "text", "text": "[Errno 13] Permission denied: 'captures'"}], "isError": True}
+    half = call("explain", {"path": "/v1/responses", "body": {}, "headers": {"x-a": "\ud800"}})
+    assert mcp_said(mcp_proxy, half)["result"]["isError"]
+
+
+# -- MCP: the transport
+
+MCP_ACCEPTED = ("accept: application/json, text/event-stream", "content-type: application/json")
+
+
+@pytest.fixture(scope="module")
+def mcp_program(tmp_path_factory):
+    """The program with two captures in its folder, a default provider and one with a route."""
+    home = tmp_path_factory.mktemp("mcp")
+    put_captures(home / ".proxai" / "captures")
+    program = Running(home, config="""
+[routing.default_provider_names]
+openai_responses = "main"
+[providers.main]
+protocol = "openai_responses"
+base_url = "https://secret.example.com:8443/private/v1"
+api_key = "sk-very-secret"
+proxy_url = "direct"
+[providers.claude]
+protocol = "anthropic_messages"
+base_url = "http://127.0.0.1:9"
+api_key = "sk-very-secret"
+[[routing.routes]]
+name = "big"
+model_pattern = "big-*"
+provider = "claude"
+upstream_model = "claude-big"
+""")
+    yield program
+    assert program.stop() == 0
+
+
+def mcp_bytes(method: str, body: Any = None, *headers: str, host: str = "localhost") -> bytes:
+    """A request to /mcp as bytes."""
+    raw = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = [f"{method} /mcp HTTP/1.1", f"host: {host}", f"content-length: {len(raw)}", *headers, "connection: close", "", ""]
+    return "\r\n".join(lines).encode() + raw
+
+
+def mcp_post(program: Running, body: Any, *headers: str) -> Reply:
+    """The answer to a POST with the headers that it needs."""
+    return read_reply(program.control(mcp_bytes("POST", body, *MCP_ACCEPTED, *headers)))
+
+
+def mcp_events(reply: Reply) -> list[Any]:
+    """The messages in an answer, behind the priming event."""
+    assert (reply.status, reply.headers["content-type"], reply.headers["cache-control"]) == (200, "text/event-stream", "no-cache")
+    first, *events = reply.body.decode().removesuffix("\n\n").split("\n\n")
+    assert first == "id:0\nretry:3000\ndata:"
+    return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+def mcp_begin(program: Running, version: str) -> str:
+    """The header of a new session."""
+    reply = mcp_post(program, rpc("initialize", {"protocolVersion": version, "capabilities": {}, "clientInfo": {}}))
+    [said] = mcp_events(reply)
+    assert said["result"]["protocolVersion"] == version
+    session = f"mcp-session-id: {reply.headers['mcp-session-id']}"
+    assert mcp_post(program, rpc("notifications/initialized", id=None), session)[::2] == (202, b"")
+    return session
+
+
+@pytest.mark.parametrize("version", proxai.MCP_VERSIONS)
+def test_mcp_sessions_over_raw_http(mcp_program, version):
+    session, other = mcp_begin(mcp_program, version), mcp_begin(mcp_program, version)
+    assert session != other
+    for headers in ((session,), (session, f"mcp-protocol-version: {version}")):
+        [said] = mcp_events(mcp_post(mcp_program, call("capture_status"), *headers))
+        assert said["id"] == 1 and "captures_dir: " in said["result"]["content"][0]["text"]
+    batch = mcp_post(mcp_program, [rpc("ping", id=1), rpc("notifications/initialized", id=None), rpc("ping", id="b"), 5], session)
+    if version == "2025-03-26":
+        assert [(said["id"], "result" in said) for said in mcp_events(batch)] == [(1, True), ("b", True), (None, False)]
+        assert mcp_post(mcp_program, [rpc("notifications/initialized", id=None)], session).status == 202
+    else:
+        assert batch.status == 415
+    with mcp_program.connect(port=mcp_program.control_port) as stream:
+        stream.sendall(mcp_bytes("GET", None, "accept: text/event-stream", session))
+        data = b""
+        while not data.endswith(b"data:\n\n\r\n"):
+            data += stream.recv(65536)
+        assert read_reply(mcp_program.control(mcp_bytes("DELETE", None, session))).status == 202
+        reply = read_reply(data + read_all(stream), "GET")  # the stream ends with its session
+        assert mcp_events(reply) == [] and not reply.broken
+    for request in (mcp_bytes("DELETE", None, session), mcp_bytes("GET", None, "accept: text/event-stream", session),
+                    mcp_bytes("POST", rpc("ping"), *MCP_ACCEPTED, session)):
+        assert read_reply(mcp_program.control(request)).status == 404
+    assert mcp_post(mcp_program, rpc("ping"), other).status == 200
+
+
+BOTH, JSON_TYPE = MCP_ACCEPTED
+UNKNOWN = "mcp-session-id: 0123456789abcdef"
+HELLO = rpc("initialize", {"protocolVersion": "2025-11-25"})
+
+
+@pytest.mark.parametrize("request_bytes, status", [
+    (mcp_bytes("POST", HELLO, BOTH, JSON_TYPE), 200),
+    (mcp_bytes("POST", HELLO, BOTH, "content-type: application/json; charset=utf-8"), 200),
+    (mcp_bytes("POST", HELLO, BOTH, JSON_TYPE, host="127.0.0.1:1"), 200),
+    (mcp_bytes("POST", HELLO, BOTH, JSON_TYPE, host="[::1]:1"), 200),
+    (mcp_bytes("POST", HELLO, BOTH, JSON_TYPE, "origin: http://127.0.0.1:5173"), 200),
+    (mcp_bytes("POST", HELLO, BOTH, JSON_TYPE, host="proxai.example.com"), 403),
+    (mcp_bytes("POST", HELLO, BOTH, JSON_TYPE, "origin: https://example.com"), 403),
+    (mcp_bytes("POST", HELLO, BOTH, JSON_TYPE, "origin: null"), 403),
+    (mcp_bytes("POST", HELLO, BOTH, JSON_TYPE).replace(b"host: localhost\r\n", b""), 400),
+    (mcp_bytes("POST", HELLO, BOTH, JSON_TYPE, host="a b"), 400),
+    (mcp_bytes("POST", HELLO, JSON_TYPE), 406),
+    (mcp_bytes("POST", HELLO, JSON_TYPE, "accept: application/json"), 406),
+    (mcp_bytes("POST", HELLO, JSON_TYPE, "accept: text/event-stream"), 406),
+    (mcp_bytes("POST", HELLO, BOTH), 415),
+    (mcp_bytes("POST", HELLO, BOTH, "content-type: text/plain"), 415),
+    (mcp_bytes("POST", b"{", BOTH, JSON_TYPE), 415),
+    (mcp_bytes("POST", {"method": "initialize"}, BOTH, JSON_TYPE), 415),
+    (mcp_bytes("POST", [HELLO], BOTH, JSON_TYPE), 415),
+    (mcp_bytes("POST", HELLO, BOTH, JSON_TYPE, "mcp-protocol-version: 2026-07-28"), 400),
+    (mcp_bytes("POST", rpc("ping"), BOTH, JSON_TYPE), 422),
+    (mcp_bytes("POST", rpc("initialize", {}, id=None), BOTH, JSON_TYPE), 422),
+    (mcp_bytes("POST", rpc("ping"), BOTH, JSON_TYPE, UNKNOWN), 404),
+    (mcp_bytes("GET", None, BOTH), 400),
+    (mcp_bytes("GET", None, BOTH, UNKNOWN), 404),
+    (mcp_bytes("GET", None, "accept: application/json", UNKNOWN), 406),
+    (mcp_bytes("DELETE"), 400),
+    (mcp_bytes("DELETE", None, UNKNOWN), 404),
+    (mcp_bytes("PUT", HELLO, BOTH, JSON_TYPE), 405),
+    (mcp_bytes("OPTIONS"), 405),
+    (mcp_bytes("POST", b" " * (4 << 20) + b"{}", BOTH, JSON_TYPE)[:300], 413)])
+def test_mcp_statuses(mcp_program, request_bytes, status):
+    reply = read_reply(mcp_program.control(request_bytes))
+    assert reply.status == status
+    assert reply.headers.get("allow") == ("GET, POST, DELETE" if status == 405 else None)
+    assert ("mcp-session-id" in reply.headers) == (status == 200)
+    if status != 200:
+        assert reply.json["error"]["message"]
+
+
+def test_mcp_a_second_initialize_begins_another_session_and_a_failed_one_none(mcp_program):
+    session = mcp_begin(mcp_program, "2025-06-18")
+    again = mcp_post(mcp_program, HELLO, session)
+    assert again.status == 200 and again.headers["mcp-session-id"] not in session
+    failed = mcp_post(mcp_program, rpc("initialize", {}))
+    assert mcp_events(failed)[0]["error"]["code"] == -32602 and "mcp-session-id" not in failed.headers
+
+
+def test_mcp_is_no_path_of_the_proxy_and_models_are_none_of_its_listener(mcp_program):
+    assert mcp_program.post("/mcp", HELLO, *MCP_ACCEPTED).status == 404
+    request = mcp_bytes("POST", body_for(RESPONSES, "m"), JSON_TYPE).replace(b" /mcp ", b" /v1/responses ")
+    assert read_reply(mcp_program.control(request)).status == 404
+
+
+def test_mcp_streams_are_kept_alive_and_end_with_the_client_and_the_program(monkeypatch):
+    monkeypatch.setattr(proxai, "MCP_KEEPALIVE_SECS", 0.01)
+    proxy: Any = types.SimpleNamespace(config=types.SimpleNamespace(mcp=proxai.McpConfig()), log=None)
+
+    async def run() -> None:
+        control = proxai.Control(proxy)
+        server = proxai.Server(proxai.ServerConfig(), control.serve, control.refuse)
+        port = await server.listen("127.0.0.1", 0)
+        session = control.sessions.begin("2025-11-25", server.loop.time())
+        streams = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+        for reader, writer in streams:
+            writer.write(mcp_bytes("GET", None, "accept: text/event-stream", f"mcp-session-id: {session.id}"))
+            await reader.readuntil(b"data:\n\n\r\n3\r\n:\n\n\r\n3\r\n:\n\n\r\n")
+        assert session.streams == 2
+        streams[0][1].close()
+        while session.streams == 2:
+            await asyncio.sleep(0.005)
+        assert not session.ended.is_set()
+        await server.drain(0.0, asyncio.Event())
+        await streams[1][0].read()
+        assert session.streams == 0 and not server.connections
+        streams[1][1].close()
+
+    asyncio.run(asyncio.wait_for(run(), PATIENCE))
+
+
+# -- MCP: the official client
+
+@pytest.mark.parametrize("version", [*proxai.MCP_VERSIONS, None])
+def test_mcp_with_the_official_client(mcp_program, monkeypatch, version):
+    pytest.importorskip("mcp")
+    import mcp.client.session
+    from mcp.client.streamable_http import streamable_http_client
+
+    if version:  # it asks for its newest; None is what the package does when nobody meddles
+        monkeypatch.setattr(mcp.client.session, "LATEST_HANDSHAKE_VERSION", version)
+    url = f"http://127.0.0.1:{mcp_program.control_port}/mcp"
+    calls = {"capture_status": {}, "capture_enable": {"target": "inbound_request"}, "capture_disable": {}, "capture_clear": {},
+             "capture_show_latest": {"target": "upstream_response"}, "capture_list": {"limit": 1}, "capture_read": {"id": "7"},
+             "explain": {"path": "/v1/responses", "body": body_for(RESPONSES, "big-1"), "headers": {"x-a": "b"}},
+             "recent_requests": {"limit": 3}, "providers": {}}
+    texts: dict[str, str] = {}
+
+    async def run() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            read, write, *_ = await stack.enter_async_context(streamable_http_client(url))
+            session = await stack.enter_async_context(mcp.ClientSession(read, write))
+            began = (await session.initialize()).model_dump(by_alias=True)
+            assert (began["protocolVersion"], began["serverInfo"]["name"]) == (version or "2025-11-25", "proxai")
+            assert [tool.name for tool in (await session.list_tools()).tools] == MCP_NAMES == list(calls)
+            await session.send_ping()
+            for name, arguments in calls.items():
+                result = (await session.call_tool(name, arguments)).model_dump(by_alias=True)
+                assert result["isError"] is False, result
+                texts[name] = result["content"][0]["text"]
+            with pytest.raises(Exception, match="there is no argument"):
+                await session.call_tool("providers", {"key": "please"})
+
+    with monkeypatch.context() as patch:
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        asyncio.run(asyncio.wait_for(run(), PATIENCE))
+    assert "overrides.inbound_request_enabled: true" in texts["capture_enable"]
+    assert "overrides.inbound_request_enabled: false" in texts["capture_disable"]
+    assert texts["capture_clear"] == texts["capture_status"] and texts["capture_list"].startswith("request_id=8 ")
+    assert '"older"' in texts["capture_read"] and "request_id: 7" in texts["capture_show_latest"]
+    assert isinstance(json.loads(texts["recent_requests"]), list) and isinstance(json.loads(texts["explain"]), dict)
+    assert json.loads(texts["providers"]) == [
+        {"name": "main", "protocol": "openai_responses", "base_url": "https://secret.example.com:8443",
+         "default_for": ["openai_responses"], "routes": []},
+        {"name": "claude", "protocol": "anthropic_messages", "base_url": "http://127.0.0.1:9", "default_for": [],
+         "routes": [{"name": "big", "model_pattern": "big-*", "upstream_model": "claude-big"}]}]
+
+
+def test_mcp_falls_back_for_a_client_that_tries_a_newer_kind_of_protocol_first(mcp_program, monkeypatch):
+    package = pytest.importorskip("mcp")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+    async def run() -> None:
+        async with package.Client(f"http://127.0.0.1:{mcp_program.control_port}/mcp") as client:
+            assert [tool.name for tool in (await client.list_tools()).tools] == MCP_NAMES
+
+    asyncio.run(asyncio.wait_for(run(), PATIENCE))
 
 
 
