@@ -139,6 +139,10 @@ READ_BYTES = 256 << 10  # one read(): what asyncio's own recv() takes at most
 STREAM_LIMIT = 128 << 10
 CAPTURE_QUEUE_PIECES = 1024  # on their way to the disk (contract 9.6)
 CAPTURE_QUEUE_BYTES = 64 << 20  # of them, unless one alone is larger
+CAPTURE_BATCH_PIECES = 128  # of them at a time, then the writer rests
+CAPTURE_REST = 9  # times as long as they took, for each is time that requests do not have,
+CAPTURE_REST_SECS = (0.01, 0.1)  # and so long at least and at most
+CAPTURE_DROP_SECS = 1.0  # between two lines that tell of drops
 CAPTURE_CLOSE_SECS = 2.0  # for what is queued when the proxy ends
 CONTROL_BODY_BYTES = 64 << 10  # of a request to the control listener
 DISCARD_BYTES = 256 << 10  # an unread request body up to this is read away to keep the connection
@@ -9502,6 +9506,7 @@ CAPTURE_STEMS = {phase: phase.replace("_", "-") for phase in PHASES}
 CAPTURE_HEADS = {phase: f"{stem}.{'metadata' if phase.endswith('request') else 'headers'}.json"
                  for phase, stem in CAPTURE_STEMS.items()}
 CAPTURE_RECORD = "exchange.json"
+CAPTURE_JSON = json.JSONEncoder(separators=(",\n", ": "))  # a line for each member
 CAPTURE_NAME = re.compile(r"([0-9]+-[0-9]+)-((?:inbound|provider|upstream|outbound|exchange)\b.*)")
 # limits that providers tell in tokens are no secrets
 SECRET_HEADER = re.compile(r"(?!.*(?:ratelimit|token-count))"
@@ -9616,10 +9621,7 @@ class Capture:
             self.begun = True
         else:
             self.halted = True
-            self.store.dropped += 1
-            self.store.log.event(logging.WARNING, "capture_drop", {
-                "request_id": self.id, "kind": piece.phase,
-                "reason": "the queue to the disk is full"})
+            self.store.tell_drop(self.id, piece.phase)
 
     def inbound(self, body: bytes | None) -> None:
         """The client's request; None where its body was not read."""
@@ -9670,8 +9672,11 @@ class CaptureStore:
         self.settings, self.directory, self.log = settings, directory, log
         self.switches, self.dropped = CaptureSwitches(settings), 0
         self.queue: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
+        self.quiet_until = 0.0  # when a drop is told again
         self.offered = self.written = 0  # bytes; each is counted by one thread only
         self.thread: threading.Thread | None = None
+        self.closing = False
+        self.folder = f"{directory}{os.sep}"
         # the rest is the thread's: prefix -> file -> bytes, the oldest first, and the totals
         self.kept: dict[str, dict[str, int]] = {}
         self.busy: set[str] = set()
@@ -9683,9 +9688,13 @@ class CaptureStore:
                 "dropped": self.dropped}
 
     def begin(self, id: int, head: RequestHead) -> Capture | None:
-        """The capture of a request that starts; None while no phase is on."""
+        """The capture of a request that starts; None while no phase is on, or where what is
+        queued would leave it torn."""
         phases = self.switches.active
         if not phases:
+            return None
+        if self.queue.qsize() >= CAPTURE_QUEUE_PIECES // 2:
+            self.tell_drop(str(id), "all")
             return None
         if self.thread is None:
             self.thread = threading.Thread(target=self.work, name="proxai-capture", daemon=True)
@@ -9702,9 +9711,20 @@ class CaptureStore:
         self.queue.put(piece)
         return True
 
+    def tell_drop(self, request_id: str, phase: str) -> None:
+        """A capture is torn; where there are many of those, a line tells of some."""
+        self.dropped += 1
+        now = time.monotonic()
+        if now >= self.quiet_until:
+            self.quiet_until = now + CAPTURE_DROP_SECS
+            self.log.event(logging.WARNING, "capture_drop", {
+                "request_id": request_id, "kind": phase, "dropped": self.dropped,
+                "reason": "the queue to the disk is full"})
+
     def close(self) -> None:
         """Write out what is queued, for a little while."""
         if self.thread:
+            self.closing = True
             self.queue.put(None)
             self.thread.join(CAPTURE_CLOSE_SECS)
 
@@ -9715,8 +9735,9 @@ class CaptureStore:
         self.scan()
         while True:
             taken = [self.queue.get()]
+            begun = time.perf_counter()
             with contextlib.suppress(queue.Empty):
-                while taken[-1] and len(taken) < CAPTURE_QUEUE_PIECES:
+                while taken[-1] and len(taken) < CAPTURE_BATCH_PIECES:
                     taken.append(self.queue.get_nowait())
             phases: defaultdict[tuple[Capture, str], list[Piece]] = defaultdict(list)
             for piece in filter(None, taken):
@@ -9726,6 +9747,9 @@ class CaptureStore:
                 self.written += sum(len(piece.data) for piece in pieces)
             if taken[-1] is None:
                 return
+            if not self.closing:  # the event loop wants the interpreter too
+                least, most = CAPTURE_REST_SECS
+                time.sleep(min(max(CAPTURE_REST * (time.perf_counter() - begun), least), most))
 
     def scan(self) -> None:
         """Learn what is in the folder."""
@@ -9746,7 +9770,7 @@ class CaptureStore:
         self.files -= 1
         self.bytes -= self.kept[prefix].pop(name)
         with contextlib.suppress(OSError):
-            os.unlink(self.directory / f"{prefix}-{name}")
+            os.unlink(f"{self.folder}{prefix}-{name}")
 
     def save(self, capture: Capture, phase: str, pieces: Sequence[Piece]) -> None:
         """Write pieces of a phase; what fails is told once, and ends the capture."""
@@ -9771,7 +9795,7 @@ class CaptureStore:
             for name in [n for n in self.kept.get(capture.prefix, ()) if n.startswith(stem)]:
                 self.forget(capture.prefix, name)
             self.write(capture, CAPTURE_HEADS[phase], [
-                capture_json({"request_id": capture.id, **make()})])
+                CAPTURE_JSON.encode({"request_id": capture.id, **make()}).encode()])
         if body := [piece.data for piece in pieces[start:] if piece.data]:
             self.write(capture, f"{stem}.body.{pieces[-1].kind}", body)
 
@@ -9781,13 +9805,13 @@ class CaptureStore:
         sizes = self.kept.get(capture.prefix)
         if not sizes or capture.failed:
             return
-        for phase, stem in CAPTURE_STEMS.items():
+        for phase, stem in CAPTURE_STEMS.items() if self.log.info_on else ():
             if names := [name for name in sizes if name.startswith(stem)]:
                 self.log.event(logging.INFO, "capture", {
                     "request_id": capture.id, "kind": phase,
                     "paths": [f"{capture.prefix}-{name}" for name in names],
                     "bytes": sum(sizes[name] for name in names)})
-        self.write(capture, CAPTURE_RECORD, [capture_json(capture.record or {})])
+        self.write(capture, CAPTURE_RECORD, [CAPTURE_JSON.encode(capture.record or {}).encode()])
 
     def write(self, capture: Capture, name: str, parts: Iterable[bytes]) -> None:
         """Append to a file, made where it is not there yet, and keep the limits."""
@@ -9814,7 +9838,7 @@ class CaptureStore:
 
     def open(self, prefix: str, name: str) -> int:
         """A file that can be appended to; a new one is for the owner only."""
-        path, flags = self.directory / f"{prefix}-{name}", os.O_WRONLY | getattr(os, "O_BINARY", 0)
+        path, flags = f"{self.folder}{prefix}-{name}", os.O_WRONLY | getattr(os, "O_BINARY", 0)
         if name in self.kept.get(prefix, ()):
             return os.open(path, flags | os.O_APPEND)
         try:
@@ -9823,11 +9847,6 @@ class CaptureStore:
             for folder in (self.directory.parent, self.directory):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
-
-
-def capture_json(value: Json) -> bytes:
-    """A value for a file, each of its members on a line."""
-    return json.dumps(value, separators=(",\n", ": ")).encode() + b"\n"
 
 
 # -- switches in the configuration file --------------------------------------
