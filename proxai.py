@@ -8927,28 +8927,6 @@ def request_max_tokens(body: Json) -> int | None:
 # requests; bounded whatever clients send. Pure: takes exchanges that have ended.
 
 
-def request_record(exchange: Exchange, outcome: str, now_wall: float, clock: float) -> Json:
-    """What is remembered of a request, at a time of day and of the clock it began by."""
-    seen, inbound, provider = exchange.observed, exchange.inbound, exchange.provider_protocol
-    duration, first = clock - exchange.started, exchange.head_at - exchange.started
-    at = datetime.datetime.fromtimestamp(now_wall - duration, datetime.UTC)
-    return {
-        "id": str(exchange.id), "at": at.isoformat(timespec="milliseconds")[:23] + "Z",
-        "method": exchange.method, "path": exchange.path,
-        "protocol": inbound.name if inbound else None,
-        "provider_protocol": provider.name if provider else None,
-        "translation": translation_name(exchange), "provider": exchange.provider,
-        "route": exchange.route, "model": exchange.model,
-        "upstream_model": exchange.upstream_model, "status": exchange.status, "outcome": outcome,
-        "error": exchange.error, "error_type": None, "stream": exchange.sse,
-        "ttfb_ms": milliseconds(first) if exchange.head_at else None,
-        "duration_ms": milliseconds(duration), "bytes_in": exchange.inbound_bytes,
-        "bytes_out": exchange.down, "input_tokens": seen.input if seen else 0,
-        "output_tokens": seen.output if seen else 0, "cached_tokens": seen.cached if seen else 0,
-        "reasoning_tokens": seen.reasoning if seen else 0, "dropped": [],
-        "captured": exchange.captured}
-
-
 
 # ============================================================================
 #  16  Credentials
@@ -9563,6 +9541,28 @@ def outbound_metadata(head: bytes) -> Json:
     words, headers = split_head(head)
     return {"status": int(words[1]), "content_type": headers.get("content-type"),
             "headers": headers}
+
+
+def request_record(exchange: Exchange, outcome: str, now_wall: float, clock: float) -> Json:
+    """What is remembered of a request, at a time of day and of the clock it began by."""
+    seen, inbound, provider = exchange.observed, exchange.inbound, exchange.provider_protocol
+    duration, first = clock - exchange.started, exchange.head_at - exchange.started
+    at = datetime.datetime.fromtimestamp(now_wall - duration, datetime.UTC)
+    return {
+        "id": str(exchange.id), "at": at.isoformat(timespec="milliseconds")[:23] + "Z",
+        "method": exchange.method, "path": exchange.path,
+        "protocol": inbound.name if inbound else None,
+        "provider_protocol": provider.name if provider else None,
+        "translation": translation_name(exchange), "provider": exchange.provider,
+        "route": exchange.route, "model": exchange.model,
+        "upstream_model": exchange.upstream_model, "status": exchange.status, "outcome": outcome,
+        "error": exchange.error, "error_type": None, "stream": exchange.sse,
+        "ttfb_ms": milliseconds(first) if exchange.head_at else None,
+        "duration_ms": milliseconds(duration), "bytes_in": exchange.inbound_bytes,
+        "bytes_out": exchange.down, "input_tokens": seen.input if seen else 0,
+        "output_tokens": seen.output if seen else 0, "cached_tokens": seen.cached if seen else 0,
+        "reasoning_tokens": seen.reasoning if seen else 0, "dropped": [],
+        "captured": exchange.captured}
 
 
 def surplus(kept: Mapping[str, Mapping[str, int]], busy: Collection[str], files: int,

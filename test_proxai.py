@@ -1581,6 +1581,8 @@ inbound_request_enabled = true
 provider_request_enabled = true
 upstream_response_enabled = true
 outbound_response_enabled = true
+max_files = 77
+max_total_bytes = 7777777
 """
 
 
@@ -1637,6 +1639,7 @@ FULL_VALUES = {
     "logging.level": "trace", "logging.output_format": "json", "logging.use_color": False,
     "logging.duration_thresholds.warn_ms": 0, "logging.duration_thresholds.error_ms": 1,
     **{f"capture.{phase}_enabled": True for phase in proxai.PHASES},
+    "capture.max_files": 77, "capture.max_total_bytes": 7777777,
 }
 
 
