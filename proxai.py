@@ -139,9 +139,8 @@ READ_BYTES = 256 << 10  # one read(): what asyncio's own recv() takes at most
 STREAM_LIMIT = 128 << 10
 CAPTURE_QUEUE_PIECES = 1024  # on their way to the disk (contract 9.6)
 CAPTURE_QUEUE_BYTES = 64 << 20  # of them, unless one alone is larger
-CAPTURE_BATCH_PIECES = 128  # of them at a time, then the writer rests
-CAPTURE_REST = 9  # times as long as they took, for each is time that requests do not have,
-CAPTURE_REST_SECS = (0.01, 0.1)  # and so long at least and at most
+CAPTURE_REST = 9  # times as long as it wrote does the writer rest: requests have that time,
+CAPTURE_REST_SECS = (0.01, 0.2)  # and so long at least and at most
 CAPTURE_DROP_SECS = 1.0  # between two lines that tell of drops
 CAPTURE_CLOSE_SECS = 2.0  # for what is queued when the proxy ends
 CONTROL_BODY_BYTES = 64 << 10  # of a request to the control listener
@@ -9733,23 +9732,26 @@ class CaptureStore:
     def work(self) -> None:
         """Write what is queued until told to end."""
         self.scan()
-        while True:
-            taken = [self.queue.get()]
-            begun = time.perf_counter()
-            with contextlib.suppress(queue.Empty):
-                while taken[-1] and len(taken) < CAPTURE_BATCH_PIECES:
-                    taken.append(self.queue.get_nowait())
-            phases: defaultdict[tuple[Capture, str], list[Piece]] = defaultdict(list)
-            for piece in filter(None, taken):
-                phases[piece.capture, piece.phase].append(piece)
-            for (capture, phase), pieces in phases.items():  # each file is opened once
-                self.save(capture, phase, pieces)
-                self.written += sum(len(piece.data) for piece in pieces)
-            if taken[-1] is None:
-                return
-            if not self.closing:  # the event loop wants the interpreter too
-                least, most = CAPTURE_REST_SECS
-                time.sleep(min(max(CAPTURE_REST * (time.perf_counter() - begun), least), most))
+        while self.write_some():
+            pass
+
+    def write_some(self) -> bool:
+        """Wait for pieces and write what there is, each file in one go, then rest for a while;
+        whether more may come."""
+        taken, phases = [self.queue.get()], defaultdict(list)
+        begun = time.perf_counter()
+        with contextlib.suppress(queue.Empty):
+            while taken[-1] and len(taken) < CAPTURE_QUEUE_PIECES:
+                taken.append(self.queue.get_nowait())
+        for piece in filter(None, taken):
+            phases[piece.capture, piece.phase].append(piece)
+        for (capture, phase), pieces in phases.items():
+            self.save(capture, phase, pieces)
+            self.written += sum(len(piece.data) for piece in pieces)
+        if not self.closing:  # the event loop wants the interpreter too
+            least, most = CAPTURE_REST_SECS
+            time.sleep(min(max(CAPTURE_REST * (time.perf_counter() - begun), least), most))
+        return taken[-1] is not None
 
     def scan(self) -> None:
         """Learn what is in the folder."""
@@ -9794,9 +9796,9 @@ class CaptureStore:
         if make := pieces[start].make:
             for name in [n for n in self.kept.get(capture.prefix, ()) if n.startswith(stem)]:
                 self.forget(capture.prefix, name)
-            self.write(capture, CAPTURE_HEADS[phase], [
-                CAPTURE_JSON.encode({"request_id": capture.id, **make()}).encode()])
-        if body := [piece.data for piece in pieces[start:] if piece.data]:
+            self.write(capture, CAPTURE_HEADS[phase],
+                       CAPTURE_JSON.encode({"request_id": capture.id, **make()}).encode())
+        if body := b"".join([piece.data for piece in pieces[start:]]):
             self.write(capture, f"{stem}.body.{pieces[-1].kind}", body)
 
     def finish(self, capture: Capture) -> None:
@@ -9811,19 +9813,18 @@ class CaptureStore:
                     "request_id": capture.id, "kind": phase,
                     "paths": [f"{capture.prefix}-{name}" for name in names],
                     "bytes": sum(sizes[name] for name in names)})
-        self.write(capture, CAPTURE_RECORD, [CAPTURE_JSON.encode(capture.record or {}).encode()])
+        self.write(capture, CAPTURE_RECORD, CAPTURE_JSON.encode(capture.record or {}).encode())
 
-    def write(self, capture: Capture, name: str, parts: Iterable[bytes]) -> None:
+    def write(self, capture: Capture, name: str, data: bytes) -> None:
         """Append to a file, made where it is not there yet, and keep the limits."""
         prefix, handle = capture.prefix, self.open(capture.prefix, name)
         try:
             self.count(prefix, name, 0)
-            for part in parts:
-                rest = memoryview(part)
-                while rest:
-                    done = os.write(handle, rest)
-                    self.count(prefix, name, done)
-                    rest = rest[done:]
+            rest = memoryview(data)
+            while rest:
+                done = os.write(handle, rest)
+                self.count(prefix, name, done)
+                rest = rest[done:]
         finally:
             os.close(handle)
         most = self.settings.max_total_bytes

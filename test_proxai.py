@@ -17271,6 +17271,13 @@ def test_switches_of_a_run_beat_the_configuration():
     assert switches.active == {"inbound_request"}
 
 
+def test_the_line_of_a_captured_request_says_so():
+    fields = {"method": "POST", "path": "/v1", "provider_request_bytes": 1, "model": "m", "request_hint_parts": [],
+              "request_protocol_alias": "chat", "provider_protocol_alias": "chat", "provider": "p", "request_id": "1"}
+    lines = proxai.HumanLines(False, 1, 2, False)
+    assert [list(lines.fwd_parts({**fields, "capture": on}))[-2] for on in (True, False)] == ["capture", ""]
+
+
 # -- the store ---------------------------------------------------------------
 
 ALL_PHASES = {f"{phase}_enabled": True for phase in proxai.PHASES}
