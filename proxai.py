@@ -80,6 +80,7 @@ import re
 import signal
 import socket
 import ssl
+import stat
 import sys
 import textwrap
 import threading
@@ -138,6 +139,13 @@ USER_AGENT = b"ProxAI/" + __version__.encode()
 READ_BYTES = 256 << 10  # one read(): what asyncio's own recv() takes at most
 # StreamReader limit: reading pauses at twice this, so it bounds a stream's memory
 STREAM_LIMIT = 128 << 10
+CAPTURE_QUEUE_PIECES = 1024  # on their way to the disk (contract 9.6)
+CAPTURE_QUEUE_BYTES = 64 << 20  # of them, unless one alone is larger
+CAPTURE_REST = 9  # times as long as it wrote does the writer rest: requests have that time,
+CAPTURE_REST_SECS = (0.01, 0.2)  # and so long at least and at most
+CAPTURE_DROP_SECS = 1.0  # between two lines that tell of drops
+CAPTURE_CLOSE_SECS = 2.0  # for what is queued when the proxy ends
+CONTROL_BODY_BYTES = 64 << 10  # of a request to the control listener
 DISCARD_BYTES = 256 << 10  # an unread request body up to this is read away to keep the connection
 LINGER_BYTES = 64 << 20  # and how much (so that a whole refused body still passes)
 CUT_SECS = 1.0  # after the grace of a shutdown: for the last words to clients that are cut
@@ -1228,17 +1236,20 @@ class LoggingConfig:
 
 @schema
 class CaptureConfig:
-    """Which phases of an exchange are written to files.
-    This version does not write captures yet."""
+    """Which phases of an exchange are written to files, below the app directory. The files hold
+    what was said."""
 
     inbound_request_enabled: bool = setting(
-        BOOLEAN, "What the client sent. Not in this version.", False)
+        BOOLEAN, "What the client sent.", False)
     provider_request_enabled: bool = setting(
-        BOOLEAN, "What was sent to the provider. Not in this version.", False)
+        BOOLEAN, "What was sent to the provider.", False)
     upstream_response_enabled: bool = setting(
-        BOOLEAN, "What the provider answered. Not in this version.", False)
+        BOOLEAN, "What the provider answered.", False)
     outbound_response_enabled: bool = setting(
-        BOOLEAN, "What the client got. Not in this version.", False)
+        BOOLEAN, "What the client got.", False)
+    max_files: int = setting(
+        whole(16), "Files that are kept; the oldest exchanges go first.", 2000)
+    max_total_bytes: int = setting(whole(1 << 20), "Bytes that are kept.", 1 << 30)
 
 
 @schema
@@ -10302,6 +10313,7 @@ class HumanLines:
         yield "stream" if fields.get("stream") else ""
         yield f"max={fields['max_output_tokens']}" if fields.get("max_output_tokens") else ""
         yield from fields["request_hint_parts"]
+        yield "capture" if fields.get("capture") else ""
         yield f"req={short_id(fields['request_id'])}"
 
     def wait_parts(self, fields: Json) -> Iterator[str]:
@@ -10635,8 +10647,13 @@ class CaptureSwitches:
     run time. A request is captured as the switches are when it starts."""
 
     def __init__(self, settings: CaptureConfig) -> None:
-        self.defaults = {phase: bool(getattr(settings, f"{phase}_enabled")) for phase in PHASES}
         self.overrides: dict[str, bool | None] = dict.fromkeys(PHASES)
+        self.configure(settings)
+
+    def configure(self, settings: CaptureConfig) -> None:
+        """Take the configuration's switches; what was overridden stays so."""
+        self.defaults = {phase: bool(getattr(settings, f"{phase}_enabled")) for phase in PHASES}
+        self.active = frozenset(filter(self.effective, PHASES))  # asked for each request
 
     def effective(self, phase: str) -> bool:
         """Whether a phase is captured now."""
@@ -10647,6 +10664,467 @@ class CaptureSwitches:
         """Override one phase, or `all`; None goes back to the configuration."""
         for phase in PHASES if target == "all" else (target,):
             self.overrides[phase] = value
+        self.active = frozenset(filter(self.effective, PHASES))
+
+    def status(self) -> Json:
+        """Each phase as it is configured, overridden and in effect."""
+        return {phase: {"default": self.defaults[phase], "override": self.overrides[phase],
+                        "effective": self.effective(phase)} for phase in PHASES}
+
+
+# -- what the files say ------------------------------------------------------
+
+CAPTURE_STEMS = {phase: phase.replace("_", "-") for phase in PHASES}
+CAPTURE_HEADS = {phase: f"{stem}.{'metadata' if phase.endswith('request') else 'headers'}.json"
+                 for phase, stem in CAPTURE_STEMS.items()}
+CAPTURE_RECORD = "exchange.json"
+CAPTURE_JSON = json.JSONEncoder(separators=(",\n", ": "))  # a line for each member
+CAPTURE_NAME = re.compile(r"([0-9]+-[0-9]+)-((?:inbound|provider|upstream|outbound|exchange)\b.*)")
+# limits that providers tell in tokens are no secrets
+SECRET_HEADER = re.compile(r"(?!.*(?:ratelimit|token-count))"
+                           r".*(?:auth|cookie|credential|key|passw|secret|token)", re.IGNORECASE)
+REDACTED = "<redacted>"
+
+
+def shown_headers(fields: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
+    """Headers as a file may have them, names in lower case; of a repeated one the last, of a
+    secret one only that it was there (contract 9.6)."""
+    shown = {}
+    for raw, value in fields:
+        name = raw.decode("latin-1").lower()
+        try:
+            shown[name] = REDACTED if SECRET_HEADER.match(name) else value.decode()
+        except UnicodeDecodeError:
+            shown[name] = "<non-utf8>"
+    return shown
+
+
+def split_head(head: bytes) -> tuple[list[bytes], dict[str, str]]:
+    """The words of the first line of a head of ours, and its headers as a file may have them."""
+    first, *lines = head.rstrip(b"\r\n").split(b"\r\n")
+    pairs = (line.partition(b":") for line in lines)
+    return first.split(b" "), shown_headers((name, value.strip()) for name, _, value in pairs)
+
+
+def inbound_metadata(head: RequestHead, size: int | None) -> Json:
+    """What is told of a client's request; `size` is None where its body was not read."""
+    return {"method": head.method.decode("ascii"), "path": head.path + head.query,
+            "headers": shown_headers((field.name, field.value) for field in head.fields),
+            "inbound_request_body_bytes": size}
+
+
+def provider_metadata(origin: str, head: bytes, body: bytes, asked: bytes | None) -> Json:
+    """What is told of a provider request, made from the client's body `asked`."""
+    (method, target, *_), headers = split_head(head)
+    return {"method": method.decode("ascii"),
+            "url": (origin if target.startswith(b"/") else "") + target.decode("ascii"),
+            "headers": headers, "provider_request_body_bytes": len(body),
+            "normalized": body != asked}
+
+
+def upstream_metadata(head: ResponseHead, ttfb_ms: int) -> Json:
+    """What is told of a provider's answer."""
+    headers = shown_headers((field.name, field.value) for field in head.fields)
+    return {"status": head.status, "content_type": headers.get("content-type"),
+            "content_length": head.length if head.length != -1 else None,
+            "transfer_encoding": headers.get("transfer-encoding"), "ttfb_ms": ttfb_ms,
+            "headers": headers}
+
+
+def outbound_metadata(head: bytes) -> Json:
+    """What is told of the answer that the client got."""
+    words, headers = split_head(head)
+    return {"status": int(words[1]), "content_type": headers.get("content-type"),
+            "headers": headers}
+
+
+def surplus(kept: Mapping[str, Mapping[str, int]], busy: Collection[str], files: int,
+            size: int) -> list[str]:
+    """The oldest exchanges, without the busy ones, that must go to be rid of so many files and
+    bytes; `kept` has the sizes of the files of each, the oldest first."""
+    gone = []
+    for prefix, sizes in kept.items():
+        if files <= 0 and size <= 0:
+            break
+        if prefix not in busy:
+            gone.append(prefix)
+            files -= len(sizes)
+            size -= sum(sizes.values())
+    return gone
+
+
+# -- writing -----------------------------------------------------------------
+
+class Piece(NamedTuple):
+    """Something of a phase on its way to the files. What `make` gives begins the phase, anew
+    where it has begun; `data` is of a body that is `json`, `sse` or `bin`. Without a phase it
+    is the end."""
+
+    capture: Capture
+    phase: str
+    make: Callable[[], Json] | None = None
+    data: bytes = b""
+    kind: str = "json"
+
+
+class Capture:
+    """What is captured of one request. The event loop hands over what it has as it is; the
+    thread of the store makes files of it."""
+
+    __slots__ = ("asked", "begun", "failed", "halted", "head", "id", "kind", "phases", "prefix",
+                 "record", "store", "upstream_kind")
+
+    def __init__(self, store: CaptureStore, id: int, phases: Collection[str],
+                 head: RequestHead) -> None:
+        self.store, self.phases = store, phases
+        self.id, self.prefix = str(id), f"{id // 1_000_000}-{id}"  # the id is in microseconds
+        self.head: RequestHead | None = head  # until it is told
+        self.asked: bytes | None = None  # the client's body, until the provider request is told
+        self.kind = self.upstream_kind = "bin"
+        self.record: Json | None = None  # of the exchange, at its end
+        self.begun = False  # whether the thread knows of it
+        self.halted = False  # a piece was dropped, and what follows would be torn
+        self.failed = False  # the thread could not write
+
+    def put(self, piece: Piece) -> None:
+        """Hand a piece over."""
+        if piece.phase not in self.phases or self.halted:
+            return
+        if self.store.offer(piece):
+            self.begun = True
+        else:
+            self.halted = True
+            self.store.tell_drop(self.id, piece.phase)
+
+    def inbound(self, body: bytes | None) -> None:
+        """The client's request; None where its body was not read."""
+        assert self.head
+        make = functools.partial(inbound_metadata, self.head, None if body is None else len(body))
+        self.put(Piece(self, PHASES[0], make, body or b""))
+        self.head, self.asked = None, body
+
+    def provider(self, origin: str, head: bytes, body: bytes) -> None:
+        """The request for a provider at `origin`."""
+        make = functools.partial(provider_metadata, origin, head, body, self.asked)
+        self.put(Piece(self, PHASES[1], make, body))
+        self.asked = None
+
+    def upstream(self, head: ResponseHead, ttfb_ms: int) -> None:
+        """The provider's answer begins."""
+        self.upstream_kind = "sse" if is_event_stream(head.values.get(b"content-type")) else "bin"
+        self.put(Piece(self, PHASES[2], functools.partial(upstream_metadata, head, ttfb_ms)))
+
+    def upstream_part(self, data: bytes) -> None:
+        """Bytes of the provider's answer."""
+        self.put(Piece(self, PHASES[2], data=data, kind=self.upstream_kind))
+
+    def outbound(self, head: bytes, body: bytes) -> None:
+        """The client's answer begins."""
+        self.kind = "sse" if b"\r\ncontent-type: text/event-stream\r\n" in head else "bin"
+        self.put(Piece(self, PHASES[3], functools.partial(outbound_metadata, head), body,
+                       self.kind))
+
+    def outbound_part(self, data: bytes) -> None:
+        """Bytes of the client's answer."""
+        self.put(Piece(self, PHASES[3], data=data, kind=self.kind))
+
+    def end(self) -> None:
+        """The exchange is over."""
+        if self.head:
+            self.inbound(None)
+        self.halted = True
+        if self.begun:
+            self.store.queue.put(Piece(self, ""))
+
+
+class CaptureStore:
+    """The captures of a proxy. One thread writes them, from the first one on; when it cannot
+    follow, or the disk is full, captures suffer and requests do not."""
+
+    def __init__(self, settings: CaptureConfig, directory: Path, log: Log) -> None:
+        self.settings, self.directory, self.log = settings, directory, log
+        self.switches, self.dropped = CaptureSwitches(settings), 0
+        self.queue: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
+        self.quiet_until = 0.0  # when a drop is told again
+        self.offered = self.written = 0  # bytes; each is counted by one thread only
+        self.thread: threading.Thread | None = None
+        self.closing = False
+        self.folder = f"{directory}{os.sep}"
+        # the rest is the thread's: prefix -> file -> bytes, the oldest first, and the totals
+        self.kept: dict[str, dict[str, int]] = {}
+        self.busy: set[str] = set()
+        self.files = self.bytes = 0
+
+    def configure(self, settings: CaptureConfig) -> None:
+        """Hold to these settings from now on."""
+        self.settings = settings
+        self.switches.configure(settings)
+
+    def status(self) -> Json:
+        """Where captures go, which phases are captured, how many captures are torn."""
+        return {"directory": str(self.directory), "phases": self.switches.status(),
+                "dropped": self.dropped}
+
+    def begin(self, id: int, head: RequestHead) -> Capture | None:
+        """The capture of a request that starts; None while no phase is on, or where what is
+        queued would leave it torn."""
+        phases = self.switches.active
+        if not phases:
+            return None
+        if self.queue.qsize() >= CAPTURE_QUEUE_PIECES // 2:
+            self.tell_drop(str(id), "all")
+            return None
+        if self.thread is None:
+            self.thread = threading.Thread(target=self.work, name="proxai-capture", daemon=True)
+            self.thread.start()
+        return Capture(self, id, phases, head)
+
+    def offer(self, piece: Piece) -> bool:
+        """Queue a piece, if it fits."""
+        waiting, size = self.offered - self.written, len(piece.data)
+        if (self.queue.qsize() >= CAPTURE_QUEUE_PIECES
+                or (waiting and waiting + size > CAPTURE_QUEUE_BYTES)):
+            return False
+        self.offered += size
+        self.queue.put(piece)
+        return True
+
+    def tell_drop(self, request_id: str, phase: str) -> None:
+        """A capture is torn; where there are many of those, a line tells of some."""
+        self.dropped += 1
+        now = time.monotonic()
+        if now >= self.quiet_until:
+            self.quiet_until = now + CAPTURE_DROP_SECS
+            self.log.event(logging.WARNING, "capture_drop", {
+                "request_id": request_id, "kind": phase, "dropped": self.dropped,
+                "reason": "the queue to the disk is full"})
+
+    def close(self) -> None:
+        """Write out what is queued, for a little while."""
+        if self.thread:
+            self.closing = True
+            self.queue.put(None)
+            self.thread.join(CAPTURE_CLOSE_SECS)
+
+    # -- the thread
+
+    def work(self) -> None:
+        """Write what is queued until told to end."""
+        self.scan()
+        while self.write_some():
+            pass
+
+    def write_some(self) -> bool:
+        """Wait for pieces and write what there is, each file in one go, then rest for a while;
+        whether more may come."""
+        taken, phases = [self.queue.get()], defaultdict(list)
+        begun = time.perf_counter()
+        with contextlib.suppress(queue.Empty):
+            while taken[-1] and len(taken) < CAPTURE_QUEUE_PIECES:
+                taken.append(self.queue.get_nowait())
+        for piece in filter(None, taken):
+            phases[piece.capture, piece.phase].append(piece)
+        for (capture, phase), pieces in phases.items():
+            self.save(capture, phase, pieces)
+            self.written += sum(len(piece.data) for piece in pieces)
+        if not self.closing:  # the event loop wants the interpreter too
+            least, most = CAPTURE_REST_SECS
+            time.sleep(min(max(CAPTURE_REST * (time.perf_counter() - begun), least), most))
+        return taken[-1] is not None
+
+    def scan(self) -> None:
+        """Learn what is in the folder."""
+        with contextlib.suppress(OSError):
+            for entry in sorted(os.scandir(self.directory), key=lambda entry: entry.name):
+                if found := CAPTURE_NAME.fullmatch(entry.name):
+                    self.count(found[1], found[2], entry.stat(follow_symlinks=False).st_size)
+
+    def count(self, prefix: str, name: str, size: int) -> None:
+        """A file is there, or has grown."""
+        sizes = self.kept.setdefault(prefix, {})
+        self.files += name not in sizes
+        self.bytes += size
+        sizes[name] = sizes.get(name, 0) + size
+
+    def forget(self, prefix: str, name: str) -> None:
+        """Remove a file."""
+        self.files -= 1
+        self.bytes -= self.kept[prefix].pop(name)
+        with contextlib.suppress(OSError):
+            os.unlink(f"{self.folder}{prefix}-{name}")
+
+    def save(self, capture: Capture, phase: str, pieces: Sequence[Piece]) -> None:
+        """Write pieces of a phase; what fails is told once, and ends the capture."""
+        try:
+            if not capture.failed and phase:
+                self.busy.add(capture.prefix)
+                self.write_phase(capture, phase, pieces)
+            elif not phase:
+                self.finish(capture)
+        except Exception as error:  # the thread goes on, for the other captures
+            capture.failed = True
+            said = error.strerror if isinstance(error, OSError) else type(error).__name__
+            self.log.event(logging.WARNING, "capture_failed", {
+                "request_id": capture.id, "kind": phase or "exchange",
+                "error": f"{said}: {self.directory}"})
+
+    def write_phase(self, capture: Capture, phase: str, pieces: Sequence[Piece]) -> None:
+        """Write pieces of a phase."""
+        stem = CAPTURE_STEMS[phase]
+        start = max((at for at, piece in enumerate(pieces) if piece.make), default=0)
+        if make := pieces[start].make:
+            for name in [n for n in self.kept.get(capture.prefix, ()) if n.startswith(stem)]:
+                self.forget(capture.prefix, name)
+            self.write(capture, CAPTURE_HEADS[phase],
+                       CAPTURE_JSON.encode({"request_id": capture.id, **make()}).encode())
+        if body := b"".join([piece.data for piece in pieces[start:]]):
+            self.write(capture, f"{stem}.body.{pieces[-1].kind}", body)
+
+    def finish(self, capture: Capture) -> None:
+        """Write the record of an exchange that is over, and tell what there is of it."""
+        self.busy.discard(capture.prefix)
+        sizes = self.kept.get(capture.prefix)
+        if not sizes or capture.failed:
+            return
+        for phase, stem in CAPTURE_STEMS.items() if self.log.info_on else ():
+            if names := [name for name in sizes if name.startswith(stem)]:
+                self.log.event(logging.INFO, "capture", {
+                    "request_id": capture.id, "kind": phase,
+                    "paths": [f"{capture.prefix}-{name}" for name in names],
+                    "bytes": sum(sizes[name] for name in names)})
+        self.write(capture, CAPTURE_RECORD, CAPTURE_JSON.encode(capture.record or {}).encode())
+
+    def write(self, capture: Capture, name: str, data: bytes) -> None:
+        """Append to a file, made where it is not there yet, and keep the limits."""
+        prefix, handle = capture.prefix, self.open(capture.prefix, name)
+        try:
+            self.count(prefix, name, 0)
+            rest = memoryview(data)
+            while rest:
+                done = os.write(handle, rest)
+                self.count(prefix, name, done)
+                rest = rest[done:]
+        finally:
+            os.close(handle)
+        most = self.settings.max_total_bytes
+        files, size = self.files - self.settings.max_files, self.bytes - most
+        if files > 0 or size > 0:
+            for old in surplus(self.kept, {*self.busy, prefix}, files, size):
+                for each in list(self.kept[old]):
+                    self.forget(old, each)
+                del self.kept[old]
+            if self.bytes > most:
+                raise OSError(0, f"more than capture.max_total_bytes = {most}")
+
+    def open(self, prefix: str, name: str) -> int:
+        """A file that can be appended to; a new one is for the owner only."""
+        path, flags = f"{self.folder}{prefix}-{name}", os.O_WRONLY | getattr(os, "O_BINARY", 0)
+        if name in self.kept.get(prefix, ()):
+            return os.open(path, flags | os.O_APPEND)
+        try:
+            return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileNotFoundError:
+            for folder in (self.directory.parent, self.directory):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+
+
+# -- switches in the configuration file --------------------------------------
+
+def set_capture_keys(text: str, values: Mapping[str, bool]) -> str:
+    """A TOML text with keys of its table `capture` set and everything else as it was; ConfigError
+    where that cannot be done."""
+    try:
+        wanted = tomllib.loads(text)
+        mapping(wanted.setdefault("capture", {})).update(values)
+        for key, value in values.items():
+            text = set_capture_key(text, key, toml_value(value))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError([f"not valid TOML: {error}"], RECOVERY) from None
+    if not is_toml(text, wanted):
+        raise ConfigError(["[capture] is written in a way that cannot be edited from here"],
+                          "set by hand, in [capture]: " + ", ".join(
+                              f"{key} = {toml_value(value)}" for key, value in values.items()))
+    return text
+
+
+def set_capture_key(text: str, key: str, value: str) -> str:
+    """A TOML text with a key of `capture` set, if it is written as one would think: as a table,
+    in dotted keys or inline; a table at the end where there is none."""
+    lines, end = re.findall(r"[^\n]*\n|[^\n]+", text), "\r\n" if "\r\n" in text else "\n"
+    name, member = toml_name("capture"), toml_name(key) + "="
+
+    def find(pattern: str, start: int, stop: int) -> int | None:
+        """The first line with a statement that matches. Before the start of a statement is
+        a whole text; where a string or an array is open, it is not."""
+        return next((at for at in range(start, stop) if re.match(pattern, lines[at])
+                     and is_toml("".join(lines[:at]))), None)
+
+    table = find(rf"[ \t]*\[{name}\]", 0, len(lines))
+    start, label = (0, "capture.") if table is None else (table + 1, "")
+    dotted = rf"{name}\." if table is None else ""
+    stop = find(r"[ \t]*\[", start, len(lines))
+    stop = len(lines) if stop is None else stop
+    at, inline = find(dotted + member, start, stop), find(name + r"=[ \t]*\{", 0, stop)
+    if at is not None:
+        lines[at] = re.sub(r"(=[ \t]*)[^\s#]+", rf"\g<1>{value}", lines[at], count=1)
+    elif table is None and inline is not None:
+        lines[inline] = set_inline_key(lines[inline], member, f"{key} = {value}", value)
+    else:
+        if lines and not lines[-1].endswith("\n"):
+            lines[-1] += end
+        at = table if table is not None else find(dotted, 0, stop)
+        if at is None:
+            lines += [end if text.strip() else "", f"[capture]{end}"]
+            at, label = len(lines) - 1, ""
+        elif table is not None:  # behind the last statement of the table
+            at = max((i for i in range(start, stop) if re.match(r"[ \t]*[^\s#]", lines[i])),
+                     default=table)
+        lines.insert(at + 1, f"{label}{key} = {value}{end}")
+    return "".join(lines)
+
+
+def set_inline_key(line: str, member: str, statement: str, value: str) -> str:
+    """A line with an inline table in which a member is set."""
+    done, count = re.subn(rf"([{{,]{member}[ \t]*)[^\s,}}]+", rf"\g<1>{value}", line, count=1)
+    if count:
+        return done
+    return re.sub(r"(\{)?[ \t]*\}([^}]*)$", lambda found: (
+        f"{found[1] or ','} {statement} }}{found[2]}"), line, count=1)
+
+
+def toml_name(name: str) -> str:
+    """A pattern for a key, bare or quoted, with blanks around it."""
+    return rf"""[ \t]*(?:{name}|"{name}"|'{name}')[ \t]*"""
+
+
+def is_toml(text: str, tables: Json | None = None) -> bool:
+    """Whether a text is TOML, with these tables."""
+    try:
+        return tables in (None, tomllib.loads(text))
+    except ValueError:
+        return False
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Put a text in the place of a file's, at once and with the same rights; a link stays one."""
+    target = os.path.realpath(path)
+    fresh = f"{target}.{os.getpid()}-{time.time_ns()}.tmp"
+    try:
+        mode = stat.S_IMODE(os.stat(target).st_mode)
+        handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(handle)
+            os.chmod(fresh, mode)
+            os.replace(fresh, target)
+        except BaseException:
+            os.unlink(fresh)
+            raise
+    except OSError as error:
+        raise ConfigError([f"cannot write {path}: {error.strerror}"]) from None
 
 
 # -- reading them back -------------------------------------------------------
@@ -10658,10 +11136,6 @@ CAPTURE_FILE = re.compile(
     r"([0-9]{9,10})-([0-9A-Za-z]{1,40})-"
     rf"(?:exchange\.json|({'|'.join(PHASES).replace('_', '-')})"
     r"\.(?:metadata\.json|headers\.json|body\.(?:json|sse|bin)))")
-# limits that providers tell in tokens are no secrets
-SECRET_NAME = re.compile(r"(?!.*(?:ratelimit|token-count)).*"
-                         r"(?:auth|cookie|credential|key|passw|secret|token)", re.IGNORECASE)
-REDACTED = "<redacted>"
 
 
 class StoredCapture(NamedTuple):
@@ -10853,7 +11327,7 @@ def shown_lines(text: str, lines: int = SHOWN_LINES) -> list[str]:
 
 def masked(name: str, value: Any) -> str:
     """A header's value, unless its name says that it is a secret."""
-    return REDACTED if SECRET_NAME.match(name) else printable(text_of(value))
+    return REDACTED if SECRET_HEADER.match(name) else printable(text_of(value))
 
 
 def headers_of(phase: CapturedPhase | None) -> dict[str, str]:
@@ -11155,11 +11629,6 @@ def request_place(capture: CapturedExchange) -> tuple[str, str | None]:
     path = next(filter(None, found), "").partition("?")[0]
     protocol = MESSAGES if path in COUNT_PATHS else MODEL_PATHS.get(path)
     return path, protocol and protocol.name
-class CaptureStore:
-    """Where captures are kept, and which phases are."""
-
-    def __init__(self, settings: CaptureConfig, directory: Path) -> None:
-        self.switches, self.directory, self.dropped = CaptureSwitches(settings), directory, 0
 
 
 
@@ -11645,11 +12114,12 @@ def check_unfinished_answer(data: bytes, scanned: int) -> None:
 class ResponseBody:
     """The payload of an answer as it comes: chunks taken apart, compression undone."""
 
-    __slots__ = ("decoder", "inflater", "link", "rest")
+    __slots__ = ("decoder", "inflater", "link", "rest", "tap")
 
     def __init__(self, link: Link, head: ResponseHead, rest: bytes) -> None:
         self.link, self.rest = link, rest
         self.decoder = body_decoder(head.length)
+        self.tap: Callable[[bytes], None] | None = None  # is given what is read
         self.inflater: Inflater | None = None
         coding = head.values.get(b"content-encoding", b"identity").lower()
         if coding in INFLATABLE:
@@ -11675,6 +12145,8 @@ class ResponseBody:
             if self.inflater and data:
                 data = self.inflater.feed(data)
             if data:
+                if self.tap:
+                    self.tap(data)
                 return data
         if self.inflater and self.inflater.read:
             self.inflater.close()
@@ -11687,6 +12159,8 @@ class ResponseBody:
         if self.inflater or not isinstance(decoder, LengthDecoder) or len(self.rest) != decoder.left:
             return None
         data, self.rest = decoder.feed(self.rest), b""
+        if self.tap:
+            self.tap(data)
         return data
 
     def clean(self, head: ResponseHead) -> bool:
@@ -11735,6 +12209,7 @@ class Connection:
         self.reason: str | None = None
         self.task: asyncio.Task[Any] | None = None
         self.extra: list[bytes] = []  # header lines for every answer to this request
+        self.tap: Capture | None = None  # is given the answer
 
     # -- ends from outside
 
@@ -11912,6 +12387,8 @@ class Connection:
         head = format_head(status, lines)
         if self.head is not None and self.head.method == b"HEAD":
             body = b""
+        if self.tap:
+            self.tap.outbound(head, body)
         if len(body) > READ_BYTES:
             self.writer.write(head)
             self.writer.write(body)
@@ -11920,6 +12397,8 @@ class Connection:
 
     def write_part(self, data: bytes) -> None:
         """A piece of a stream."""
+        if self.tap:
+            self.tap.outbound_part(data)
         self.writer.write(b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data)
 
     def write_end(self) -> None:
@@ -12384,9 +12863,9 @@ class Proxy:
 
     def __init__(self, config: Config, log: Log, environ: Mapping[str, str]) -> None:
         self.log, self.environ = log, environ
-        self.configure(config)
         self.pool, self.ids, self.metrics = Pool(), RequestIds(), Metrics(time.time())
-        self.captures = CaptureStore(config.capture, app_directory(environ) / "captures")
+        self.captures = CaptureStore(config.capture, captures_directory(environ), log)
+        self.configure(config)
         self.streams: set[Exchange] = set()
         self.drains: set[asyncio.Task[None]] = set()
         self.ticker: asyncio.TimerHandle | None = None
@@ -12399,6 +12878,7 @@ class Proxy:
         self.providers = {name: Provider(name, settings, self.environ)
                           for name, settings in config.providers.items()}
         self.slots = asyncio.Semaphore(config.server.max_concurrent_requests)
+        self.captures.configure(config.capture)
 
     def close(self) -> None:
         """Let go of connections and timers."""
@@ -12407,6 +12887,7 @@ class Proxy:
             task.cancel()
         if self.ticker:
             self.ticker.cancel()
+        self.captures.close()
 
     async def serve(self, connection: Connection, head: RequestHead) -> None:
         """Answer one request, whatever happens."""
@@ -12440,8 +12921,8 @@ class Proxy:
 class Turn:
     """One request on its way through a proxy; what is known of it grows on the way."""
 
-    __slots__ = ("answer", "body", "connection", "exchange", "head", "idle_secs", "inbound", "job",
-                 "lines", "link", "log", "provider", "proxy", "stall_secs")
+    __slots__ = ("answer", "body", "capture", "connection", "exchange", "head", "idle_secs",
+                 "inbound", "job", "lines", "link", "log", "provider", "proxy", "stall_secs")
 
     def __init__(self, proxy: Proxy, connection: Connection, method: str, path: str) -> None:
         self.proxy, self.log, self.connection = proxy, proxy.log, connection
@@ -12454,6 +12935,7 @@ class Turn:
         self.idle_secs: float  # how long the provider may be silent
         self.stall_secs = proxy.config.tool_calls.timeout_secs
         self.job: Job | None = None  # None where nothing is translated
+        self.capture: Capture | None = None
         self.link: Link | None = None  # until another request may have it
         self.answer: ResponseHead
         self.body: ResponseBody
@@ -12483,6 +12965,9 @@ class Turn:
             connection.watch.disarm()
             if self.link:
                 self.link.abort()
+            if self.capture:
+                connection.tap = None
+                self.capture.end()
 
     async def run(self) -> None:
         """The way of a request that is let in."""
@@ -12493,6 +12978,8 @@ class Turn:
                            {**base_fields(exchange), "content_length": head.length})
         # so that a refusal has the shape the client expects
         exchange.inbound = protocol_of(head.path)
+        if exchange.inbound and head.method == b"POST":
+            self.begin_capture()
         connection.extra += check_origin(head, settings)
         protocol = admit(head, settings)
         if isinstance(protocol, int):
@@ -12501,6 +12988,8 @@ class Turn:
         self.inbound = protocol
         raw = await connection.read_body(settings.max_request_body_bytes)
         exchange.inbound_bytes = len(raw)
+        if self.capture:
+            self.capture.inbound(raw)
         request = read_model_request(protocol, raw)
         pair = self.route(request.model)
         if head.path in COUNT_PATHS:
@@ -12515,6 +13004,13 @@ class Turn:
         del raw, request, body  # a stream may take hours, and bodies megabytes
         exchange.body = None
         await self.respond()
+
+    def begin_capture(self) -> None:
+        """Capture the request in the phases that are on now."""
+        capture = self.capture = self.proxy.captures.begin(self.exchange.id, self.head)
+        if capture:
+            self.exchange.captured = True
+            self.connection.tap = capture if PHASES[3] in capture.phases else None
 
     def answer_here(self, status: int) -> None:
         """Health, and the preflight of a browser that may call (Fetch, CORS protocol)."""
@@ -12606,19 +13102,24 @@ class Turn:
             raise ConnectionResetError
         connection.exchanging = True
         connection.watch.disarm()
+        head, origin = provider.request_head(self.head, len(body), translated, path), provider.origin
+        if self.capture:
+            self.capture.provider(f"{origin.scheme}://{origin.authority}", head, body)
         async with self.proxy.slots:
             try:
                 self.link, self.answer, rest = await self.proxy.pool.exchange(
-                    provider.origin,
-                    provider.request_head(self.head, len(body), translated, path), body,
-                    connection.watch, provider.settings.connect_timeout_secs, self.idle_secs,
+                    origin, head, body, connection.watch, provider.settings.connect_timeout_secs, self.idle_secs,
                     self.log_sent)
             except UpstreamError as error:
                 error.message = f"{error.message} (provider `{provider.name}`)"
                 raise
         exchange.head_at = time.perf_counter()
+        if self.capture:
+            self.capture.upstream(self.answer, milliseconds(exchange.head_at - exchange.started))
         try:
             self.body = ResponseBody(self.link, self.answer, rest)
+            if self.capture and PHASES[2] in self.capture.phases:
+                self.body.tap = self.capture.upstream_part
         except FramingError as error:  # a coding that we cannot undo
             raise self.unreadable(error) from None
 
@@ -12629,7 +13130,9 @@ class Turn:
             return
         exchange.phase = PHASES[2]
         if self.log.info_on:
-            self.log.event(logging.INFO, "fwd", fwd_fields(exchange))
+            self.log.event(logging.INFO, "fwd", {
+                **fwd_fields(exchange),
+                "capture": bool(self.capture and PHASES[1] in self.capture.phases)})
         thinking = mapping(mapping(exchange.body).get("thinking"))
         if thinking.get("type") == "enabled" and self.inbound is MESSAGES:
             self.log.event(logging.WARNING, "anthropic_legacy_thinking_budget",
@@ -13009,6 +13512,8 @@ class Turn:
         """The line that closes an exchange, and its place in the metrics."""
         exchange = self.exchange
         exchange.error = said[:LOG_TEXT_CHARS] if said else None
+        if self.capture:
+            self.capture.record = request_record(exchange, event, time.time(), time.perf_counter())
         if self.log.logger.isEnabledFor(level):
             fields = {**end_fields(exchange), **(more or {})}
             if event == "timeout":
@@ -13281,13 +13786,13 @@ CAPTURES_LISTED, CAPTURES_LISTED_MOST = 50, 1000
 async def control_captures(control: Control, connection: Connection, head: RequestHead) -> None:
     """GET /captures?limit=N: the stored exchanges, newest first."""
     limit = query_number(head, "limit", CAPTURES_LISTED, CAPTURES_LISTED_MOST)
-    found = await read_aside(list_captures, captures_directory(control.proxy.environ), limit)
+    found = await read_aside(list_captures, control.proxy.captures.directory, limit)
     write_value(connection, {"captures": found})
 
 
 async def control_one_capture(control: Control, connection: Connection, head: RequestHead) -> None:
     """GET /captures/ID: one of them, with its phases and what changed between them."""
-    directory, word = captures_directory(control.proxy.environ), head.path[len(CAPTURE_PATH):]
+    directory, word = control.proxy.captures.directory, head.path[len(CAPTURE_PATH):]
     found = await read_aside(
         lambda: capture_json(read_capture(directory, word, CAPTURE_JSON_BYTES * 2)))
     write_value(connection, found)
@@ -13338,18 +13843,9 @@ def status_view(proxy: Proxy, listen: str, now: float) -> Json:
             "uptime_secs": int(now - metrics.started), "listen": listen,
             "in_flight": len(metrics.open),
             "requests": {"total": metrics.ended_count, "errors": metrics.error_count},
-            "providers": providers, "captures": captures_view(proxy.captures),
+            "providers": providers, "captures": proxy.captures.status(),
             "history": metrics.history(now), "models": metrics.models(),
             "recent": metrics.requests(0, 20)}
-
-
-def captures_view(store: CaptureStore) -> Json:
-    """Which phases are captured, and where."""
-    switches = store.switches
-    return {"directory": str(store.directory), "dropped": store.dropped,
-            "phases": {phase: {"default": switches.defaults[phase],
-                               "override": switches.overrides[phase],
-                               "effective": switches.effective(phase)} for phase in PHASES}}
 
 
 def write_value(connection: Connection, value: Json) -> None:
@@ -13797,6 +14293,25 @@ async def control_mcp_end(control: Control, connection: Connection, head: Reques
 def mcp_lines() -> list[bytes]:
     """The head of an event stream."""
     return [b"content-type: text/event-stream", b"cache-control: no-cache", date_line()]
+async def control_capture(control: Control, connection: Connection, head: RequestHead) -> None:
+    """POST /capture: override the switch of a phase, or of `all`, for requests that start from
+    now on; null goes back to the configuration."""
+    content_type = head.values.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    if content_type != b"application/json":
+        raise RequestError("the body must be JSON", status=415,
+                           fix="send content-type: application/json")
+    try:
+        wanted = mapping(load(await connection.read_body(CONTROL_BODY_BYTES)))
+    except ValueError as error:
+        raise RequestError(f"the body is not JSON: {error}") from None
+    phase, enabled = wanted.get("phase"), wanted.get("enabled", ABSENT)
+    if phase not in (*PHASES, "all") or not (enabled is None or isinstance(enabled, bool)):
+        raise RequestError('the body must be {"phase": PHASE, "enabled": true, false or null}',
+                           fix=f"PHASE is one of {', '.join(PHASES)}, all")
+    captures = control.proxy.captures
+    captures.switches.override(phase, enabled)
+    captures.log.event(logging.INFO, "capture_switch", {"phase": phase, "enabled": enabled})
+    write_value(connection, captures.status())
 
 
 # path -> method -> handler; a handler is given the control, the connection and the head
@@ -13809,6 +14324,7 @@ CONTROL_PATHS: dict[str, dict[str, ControlHandler]] = {
     "/requests": {"GET": control_requests},
     "/status": {"GET": control_status},
     "/mcp": {"GET": control_mcp_stream, "POST": control_mcp, "DELETE": control_mcp_end},
+    "/capture": {"POST": control_capture},
 }
 
 
@@ -14181,13 +14697,63 @@ def default_responses_provider(flag: str, tables: Json) -> str:
                       f"set routing.default_provider_names.{RESPONSES.name}")
 
 
-def read_file(path: Path) -> str:
+def read_file(path: Path, encoding: str = "utf-8-sig", newline: str | None = None) -> str:
     """The text of a configuration file; ConfigError names the path and the reason."""
-    try:
-        return path.read_text("utf-8-sig")  # Windows editors put a byte order mark in front
+    try:  # Windows editors put a byte order mark in front
+        with path.open(encoding=encoding, newline=newline) as file:
+            return file.read()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ConfigError([f"cannot read {path}: {reason}"]) from None
+
+
+def capture_line() -> argparse.ArgumentParser:
+    """The parser of `proxai.py capture`."""
+    parser = argparse.ArgumentParser(
+        prog="proxai.py capture", allow_abbrev=False,
+        description="Show or set which phases the configuration file captures. A proxy that runs"
+                    " keeps what it was started with.")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="status|enable|disable")
+    for name, does in (("status", "show the switches"), ("enable", "switch on"),
+                       ("disable", "switch off")):
+        action = actions.add_parser(name, help=does, allow_abbrev=False)
+        action.add_argument("--config", metavar="PATH", help="configuration file")
+        if name != "status":
+            action.add_argument("phase", nargs="?", choices=CAPTURE_STEMS.values(), metavar="PHASE",
+                                help=f"{', '.join(CAPTURE_STEMS.values())}; all without")
+    return parser
+
+
+def capture(args: Any, environ: Mapping[str, str]) -> int:
+    """Show the capture switches of the configuration file, or set them in its text."""
+    directory, _ = bootstrap(environ)
+    path = Path(args.config or directory / "config.toml")
+    if args.action == "status":
+        settings = load_config(read_file(path), str(path), environ=environ).capture
+        rows = {f"{phase}_enabled": toml_value(on)
+                for phase, on in CaptureSwitches(settings).defaults.items()}
+        rows["captures_dir"] = str(directory / "captures")
+    else:
+        value = args.action == "enable"
+        chosen = [phase for phase, stem in CAPTURE_STEMS.items() if args.phase in (None, stem)]
+        switch_captures(path, {f"{phase}_enabled": value for phase in chosen})
+        rows = {f"{phase}_enabled": toml_value(value) if phase in chosen else "unchanged"
+                for phase in PHASES}
+    print("\n".join(["capture", f"  config: {path}",
+                     *(f"  {label}: {shown}" for label, shown in rows.items())]))
+    return 0
+
+
+def switch_captures(path: Path, values: Mapping[str, bool]) -> None:
+    """Set capture switches in a configuration file."""
+    text = read_file(path, "utf-8", "")  # every byte of it stays
+    mark = "\ufeff" if text.startswith("\ufeff") else ""
+    try:
+        edited = mark + set_capture_keys(text.removeprefix(mark), values)
+    except ConfigError as error:
+        raise ConfigError([f"{path}: {fault}" for fault in error.faults], error.hint) from None
+    if edited != text:
+        replace_file(path, edited)
 
 
 # -- what is printed ---------------------------------------------------------
@@ -14216,7 +14782,7 @@ def banner(config: Config, ports: Sequence[tuple[int, int]], source: str, notes:
     host, control = (f"[{h}]" if ":" in h else h for h in (config.server.host, config.mcp.host))
     names, logs = config.routing.default_provider_names, config.logging
     default = config.providers.get(names.openai_responses)
-    base, captures = app_directory(environ), dataclasses.asdict(config.capture)
+    base, switches = app_directory(environ), CaptureSwitches(config.capture)
     rows = [
         ("listen", f"http://{host}:{ports[0][0]}"),
         ("mcp", ", ".join(f"http://{control}:{at}/mcp" for _, at in ports)),
@@ -14240,8 +14806,8 @@ def banner(config: Config, ports: Sequence[tuple[int, int]], source: str, notes:
         ("route_count", len(config.routing.routes)),
         ("read_idle_timeout_secs", f"{default.read_idle_timeout_secs:g}" if default else "none"),
         ("tool_calls.timeout_secs", f"{config.tool_calls.timeout_secs:g}"),
-        *((f"capture.{name}", toml_value(on)) for name, on in captures.items()),
-        ("capture", base / "captures" if any(captures.values()) else "disabled"),
+        *((f"capture.{phase}_enabled", toml_value(on)) for phase, on in switches.defaults.items()),
+        ("capture", base / "captures" if switches.active else "disabled"),
     ]
     return "\n".join([f"ProxAI {__version__}", *(f"  {label}: {value}" for label, value in rows)])
 
@@ -14255,11 +14821,8 @@ def tell(text: str) -> None:
 
 def start_notes(config: Config) -> list[str]:
     """What an operator should know before the first request."""
-    notes = [f"providers.{name}.api_key is still the template's; requests to it are refused"
-             for name, p in config.providers.items() if TEMPLATE_KEY.search(p.api_key or "")]
-    if any(dataclasses.astuple(config.capture)):
-        notes.append("capture is switched on, but this version writes no captures yet")
-    return notes
+    return [f"providers.{name}.api_key is still the template's; requests to it are refused"
+            for name, p in config.providers.items() if TEMPLATE_KEY.search(p.api_key or "")]
 
 
 def check_report(config: Config, source: str, environ: Mapping[str, str]) -> str:
@@ -14932,6 +15495,7 @@ COMMANDS = {
     "captures": Command(captures_line, captures),
     "replay": Command(replay_line, replay),
     "explain": Command(explain_line, explain_command),
+    "capture": Command(capture_line, capture),
 }
 
 

@@ -1588,6 +1588,8 @@ inbound_request_enabled = true
 provider_request_enabled = true
 upstream_response_enabled = true
 outbound_response_enabled = true
+max_files = 77
+max_total_bytes = 7777777
 """
 
 
@@ -1645,6 +1647,7 @@ FULL_VALUES = {
     "logging.file": "a.log", "logging.file_max_bytes": 1024, "logging.file_backups": 1,
     "logging.duration_thresholds.warn_ms": 0, "logging.duration_thresholds.error_ms": 1,
     **{f"capture.{phase}_enabled": True for phase in proxai.PHASES},
+    "capture.max_files": 77, "capture.max_total_bytes": 7777777,
 }
 
 
@@ -18177,6 +18180,630 @@ def test_the_line_of_a_silent_stream_tells_how_far_it_is():
 #  18  Captures
 # ============================================================================
 
+# -- values ------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, hidden", [
+    ("authorization", True), ("Proxy-Authorization", True), ("cookie", True), ("Set-Cookie", True),
+    ("x-api-key", True), ("api-key", True), ("X-Goog-Api-Key", True), ("openai-secret", True),
+    ("x-amz-security-token", True), ("x-password", True), ("x-auth", True),
+    ("content-type", False), ("x-request-id", False), ("anthropic-version", False), ("user-agent", False),
+    ("anthropic-ratelimit-tokens-remaining", False), ("x-ratelimit-limit-tokens", False),
+    ("x-proxai-token-count", False)])
+def test_headers_are_shown_without_secrets(name, hidden):
+    shown = proxai.shown_headers([(name.encode(), b"value")])
+    assert shown == {name.lower(): "<redacted>" if hidden else "value"}
+
+
+def test_headers_that_repeat_or_are_no_text_are_shown_as_the_contract_says():
+    fields = [(b"A", b"1"), (b"b", b"\xff"), (b"a", b"2"), (b"key", b"\xff"), (b"c", "\u00fc".encode())]
+    assert proxai.shown_headers(fields) == {"a": "2", "b": "<non-utf8>", "key": "<redacted>", "c": "\u00fc"}
+
+
+def test_a_head_of_ours_is_taken_apart():
+    words, headers = proxai.split_head(b"POST /p?q HTTP/1.1\r\nHost: h:1\r\nX-Api-Key: k\r\n\r\n")
+    assert words == [b"POST", b"/p?q", b"HTTP/1.1"] and headers == {"host": "h:1", "x-api-key": "<redacted>"}
+
+
+@pytest.mark.parametrize("origin, target, url", [
+    ("https://h:1", b"/v1?a=b", "https://h:1/v1?a=b"), ("http://h", b"http://h/v1", "http://h/v1")])
+@pytest.mark.parametrize("asked, normalized", [(b"{}", False), (b"{ }", True), (None, True)])
+def test_a_provider_request_is_told(origin, target, url, asked, normalized):
+    told = proxai.provider_metadata(origin, b"POST " + target + b" HTTP/1.1\r\n\r\n", b"{}", asked)
+    assert told == {"method": "POST", "url": url, "headers": {}, "provider_request_body_bytes": 2,
+                    "normalized": normalized}
+
+
+@pytest.mark.parametrize("busy, files, size, gone", [
+    ((), 0, 0, []), ((), 1, 0, ["a"]), ((), 2, 0, ["a"]), ((), 3, 0, ["a", "b"]), ((), 0, 31, ["a", "b"]),
+    ((), 0, 30, ["a"]), (("a",), 1, 0, ["b"]), (("a", "b", "c"), 9, 9, []), ((), 99, 0, ["a", "b", "c"])])
+def test_the_oldest_whole_exchanges_go(busy, files, size, gone):
+    kept = {"a": {"x": 10, "y": 20}, "b": {"x": 1}, "c": {"x": 1}}
+    assert proxai.surplus(kept, busy, files, size) == gone
+
+
+def test_switches_of_a_run_beat_the_configuration():
+    switches = proxai.CaptureSwitches(proxai.CaptureConfig(inbound_request_enabled=True))
+    assert switches.active == {"inbound_request"}
+    switches.override("all", False)
+    switches.override("upstream_response", True)
+    assert switches.active == {"upstream_response"}
+    assert switches.status()["inbound_request"] == {"default": True, "override": False, "effective": False}
+    switches.override("all", None)
+    assert switches.active == {"inbound_request"}
+
+
+def test_the_line_of_a_captured_request_says_so():
+    fields = {"method": "POST", "path": "/v1", "provider_request_bytes": 1, "model": "m", "request_hint_parts": [],
+              "request_protocol_alias": "chat", "provider_protocol_alias": "chat", "provider": "p", "request_id": "1"}
+    lines = proxai.HumanLines(False, 1, 2, False)
+    assert [list(lines.fwd_parts({**fields, "capture": on}))[-2] for on in (True, False)] == ["capture", ""]
+
+
+# -- the store ---------------------------------------------------------------
+
+ALL_PHASES = {f"{phase}_enabled": True for phase in proxai.PHASES}
+CAPTURED_HEAD = proxai.parse_request_head(
+    b"POST /v1/responses?a=b HTTP/1.1\r\nhost: h\r\nauthorization: Bearer sk-client", proxai.HeadLimits())
+FIRST_ID = 1_700_000_000_000_000
+
+
+class CaptureLog:
+    """What a store tells."""
+
+    info_on = True
+
+    def __init__(self):
+        self.events = []
+
+    def event(self, level, name, fields):
+        self.events.append((name, fields))
+
+    def named(self, name):
+        """The fields of the events of a name."""
+        return [fields for each, fields in self.events if each == name]
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Makes stores whose work is done when a test says so, in its own thread."""
+    def make(directory=tmp_path / "app" / "captures", **settings):
+        made = proxai.CaptureStore(proxai.CaptureConfig(**{**ALL_PHASES, **settings}), directory, CaptureLog())
+        made.thread, made.closing = threading.current_thread(), True
+        return made
+    return make
+
+
+def do_work(store):
+    """Have a store write what is queued."""
+    store.queue.put(None)
+    store.work()
+
+
+def capture_one(store, number=0, body=b"{}", end=True):
+    """One exchange of which all is captured."""
+    capture = store.begin(FIRST_ID + number, CAPTURED_HEAD)
+    capture.inbound(body)
+    capture.provider("http://p", b"POST /v1 HTTP/1.1\r\nx-api-key: sk-provider\r\n\r\n", body)
+    capture.upstream(proxai.parse_response_head(b"HTTP/1.1 200 OK\r\ncontent-length: 2"), 7)
+    capture.upstream_part(body)
+    capture.outbound(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n", b"")
+    capture.outbound_part(body)
+    if end:
+        capture.record = {"id": capture.id, "outcome": "end"}
+        capture.end()
+    return capture
+
+
+def names_in(directory):
+    """The files of the first exchange, and how many others there are."""
+    prefix = f"{FIRST_ID // 10**6}-{FIRST_ID}-"
+    names = sorted(path.name for path in directory.iterdir())
+    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+
+
+NINE_FILES = ["exchange.json", "inbound-request.body.json", "inbound-request.metadata.json",
+              "outbound-response.body.sse", "outbound-response.headers.json", "provider-request.body.json",
+              "provider-request.metadata.json", "upstream-response.body.bin", "upstream-response.headers.json"]
+
+
+def test_a_store_does_nothing_before_the_first_capture(tmp_path):
+    store = proxai.CaptureStore(proxai.CaptureConfig(), tmp_path / "c", CaptureLog())
+    assert store.begin(FIRST_ID, CAPTURED_HEAD) is None and store.thread is None
+    store.close()
+    assert not list(tmp_path.iterdir())
+    assert store.status() == {"directory": str(tmp_path / "c"), "phases": store.switches.status(), "dropped": 0}
+
+
+def test_an_exchange_is_nine_files_for_the_owner_only(store):
+    made = store()
+    capture_one(made)
+    do_work(made)
+    assert names_in(made.directory) == NINE_FILES
+    assert [fields["kind"] for fields in made.log.named("capture")] == list(proxai.PHASES)
+    assert made.log.named("capture")[0]["bytes"] == sum(
+        path.stat().st_size for path in made.directory.glob("*inbound*"))
+    text = "".join(path.read_text() for path in made.directory.iterdir())
+    assert "sk-" not in text and text.count("<redacted>") == 2
+    if os.name == "posix":
+        assert {path.stat().st_mode & 0o777 for path in made.directory.iterdir()} == {0o600}
+        assert {path.stat().st_mode & 0o777 for path in (made.directory, made.directory.parent)} == {0o700}
+
+
+@pytest.mark.parametrize("phase", proxai.PHASES)
+def test_each_phase_is_captured_alone(store, phase):
+    made = store(**{**dict.fromkeys(ALL_PHASES, False), f"{phase}_enabled": True})
+    capture_one(made)
+    do_work(made)
+    stem = phase.replace("_", "-")
+    assert names_in(made.directory) == [name for name in NINE_FILES if name.startswith((stem, "exchange"))]
+
+
+def test_the_writer_follows_in_its_own_thread_and_is_done_at_the_close(tmp_path):
+    made = proxai.CaptureStore(proxai.CaptureConfig(**ALL_PHASES), tmp_path / "c", CaptureLog())
+    for number in range(30):
+        capture_one(made, number)
+    made.close()
+    assert not made.thread.is_alive() and len(list(made.directory.iterdir())) == 9 * 30
+    assert made.offered == made.written > 0 and not made.busy
+
+
+def test_a_second_attempt_takes_the_place_of_the_first(store):
+    made = store()
+    capture = capture_one(made, body=b"a long first one", end=False)
+    do_work(made)
+    capture.upstream(proxai.parse_response_head(
+        b"HTTP/1.1 201 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked"), 9)
+    capture.upstream_part(b"data: 1\n\n")
+    capture.end()
+    do_work(made)
+    names = [name.replace("upstream-response.body.bin", "upstream-response.body.sse") for name in NINE_FILES]
+    assert names_in(made.directory) == names
+    head = json.loads(next(made.directory.glob("*upstream*json")).read_text())
+    assert (head["status"], head["ttfb_ms"], head["content_length"]) == (201, 9, None)
+    assert made.bytes == sum(path.stat().st_size for path in made.directory.iterdir())
+
+
+def test_of_140_exchanges_the_newest_stay_and_other_files_are_left_alone(store):
+    made = store(max_files=900)
+    made.directory.mkdir(parents=True)
+    (made.directory / "notes.txt").write_text("mine")
+    for number in range(140):
+        capture_one(made, number)
+        do_work(made)
+    kept = sorted({path.name.split("-")[1] for path in made.directory.glob("*-*")})
+    assert kept == [str(FIRST_ID + number) for number in range(40, 140)]
+    assert made.files == 900 and (made.directory / "notes.txt").exists()
+    again = store(max_files=90)  # a new run knows what is there
+    capture_one(again, 140)
+    do_work(again)
+    assert len(list(again.directory.glob("*-*"))) == 90
+
+
+def test_bytes_are_bounded_and_what_is_being_written_stays(store):
+    made = store(max_total_bytes=50_000)
+    open_one = capture_one(made, 0, b"x" * 5000, end=False)
+    for number in range(1, 10):
+        capture_one(made, number, b"x" * 5000)
+        do_work(made)
+        assert made.bytes <= 50_000
+    open_one.end()
+    do_work(made)
+    assert names_in(made.directory) == NINE_FILES
+    assert made.bytes == sum(path.stat().st_size for path in made.directory.iterdir())
+    endless = store(max_total_bytes=50_000)
+    capture = capture_one(endless, 20, end=False)
+    for _ in range(20):
+        capture.upstream_part(b"x" * 10_000)
+        do_work(endless)
+    assert len(endless.log.named("capture_failed")) == 1 and endless.bytes < 70_000
+    assert "max_total_bytes" in endless.log.named("capture_failed")[0]["error"]
+
+
+def full_disk(*_):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("fault, said", [("a file", ""), ("full", "No space left on device"), ("a bug", "ZeroDivisionError")])
+def test_what_cannot_be_written_is_told_once_for_each_exchange(store, tmp_path, monkeypatch, fault, said):
+    made = store(tmp_path / "captures")
+    if fault == "a file":
+        (tmp_path / "captures").write_text("in the way")
+    elif fault == "full":
+        monkeypatch.setattr(os, "write", full_disk)
+    else:
+        monkeypatch.setattr(proxai, "outbound_metadata", lambda head: 1 / 0)
+    capture_one(made, 0)
+    capture_one(made, 1)
+    do_work(made)
+    failed = made.log.named("capture_failed")
+    assert len(failed) == 2 and all(said in fields["error"] for fields in failed)
+    assert not made.busy and made.offered == made.written
+
+
+def test_what_does_not_fit_into_the_queue_is_dropped_and_told(store, monkeypatch):
+    monkeypatch.setattr(proxai, "CAPTURE_QUEUE_PIECES", 6)
+    made = store()
+    torn = capture_one(made, 0, end=False)
+    assert made.begin(FIRST_ID + 1, CAPTURED_HEAD) is None and made.dropped == 1
+    torn.upstream_part(b"more")
+    torn.upstream_part(b"and more")
+    assert made.dropped == 2 and len(made.log.named("capture_drop")) == 1
+    torn.end()
+    do_work(made)
+    assert made.begin(FIRST_ID + 2, CAPTURED_HEAD) and not made.busy
+
+
+def test_the_queue_is_bounded_in_bytes_but_one_large_body_passes(store, monkeypatch):
+    monkeypatch.setattr(proxai, "CAPTURE_QUEUE_BYTES", 100)
+    made = store()
+    capture = made.begin(FIRST_ID, CAPTURED_HEAD)
+    capture.inbound(b"x" * 1000)
+    capture.provider("http://p", b"POST /v1 HTTP/1.1\r\n\r\n", b"y" * 1000)
+    capture.end()
+    do_work(made)
+    assert made.dropped == 1
+    assert names_in(made.directory) == ["exchange.json", "inbound-request.body.json", "inbound-request.metadata.json"]
+
+
+# -- switches in the configuration file --------------------------------------
+
+INBOUND = "inbound_request_enabled"
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("", "[capture]\nK = true\n"),
+    ("# c\n", "# c\n\n[capture]\nK = true\n"),
+    ("a = 1", "a = 1\n\n[capture]\nK = true\n"),
+    ("a = 1\r\nb = 2", "a = 1\r\nb = 2\r\n\r\n[capture]\r\nK = true\r\n"),
+    ("[capture]", "[capture]\nK = true\n"),
+    ("[ capture ] # x\n\n[b]\n", "[ capture ] # x\nK = true\n\n[b]\n"),
+    ("[capture]\nK = false # why\n[b]\nx=1", "[capture]\nK = true # why\n[b]\nx=1"),
+    ('[capture]\r\n"K"=false\r\n', '[capture]\r\n"K"=true\r\n'),
+    ("[a]\nK = false\n[capture]\nmax_files = 20\n\n# about b\n[b]\n",
+     "[a]\nK = false\n[capture]\nmax_files = 20\nK = true\n\n# about b\n[b]\n"),
+    ("[[r]]\nK = 1\n['capture'] # [b]\nmax_files = 30\n", "[[r]]\nK = 1\n['capture'] # [b]\nmax_files = 30\nK = true\n"),
+    ("capture.K = false\n[x]\n", "capture.K = true\n[x]\n"),
+    ("capture . max_files = 20\n\n[x]\ny=1\n", "capture . max_files = 20\ncapture.K = true\n\n[x]\ny=1\n"),
+    ("capture = {}\n[x]\n", "capture = { K = true }\n[x]\n"),
+    ("capture = { max_files = 20 } # t\n", "capture = { max_files = 20, K = true } # t\n"),
+    ("capture = {K=false,max_files = 20}\n", "capture = {K=true,max_files = 20}\n"),
+    ('x = """\n[capture]\nK = false\n"""\n', 'x = """\n[capture]\nK = false\n"""\n\n[capture]\nK = true\n'),
+    ("[capture]\nx = '''\n[b]\nK = false\n'''\nK = false\n", "[capture]\nx = '''\n[b]\nK = false\n'''\nK = true\n"),
+    ('x = [\n["capture"],\n[1]\n]\n[b]\n', 'x = [\n["capture"],\n[1]\n]\n[b]\n\n[capture]\nK = true\n'),
+    ("[x.capture]\nK=false\n", "[x.capture]\nK=false\n\n[capture]\nK = true\n"),
+    ("# x\u2028[capture]\na = 1\n", "# x\u2028[capture]\na = 1\n\n[capture]\nK = true\n"),
+    ("[capture]\nK = 5\n[server]\nport = 'no'\n", "[capture]\nK = true\n[server]\nport = 'no'\n"),
+])
+def test_a_switch_is_set_in_the_text_and_nothing_else_changes(text, expected):
+    text, expected = (each.replace("K", INBOUND) for each in (text, expected))
+    assert proxai.set_capture_keys(text, {INBOUND: True}) == expected
+    assert proxai.set_capture_keys(expected, {INBOUND: True}) == expected
+
+
+def test_all_switches_of_the_example_file_are_set():
+    text = proxai.example_toml()
+    done = proxai.set_capture_keys(text, ALL_PHASES)
+    assert load_text(done).capture == dataclasses.replace(load_text(text).capture, **ALL_PHASES)
+    changed = [new for old, new in zip(text.splitlines(), done.splitlines(), strict=True) if old != new]
+    assert changed == [f"{key} = true" for key in ALL_PHASES]
+    assert proxai.set_capture_keys(done, dict.fromkeys(ALL_PHASES, False)) == text
+
+
+@pytest.mark.parametrize("text", ["capture = 5", "[[capture]]\na=1\n", '[capture]\nK = "a b"\n', "capture = {", "a = \x00"])
+def test_a_file_that_cannot_be_edited_is_refused(text):
+    with pytest.raises(proxai.ConfigError) as caught:
+        proxai.set_capture_keys(text.replace("K", INBOUND), {INBOUND: True})
+    assert len(caught.value.faults) == 1 and caught.value.hint
+
+
+@pytest.fixture
+def capture_command(tmp_path, monkeypatch, capsys):
+    """Runs `proxai.py capture`: the exit status, what it printed, what it complained of."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def run(*arguments):
+        try:
+            status = proxai.main(["capture", *arguments])
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+    return run
+
+
+def test_the_command_shows_and_sets_switches(capture_command, tmp_path):
+    path = tmp_path / ".proxai" / "config.toml"
+    lines = ["capture", f"  config: {path}", *(f"  {key}: false" for key in ALL_PHASES),
+             f"  captures_dir: {tmp_path / '.proxai' / 'captures'}"]
+    assert capture_command("status") == (0, "\n".join(lines) + "\n", "")  # the directory is made
+    status, out, _ = capture_command("enable", "provider-request")
+    assert status == 0 and out.splitlines()[2:] == [
+        "  inbound_request_enabled: unchanged", "  provider_request_enabled: true",
+        "  upstream_response_enabled: unchanged", "  outbound_response_enabled: unchanged"]
+    assert "  provider_request_enabled: true" in capture_command("status")[1]
+    assert capture_command("enable")[1].count(": true") == 4
+    assert path.read_text() == proxai.set_capture_keys(proxai.example_toml(), ALL_PHASES)
+    assert capture_command("disable")[1].count(": false") == 4
+    assert path.read_text() == proxai.example_toml()
+    assert [each.name for each in path.parent.glob("*.tmp")] == []
+
+
+@pytest.mark.parametrize("arguments", [(), ("enable", "inbound_request"), ("enable", "all"), ("on",), ("status", "x"),
+                                       ("enable", "--nope")])
+def test_other_words_for_the_command_are_a_usage_error(capture_command, arguments):
+    assert capture_command(*arguments)[0] == 2
+
+
+@pytest.mark.parametrize("content, said", [(None, "No such file"), (b"\xff", "not UTF-8"), (b"a = ", "not valid TOML"),
+                                           (b"capture = 5", "cannot be edited")])
+def test_a_file_that_is_wrong_is_named(capture_command, tmp_path, content, said):
+    path = tmp_path / "mine.toml"
+    if content is not None:
+        path.write_bytes(content)
+    status, out, complaint = capture_command("enable", "--config", str(path))
+    assert (status, out) == (1, "") and str(path) in complaint and said in complaint
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links and rights")
+def test_a_file_behind_a_link_keeps_its_link_its_rights_and_its_line_ends(capture_command, tmp_path):
+    real, link = tmp_path / "real" / "c.toml", tmp_path / "link.toml"
+    real.parent.mkdir()
+    real.write_bytes("\ufeff[server]\r\nport = 'broken' # \u00fc\r\n".encode())
+    real.chmod(0o640)
+    link.symlink_to(real)
+    assert capture_command("enable", "inbound-request", "--config", str(link))[0] == 0
+    assert link.is_symlink() and real.stat().st_mode & 0o777 == 0o640
+    assert real.read_bytes() == ("\ufeff[server]\r\nport = 'broken' # \u00fc\r\n\r\n[capture]\r\n"
+                                 "inbound_request_enabled = true\r\n").encode()
+
+
+def test_a_file_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    path = tmp_path / "c.toml"
+    path.write_text("a = 1\n")
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(proxai.ConfigError, match="c.toml: No space left"):
+        proxai.switch_captures(path, {INBOUND: True})
+    assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("c.toml", "a = 1\n")]
+
+
+def test_two_at_once_leave_a_whole_file(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text(proxai.example_toml())
+
+    def flip(key):
+        for number in range(10):
+            proxai.switch_captures(path, {key: bool(number % 2)})
+            load_text(path.read_text())
+
+    threads = [threading.Thread(target=flip, args=(key,)) for key in list(ALL_PHASES)[:2]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    changed = [line for line in path.read_text().splitlines() if line not in proxai.example_toml().splitlines()]
+    assert set(changed) <= {f"{key} = true" for key in ALL_PHASES} and len(list(tmp_path.iterdir())) == 1
+
+
+# -- requests ----------------------------------------------------------------
+
+CAPTURE_ALL = "\n".join(["[capture]", *(f"{key} = true" for key in ALL_PHASES)])
+CLAUDE_BY_CHAT = """[translation]
+extended_pairs = true
+[[routing.routes]]
+model_pattern = "claude-*"
+provider = "chat_default"
+"""
+
+
+@pytest.fixture(scope="module")
+def capturing(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The program with all captures on; requests for claude-* are translated, to Chat Completions."""
+    running = Running(tmp_path_factory.mktemp("capturing"), config=config_for(upstream.url, CLAUDE_BY_CHAT, CAPTURE_ALL))
+    running.captures = Path(running.wait_line("^  capture: (.*)")[1])
+    yield running
+    assert running.stop() == 0
+
+
+def capture_of(program, reply_or_id, whole=True):
+    """The captured files of a request, by what follows the prefix, when its last one is there."""
+    request = getattr(reply_or_id, "headers", {}).get("x-proxai-request-id") or reply_or_id
+    deadline = time.monotonic() + PATIENCE
+    while whole and not list(program.captures.glob(f"*-{request}-exchange.json")):
+        assert time.monotonic() < deadline, "no capture"
+        time.sleep(0.005)
+    return {path.name.split("-", 2)[2]: path.read_bytes() for path in program.captures.glob(f"*-{request}-*")}
+
+
+def test_a_request_is_captured_as_it_was_at_each_place(capturing, upstream, model):
+    upstream.on(model, answer(200, b'{ "id": "c" }', "content-type: application/json", "set-cookie: secret=1"))
+    sent = f'{{"model" : "{model}", "messages":[{{"role":"user","content":"hi"}}]}}'.encode()
+    reply = capturing.post("/v1/chat/completions?q=1", sent, "authorization: Bearer sk-of-the-client")
+    files = capture_of(capturing, reply)
+    heads = {name.split(".")[0]: json.loads(raw) for name, raw in files.items() if not re.search(r"\.body\.", name)}
+    assert files["inbound-request.body.json"] == sent
+    assert files["provider-request.body.json"] == upstream.got(model)[0].body
+    assert files["upstream-response.body.bin"] == files["outbound-response.body.bin"] == b'{ "id": "c" }' == reply.body
+    assert {raw["request_id"] for name, raw in heads.items() if name != "exchange"} == {reply.headers["x-proxai-request-id"]}
+    inbound, provider, back, outbound = (heads[stem] for stem in proxai.CAPTURE_STEMS.values())
+    assert inbound["path"] == "/v1/chat/completions?q=1" and inbound["inbound_request_body_bytes"] == len(sent)
+    assert inbound["headers"]["authorization"] == provider["headers"]["authorization"] == "<redacted>"
+    assert provider["url"] == f"{upstream.url}/v1/chat/completions?q=1" and provider["normalized"] is False
+    assert (back["status"], back["content_length"], back["headers"]["set-cookie"]) == (200, 13, "<redacted>")
+    assert outbound["headers"] == {**reply.headers, "set-cookie": "<redacted>"} and outbound["status"] == 200
+    assert (heads["exchange"]["outcome"], heads["exchange"]["captured"]) == ("end", True)
+    assert b"sk-of-the-client" not in b"".join(files.values()) and b"test-upstream-key" not in b"".join(files.values())
+    events = capturing.events(reply.headers["x-proxai-request-id"])
+    assert [e["capture"] for e in events if e["event"] == "fwd"] == [True]
+
+
+def chat_frames(model, *texts):
+    """A Chat stream, an event for each text."""
+    deltas = [{"index": 0, "delta": {"content": text}, "finish_reason": None} for text in texts]
+    events = [{"id": "c", "object": "chat.completion.chunk", "created": 1, "model": model, "choices": [delta]}
+              for delta in [*deltas, {"index": 0, "delta": {}, "finish_reason": "stop"}]]
+    return [*(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events), b"data: [DONE]\n\n"]
+
+
+def test_a_translated_stream_is_captured_on_both_sides(capturing, upstream, model):
+    model, frames = f"claude-{model}", chat_frames(model, "a", "b")
+    upstream.on(model, answer_stream(*frames))
+    reply = capturing.post("/v1/messages", body_for(MESSAGES, model, stream=True))
+    files = capture_of(capturing, reply)
+    assert files["upstream-response.body.sse"] == b"".join(frames)
+    assert files["outbound-response.body.sse"] == reply.body and b"message_stop" in reply.body
+    assert files["provider-request.body.json"] == upstream.got(model)[0].body
+    assert json.loads(files["provider-request.metadata.json"])["normalized"] is True
+    assert json.loads(files["exchange.json"])["translation"] == "anthropic_messages->openai_chat_completions"
+
+
+def test_a_stream_is_captured_while_it_runs(capturing, upstream, model):
+    first, *rest = chat_frames(model, "a", "b")
+    seen, go = threading.Event(), threading.Event()
+
+    def script(peer, request):
+        peer.send(SSE_HEAD + chunk(first))
+        seen.set()
+        go.wait(PATIENCE)
+        peer.send(b"".join(map(chunk, rest)) + b"0\r\n\r\n")
+
+    upstream.on(model, script)
+    replies = []
+    caller = threading.Thread(target=lambda: replies.append(
+        capturing.post("/v1/chat/completions", body_for(CHAT, model, stream=True))))
+    before = set(capturing.captures.iterdir())
+    caller.start()
+    deadline = time.monotonic() + PATIENCE
+    while not (grown := [path for path in set(capturing.captures.iterdir()) - before
+                         if path.name.endswith("outbound-response.body.sse") and path.read_bytes() == first]):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    assert seen.is_set() and not replies
+    go.set()
+    caller.join(PATIENCE)
+    files = capture_of(capturing, replies[0])
+    assert grown[0].read_bytes() == files["upstream-response.body.sse"] == replies[0].body == first + b"".join(rest)
+
+
+def test_a_refused_request_is_captured_before_it_is_looked_at(capturing):
+    for path, body, kept in [("/v1/messages", b"{nope", b"{nope"), ("/v1/responses", b'{"model": 5}', b'{"model": 5}')]:
+        reply = capturing.post(path, body)
+        files = capture_of(capturing, reply)
+        assert reply.status == 400 and files["inbound-request.body.json"] == kept
+        assert files["outbound-response.body.bin"] == reply.body
+        assert json.loads(files["outbound-response.headers.json"])["status"] == 400
+        assert json.loads(files["exchange.json"])["outcome"] == "request-failed"
+        assert not any(name.startswith(("provider", "upstream")) for name in files)
+
+
+def test_a_body_that_was_not_read_is_not_captured_but_its_request_is(capturing):
+    head = "POST /v1/messages HTTP/1.1\r\nhost: localhost\r\ncontent-length: 99999999999\r\nconnection: close\r\n\r\n"
+    files = capture_of(capturing, read_reply(capturing.talk(head.encode())))
+    assert json.loads(files["inbound-request.metadata.json"])["inbound_request_body_bytes"] is None
+    assert "inbound-request.body.json" not in files
+    assert json.loads(files["outbound-response.headers.json"])["status"] == 413
+
+
+def test_errors_and_compressed_answers_of_a_provider_are_captured(capturing, upstream, model):
+    text, packed = b'{"error": {"message": "slow down"}}', gzip.compress(b'{"id": "zipped"}')
+    upstream.on(model, answer(429, text, "content-type: application/json"),
+                answer(200, packed, "content-type: application/json", "content-encoding: gzip"))
+    files = capture_of(capturing, capturing.post("/v1/chat/completions", body_for(CHAT, model)))
+    assert files["upstream-response.body.bin"] == text
+    reply = capturing.post("/v1/chat/completions", body_for(CHAT, model))
+    files = capture_of(capturing, reply)
+    assert files["upstream-response.body.bin"] == files["outbound-response.body.bin"] == b'{"id": "zipped"}' == reply.body
+
+
+def test_health_preflights_and_unknown_paths_are_not_captured(capturing):
+    before = len(list(capturing.captures.iterdir()))
+    for path, method in [("/healthz", "GET"), ("/v1/models", "POST"), ("/v1/messages", "OPTIONS")]:
+        reply = capturing.post(path, b"", method=method)
+        capturing.wait_line(f'"event":"(end|request-failed)".*{reply.headers["x-proxai-request-id"]}')
+    assert len(list(capturing.captures.iterdir())) == before
+
+
+def test_counting_tokens_is_captured(capturing, upstream, model):
+    upstream.on(model, answer_json({"input_tokens": 7}))
+    reply = capturing.post("/v1/messages/count_tokens", body_for(MESSAGES, model))
+    files = capture_of(capturing, reply)
+    assert json.loads(files["provider-request.metadata.json"])["url"].endswith("/v1/messages/count_tokens")
+    assert files["upstream-response.body.bin"] == files["outbound-response.body.bin"] == reply.body
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path, protocol", [("/v1/chat/completions", CHAT), ("/v1/messages", MESSAGES)])
+def test_captures_change_no_byte(capturing, programs, upstream, model, path, protocol, stream):
+    plain = programs(config_for(upstream.url, CLAUDE_BY_CHAT))
+    model = f"claude-{model}"
+    whole = {"id": "c", "model": model, "choices": [{"index": 0, "finish_reason": "stop",
+                                                     "message": {"role": "assistant", "content": "a"}}]}
+    upstream.on(model, answer_stream(*chat_frames(model, "a", "b")) if stream else answer_json(whole))
+    bodies = [each.talk(request_bytes(path, body_for(protocol, model, stream=stream))) for each in (plain, capturing)]
+    own = re.compile(rb"(x-proxai-request-id|date): [^\r]*|(msg_|chatcmpl-)\w+|\"created\":\d+")
+    assert own.sub(b"", bodies[0]) == own.sub(b"", bodies[1]) and b"200 OK" in bodies[0]
+    first, second = upstream.got(model)
+    assert first[:4] == second[:4]
+
+
+def request_bytes(path, body):
+    """A request as it goes over a connection that closes behind it."""
+    raw = json.dumps(body).encode()
+    return (f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nconnection: close\r\n"
+            f"content-length: {len(raw)}\r\n\r\n").encode() + raw
+
+
+def test_captures_are_switched_while_the_proxy_runs(capturing, upstream, model):
+    upstream.on(model, answer_json({"id": "c"}))
+
+    def switch(body):
+        return read_reply(capturing.control(request_bytes("/capture", body)))
+
+    def captured():
+        reply = capturing.post("/v1/chat/completions", body_for(CHAT, model))
+        capturing.events(reply.headers["x-proxai-request-id"])
+        return reply
+
+    try:
+        off = switch({"phase": "all", "enabled": False})
+        assert off.status == 200 and off.headers["cache-control"] == "no-store"
+        assert off.json["directory"] == str(capturing.captures) and off.json["dropped"] == 0
+        unseen = captured()
+        one = switch({"phase": "upstream_response", "enabled": True}).json["phases"]
+        assert one["upstream_response"] == {"default": True, "override": True, "effective": True}
+        assert one["inbound_request"] == {"default": True, "override": False, "effective": False}
+        assert sorted(capture_of(capturing, captured())) == [
+            "exchange.json", "upstream-response.body.bin", "upstream-response.headers.json"]
+        assert capture_of(capturing, unseen.headers["x-proxai-request-id"], whole=False) == {}
+    finally:
+        back = switch({"phase": "all", "enabled": None}).json["phases"]
+    assert all(phase["effective"] and phase["override"] is None for phase in back.values())
+    assert len(capture_of(capturing, captured())) == 9
+
+
+@pytest.mark.parametrize("body", [[], {}, {"phase": "all"}, {"phase": "none", "enabled": True}, {"phase": [], "enabled": True},
+                                  {"phase": "all", "enabled": 1}, {"phase": "all", "enabled": "true"}])
+def test_a_wrong_switch_is_refused(capturing, body):
+    reply = read_reply(capturing.control(request_bytes("/capture", body)))
+    assert reply.status == 400 and "PHASE" in reply.body.decode()
+
+
+def test_a_switch_must_be_json(capturing):
+    for old, new, status in [(b"application/json", b"text/plain", 415), (b"{}", b"{,", 400), (b"POST", b"GET", 405)]:
+        reply = read_reply(capturing.control(request_bytes("/capture", {}).replace(old, new)))
+        assert reply.status == status
+
+
+def test_a_folder_that_cannot_be_written_disturbs_no_request(upstream, model, tmp_path):
+    upstream.on(model, answer_json({"id": "c"}))
+    (tmp_path / ".proxai").mkdir()
+    (tmp_path / ".proxai" / "captures").write_text("in the way")
+    running = Running(tmp_path, config=config_for(upstream.url, CAPTURE_ALL))
+    try:
+        reply = running.post("/v1/chat/completions", body_for(CHAT, model))
+        assert reply.json == {"id": "c"}
+        running.wait_line('"event":"capture_failed".*captures')
+        assert running.post("/v1/chat/completions", body_for(CHAT, model)).status == 200
+    finally:
+        assert running.stop() == 0
 STORED_SECS = 1763714401
 MESSAGES_SENT = {"model": "m-asked", "max_tokens": 64, "messages": [{"role": "user", "content": "hi \x1b[31m there"}]}
 CHAT_SENT = {"model": "m-sent", "messages": [{"role": "user", "content": "hi \x1b[31m there"}]}
@@ -25280,12 +25907,6 @@ def test_check_tells_of_template_keys(key, check):
     assert status == 0 and "providers.main.api_key" in out and "providers.second.api_key" not in out
 
 
-def test_check_tells_that_captures_are_not_written_yet(check):
-    noted = re.compile("note: .*capture")
-    assert noted.search(check(TWO_PROVIDERS, "--capture-inbound-request")[1])
-    assert not noted.search(check(TWO_PROVIDERS)[1])
-
-
 def test_check_without_a_file_ends_with_1_and_creates_nothing(tmp_path):
     done = run_program(tmp_path, "check")
     assert (done.returncode, done.stdout) == (1, "")
@@ -25640,7 +26261,6 @@ def test_the_flags_win_in_the_running_program(flagged, upstream, model):
     events = flagged.events(reply.headers["x-proxai-request-id"])
     assert [e["event"] for e in events] == ["fwd", "hdr", "end"]  # info, so no recv
     assert events[0]["route_name"] == "fast"
-    assert any("capture" in line and "note" in line for line in flagged.lines)
 
 
 def banner_of(program: Running) -> dict[str, list[str]]:
