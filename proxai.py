@@ -11436,9 +11436,7 @@ PAGE = r"""<!doctype html>
 body { margin: 0 auto; max-width: 1360px; padding: 0 20px 48px; background: var(--ground);
   color: var(--ink); font: 14px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
 h1, h2, h3, p, dl, dd, ul, figure { margin: 0; padding: 0; }
-h1 { font-size: 18px; }
-h2 { font-size: 14px; }
-h3 { font-size: 13px; margin: 20px 0 6px; }
+h1 { font-size: 18px; } h2 { font-size: 14px; } h3 { font-size: 13px; margin: 20px 0 6px; }
 small, .soft, dt { color: var(--soft); font-size: 12px; font-weight: 400; }
 code, pre, .mono { font-family: var(--mono); font-size: 12px; }
 button, input { font: inherit; color: inherit; }
@@ -11448,6 +11446,7 @@ button, [type=search] { border: 1px solid var(--edge); border-radius: 6px; backg
 button { cursor: pointer; flex: none; }
 button:hover, tbody tr:hover, tbody tr:focus-within { background: var(--hover); }
 :focus-visible { outline: 2px solid var(--a); outline-offset: 2px; }
+html:has(dialog[open]) { overflow: hidden; }
 [hidden] { display: none !important; }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
@@ -11458,12 +11457,8 @@ header.bar { padding: 16px 0; }
 header dl, .list dl, .legend { display: flex; flex-wrap: wrap; gap: 0 20px; }
 header dl div, .list dl div { display: flex; gap: 6px; align-items: baseline; }
 main { display: grid; gap: 16px; grid-template-columns: repeat(6, minmax(0, 1fr)); }
-main > * { grid-column: span 6; }
-main > figure { grid-column: span 2; }
-main > .half { grid-column: span 3; }
-.good { color: var(--good); }
-.bad { color: var(--bad); }
-.warn { color: var(--warn); }
+main > * { grid-column: span 6; } main > figure { grid-column: span 2; } main > .half { grid-column: span 3; }
+.good { color: var(--good); } .bad { color: var(--bad); } .warn { color: var(--warn); }
 .busy { color: var(--a); }
 .dot::before, .legend span::before { content: ""; display: inline-block; width: 8px; height: 8px;
   margin-right: 7px; border-radius: 50%; background: currentColor; }
@@ -11473,17 +11468,11 @@ svg { display: block; width: 100%; height: 140px; margin: 10px 0 6px; border-rad
 svg text { font-size: 11px; fill: var(--soft); }
 svg line { stroke: var(--line); }
 svg .cursor { fill: var(--ink); opacity: .1; }
-rect.a { fill: var(--a); }
-rect.b { fill: var(--b); }
-rect.bad { fill: var(--bad); }
+rect.a { fill: var(--a); } rect.b { fill: var(--b); } rect.bad { fill: var(--bad); }
 path { fill: none; stroke-width: 2; stroke-linecap: round; stroke-linejoin: round; }
-path.a { stroke: var(--a); }
-path.b { stroke: var(--b); }
-.legend { font-size: 12px; }
-.legend span { color: inherit; }
-.legend span::before { border-radius: 2px; }
-.legend .a::before { background: var(--a); }
-.legend .b::before { background: var(--b); }
+path.a { stroke: var(--a); } path.b { stroke: var(--b); }
+.legend { font-size: 12px; } .legend span { color: inherit; } .legend span::before { border-radius: 2px; }
+.legend .a::before { background: var(--a); } .legend .b::before { background: var(--b); }
 .legend .bad::before { background: var(--bad); }
 .list { list-style: none; margin-top: 6px; }
 .list li { padding: 9px 0; border-top: 1px solid var(--line); overflow-wrap: anywhere; }
@@ -11499,20 +11488,17 @@ th, td { padding: 6px 10px; border-top: 1px solid var(--line); vertical-align: t
 th:first-child, td:first-child { padding-left: 4px; }
 th { text-align: left; font-size: 12px; font-weight: 500; color: var(--soft); border: 0; }
 td > span { display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-th.time { width: 84px; }
-th.route { width: 15%; }
-th.outcome { width: 21%; }
-th.ttft, th.duration, th.dropped { width: 90px; }
-th.tokens { width: 132px; }
+th.time, th.dropped { width: 78px; } th.ttft, th.duration { width: 84px; }
+th.tokens { width: 124px; } th.route { width: 14%; } th.outcome { width: 18%; }
 .ttft, .duration, .tokens, .dropped { text-align: right; }
 tbody tr { cursor: pointer; }
 tbody tr:focus-within { outline: 2px solid var(--a); outline-offset: -2px; border-radius: 4px; }
-td button, td button:hover { border: 0; background: none; padding: 0; outline: 0; }
+td button, td button:is(:hover, :focus) { border: 0; background: none; padding: 0; outline: 0; }
 dialog { position: fixed; inset: 0 0 0 auto; width: min(820px, 100vw); height: 100dvh;
   max-height: none; max-width: none; margin: 0; padding: 18px 22px 40px; border: 0;
   background: var(--card); color: var(--ink); overflow: hidden auto; }
 dialog::backdrop { background: #0008; }
-dialog h2 { font-size: 16px; }
+dialog h2 { font-size: 16px; } dialog .bar { flex-wrap: nowrap; }
 dialog dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr));
   gap: 10px 20px; margin-top: 14px; }
 dialog h2, dialog dd, dialog li, #fault { overflow-wrap: anywhere; min-width: 0; }
@@ -11526,15 +11512,17 @@ pre { margin: 8px 0; padding: 10px 12px; border: 1px solid var(--line); border-r
 pre span { display: block; }
 pre .add { color: var(--good); background: var(--added); }
 pre .cut { color: var(--bad); background: var(--cut); }
-@media (max-width: 1000px) { main > figure, main > .half { grid-column: span 6; } }
-@media (max-width: 760px) {
+@media (max-width: 1000px) {
+  main > figure, main > .half { grid-column: span 6; }
   body { padding: 0 12px 32px; }
   header dl { order: 1; flex-basis: 100%; }
   dialog { padding: 14px 14px 32px; }
   thead { display: none; }
-  table, tbody, td { display: block; }
+  table, td { display: block; }
+  tbody { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr));
+    gap: 0 28px; }
   tbody tr { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 4px 12px;
-    padding: 10px 4px; border-top: 1px solid var(--line); }
+    align-content: start; padding: 10px 4px; border-top: 1px solid var(--line); }
   td[class] { padding: 0; border: 0; text-align: left; }
   td.route > span { white-space: normal; }
   td::before { content: attr(data-label); font-size: 12px; color: var(--soft); }
@@ -11682,20 +11670,19 @@ async function call(path, options) {
 const SUM = values => values.reduce((all, value) => all + value, 0);
 const LAST = values => values.findLast(value => value != null) ?? null;
 const CHARTS = {
-  "chart-requests": { format: count, axis: short, when: "last hour", sum: SUM, strips: [
+  "chart-requests": { format: count, axis: short, when: "last hour", sum: SUM, least: 4, strips: [
     [["ok", "a", m => m.requests - m.errors], ["errors", "bad", m => m.errors]]] },
   "chart-latency": { format: ms, axis: n => n < 1000 ? n + " ms" : n / 1000 + " s", line: true,
-    when: "latest", sum: LAST, strips: [
+    when: "latest", sum: LAST, least: 100, strips: [
       [["first token", "a", m => m.ttfb_ms_p50], ["whole answer", "b", m => m.duration_ms_p50]]] },
-  "chart-tokens": { format: short, axis: short, when: "last hour", sum: SUM, strips: [
+  "chart-tokens": { format: short, axis: short, when: "last hour", sum: SUM, least: 100, strips: [
     [["in", "a", m => m.input_tokens]], [["out", "b", m => m.output_tokens]]] },
 };
 let past = [];
 
 function nice(most) {  // the next round number, even so that its half is round too
-  const unit = 10 ** Math.floor(Math.log10(Math.max(most, 2)));
-  return [1, 2, 3, 4, 5, 6, 8, 10].map(n => n * unit)
-    .find(n => n >= Math.max(most, 2) && n % 2 === 0);
+  const unit = 10 ** Math.floor(Math.log10(most));
+  return [1, 2, 3, 4, 5, 6, 8, 10].map(n => n * unit).find(n => n >= most && n % 2 === 0);
 }
 
 function draw(id) {
@@ -11712,7 +11699,8 @@ function draw(id) {
   chart.strips.forEach((series, strip) => {
     const base = 8 + high + strip * (high + gap);
     const values = past.map(m => series.map(([, , value]) => value(m)));
-    const peak = nice(Math.max(0, ...values.map(v => chart.line ? Math.max(...v) : SUM(v))));
+    const sizes = values.map(v => chart.line ? Math.max(...v) : SUM(v));
+    const peak = nice(Math.max(chart.least, ...sizes));
     const y = value => base - value / peak * high;
     for (const tick of chart.strips.length > 1 ? [0, peak] : [0, peak / 2, peak]) {
       add("line", { x1: left, x2: width - right, y1: y(tick), y2: y(tick) });
@@ -11964,7 +11952,7 @@ function forget() {  // the proxy is another one than before
 
 $("rows").addEventListener("click", event => {
   const row = event.target.closest("tr");
-  if (!row || String(getSelection())) return;
+  if (!row || event.detail && String(getSelection())) return;  // text was being selected
   choose(row);
   button(row).focus();
   location.hash = row.dataset.id;
@@ -11990,17 +11978,17 @@ function showRecord(r) {
   $("verdict").className = `dot ${mood(r)}`;
   $("fault").hidden = !r.error;
   put($("fault"), [r.error_type, r.error].filter(Boolean).join(": "));
-  const tokens = r.input_tokens || r.output_tokens;
+  const tokens = [["tokens in", "input"], ["cached", "cached"], ["tokens out", "output"],
+    ["reasoning", "reasoning"]].map(([name, key]) => [name, count(r[`${key}_tokens`])]);
   fill($("record"), JSON.stringify(r), ...facts([
     ["time", r.at && `${r.at.slice(0, 10)} ${clock(r.at, true)}`],
     ["request", `${r.method} ${r.path}`],
-    ["model asked for", r.model], ["model of the provider", r.upstream_model],
+    ["model", r.model],
+    ["model upstream", r.upstream_model === r.model ? "" : r.upstream_model],
     ["provider", r.provider], ["route", r.route], ["protocols", pair(r)],
     ["answer", r.stream ? "stream" : "whole"], ["first token", ms(r.ttfb_ms)],
     ["duration", ms(lasted(r))], ["bytes in", count(r.bytes_in)], ["bytes out", count(r.bytes_out)],
-    ["tokens in", tokens && count(r.input_tokens)], ["cached", tokens && count(r.cached_tokens)],
-    ["tokens out", tokens && count(r.output_tokens)],
-    ["reasoning", tokens && count(r.reasoning_tokens)]]));
+    ...r.input_tokens || r.output_tokens ? tokens : []]));
   $("drops").hidden = !r.dropped?.length;
   fill($("dropped"), JSON.stringify(r.dropped ?? []), ...(r.dropped ?? []).map(drop =>
     el("li", {}, drop.path ? `${drop.path}: ${drop.reason}` : drop)));
@@ -12009,29 +11997,27 @@ function showRecord(r) {
 
 async function load(id) {
   const known = record(id);
-  exchange = { phases: {}, note: "Reading …" };
+  exchange ??= { note: "Reading …" };
   if (known && !known.captured) exchange.note = "Nothing of this request was captured. Switch"
     + " phases on under Captures; that holds for requests that start afterwards.";
   else {
-    try {
-      const found = await call(`/captures/${encodeURIComponent(id)}`);
-      if (shown !== id) return;
-      exchange = { note: "", ...found };
-      if (found.record && !known) showRecord(found.record);
-    } catch (error) {
-      if (shown !== id) return;
-      exchange.note = error.status !== 404 ? `The capture cannot be read: ${error.message}`
+    const found = await call(`/captures/${encodeURIComponent(id)}`).catch(error => ({
+      note: error.status !== 404 ? `The capture cannot be read: ${error.message}`
         : known ? "Its capture is not on the disk: still being written, or removed."
-        : "This request is neither among the last ones nor among the captures.";
-    }
+        : "This request is neither among the last ones nor among the captures." }));
+    if (shown !== id) return;
+    exchange = found;
+    if (found.record && !known) showRecord(found.record);
+    if (!found.record && known && Date.now() - Date.parse(known.at) - known.duration_ms < 5000)
+      setTimeout(() => shown === id && load(id), 1000);  // its last file is not there yet
   }
   showExchange();
 }
 
 function showExchange() {
   const some = Object.keys(exchange?.phases ?? {}).length > 0;
-  put($("capture-note"), exchange ? exchange.note : "The request is running; what is captured of it"
-    + " can be read when it is over.");
+  put($("capture-note"), exchange ? exchange.note ?? "Nothing of it is on the disk."
+    : "The request is running; what is captured of it can be read when it is over.");
   $("capture-note").hidden = some;
   $("tabs").hidden = $("panel").hidden = !some;
   for (const tab of $("tabs").children) {
