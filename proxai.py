@@ -11413,6 +11413,13 @@ def page_headers() -> tuple[bytes, ...]:
             b"x-frame-options: DENY")
 
 
+# path -> method -> handler; a handler is given the control, the connection and the head
+ControlHandler = Callable[[Control, Connection, RequestHead], Any]
+CONTROL_PATHS: dict[str, dict[str, ControlHandler]] = {
+    "/": {"GET": control_page, "HEAD": control_page},
+    "/health": {"GET": control_health},
+}
+
 # The page: rebuilt from /status, /requests, /capture and /captures, which it polls. What comes from
 # outside becomes text nodes only; the headers above forbid all else.
 PAGE = r"""<!doctype html>
@@ -11457,7 +11464,8 @@ header.bar { padding: 16px 0; }
 header dl, .list dl, .legend { display: flex; flex-wrap: wrap; gap: 0 20px; }
 header dl div, .list dl div { display: flex; gap: 6px; align-items: baseline; }
 main { display: grid; gap: 16px; grid-template-columns: repeat(6, minmax(0, 1fr)); }
-main > * { grid-column: span 6; } main > figure { grid-column: span 2; } main > .half { grid-column: span 3; }
+main > * { grid-column: span 6; }
+main > figure { grid-column: span 2; } main > .half { grid-column: span 3; }
 .good { color: var(--good); } .bad { color: var(--bad); } .warn { color: var(--warn); }
 .busy { color: var(--a); }
 .dot::before, .legend span::before { content: ""; display: inline-block; width: 8px; height: 8px;
@@ -11471,7 +11479,8 @@ svg .cursor { fill: var(--ink); opacity: .1; }
 rect.a { fill: var(--a); } rect.b { fill: var(--b); } rect.bad { fill: var(--bad); }
 path { fill: none; stroke-width: 2; stroke-linecap: round; stroke-linejoin: round; }
 path.a { stroke: var(--a); } path.b { stroke: var(--b); }
-.legend { font-size: 12px; } .legend span { color: inherit; } .legend span::before { border-radius: 2px; }
+.legend { font-size: 12px; } .legend span { color: inherit; }
+.legend span::before { border-radius: 2px; }
 .legend .a::before { background: var(--a); } .legend .b::before { background: var(--b); }
 .legend .bad::before { background: var(--bad); }
 .list { list-style: none; margin-top: 6px; }
@@ -11859,7 +11868,7 @@ const COLUMNS = [  // class, heading, [main text, second text] of a record
   ["tokens", "Tokens in / out", r => [r.input_tokens || r.output_tokens
     ? `${short(r.input_tokens)} / ${short(r.output_tokens)}` : "–",
     r.cached_tokens ? `${short(r.cached_tokens)} cached` : ""]],
-  ["dropped", "Dropped", r => [r.dropped.length ? `${r.dropped.length}` : "–", ""]],
+  ["dropped", "Dropped", r => [String(r.dropped?.length || "–"), ""]],
 ];
 const rows = new Map();  // id -> its row
 let finished = new Map(), open = new Map(), latest = 0, heard = 0, current = null;
@@ -12153,14 +12162,6 @@ poll().then(() => location.hash && follow());
 </body>
 </html>
 """
-
-
-# path -> method -> handler; a handler is given the control, the connection and the head
-ControlHandler = Callable[[Control, Connection, RequestHead], Any]
-CONTROL_PATHS: dict[str, dict[str, ControlHandler]] = {
-    "/": {"GET": control_page, "HEAD": control_page},
-    "/health": {"GET": control_health},
-}
 
 
 

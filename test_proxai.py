@@ -22371,19 +22371,34 @@ def test_a_count_is_logged_like_any_exchange(crossing, model):
 #  23  Control
 # ============================================================================
 
-def test_the_control_listener_tells_its_health(tmp_path):
-    program = Running(tmp_path, config='[providers.p]\nprotocol = "openai_responses"\nbase_url = "http://127.0.0.1:9"\napi_key = "k"\n')
-    try:
-        reply = read_reply(program.control(b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"))
-        assert (reply.status, reply.body) == (200, b"OK")
-        for head, status in [(b"GET /health HTTP/1.1\r\nhost: example.com", 403),
-                             (b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\norigin: https://example.com", 403),
-                             (b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\norigin: http://localhost:3000", 200),
-                             (b"DELETE /health HTTP/1.1\r\nhost: localhost", 405),
-                             (b"POST /v1/responses HTTP/1.1\r\nhost: localhost\r\ncontent-length: 2", 404)]:
-            assert read_reply(program.control(head + b"\r\nconnection: close\r\n\r\n")).status == status, head
-    finally:
-        assert program.stop() == 0
+@pytest.fixture(scope="module")
+def idle_program(tmp_path_factory):
+    """A program whose control listener is asked only for what no request changes."""
+    program = Running(tmp_path_factory.mktemp("idle"), config=config_for("http://127.0.0.1:9"))
+    yield program
+    assert program.stop() == 0
+
+
+def test_the_control_listener_tells_its_health(idle_program):
+    reply = read_reply(idle_program.control(b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"))
+    assert (reply.status, reply.body) == (200, b"OK")
+    for head, status in [(b"GET /health HTTP/1.1\r\nhost: example.com", 403),
+                         (b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\norigin: https://example.com", 403),
+                         (b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\norigin: http://localhost:3000", 200),
+                         (b"DELETE /health HTTP/1.1\r\nhost: localhost", 405),
+                         (b"POST /v1/responses HTTP/1.1\r\nhost: localhost\r\ncontent-length: 2", 404)]:
+        assert read_reply(idle_program.control(head + b"\r\nconnection: close\r\n\r\n")).status == status, head
+
+
+@pytest.mark.parametrize(("method", "body"), [("GET", proxai.PAGE.encode()), ("HEAD", b"")])
+def test_the_control_listener_serves_the_page(idle_program, method, body):
+    head = f"{method} / HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+    reply = read_reply(idle_program.control(head.encode()), method)
+    assert (reply.status, reply.body) == (200, body)
+    assert reply.headers["content-length"] == str(len(proxai.PAGE.encode()))
+    for line in proxai.page_headers():
+        name, _, value = line.decode().partition(": ")
+        assert reply.headers[name] == value
 
 
 def page_part(tag: str) -> str:
@@ -22423,20 +22438,6 @@ def test_every_element_that_the_script_names_is_there():
     there = re.findall(r'\bid="([\w-]+)"', proxai.PAGE)
     assert len(there) == len(set(there))
     assert set(re.findall(r'\$\("([\w-]+)"\)', page_part("script"))) <= {*there, *made}
-
-
-def test_the_control_listener_serves_the_page(tmp_path):
-    program = Running(tmp_path, config='[providers.p]\nprotocol = "openai_responses"\nbase_url = "http://127.0.0.1:9"\napi_key = "k"\n')
-    try:
-        for method, body in [("GET", proxai.PAGE.encode()), ("HEAD", b"")]:
-            reply = read_reply(program.control(f"{method} / HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode()), method)
-            assert (reply.status, reply.body) == (200, body)
-            for line in proxai.page_headers():
-                name, _, value = line.decode().partition(": ")
-                assert reply.headers[name] == value
-            assert reply.headers["content-length"] == str(len(proxai.PAGE.encode()))
-    finally:
-        assert program.stop() == 0
 
 
 
