@@ -11687,6 +11687,7 @@ const CHARTS = {
   "chart-tokens": { format: short, axis: short, when: "last hour", sum: SUM, least: 100, strips: [
     [["in", "a", m => m.input_tokens]], [["out", "b", m => m.output_tokens]]] },
 };
+const MARGINS = [50, 6];  // left and right of the minutes
 let past = [];
 
 function nice(most) {  // the next round number, even so that its half is round too
@@ -11696,7 +11697,7 @@ function nice(most) {  // the next round number, even so that its half is round 
 
 function draw(id) {
   const chart = CHARTS[id], svg = $(id), width = Math.max(svg.clientWidth, 200), height = 140;
-  const left = 46, right = 6, floor = height - 20, gap = 16, parts = [];
+  const [left, right] = MARGINS, floor = height - 20, gap = 16, parts = [];
   const add = (tag, ...rest) =>
     parts.push(dress(document.createElementNS(svg.namespaceURI, tag), ...rest));
   const step = (width - left - right) / Math.max(past.length, 1), x = i => left + i * step;
@@ -11757,7 +11758,7 @@ for (const id of Object.keys(CHARTS)) {
   const svg = $(id);
   svg.dataset.name = svg.parentNode.querySelector("h2").textContent;
   svg.addEventListener("pointermove", event => {
-    const inside = (event.offsetX - 46) / (svg.clientWidth - 52);
+    const inside = (event.offsetX - MARGINS[0]) / (svg.clientWidth - SUM(MARGINS));
     point(id, inside < 0 || inside >= 1 ? null : Math.floor(inside * past.length));
   });
   svg.addEventListener("pointerleave", () => point(id, null));
