@@ -14312,11 +14312,31 @@ async def control_capture(control: Control, connection: Connection, head: Reques
     captures.switches.override(phase, enabled)
     captures.log.event(logging.INFO, "capture_switch", {"phase": phase, "enabled": enabled})
     write_value(connection, captures.status())
+async def control_page(control: Control, connection: Connection, head: RequestHead) -> None:
+    """GET /: the page for people, in one document."""
+    body = PAGE.encode()
+    connection.write_head(200, [*page_headers(), date_line()], len(body), body)
+
+
+@functools.cache
+def page_headers() -> tuple[bytes, ...]:
+    """The headers of the page: nothing runs or loads but what the document itself brings."""
+    style, script = (base64.b64encode(hashlib.sha256(
+        PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0].encode()).digest()).decode()
+        for tag in ("style", "script"))
+    policy = (f"default-src 'none'; connect-src 'self'; img-src data:; style-src 'sha256-{style}'; "
+              f"script-src 'sha256-{script}'; base-uri 'none'; form-action 'none'; "
+              "frame-ancestors 'none'; require-trusted-types-for 'script'")
+    return (b"content-type: text/html; charset=utf-8", b"cache-control: no-store",
+            b"content-security-policy: " + policy.encode(), b"x-content-type-options: nosniff",
+            b"referrer-policy: no-referrer", b"cross-origin-opener-policy: same-origin",
+            b"x-frame-options: DENY")
 
 
 # path -> method -> handler; a handler is given the control, the connection and the head
 ControlHandler = Callable[[Control, Connection, RequestHead], Any]
 CONTROL_PATHS: dict[str, dict[str, ControlHandler]] = {
+    "/": {"GET": control_page, "HEAD": control_page},
     "/health": {"GET": control_health},
     "/captures": {"GET": control_captures},
     CAPTURE_PATH: {"GET": control_one_capture},
@@ -14326,6 +14346,750 @@ CONTROL_PATHS: dict[str, dict[str, ControlHandler]] = {
     "/mcp": {"GET": control_mcp_stream, "POST": control_mcp, "DELETE": control_mcp_end},
     "/capture": {"POST": control_capture},
 }
+
+# The page: rebuilt from /status, /requests, /capture and /captures, which it polls. What comes from
+# outside becomes text nodes only; the headers above forbid all else.
+PAGE = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>ProxAI</title>
+<style>
+:root { color-scheme: light dark; --ground: #f4f5f7; --card: #fff; --ink: #1a1f26; --soft: #59636e;
+  --line: #dde1e6; --edge: #7d8792; --a: #0a5fc2; --b: #8250c4; --good: #176b34; --bad: #b8281c;
+  --warn: #855200; --hover: #f0f4fa; --added: #e2f3e7; --cut: #fbe6e4;
+  --mono: ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas, monospace; }
+@media (prefers-color-scheme: dark) {
+  :root { --ground: #0e1116; --card: #161a21; --ink: #e4e8ee; --soft: #98a3b0; --line: #2a313b;
+    --edge: #6b7683; --a: #6aaeff; --b: #c09bf5; --good: #57c785; --bad: #ff8b80; --warn: #e2b04a;
+    --hover: #1d232d; --added: #12291c; --cut: #331c1c; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1360px; padding: 0 20px 48px; background: var(--ground);
+  color: var(--ink); font: 14px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
+h1, h2, h3, p, dl, dd, ul, figure { margin: 0; padding: 0; }
+h1 { font-size: 18px; } h2 { font-size: 14px; } h3 { font-size: 13px; margin: 20px 0 6px; }
+small, .soft, dt { color: var(--soft); font-size: 12px; font-weight: 400; }
+code, pre, .mono { font-family: var(--mono); font-size: 12px; }
+button, input { font: inherit; color: inherit; }
+button, [type=search] { border: 1px solid var(--edge); border-radius: 6px; background: var(--card);
+  padding: 3px 10px; }
+[type=search] { width: 260px; max-width: 100%; }
+button { cursor: pointer; flex: none; }
+button:hover, tbody tr:hover, tbody tr:focus-within { background: var(--hover); }
+:focus-visible { outline: 2px solid var(--a); outline-offset: 2px; }
+html:has(dialog[open]) { overflow: hidden; }
+[hidden] { display: none !important; }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+  padding: 14px 16px; }
+.bar { display: flex; flex-wrap: wrap; align-items: center; gap: 8px 16px; }
+.bar > :first-child { margin-right: auto; }
+header.bar { padding: 16px 0; }
+header dl, .list dl, .legend { display: flex; flex-wrap: wrap; gap: 0 20px; }
+header dl div, .list dl div { display: flex; gap: 6px; align-items: baseline; }
+main { display: grid; gap: 16px; grid-template-columns: repeat(6, minmax(0, 1fr)); }
+main > * { grid-column: span 6; }
+main > figure { grid-column: span 2; } main > .half { grid-column: span 3; }
+.good { color: var(--good); } .bad { color: var(--bad); } .warn { color: var(--warn); }
+.busy { color: var(--a); }
+.dot::before, .legend span::before { content: ""; display: inline-block; width: 8px; height: 8px;
+  margin-right: 7px; border-radius: 50%; background: currentColor; }
+.dot.busy::before { animation: pulse 1.6s ease-in-out infinite; }
+@keyframes pulse { 50% { opacity: .3; } }
+svg { display: block; width: 100%; height: 140px; margin: 10px 0 6px; border-radius: 4px; }
+svg text { font-size: 11px; fill: var(--soft); }
+svg line { stroke: var(--line); }
+svg .cursor { fill: var(--ink); opacity: .1; }
+rect.a { fill: var(--a); } rect.b { fill: var(--b); } rect.bad { fill: var(--bad); }
+path { fill: none; stroke-width: 2; stroke-linecap: round; stroke-linejoin: round; }
+path.a { stroke: var(--a); } path.b { stroke: var(--b); }
+.legend { font-size: 12px; } .legend span { color: inherit; }
+.legend span::before { border-radius: 2px; }
+.legend .a::before { background: var(--a); } .legend .b::before { background: var(--b); }
+.legend .bad::before { background: var(--bad); }
+.list { list-style: none; margin-top: 6px; }
+.list li { padding: 9px 0; border-top: 1px solid var(--line); overflow-wrap: anywhere; }
+.list li:first-child { border: 0; }
+.list li.bar { flex-wrap: nowrap; padding: 7px 0; }
+[role=switch] { width: 40px; height: 22px; padding: 0; border-radius: 11px; position: relative; }
+[role=switch]::after { content: ""; position: absolute; top: 3px; left: 3px; width: 14px;
+  height: 14px; border-radius: 50%; background: var(--edge); transition: left .12s; }
+[role=switch][aria-checked=true] { background: var(--a); border-color: var(--a); }
+[role=switch][aria-checked=true]::after { left: 21px; background: var(--card); }
+table { width: 100%; border-collapse: collapse; table-layout: fixed; margin-top: 8px; }
+th, td { padding: 6px 10px; border-top: 1px solid var(--line); vertical-align: top; }
+th:first-child, td:first-child { padding-left: 4px; }
+th { text-align: left; font-size: 12px; font-weight: 500; color: var(--soft); border: 0; }
+td > span { display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+th.time, th.dropped { width: 78px; } th.ttft, th.duration { width: 84px; }
+th.tokens { width: 124px; } th.route { width: 14%; } th.outcome { width: 18%; }
+.ttft, .duration, .tokens, .dropped { text-align: right; }
+tbody tr { cursor: pointer; }
+tbody tr:focus-within { outline: 2px solid var(--a); outline-offset: -2px; border-radius: 4px; }
+td button, td button:is(:hover, :focus) { border: 0; background: none; padding: 0; outline: 0; }
+dialog { position: fixed; inset: 0 0 0 auto; width: min(820px, 100vw); height: 100dvh;
+  max-height: none; max-width: none; margin: 0; padding: 18px 22px 40px; border: 0;
+  background: var(--card); color: var(--ink); overflow: hidden auto; }
+dialog::backdrop { background: #0008; }
+dialog h2 { font-size: 16px; } dialog .bar { flex-wrap: nowrap; }
+dialog dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr));
+  gap: 10px 20px; margin-top: 14px; }
+dialog h2, dialog dd, dialog li, #fault { overflow-wrap: anywhere; min-width: 0; }
+#fault { margin-top: 12px; padding: 8px 12px; border-left: 3px solid; background: var(--cut); }
+#dropped { padding-left: 18px; }
+[role=tablist] { display: flex; flex-wrap: wrap; gap: 4px; margin-bottom: 8px; }
+[role=tab] { border-color: transparent; padding: 3px 9px; }
+[role=tab][aria-selected=true] { border-color: var(--a); color: var(--a); }
+pre { margin: 8px 0; padding: 10px 12px; border: 1px solid var(--line); border-radius: 6px;
+  background: var(--ground); white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.5; }
+pre span { display: block; }
+pre .add { color: var(--good); background: var(--added); }
+pre .cut { color: var(--bad); background: var(--cut); }
+@media (max-width: 1000px) {
+  main > figure, main > .half { grid-column: span 6; }
+  body { padding: 0 12px 32px; }
+  header dl { order: 1; flex-basis: 100%; }
+  dialog { padding: 14px 14px 32px; }
+  thead { display: none; }
+  table, td { display: block; }
+  tbody { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr));
+    gap: 0 28px; }
+  tbody tr { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 4px 12px;
+    align-content: start; padding: 10px 4px; border-top: 1px solid var(--line); }
+  td[class] { padding: 0; border: 0; text-align: left; }
+  td.route > span { white-space: normal; }
+  td::before { content: attr(data-label); font-size: 12px; color: var(--soft); }
+  td.time::before, td.model::before, td.outcome::before { content: none; }
+  td.model { order: -2; grid-column: span 3; font-weight: 600; }
+  td.time, td.outcome { order: -1; }
+  td.outcome { grid-column: span 2; }
+}
+@media (prefers-reduced-motion: reduce) {
+  *, ::before, ::after { animation: none !important; transition: none !important; }
+}
+</style>
+</head>
+<body>
+<header class="bar">
+<h1>ProxAI <small id="version"></small></h1>
+<dl id="facts"></dl>
+<span id="state" class="dot warn">connecting</span>
+<button type="button" id="pause" aria-pressed="false">Pause</button>
+</header>
+<p id="say" class="unseen" role="status"></p>
+<noscript>This page needs JavaScript; GET /status tells the same as JSON.</noscript>
+<main>
+<figure class="card">
+<figcaption class="bar"><h2>Requests</h2><small></small></figcaption>
+<svg id="chart-requests" role="img" tabindex="0"></svg><p class="legend"></p>
+</figure>
+<figure class="card">
+<figcaption class="bar"><h2>Latency, median</h2><small></small></figcaption>
+<svg id="chart-latency" role="img" tabindex="0"></svg><p class="legend"></p>
+</figure>
+<figure class="card">
+<figcaption class="bar"><h2>Tokens</h2><small></small></figcaption>
+<svg id="chart-tokens" role="img" tabindex="0"></svg><p class="legend"></p>
+</figure>
+<section class="card half" aria-labelledby="h-providers">
+<h2 id="h-providers">Providers</h2>
+<ul id="providers" class="list"></ul>
+</section>
+<section class="card half" aria-labelledby="h-captures">
+<h2 id="h-captures">Captures</h2>
+<p class="soft">Captured requests and answers, prompts included, are kept as files on this disk,
+in <code id="directory"></code>. A switch holds for requests that start after it, until the proxy
+stops.</p>
+<ul id="switches" class="list"></ul>
+<p id="capture-fault" class="bad" hidden></p>
+</section>
+<section class="card" aria-labelledby="h-requests">
+<div class="bar"><h2 id="h-requests">Requests <small id="shown"></small></h2>
+<label><input type="checkbox" id="failed"> Errors only</label>
+<label><span class="unseen">Filter requests</span>
+<input type="search" id="filter" placeholder="Filter: model, provider, id …"></label></div>
+<table role="table" aria-labelledby="h-requests">
+<thead role="rowgroup"><tr role="row" id="columns"></tr></thead>
+<tbody role="rowgroup" id="rows"></tbody>
+</table>
+<p id="nothing" class="soft">Waiting for the proxy.</p>
+</section>
+</main>
+<dialog id="detail" aria-labelledby="h-detail">
+<div class="bar"><h2 id="h-detail"></h2><span id="verdict"></span>
+<button type="button" id="close">Close</button></div>
+<p id="fault" class="bad" hidden></p>
+<dl id="record"></dl>
+<div id="drops"><h3>Dropped: the provider's protocol has no place for them</h3>
+<ul id="dropped" class="mono"></ul></div>
+<h3>Captured exchange</h3>
+<p id="capture-note" class="soft"></p>
+<div id="tabs" role="tablist" aria-label="Captured exchange"></div>
+<div id="panel" role="tabpanel" tabindex="0"></div>
+</dialog>
+<script>
+"use strict";
+const ROWS = 200, TICK = 1000, STATUS_TICK = 5000, SLOWEST = 15000, LINES = 4000;
+const PHASES = {
+  inbound_request: ["Client request", "what the client sent"],
+  provider_request: ["Provider request", "what the provider was sent"],
+  upstream_response: ["Provider answer", "what the provider answered"],
+  outbound_response: ["Client answer", "what the client got"],
+};
+const DIFFS = {
+  request: ["Request diff", ["inbound_request", "provider_request"]],
+  response: ["Answer diff", ["upstream_response", "outbound_response"]],
+};
+const PROTOCOLS = { openai_responses: "Responses", openai_chat_completions: "Chat",
+  anthropic_messages: "Messages", responses: "Responses", chat: "Chat", messages: "Messages" };
+const HEALTH = { ok: "good", failing: "bad", unknown: "soft" };
+
+// -- values as text
+
+const $ = id => document.getElementById(id);
+const count = n => (n ?? 0).toLocaleString("en");
+const short = n => n < 1e4 ? count(n)
+  : n < 1e6 ? +(n / 1e3).toPrecision(3) + "k" : +(n / 1e6).toPrecision(3) + "M";
+const clock = (at, seconds) => new Date(at).toLocaleTimeString("en-GB",
+  { hour: "2-digit", minute: "2-digit", second: seconds ? "2-digit" : undefined });
+const ms = n => n == null ? "–" : n < 1000 ? Math.round(n) + " ms"
+  : n < 1e4 ? (n / 1e3).toFixed(2) + " s" : n < 6e4 ? (n / 1e3).toFixed(1) + " s" : span(n / 1e3);
+const span = secs => {
+  const [d, h, m, s] = [secs / 86400, secs / 3600 % 24, secs / 60 % 60, secs % 60].map(Math.floor);
+  return d ? `${d} d ${h} h` : h ? `${h} h ${m} min` : m ? `${m} min ${s} s` : `${s} s`;
+};
+const protocol = name => PROTOCOLS[name] ?? name ?? "";
+const pair = r => r.translation ? r.translation.split("->").map(protocol).join(" → ")
+  : protocol(r.protocol);
+const failed = r => Boolean(r.error && r.outcome !== "closed") || r.status >= 400
+  || !["open", "end", "closed"].includes(r.outcome);
+const mood = r => r.outcome === "open" ? "busy" : failed(r) ? "bad"
+  : r.outcome === "closed" ? "warn" : "good";
+const verdict = r => r.outcome === "open" ? "running"
+  : [r.status || "", r.outcome === "end" ? (failed(r) ? "" : "ok") : r.outcome].join(" ").trim();
+
+function dress(node, attributes, ...inside) {
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...inside);
+  return node;
+}
+
+const el = (tag, ...rest) => dress(document.createElement(tag), ...rest);
+
+const facts = pairs => pairs.filter(([, value]) => value !== "" && value != null)
+  .map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, String(value))));
+
+function put(node, text) {  // an unchanged text keeps its selection
+  if (node.textContent !== text) node.textContent = text;
+}
+
+function fill(node, key, ...inside) {  // likewise for many nodes
+  if (node.dataset.key !== key) node.replaceChildren(...inside);
+  node.dataset.key = key;
+}
+
+const say = text => put($("say"), text);
+
+async function call(path, options) {
+  const reply = await fetch(path, { signal: AbortSignal.timeout(8000), ...options });
+  const data = await reply.json().catch(() => null);
+  if (reply.ok && data) return data;
+  const error = data?.error?.message ?? `the proxy answered with status ${reply.status}`;
+  throw Object.assign(new Error(error), { status: reply.status });
+}
+
+// -- charts of the last hour
+
+const SUM = values => values.reduce((all, value) => all + value, 0);
+const LAST = values => values.findLast(value => value != null) ?? null;
+const CHARTS = {
+  "chart-requests": { format: count, axis: short, when: "last hour", sum: SUM, least: 4, strips: [
+    [["ok", "a", m => m.requests - m.errors], ["errors", "bad", m => m.errors]]] },
+  "chart-latency": { format: ms, axis: n => n < 1000 ? n + " ms" : n / 1000 + " s", line: true,
+    when: "latest", sum: LAST, least: 100, strips: [
+      [["first token", "a", m => m.ttfb_ms_p50], ["whole answer", "b", m => m.duration_ms_p50]]] },
+  "chart-tokens": { format: short, axis: short, when: "last hour", sum: SUM, least: 100, strips: [
+    [["in", "a", m => m.input_tokens]], [["out", "b", m => m.output_tokens]]] },
+};
+const MARGINS = [50, 6];  // left and right of the minutes
+let past = [];
+
+function nice(most) {  // the next round number, even so that its half is round too
+  const unit = 10 ** Math.floor(Math.log10(most));
+  return [1, 2, 3, 4, 5, 6, 8, 10].map(n => n * unit).find(n => n >= most && n % 2 === 0);
+}
+
+function draw(id) {
+  const chart = CHARTS[id], svg = $(id), width = Math.max(svg.clientWidth, 200), height = 140;
+  const [left, right] = MARGINS, floor = height - 20, gap = 16, parts = [];
+  const add = (tag, ...rest) =>
+    parts.push(dress(document.createElementNS(svg.namespaceURI, tag), ...rest));
+  const step = (width - left - right) / Math.max(past.length, 1), x = i => left + i * step;
+  const high = (floor - 8 - gap * (chart.strips.length - 1)) / chart.strips.length;
+  const title = `${svg.dataset.name}, ${chart.when}: ` + chart.strips.flat()
+    .map(([name, , value]) => `${chart.format(chart.sum(past.map(value)))} ${name}`).join(", ");
+  add("title", {}, title);
+  dress(svg, { "aria-label": title, viewBox: `0 0 ${width} ${height}` });
+  chart.strips.forEach((series, strip) => {
+    const base = 8 + high + strip * (high + gap);
+    const values = past.map(m => series.map(([, , value]) => value(m)));
+    const sizes = values.map(v => chart.line ? Math.max(...v) : SUM(v));
+    const peak = nice(Math.max(chart.least, ...sizes));
+    const y = value => base - value / peak * high;
+    for (const tick of chart.strips.length > 1 ? [0, peak] : [0, peak / 2, peak]) {
+      add("line", { x1: left, x2: width - right, y1: y(tick), y2: y(tick) });
+      add("text", { x: left - 6, y: y(tick) + 4, "text-anchor": "end" }, chart.axis(tick));
+    }
+    series.forEach(([, look], s) => {
+      if (chart.line) {
+        const at = i => `${x(i + .5).toFixed(1)} ${y(values[i][s]).toFixed(1)}`;
+        add("path", { class: look, d: values.map((v, i) => v[s] == null ? ""
+          : i && values[i - 1][s] != null ? "L" + at(i) : `M${at(i)}h0`).join("") });
+      } else values.forEach((v, i) => {
+        const under = SUM(v.slice(0, s)), tall = v[s] && Math.max(v[s] / peak * high, 1);
+        if (tall) add("rect", { class: look, x: x(i) + step * .1, width: step * .8,
+          y: y(under) - tall, height: tall });
+      });
+    });
+  });
+  past.forEach((m, i) => {
+    if (m.at / 60 % 15 === 0 && x(i) < width - 40)
+      add("text", { x: x(i + .5), y: height - 4, "text-anchor": "middle" }, clock(m.at * 1000));
+  });
+  if (chart.at != null && past[chart.at])
+    add("rect", { class: "cursor", x: x(chart.at), width: step, y: 0, height: floor });
+  svg.replaceChildren(...parts);
+  readout(chart, svg);
+}
+
+function readout(chart, svg) {
+  const minute = past[chart.at], when = minute ? clock(minute.at * 1000) : chart.when;
+  const said = chart.strips.flat().map(([name, look, value]) =>
+    [look, `${chart.format(minute ? value(minute) : chart.sum(past.map(value)))} ${name}`]);
+  put(svg.parentNode.querySelector("small"), when);
+  svg.nextElementSibling.replaceChildren(...said.map(([look, text]) =>
+    el("span", { class: look }, text)));
+  return `${when}: ${said.map(([, text]) => text).join(", ")}`;
+}
+
+function point(id, at) {
+  if (CHARTS[id].at === at) return;
+  CHARTS[id].at = at;
+  draw(id);
+}
+
+for (const id of Object.keys(CHARTS)) {
+  const svg = $(id);
+  svg.dataset.name = svg.parentNode.querySelector("h2").textContent;
+  svg.addEventListener("pointermove", event => {
+    const inside = (event.offsetX - MARGINS[0]) / (svg.clientWidth - SUM(MARGINS));
+    point(id, inside < 0 || inside >= 1 ? null : Math.floor(inside * past.length));
+  });
+  svg.addEventListener("pointerleave", () => point(id, null));
+  svg.addEventListener("focus", () => point(id, past.length - 1));
+  svg.addEventListener("blur", () => point(id, null));
+  svg.addEventListener("keydown", event => {
+    const move = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (!move || !past.length) return;
+    event.preventDefault();
+    point(id, Math.min(Math.max((CHARTS[id].at ?? past.length) + move, 0), past.length - 1));
+    say(readout(CHARTS[id], svg));
+  });
+}
+new ResizeObserver(() => Object.keys(CHARTS).forEach(draw)).observe($("chart-requests"));
+
+// -- the state of the proxy
+
+let status = null, directory = "";
+
+function showStatus(data) {
+  if (status && status.started_at !== data.started_at) forget();
+  status = data;
+  put($("version"), data.version);
+  fill($("facts"), JSON.stringify([data.uptime_secs, data.in_flight, data.requests]), ...facts([
+    ["listens at", data.listen], ["up", span(data.uptime_secs)], ["in flight", data.in_flight],
+    ["requests", count(data.requests.total)], ["errors", count(data.requests.errors)]]));
+  past = data.history;
+  Object.keys(CHARTS).forEach(draw);
+  fill($("providers"), JSON.stringify(data.providers), ...data.providers.map(provider));
+  showCaptures(data.captures);
+  arrange();
+}
+
+function provider(p) {
+  const last = p.last_at && [p.last_status, "at", clock(p.last_at, true)].filter(Boolean).join(" ");
+  return el("li", {},
+    el("div", { class: "bar" },
+      el("span", {}, el("strong", {}, p.name), " ", el("small", {}, protocol(p.protocol))),
+      el("span", { class: `dot ${HEALTH[p.health] ?? "soft"}` }, p.health)),
+    el("small", { class: "mono" }, p.base_url),
+    el("dl", {}, ...facts([["requests", count(p.requests)], ["errors", count(p.errors)],
+      ["in flight", p.in_flight], ["first token", ms(p.ttfb_ms_p50)], ["last", last]])),
+    ...p.last_error ? [el("p", { class: p.health === "ok" ? "soft" : "bad" }, p.last_error)] : []);
+}
+
+// -- capture switches
+
+const switches = Object.fromEntries([...Object.entries(PHASES), ["all", ["All four", ""]]]
+  .map(([phase, [name, what]]) => {
+    const flip = el("button", { type: "button", role: "switch", "aria-checked": "false",
+      "aria-label": `Capture: ${name}`, id: `switch-${phase}` });
+    const back = el("button", { type: "button", "aria-label": `${name}: back to config` },
+      "Back to config");
+    const note = el("small", {});
+    flip.addEventListener("click", () =>
+      capture(phase, flip.getAttribute("aria-checked") !== "true"));
+    back.addEventListener("click", () => capture(phase, null).then(() => flip.focus()));
+    const label = el("span", {}, el("strong", {}, name), " ", el("small", {}, what),
+      el("br", {}), note);
+    $("switches").append(el("li", { class: "bar" }, label, back, flip));
+    return [phase, { flip, back, note, name }];
+  }));
+
+function showCaptures(captures) {
+  directory = captures.directory;
+  put($("directory"), directory);
+  const all = Object.values(captures.phases), word = on => on ? "on" : "off";
+  const phases = { ...captures.phases, all: { effective: all.every(p => p.effective),
+    override: all.some(p => p.override != null) ? true : null } };
+  for (const [phase, { flip, back, note }] of Object.entries(switches)) {
+    const { effective, override, default: usual } = phases[phase];
+    flip.setAttribute("aria-checked", effective);
+    back.hidden = override == null;
+    put(note, phase === "all" ? `${all.filter(p => p.effective).length} of ${all.length} on`
+      : override == null ? `${word(usual)}, as in the config`
+      : `switched ${word(override)} here, ${word(usual)} in the config`);
+  }
+  const lost = captures.dropped;
+  if (lost) fault(`${count(lost)} captures were left out: the disk was too slow, or full.`);
+}
+
+function fault(text) {
+  put($("capture-fault"), text);
+  $("capture-fault").hidden = !text;
+}
+
+async function capture(phase, enabled) {
+  try {
+    const answer = await call("/capture", { method: "POST",
+      headers: { "content-type": "application/json" }, body: JSON.stringify({ phase, enabled }) });
+    fault("");
+    showCaptures(answer);
+    const on = switches[phase].flip.getAttribute("aria-checked") === "true" ? "on" : "off";
+    say(`Capture of ${switches[phase].name}: ${on}`);
+  } catch (error) { fault(`The switch did not move: ${error.message}`); say("Capture unchanged"); }
+}
+
+// -- requests
+
+const COLUMNS = [  // class, heading, [main text, second text] of a record
+  ["time", "Time", r => [clock(r.at, true), ""]],
+  ["model", "Model", r => [r.model || "–",
+    r.upstream_model && r.upstream_model !== r.model ? `→ ${r.upstream_model}` : ""]],
+  ["route", "Route", r => [r.provider || "–", pair(r)]],
+  ["outcome", "Outcome", r => [verdict(r), r.error ?? ""]],
+  ["ttft", "First token", r => [ms(r.ttfb_ms), ""]],
+  ["duration", "Duration", r => [ms(lasted(r)), ""]],
+  ["tokens", "Tokens in / out", r => [r.input_tokens || r.output_tokens
+    ? `${short(r.input_tokens)} / ${short(r.output_tokens)}` : "–",
+    r.cached_tokens ? `${short(r.cached_tokens)} cached` : ""]],
+  ["dropped", "Dropped", r => [String(r.dropped?.length || "–"), ""]],
+];
+const rows = new Map();  // id -> its row
+let finished = new Map(), open = new Map(), latest = 0, heard = 0, current = null;
+
+$("columns").append(...COLUMNS.map(([look, heading]) =>
+  el("th", { role: "columnheader", scope: "col", class: look }, heading)));
+const record = id => open.get(id) ?? finished.get(id);
+const lasted = r => r.duration_ms + (r.outcome === "open" ? performance.now() - heard : 0);
+const button = row => row.querySelector("button");
+const visible = () => [...rows.values()].filter(row => !row.hidden)
+  .sort((a, b) => a.rowIndex - b.rowIndex);
+
+function newRow(id) {
+  const row = el("tr", { role: "row" }, ...COLUMNS.map(([look, heading]) => {
+    const main = look === "time" ? el("button", { type: "button", tabindex: "-1",
+      "aria-haspopup": "dialog" }) : el("span", {});
+    return el("td", { role: "cell", class: look, "data-label": heading }, main,
+      el("span", { class: "soft" }));
+  }));
+  row.dataset.id = id;
+  rows.set(id, row);
+  return row;
+}
+
+function fillRow(row, r) {
+  COLUMNS.forEach(([look, , texts], i) => {
+    const [main, second] = row.cells[i].children, [text, more] = texts(r);
+    put(main, text);
+    put(second, more);
+    if (look === "model" || look === "outcome") row.cells[i].title = `${text} ${more}`;
+    if (look === "outcome") main.className = `dot ${mood(r)}`;
+  });
+  button(row).setAttribute("aria-label", `${clock(r.at, true)} ${r.model ?? ""}: details`);
+}
+
+function matches(r) {
+  if ($("failed").checked && !failed(r)) return false;
+  const text = [r.id, r.model, r.upstream_model, r.provider, r.route, r.path, pair(r), verdict(r),
+    r.error].join(" ").toLowerCase();
+  return $("filter").value.toLowerCase().split(" ").every(word => text.includes(word));
+}
+
+function arrange() {  // the rows as they must be; what has the focus keeps it
+  const body = $("rows"), focus = document.activeElement;
+  const wanted = [...[...open.values()].sort((a, b) => b.at.localeCompare(a.at)),
+    ...finished.values()];
+  let at = body.firstChild, fits = 0;
+  for (const r of wanted) {
+    const row = rows.get(r.id) ?? newRow(r.id);
+    fillRow(row, r);
+    row.hidden = !matches(r);
+    fits += !row.hidden;
+    if (row === at) at = at.nextSibling;
+    else body.insertBefore(row, at);
+  }
+  while (at) {
+    const next = at.nextSibling;
+    rows.delete(at.dataset.id);
+    at.remove();
+    at = next;
+  }
+  if (focus.isConnected && focus !== document.activeElement) focus.focus({ preventScroll: true });
+  if (!current?.isConnected || current.hidden) choose(visible()[0]);
+  put($("shown"), fits < wanted.length ? `${fits} of ${wanted.length}` : `${fits || ""}`);
+  $("nothing").hidden = fits > 0;
+  if (status) put($("nothing"), wanted.length ? "No request fits the filter."
+    : `No request yet. Point a client at ${status.listen}`);
+}
+
+function choose(row) {  // the one row that Tab stops at
+  if (current) button(current).tabIndex = -1;
+  current = row ?? null;
+  if (current) button(current).tabIndex = 0;
+}
+
+function take(data) {
+  if (data.latest < latest) return forget();
+  latest = data.latest;
+  heard = performance.now();
+  open = new Map(data.open.map(r => [r.id, r]));
+  finished = new Map([...data.requests.map(r => [r.id, r]), ...finished].slice(0, ROWS));
+  arrange();
+  if (shown != null && record(shown)) showRecord(record(shown));
+}
+
+function forget() {  // the proxy is another one than before
+  [finished, open, latest] = [new Map(), new Map(), 0];
+  arrange();
+}
+
+$("rows").addEventListener("click", event => {
+  const row = event.target.closest("tr");
+  if (!row || event.detail && String(getSelection())) return;  // text was being selected
+  choose(row);
+  button(row).focus();
+  location.hash = row.dataset.id;
+});
+$("rows").addEventListener("focusin", event => choose(event.target.closest("tr")));
+$("rows").addEventListener("keydown", event => {
+  const all = visible(), at = all.indexOf(current);
+  const to = { ArrowUp: at - 1, ArrowDown: at + 1, Home: 0, End: all.length - 1 }[event.key];
+  if (to === undefined) return;
+  event.preventDefault();
+  button(all[Math.min(Math.max(to, 0), all.length - 1)]).focus();
+});
+$("failed").addEventListener("change", arrange);
+$("filter").addEventListener("input", arrange);
+
+// -- the detail of one request
+
+let shown = null, exchange = null, part = Object.keys(PHASES)[0];
+const TABS = { ...PHASES, ...DIFFS };
+
+function showRecord(r) {
+  put($("verdict"), verdict(r));
+  $("verdict").className = `dot ${mood(r)}`;
+  $("fault").hidden = !r.error;
+  put($("fault"), [r.error_type, r.error].filter(Boolean).join(": "));
+  const tokens = [["tokens in", "input"], ["cached", "cached"], ["tokens out", "output"],
+    ["reasoning", "reasoning"]].map(([name, key]) => [name, count(r[`${key}_tokens`])]);
+  fill($("record"), JSON.stringify(r), ...facts([
+    ["time", r.at && `${r.at.slice(0, 10)} ${clock(r.at, true)}`],
+    ["request", `${r.method} ${r.path}`],
+    ["model", r.model],
+    ["model upstream", r.upstream_model === r.model ? "" : r.upstream_model],
+    ["provider", r.provider], ["route", r.route], ["protocols", pair(r)],
+    ["answer", r.stream ? "stream" : "whole"], ["first token", ms(r.ttfb_ms)],
+    ["duration", ms(lasted(r))], ["bytes in", count(r.bytes_in)], ["bytes out", count(r.bytes_out)],
+    ...r.input_tokens || r.output_tokens ? tokens : []]));
+  $("drops").hidden = !r.dropped?.length;
+  fill($("dropped"), JSON.stringify(r.dropped ?? []), ...(r.dropped ?? []).map(drop =>
+    el("li", {}, drop.path ? `${drop.path}: ${drop.reason}` : drop)));
+  if (!exchange && r.outcome !== "open") load(r.id);
+}
+
+async function load(id) {
+  const known = record(id);
+  exchange ??= { note: "Reading …" };
+  if (known && !known.captured) exchange.note = "Nothing of this request was captured. Switch"
+    + " phases on under Captures; that holds for requests that start afterwards.";
+  else {
+    const found = await call(`/captures/${encodeURIComponent(id)}`).catch(error => ({
+      note: error.status !== 404 ? `The capture cannot be read: ${error.message}`
+        : known ? "Its capture is not on the disk: still being written, or removed."
+        : "This request is neither among the last ones nor among the captures." }));
+    if (shown !== id) return;
+    exchange = found;
+    if (found.record && !known) showRecord(found.record);
+    if (!found.record && known && Date.now() - Date.parse(known.at) - known.duration_ms < 5000)
+      setTimeout(() => shown === id && load(id), 1000);  // its last file is not there yet
+  }
+  showExchange();
+}
+
+function showExchange() {
+  const some = Object.keys(exchange?.phases ?? {}).length > 0;
+  put($("capture-note"), exchange ? exchange.note ?? "Nothing of it is on the disk."
+    : "The request is running; what is captured of it can be read when it is over.");
+  $("capture-note").hidden = some;
+  $("tabs").hidden = $("panel").hidden = !some;
+  for (const tab of $("tabs").children) {
+    const on = tab.id === `tab-${part}`;
+    tab.setAttribute("aria-selected", on);
+    tab.tabIndex = on ? 0 : -1;
+  }
+  $("panel").setAttribute("aria-labelledby", `tab-${part}`);
+  $("panel").replaceChildren(...!some ? [] : DIFFS[part] ? diff(part) : phase(part));
+}
+
+const lacking = phases => phases.filter(name => !exchange.phases[name]);
+const notCaptured = phases => el("p", { class: "soft" }, "Not captured: "
+  + phases.map(name => PHASES[name][0]).join(", ") + ". Switch it on under Captures, or in the"
+  + ` configuration: ${phases.map(name => `capture.${name}_enabled = true`).join(", ")}.`);
+
+function phase(name) {
+  if (lacking([name]).length) return [notCaptured([name])];
+  const { head, body, files, truncated } = exchange.phases[name];
+  return [
+    ...truncated ? [el("p", { class: "warn" },
+      `The body is longer than what is shown here; its file in ${directory} has all of it.`)] : [],
+    ...head ? [el("pre", { "aria-label": "Headers" }, JSON.stringify(head, null, 2))] : [],
+    body == null ? el("p", { class: "soft" }, "There is no body.")
+      : el("pre", { "aria-label": "Body" }, body),
+    el("p", { class: "soft mono" }, (files ?? []).join(", ")),
+  ];
+}
+
+function diff(name) {
+  const lines = exchange.diffs?.[name] ?? [], missing = lacking(DIFFS[name][1]);
+  if (missing.length) return [notCaptured(missing)];
+  if (!lines.length) return [el("p", { class: "soft" }, "Both bodies are the same.")];
+  const look = line => /^(---|[+]{3}|@@)/.test(line) ? "soft"
+    : line[0] === "+" ? "add" : line[0] === "-" ? "cut" : "same";
+  const all = lines.map(look), times = word => all.filter(one => one === word).length;
+  const more = lines.length - LINES;
+  return [
+    el("p", { class: "soft" }, `${times("add")} lines added, ${times("cut")} removed`
+      + (more > 0 ? `; ${count(more)} lines more are not shown` : "")),
+    el("pre", {}, ...lines.slice(0, LINES).map((line, i) =>
+      el("span", { class: all[i] }, line.trimEnd() || " "))),
+  ];
+}
+
+$("tabs").append(...Object.entries(TABS).map(([name, [label]]) =>
+  el("button", { type: "button", role: "tab", id: `tab-${name}`, "aria-controls": "panel" },
+    label)));
+$("tabs").addEventListener("click", event => turn(event.target.closest("[role=tab]")));
+$("tabs").addEventListener("keydown", event => {
+  const move = { ArrowLeft: -1, ArrowRight: 1 }[event.key], all = [...$("tabs").children];
+  if (move) turn(all.at((all.indexOf(event.target) + move) % all.length));
+});
+
+function turn(tab) {
+  if (!tab) return;
+  part = tab.id.slice(4);
+  showExchange();
+  tab.focus();
+}
+
+function follow() {  // the address says whose detail is open
+  const id = location.hash.slice(1), dialog = $("detail");
+  if (!id) return dialog.close();
+  shown = id;
+  exchange = null;
+  put($("h-detail"), `Request ${id}`);
+  put($("verdict"), $("verdict").className = "");
+  fill($("record"), "");
+  $("fault").hidden = $("drops").hidden = true;
+  showExchange();
+  if (record(id)) showRecord(record(id));
+  else load(id);
+  if (!dialog.open) dialog.showModal();
+  dialog.scrollTop = 0;
+}
+
+$("close").addEventListener("click", () => $("detail").close());
+$("detail").addEventListener("click", event => event.target === $("detail")
+  && event.offsetX < 0 && $("detail").close());
+$("detail").addEventListener("close", () => {
+  history.replaceState(null, "", location.pathname);
+  const row = rows.get(shown);
+  shown = exchange = null;
+  if (row && !row.hidden) button(row).focus();
+});
+addEventListener("hashchange", follow);
+
+// -- listening
+
+let paused = false, busy = false, asked = -Infinity, wait = TICK, timer = 0;
+
+function tell(text, look) {
+  if ($("state").textContent !== text) say(text);
+  put($("state"), text);
+  $("state").className = `dot ${look}`;
+}
+
+async function poll() {
+  if (busy || paused || document.hidden) return;
+  busy = true;
+  try {
+    if (performance.now() - asked >= STATUS_TICK) {
+      showStatus(await call("/status"));
+      asked = performance.now();
+    }
+    take(await call(`/requests?after=${latest}&limit=${ROWS}`));
+    wait = TICK;
+    if (!paused) tell("live", "good");
+  } catch (error) {
+    asked = -Infinity;
+    wait = Math.min(wait * 2, SLOWEST);
+    tell("disconnected, trying again", "bad");
+  }
+  busy = false;
+  clearTimeout(timer);
+  timer = setTimeout(poll, wait);
+}
+
+$("pause").addEventListener("click", () => {
+  paused = !paused;
+  $("pause").setAttribute("aria-pressed", paused);
+  if (paused) tell("paused", "warn");
+  else { asked = -Infinity; poll(); }
+});
+document.addEventListener("visibilitychange", poll);
+setInterval(() => {  // the clocks of what runs
+  if (paused || document.hidden) return;
+  for (const r of open.values()) fillRow(rows.get(r.id), r);
+}, 250);
+poll().then(() => location.hash && follow());
+</script>
+</body>
+</html>
+"""
 
 
 

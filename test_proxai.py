@@ -24470,19 +24470,73 @@ def test_explain_ends_with_1_where_the_client_would_get_an_error(explain):
 #  23  Control
 # ============================================================================
 
-def test_the_control_listener_tells_its_health(tmp_path):
-    program = Running(tmp_path, config='[providers.p]\nprotocol = "openai_responses"\nbase_url = "http://127.0.0.1:9"\napi_key = "k"\n')
-    try:
-        reply = read_reply(program.control(b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"))
-        assert (reply.status, reply.body) == (200, b"OK")
-        for head, status in [(b"GET /health HTTP/1.1\r\nhost: example.com", 403),
-                             (b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\norigin: https://example.com", 403),
-                             (b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\norigin: http://localhost:3000", 200),
-                             (b"DELETE /health HTTP/1.1\r\nhost: localhost", 405),
-                             (b"POST /v1/responses HTTP/1.1\r\nhost: localhost\r\ncontent-length: 2", 404)]:
-            assert read_reply(program.control(head + b"\r\nconnection: close\r\n\r\n")).status == status, head
-    finally:
-        assert program.stop() == 0
+@pytest.fixture(scope="module")
+def idle_program(tmp_path_factory):
+    """A program whose control listener is asked only for what no request changes."""
+    program = Running(tmp_path_factory.mktemp("idle"), config=config_for("http://127.0.0.1:9"))
+    yield program
+    assert program.stop() == 0
+
+
+def test_the_control_listener_tells_its_health(idle_program):
+    reply = read_reply(idle_program.control(b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"))
+    assert (reply.status, reply.body) == (200, b"OK")
+    for head, status in [(b"GET /health HTTP/1.1\r\nhost: example.com", 403),
+                         (b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\norigin: https://example.com", 403),
+                         (b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\norigin: http://localhost:3000", 200),
+                         (b"DELETE /health HTTP/1.1\r\nhost: localhost", 405),
+                         (b"POST /v1/responses HTTP/1.1\r\nhost: localhost\r\ncontent-length: 2", 404)]:
+        assert read_reply(idle_program.control(head + b"\r\nconnection: close\r\n\r\n")).status == status, head
+
+
+@pytest.mark.parametrize(("method", "body"), [("GET", proxai.PAGE.encode()), ("HEAD", b"")])
+def test_the_control_listener_serves_the_page(idle_program, method, body):
+    head = f"{method} / HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+    reply = read_reply(idle_program.control(head.encode()), method)
+    assert (reply.status, reply.body) == (200, body)
+    assert reply.headers["content-length"] == str(len(proxai.PAGE.encode()))
+    for line in proxai.page_headers():
+        name, _, value = line.decode().partition(": ")
+        assert reply.headers[name] == value
+
+
+def page_part(tag: str) -> str:
+    """What is between the tags of the page's only element of a name."""
+    [inside] = re.findall(rf"<{tag}\b[^>]*>(.*?)</{tag}>", proxai.PAGE, re.S)
+    return inside
+
+
+def test_the_policy_of_the_page_admits_its_style_and_its_script_only():
+    headers = dict(line.split(b": ", 1) for line in proxai.page_headers())
+    policy = dict(part.split(" ", 1) for part in headers[b"content-security-policy"].decode().split("; "))
+    for tag in ("style", "script"):
+        digest = base64.b64encode(hashlib.sha256(page_part(tag).encode()).digest()).decode()
+        assert policy[f"{tag}-src"] == f"'sha256-{digest}'"
+    assert (policy["default-src"], policy["connect-src"], policy["img-src"]) == ("'none'", "'self'", "data:")
+    assert policy["base-uri"] == policy["form-action"] == policy["frame-ancestors"] == "'none'"
+
+
+@pytest.mark.parametrize("pattern", [
+    r"https?:", r"[\"'`(]//", r"(?:src|href|url)\b\s*[=(]\s*[\"']?(?!data:)[^\s>]*[/.]", r"@import", r"\simport\b",
+    r"<[^>]*\s(?:style|on\w+)\s*=", r"<(?:iframe|object|embed|form|base)\b",
+    r"(?:inner|outer)HTML|insertAdjacentHTML|document\.write|srcdoc|\beval\b|\bFunction\(",
+])
+def test_the_page_brings_all_it_needs_and_makes_no_markup_of_values(pattern):
+    assert not (found := re.search(pattern, proxai.PAGE)), proxai.PAGE[found.start() - 40:found.end() + 40]
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="needs node")
+def test_the_script_of_the_page_parses(tmp_path):
+    (tmp_path / "page.js").write_text(page_part("script"), "utf-8")
+    checked = subprocess.run(["node", "--check", str(tmp_path / "page.js")], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_every_element_that_the_script_names_is_there():
+    made = {f"switch-{phase}" for phase in (*proxai.PHASES, "all")}
+    there = re.findall(r'\bid="([\w-]+)"', proxai.PAGE)
+    assert len(there) == len(set(there))
+    assert set(re.findall(r'\$\("([\w-]+)"\)', page_part("script"))) <= {*there, *made}
 
 
 def test_the_control_listener_shows_captures(programs, upstream, tmp_path_factory):
