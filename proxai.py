@@ -10289,6 +10289,7 @@ SKEW_SECS, SKEW_SHARE = 60.0, 0.1  # how long before its end a key is renewed: t
 RENEW_PAUSE_SECS = 300.0  # after a renewal that failed, while the old key still holds
 FAULT_PAUSE_SECS = 5.0  # after one that failed while no key holds
 REFUSED_PAUSE_SECS = 60.0  # between two renewals because a provider refused the key
+ENDED_PAUSE_SECS = 30.0  # for a key that had ended when it came: clocks differ
 
 
 class Token(NamedTuple):
@@ -10308,9 +10309,9 @@ def token_of(value: Any, now: float, refresh_token: str = "") -> Token:
         key = str(SECRET.read(first_of(value, "/access_token", "/token", "/api_key")))
     except ValueError as error:
         raise ValueError(f"its token {error}") from None
-    end = expiry_of(mapping(value), now)
-    return Token(key, end - min(SKEW_SECS, max(end - now, 0.0) * SKEW_SHARE), end,
-                 text_of(value.get("refresh_token")) or refresh_token)
+    end = expiry_of(value, now)
+    due = end - min(SKEW_SECS, (end - now) * SKEW_SHARE) if end > now else now + ENDED_PAUSE_SECS
+    return Token(key, due, end, text_of(value.get("refresh_token")) or refresh_token)
 
 
 def expiry_of(value: Json, now: float) -> float:
@@ -10476,7 +10477,8 @@ def write_token(path: Path, oauth: OAuthConfig, token: Token) -> None:
     """Put a token into its file, in one step, for its owner alone."""
     value = {"token_url": oauth.token_url, "client_id": oauth.client_id,
              **{name: said for name, said in token._asdict().items() if said not in (FOREVER, "")}}
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for folder in (path.parent.parent, path.parent):
+        folder.mkdir(mode=0o700, exist_ok=True)
     fresh = path.with_name(f"{path.name}.{os.getpid()}")
     fresh.unlink(missing_ok=True)
     try:
@@ -12351,7 +12353,7 @@ def command_line() -> argparse.ArgumentParser:
         description="A local LLM proxy: any client protocol, any provider.",
         epilog="Without --config the file in the app directory (~/.proxai/config.toml) is used,"
                " and made if missing. `proxai.py translate --help` tells how to look at a"
-               " translation.")
+               " translation, `proxai.py login --help` how to log in to an OAuth server.")
     add = parser.add_argument
     add("command", nargs="?", choices=["check"],
         help="check: load the configuration, show what would run, and exit")
@@ -12520,8 +12522,6 @@ def login(args: Any, environ: Mapping[str, str]) -> int:
         token = asyncio.run(work())
     except ProxyError as error:
         raise ConfigError([error.message]) from None
-    except OSError as error:
-        raise ConfigError([f"cannot store the token: {error.strerror}"]) from None
     secs = token.expires_at - time.time()
     tell(f"{credential.label} is logged in"
          + (f"; the token ends in {secs:.0f} seconds" if secs < FOREVER else "")
