@@ -18487,7 +18487,7 @@ def test_a_request_of_our_own_is_answered_and_its_connection_kept(upstream, mode
 @pytest.mark.parametrize("script, secs, words", [
     (lambda peer, request: peer.gone(30), 0.05, "no answer within 0.05 seconds"),
     (lambda peer, request: peer.send(b"HTTP/1.1 200 X\r\ncontent-length: 9\r\n\r\n1") or peer.close(), PATIENCE, "read"),
-    (lambda peer, request: peer.send(b"what?\r\n\r\n"), PATIENCE, "does not speak HTTP"),
+    (lambda peer, request: peer.send(b"what?\r\n\r\n"), PATIENCE, "malformed"),
     (answer(200, b"x" * 1001), PATIENCE, "larger than 1000 bytes"),
 ])
 def test_a_request_of_our_own_that_gets_no_answer_is_an_error(upstream, model, monkeypatch, script, secs, words):
@@ -18836,7 +18836,7 @@ class Granting:
             return error.message
 
 
-GONE = (400, b'{"error": "invalid_grant"}')
+INVALID_GRANT = (400, b'{"error": "invalid_grant"}')
 
 
 def granted(key: str, **more: Any) -> tuple[int, bytes]:
@@ -18865,7 +18865,7 @@ def test_a_refresh_token_that_is_not_replaced_stays(tmp_path):
 def test_what_another_process_stored_meanwhile_is_used(tmp_path):
     def answers(form: dict[str, str]) -> Any:
         server.store("k-theirs", "r-theirs", time.time() + 60)
-        return GONE
+        return INVALID_GRANT
 
     server = Granting(tmp_path, answers)
     server.store("k1", "r1")
@@ -18873,7 +18873,7 @@ def test_what_another_process_stored_meanwhile_is_used(tmp_path):
 
 
 def test_without_a_refresh_token_that_is_taken_a_login_is_needed(tmp_path):
-    server = Granting(tmp_path, lambda form: GONE)
+    server = Granting(tmp_path, lambda form: INVALID_GRANT)
     wants = "provider `p` is not logged in, or no longer; run `proxai.py login p`"
     assert server.key() == wants and not server.asked
     server.tokens.sources.clear()
@@ -18882,7 +18882,7 @@ def test_without_a_refresh_token_that_is_taken_a_login_is_needed(tmp_path):
 
 
 def test_a_refresh_token_of_the_configuration_stands_in_for_a_stored_one(tmp_path):
-    server = Granting(tmp_path, lambda form: granted("k9") if form["refresh_token"] == "r-given" else GONE,
+    server = Granting(tmp_path, lambda form: granted("k9") if form["refresh_token"] == "r-given" else INVALID_GRANT,
                       flow="refresh_token", refresh_token="r-given")
     server.store("k1", "r1")
     assert server.key() == "k9"
