@@ -86,7 +86,16 @@ import time
 import tomllib
 import zlib
 from collections import defaultdict, deque
-from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Collection,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast, dataclass_transform
@@ -1505,9 +1514,11 @@ def with_key(table: K, path: str, faults: Faults, environ: Mapping[str, str]) ->
     if len(sources) != 1 or told:
         return table
     if table.oauth is None:
-        return dataclasses.replace(table, api_key=secret_of(table, "api_key", path, faults, environ))
+        key = secret_of(table, "api_key", path, faults, environ)
+        return dataclasses.replace(table, api_key=key)
     oauth, path = table.oauth, f"{path}.oauth"
-    for flow, needed in (("device", "device_authorization_url"), ("refresh_token", "refresh_token")):
+    for flow, needed in (("device", "device_authorization_url"),
+                         ("refresh_token", "refresh_token")):
         if oauth.flow == flow and not given_of(oauth, (needed, f"{needed}_env")):
             faults.add(f"{path}.{needed}", f'is missing; flow = "{flow}" needs it')
     return dataclasses.replace(table, oauth=dataclasses.replace(
@@ -10242,7 +10253,7 @@ class Fetched(NamedTuple):
 async def fetch(pool: Pool, origin: Origin, url: str, method: str = "GET",
                 lines: Sequence[bytes] = (), body: bytes = b"",
                 secs: float = FETCH_SECS) -> Fetched:
-    """The answer of `origin` to a request for `url`; UpstreamError where there is none in `secs`."""
+    """The answer of `origin` to a request for `url`; UpstreamError where `secs` bring none."""
     parts = urlsplit(url)
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     head = format_lines(
@@ -10667,7 +10678,8 @@ class Tokens:
         try:
             answer = await fetch(self.pool, origin, url, "POST", lines, form)
         except UpstreamError as error:
-            raise UpstreamError(f"the OAuth server of {credential.label}: {error.message}") from None
+            raise UpstreamError(f"the OAuth server of {credential.label}:"
+                                f" {error.message}") from None
         return oauth_answer(credential.label, answer.status, answer.body)
 
     async def log_in(self, credential: Credential, say: Callable[[str], None]) -> Token:

@@ -18792,7 +18792,7 @@ def test_a_command_is_killed_with_its_children():
             child, _ = await asyncio.to_thread(listener.accept)
             running.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await running
+                await asyncio.wait_for(running, PATIENCE)
             return child
 
         with asyncio.run(run()) as child:
