@@ -77,6 +77,7 @@ import math
 import os
 import queue
 import re
+import shutil
 import signal
 import socket
 import ssl
@@ -88,11 +89,28 @@ import time
 import tomllib
 import zlib
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Collection,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast, dataclass_transform
-from urllib.parse import parse_qs, unquote, unquote_to_bytes, urlsplit
+from urllib.parse import (
+    parse_qs,
+    quote,
+    quote_plus,
+    unquote,
+    unquote_to_bytes,
+    urlencode,
+    urlsplit,
+)
 
 __all__ = ["Config", "ConfigError", "ProxyError", "load_config", "main"]
 __version__ = "0.1.0"
@@ -913,6 +931,27 @@ def is_origin(text: str) -> bool:
     return text.lower() == "null" or bool(url.scheme and url.netloc and not url.path)
 
 
+def is_endpoint(text: str) -> bool:
+    """Whether a text is a URL that secrets may be sent to (6749 3.2): https, or on this machine."""
+    return (plain(text) and is_http_url(text) and "@" not in urlsplit(text).netloc
+            and (text.lower().startswith("https:") or is_loopback(urlsplit(text).hostname or "")))
+
+
+# what is ours to write: framing, the way there, the key
+OWN_FIELD = re.compile(r"(?i)host|connection|content-length|transfer-encoding|te|trailer|upgrade"
+                       r"|expect|keep-alive|proxy-.*|accept|accept-encoding|content-encoding"
+                       r"|authorization|x-api-key")
+FIELD_NAME = re.compile(r"[A-Za-z0-9!#%&'*+.^_`|~-]+")
+
+
+def is_headers(value: Any) -> bool:
+    """Whether a value is a table of header fields that a user may set."""
+    return isinstance(value, dict) and all(
+        FIELD_NAME.fullmatch(name) and not OWN_FIELD.fullmatch(name) and isinstance(text, str)
+        and text.strip() and text.isascii() and text.isprintable()
+        and (text[0] != "$" or FIELD_NAME.fullmatch(text[1:])) for name, text in value.items())
+
+
 def base_of(text: str) -> str:
     """A URL without its query, ending in a slash."""
     url = urlsplit(text)
@@ -927,6 +966,7 @@ SECRET = text_of_kind("a non-empty string of printable ASCII without blanks", pl
 # a key that was put there by mistake mostly is none
 VARIABLE = text_of_kind("the name of an environment variable",
                         re.compile(r"[A-Za-z_][A-Za-z0-9_]*").fullmatch)
+LABEL = text_of_kind("a non-empty name", keep=str.lower)
 # compared without case, so kept in lower case; blank means none
 NAME = kind_of("the name of a provider", lambda value: isinstance(value, str),
                lambda value: value.strip().lower())
@@ -942,14 +982,23 @@ URL = text_of_kind(
     lambda text: plain(text) and is_http_url(text) and "@" not in urlsplit(text).netloc, base_of)
 PROXY = text_of_kind('"http://[user:password@]host:port", the same with https, or "direct"',
                      is_proxy, lambda text: "direct" if text.lower() == "direct" else text)
+ENDPOINT = text_of_kind("an https URL, or an http one of this machine", is_endpoint)
+COMMAND = kind_of("an array of strings: a program and its arguments",
+                  lambda value: isinstance(value, list) and value and value[0]
+                  and all(isinstance(item, str) and "\0" not in item for item in value), tuple)
+HEADERS = kind_of("a table of header names with values of printable ASCII; those that carry the"
+                  " key or frame the request cannot be set", is_headers,
+                  lambda value: {name.lower(): text.strip() for name, text in value.items()})
+TEXTS = kind_of("a table of strings", lambda value: isinstance(value, dict)
+                and all(isinstance(item, str) for item in value.values()))
 ORIGIN = text_of_kind('an origin such as "https://app.example.com", without a path', is_origin,
                       str.lower)
 PROTOCOL = choice(*PROTOCOLS)
 
 
 class Section(NamedTuple):
-    """A kind that is a table (`shape` one), an array of tables (`shape` list) or named tables
-    (`shape` dict)."""
+    """A kind that is a table (`shape` one), one that may be missing (`shape` maybe), an array of
+    tables (`shape` list) or named tables (`shape` dict)."""
 
     of: type
     shape: str = "one"
@@ -961,7 +1010,8 @@ def setting(kind: Kind | Section, doc: str, default: Any = REQUIRED, *, example:
     and a value for the example file if that differs."""
     given: Json = {"default": default}
     if isinstance(kind, Section):
-        given = {"default_factory": {"one": kind.of, "list": tuple, "dict": dict}[kind.shape]}
+        given = {"default_factory": {"one": kind.of, "maybe": type(None), "list": tuple,
+                                     "dict": dict}[kind.shape]}
     return dataclasses.field(**given, repr=not secret,
                              metadata={"kind": kind, "doc": doc, "example": example})
 
@@ -1061,21 +1111,88 @@ class ProfileConfig:
 
 
 @schema
-class ProviderConfig:
+class OAuthConfig:
+    """A key from an OAuth 2.0 server, by a client that is registered there for you. It is renewed
+    before it expires; tokens are kept in the folder tokens of the app directory."""
+
+    flow: str = setting(
+        choice("device", "client_credentials", "refresh_token"), "How the first token is had:"
+        " `proxai.py login PROVIDER` shows a code to confirm in a browser (RFC 8628), the client's"
+        " own credentials, or a refresh token that you have.", example="device")
+    token_url: str = setting(ENDPOINT, "The server's token endpoint.",
+                             example="https://auth.example.com/token", secret=True)
+    device_authorization_url: str | None = setting(
+        ENDPOINT, "device: the server's device authorization endpoint.", None,
+        example="https://auth.example.com/device", secret=True)
+    client_id: str = setting(SECRET, "The client's id.", example="my-client")
+    client_secret: str | None = setting(
+        SECRET, "The client's secret, sent as HTTP Basic authentication. Public clients have"
+        " none.", None, example="my-secret", secret=True)
+    client_secret_env: str | None = setting(
+        VARIABLE, "Environment variable that holds the secret.", None, example="CLIENT_SECRET",
+        secret=True)
+    scope: str | None = setting(TEXT, "What to ask for, with blanks between.", None,
+                                example="models.read models.write")
+    refresh_token: str | None = setting(
+        SECRET, "refresh_token: the token to begin with; where the server gives a new one, that"
+        " one is kept.", None, example="my-refresh-token", secret=True)
+    refresh_token_env: str | None = setting(
+        VARIABLE, "Environment variable that holds the refresh token.", None,
+        example="REFRESH_TOKEN", secret=True)
+    parameters: dict[str, str] | None = setting(
+        TEXTS, "More members of the forms: audience, resource, or a client_secret where the server"
+        " does not take it in the header.", None,
+        example={"audience": "https://api.example.com"}, secret=True)
+
+
+@schema
+class KeyConfig:
+    """Where a key comes from, and how requests that carry it go out."""
+
+    api_key: str | None = setting(
+        SECRET, "The key, sent in the header the protocol wants. One of api_key, api_key_env,"
+        " api_key_file, api_key_command and oauth must be given.", None, secret=True)
+    api_key_env: str | None = setting(VARIABLE, "Environment variable that holds the key.", None,
+                                      example="OPENAI_API_KEY", secret=True)
+    api_key_file: str | None = setting(
+        TEXT, "File that holds the key (~ is the home directory).", None,
+        example="~/.config/openai.key")
+    api_key_command: tuple[str, ...] | None = setting(
+        COMMAND, "Program that prints the key, run without a shell when a request needs it: plain,"
+        " or a JSON object with token, access_token or api_key, and expires_in or expires_at. Run"
+        " again when that time is near, and once when the provider answers 401.", None,
+        example=["gcloud", "auth", "print-access-token"], secret=True)
+    oauth: OAuthConfig | None = setting(Section(OAuthConfig, "maybe"), "")
+    proxy_url: str | None = setting(
+        PROXY, "Forward proxy for this provider; \"direct\" ignores HTTPS_PROXY, HTTP_PROXY and"
+        " ALL_PROXY.", None, example="http://user:password@proxy.example.com:3128", secret=True)
+    headers: dict[str, str] | None = setting(
+        HEADERS, "Header fields of each request to the provider. A value that begins with $ is the"
+        " client's header of that name; there is none where the client sent none.", None,
+        example={"x-team": "tools", "x-user": "$x-user"}, secret=True)
+
+
+@schema
+class CredentialConfig(KeyConfig):
+    """One of several keys of a provider. Each has its own api_key, api_key_env, api_key_file,
+    api_key_command or oauth, and may have its own proxy_url and headers; the provider has no key
+    then."""
+
+    name: str = setting(LABEL, "A name for logs and `login`.", example="work")
+    priority: int = setting(whole(-1000, 1000), "Keys of a higher priority are used first.", 0)
+    weight: int = setting(whole(0, 1_000_000),
+                          "Share of the requests, among keys of the same priority.", 1)
+    disabled: bool = setting(BOOLEAN, "Takes the key out of use.", False)
+
+
+@schema
+class ProviderConfig(KeyConfig):
     """One place to send requests to. Its name is a label; `protocol` decides the wire format."""
 
     protocol: str = setting(PROTOCOL, "What the provider speaks.")
     base_url: str = setting(
         URL, "Where it is. The path of the protocol is appended; a version that is there already is"
         " not doubled.", secret=True)
-    api_key: str | None = setting(
-        SECRET, "The key, sent in the header the protocol wants. One of the three must be given.",
-        None, secret=True)
-    api_key_env: str | None = setting(VARIABLE, "Environment variable that holds the key.", None,
-                                      example="OPENAI_API_KEY", secret=True)
-    api_key_file: str | None = setting(
-        TEXT, "File that holds the key (~ is the home directory).", None,
-        example="~/.config/openai.key")
     compatibility: str = setting(
         choice("strict", "anthropic_compatible"), "Only for anthropic_messages:"
         " anthropic_compatible fills members that the vendor always sends and others leave out;"
@@ -1085,12 +1202,10 @@ class ProviderConfig:
     read_idle_timeout_secs: float = setting(
         SECONDS, "Limit for silence: before the answer and between its bytes. Never for the whole"
         " answer.", 120.0)
-    proxy_url: str | None = setting(
-        PROXY, "Forward proxy for this provider; \"direct\" ignores HTTPS_PROXY, HTTP_PROXY and"
-        " ALL_PROXY.", None, example="http://user:password@proxy.example.com:3128", secret=True)
     ca_file: str | None = setting(
         TEXT, "PEM file of certificates to trust beside the system's.", None,
         example="/etc/ssl/company-ca.pem")
+    credentials: tuple[CredentialConfig, ...] = setting(Section(CredentialConfig, "list"), "")
     profile: ProfileConfig = setting(
         Section(ProfileConfig), "What the provider takes, where the table of hosts is wrong.")
 
@@ -1347,7 +1462,7 @@ def read_table(cls: Any, table: Any, path: str, faults: Faults) -> Any:
 
 def read_section(kind: Section, value: Any, path: str, faults: Faults) -> Any:
     """The table, the tables of an array, or the named tables at `path`."""
-    if kind.shape == "one":
+    if kind.shape in ("one", "maybe"):
         return read_table(kind.of, value, path, faults)
     if kind.shape == "list":
         if not isinstance(value, list):
@@ -1401,7 +1516,7 @@ def cross_check(config: Config, faults: Faults, environ: Mapping[str, str]) -> C
             faults.add(f"routing.routes[{i}].model_pattern",
                        f"invalid route: the pattern {route.model_pattern} does not work: {error}")
     check_listeners(config, faults)
-    providers = {name: with_key(provider, f"providers.{name}", faults, environ)
+    providers = {name: with_keys(provider, f"providers.{name}", faults, environ)
                  for name, provider in config.providers.items()}
     return dataclasses.replace(config, providers=providers)
 
@@ -1424,41 +1539,128 @@ def check_listeners(config: Config, faults: Faults) -> None:
         faults.add("mcp.port", f"leaves no port for each of {server.workers} workers")
 
 
-def with_key(provider: ProviderConfig, path: str, faults: Faults,
-             environ: Mapping[str, str]) -> ProviderConfig:
-    """`provider` with `api_key` read from the one place that was named,
-    and `ca_file` known to be readable."""
-    sources = [s for s in ("api_key", "api_key_env", "api_key_file")
-               if getattr(provider, s) is not None]
-    key = provider.api_key
-    if len(sources) == 1:
-        try:
-            key = read_key(provider, environ)
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            faults.add(f"{path}.{sources[0]}", f"no key from there: {reason}")
-    # paths spell names as the file does
-    elif not any(fault.lower().startswith(f"{path}.api_key") for fault in faults):
-        faults.add(f"{path}.api_key",
-                   "is missing; give api_key, api_key_env or api_key_file" if not sources
-                   else "give only one of " + ", ".join(sources))
+def with_keys(provider: ProviderConfig, path: str, faults: Faults,
+              environ: Mapping[str, str]) -> ProviderConfig:
+    """`provider` with its key, or those of its credentials, read from where they are kept, and
+    `ca_file` known to be readable."""
     if provider.ca_file is not None:
         try:
             ssl.create_default_context(cafile=str(Path(provider.ca_file).expanduser()))
         except (OSError, ValueError) as error:
             faults.add(f"{path}.ca_file", f"cannot be used: {error}")
-    return dataclasses.replace(provider, api_key=key)
+    several = provider.credentials
+    if not several:
+        return with_key(provider, path, faults, environ)
+    for source in given_of(provider, KEY_SOURCES):
+        faults.add(f"{path}.{source}", "goes into a table of credentials where there are any")
+    for i, credential in enumerate(several):
+        if credential.name in [earlier.name for earlier in several[:i]]:
+            faults.add(f"{path}.credentials[{i}].name",
+                       f"`{credential.name}` names an earlier one too; names must be unique")
+    if all(credential.disabled for credential in several):
+        faults.add(f"{path}.credentials", "all are disabled")
+    return dataclasses.replace(provider, credentials=tuple(
+        with_key(credential, f"{path}.credentials[{i}]", faults, environ)
+        for i, credential in enumerate(several)))
 
 
-def read_key(provider: ProviderConfig, environ: Mapping[str, str]) -> str | None:
-    """A provider's key from where it is kept; OSError or ValueError says why there is none."""
-    if provider.api_key_file is not None:
-        return str(SECRET.read(Path(provider.api_key_file).expanduser().read_text("utf-8-sig")))
-    if provider.api_key_env is None:
-        return provider.api_key
-    if provider.api_key_env not in environ:
-        raise ValueError(f"the environment variable {provider.api_key_env} is not set")
-    return str(SECRET.read(environ[provider.api_key_env]))
+KEY_SOURCES = ("api_key", "api_key_env", "api_key_file", "api_key_command", "oauth")
+K = TypeVar("K", bound=KeyConfig)
+
+
+def given_of(table: Any, names: Sequence[str]) -> list[str]:
+    """Those of the settings `names` that a table has and that are set."""
+    return [name for name in names if getattr(table, name, None) is not None]
+
+
+def with_key(table: K, path: str, faults: Faults, environ: Mapping[str, str]) -> K:
+    """`table` with the secrets of its one key source read from where they are kept."""
+    sources = given_of(table, KEY_SOURCES)
+    # paths spell names as the file does
+    told = any(fault.lower().startswith((f"{path}.api_key", f"{path}.oauth")) for fault in faults)
+    if len(sources) != 1 and not told:
+        faults.add(f"{path}.api_key", f"is missing; give one of {', '.join(KEY_SOURCES)}"
+                   if not sources else "give only one of " + ", ".join(sources))
+    if len(sources) != 1 or told:
+        return table
+    if table.oauth is None:
+        key = secret_of(table, "api_key", path, faults, environ)
+        return dataclasses.replace(table, api_key=key)
+    oauth, path = table.oauth, f"{path}.oauth"
+    for flow, needed in (("device", "device_authorization_url"),
+                         ("refresh_token", "refresh_token")):
+        if oauth.flow == flow and not given_of(oauth, (needed, f"{needed}_env")):
+            faults.add(f"{path}.{needed}", f'is missing; flow = "{flow}" needs it')
+    return dataclasses.replace(table, oauth=dataclasses.replace(
+        oauth, client_secret=secret_of(oauth, "client_secret", path, faults, environ),
+        refresh_token=secret_of(oauth, "refresh_token", path, faults, environ)))
+
+
+def secret_of(table: Any, name: str, path: str, faults: Faults,
+              environ: Mapping[str, str]) -> str | None:
+    """The secret `name` of a table from the one place that was named; a fault is noted."""
+    sources = given_of(table, (name, f"{name}_env", f"{name}_file"))
+    if len(sources) > 1:
+        faults.add(f"{path}.{name}", "give only one of " + ", ".join(sources))
+    if len(sources) != 1:
+        return None
+    try:
+        return read_secret(sources[0], getattr(table, sources[0]), environ)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        faults.add(f"{path}.{sources[0]}", f"no key from there: {reason}")
+        return None
+
+
+def read_secret(source: str, value: str, environ: Mapping[str, str]) -> str:
+    """The secret that the setting `source` leads to; OSError or ValueError says why there is
+    none."""
+    if source.endswith("_file"):
+        return str(SECRET.read(Path(value).expanduser().read_text("utf-8-sig")))
+    if not source.endswith("_env"):
+        return value
+    if value not in environ:
+        raise ValueError(f"the environment variable {value} is not set")
+    return str(SECRET.read(environ[value]))
+
+
+class Credential(NamedTuple):
+    """One key of a provider and how requests with it go out, ready to be chosen from."""
+
+    provider: str
+    name: str
+    path: str  # in the configuration
+    source: KeyConfig
+    proxy_url: str | None
+    ca_file: str | None
+    headers: Mapping[str, str]
+    priority: int = 0
+    weight: int = 1
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the key is fetched while the program runs."""
+        return bool(self.source.api_key_command or self.source.oauth)
+
+    @property
+    def label(self) -> str:
+        """How messages name it."""
+        return (f"provider `{self.provider}`" if self.name == self.provider
+                else f"provider `{self.provider}`, credential `{self.name}`")
+
+
+def credentials_of(name: str, settings: ProviderConfig) -> tuple[Credential, ...]:
+    """The keys of the provider `name` that are in use, the highest priority first; one that is the
+    provider's own has its name."""
+    common = settings.headers or {}
+    if not settings.credentials:
+        return (Credential(name, name, f"providers.{name}", settings, settings.proxy_url,
+                           settings.ca_file, common),)
+    found = [Credential(name, c.name, f"providers.{name}.credentials[{i}]", c,
+                        c.proxy_url or settings.proxy_url, settings.ca_file,
+                        {**common, **(c.headers or {})}, c.priority, c.weight)
+             for i, c in enumerate(settings.credentials) if not c.disabled]
+    return tuple(sorted(found, key=lambda credential: -credential.priority))
 
 
 @functools.lru_cache(maxsize=256)
@@ -1572,6 +1774,8 @@ def toml_value(value: Any) -> str:
         value = int(value)
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{name} = {toml_value(v)}" for name, v in value.items()) + " }"
     if isinstance(value, str) and "\\" in value and "'" not in value:
         return f"'{value}'"
     return json.dumps(value, ensure_ascii=False)
@@ -1583,18 +1787,30 @@ def wrapped(text: str) -> list[str]:
                          break_long_words=False, break_on_hyphens=False)
 
 
+def fields_of(cls: Any, told: Sequence[Any] = ()) -> list[Any]:
+    """The fields of a schema class but for those `told` already; where it shares some with other
+    classes its own required ones come first."""
+    return sorted((field for field in dataclasses.fields(cls) if field not in told),
+                  key=lambda field: issubclass(cls, KeyConfig) and field.default is not REQUIRED)
+
+
 def example_table(cls: Any, path: str, given: Json, *, brief: bool = False,
-                  frame: str = "[{}]") -> list[str]:
-    """One table of the example file and those within it: every key under its description,
-    unset ones commented out; only the `given` ones where it is to be `brief`."""
+                  frame: str = "[{}]", told: Sequence[Any] = ()) -> list[str]:
+    """One table of the example file and those within it: every key under its description but for
+    those `told` already, unset ones commented out; only the `given` ones where it is to be
+    `brief`."""
     lines = ["", *([] if brief else wrapped(cls.__doc__)), frame.format(path)]
     inner: list[str] = []
-    for field in dataclasses.fields(cls):
+    fields = fields_of(cls, told)
+    for field in fields:
         name, kind, example = field.name, field.metadata["kind"], field.metadata["example"]
         if brief and name not in given:
             continue
         if isinstance(kind, Section):
-            inner += example_table(kind.of, f"{path}.{name}", {})
+            frame = "[[{}]]" if kind.shape == "list" else "[{}]"
+            table = example_table(kind.of, f"{path}.{name}", {}, frame=frame, told=fields)
+            inner += table if kind.shape == "one" else [
+                line if line.startswith("#") or not line else f"# {line}" for line in table]
             continue
         if not brief:
             allowed = f" ({kind.wants})" if kind.wants.startswith("one of") else ""
@@ -1624,14 +1840,16 @@ def example_toml() -> str:
     return "\n".join(lines) + "\n"
 
 
-def settings_rows(cls: Any = Config, path: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """(key, default, what it must be, description) of every setting,
+def settings_rows(cls: Any = Config, path: str = "",
+                  told: Sequence[Any] = ()) -> Iterator[tuple[str, str, str, str]]:
+    """(key, default, what it must be, description) of every setting but for those `told` already,
     for the table in the README."""
-    for field in dataclasses.fields(cls):
+    fields = fields_of(cls, told)
+    for field in fields:
         kind, here = field.metadata["kind"], join_path(path, field.name)
         if isinstance(kind, Section):
             yield from settings_rows(
-                kind.of, here + {"one": "", "list": "[]", "dict": ".<name>"}[kind.shape])
+                kind.of, here + {"list": "[]", "dict": ".<name>"}.get(kind.shape, ""), fields)
         else:
             default = "required" if field.default is REQUIRED else "" if field.default is None \
                 else toml_value(field.default)
@@ -2491,20 +2709,39 @@ TO_OPENAI = {b"request-id": b"x-request-id"} | {
 TO_ANTHROPIC = {theirs: name for name, theirs in TO_OPENAI.items()}
 
 
+EMPTY: Mapping[bytes, bytes] = {}
+
+
 def auth_line(protocol: Protocol, key: str) -> bytes:
     """The header line that carries a provider's key."""
     form = b"x-api-key: %b" if protocol is MESSAGES else b"authorization: Bearer %b"
     return form % key.encode("ascii")
 
 
+def own_fields(headers: Mapping[str, str], client: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
+    """The header fields that a configuration adds to a request; a value that begins with $ is the
+    `client`'s field of that name, and there is none where it sent none."""
+    out = {}
+    for name, text in headers.items():
+        value = (text.encode("ascii") if text[0] != "$"
+                 else client.get(text[1:].lower().encode("ascii")))
+        if value is not None:
+            out[name.encode("ascii")] = value
+    return out
+
+
 def provider_lines(head: RequestHead, protocol: Protocol, fixed: Sequence[bytes], length: int,
-                   translated: Sequence[bytes] | None = None) -> list[bytes]:
+                   translated: Sequence[bytes] | None = None,
+                   own: Mapping[bytes, bytes] = EMPTY) -> list[bytes]:
     """The header lines of a provider request: the client's, but for those that belong to its own
     hop or carry its keys, then ours. `fixed` holds the lines that are the same for each request
     (host, key). `translated` are the lines of a translated request, which has few of the client's.
+    The fields `own` of the configuration replace the client's.
     """
     values: Mapping[bytes, bytes] = head.values
     dropped = NOT_UPSTREAM
+    if own:
+        values, dropped = {**values, **own}, dropped.union(own)
     if b"connection" in values:
         options = connection_options(values)
         dropped, values = (dropped | options,
@@ -2512,6 +2749,7 @@ def provider_lines(head: RequestHead, protocol: Protocol, fixed: Sequence[bytes]
     lines = [line for name, _, line in head.fields
              if name not in dropped and (translated is None or name in TRANSLATED_FIELDS)]
     lines += fixed
+    lines += [b"%b: %b" % field for field in own.items()]
     lines.append(b"content-length: %d" % length)
     if b"user-agent" not in values:
         lines.append(b"user-agent: " + USER_AGENT)
@@ -2519,7 +2757,8 @@ def provider_lines(head: RequestHead, protocol: Protocol, fixed: Sequence[bytes]
         lines += translated
     elif b"accept" not in values:
         lines.append(b"accept: */*")
-    if protocol is MESSAGES and (translated is not None or b"anthropic-version" not in values):
+    if protocol is MESSAGES and b"anthropic-version" not in (own if translated is not None
+                                                             else values):
         lines.append(b"anthropic-version: " + ANTHROPIC_VERSION)
     return lines
 
@@ -11776,6 +12015,30 @@ def bypasses(host: str, port: int, no_proxy: str) -> bool:
     return False
 
 
+def proxy_authorization(proxy: Any) -> list[bytes]:
+    """The Proxy-Authorization line for the user name and password in a forward proxy's URL,
+    if any."""
+    if proxy.username is None:
+        return []
+    pair = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}".encode()
+    return [b"proxy-authorization: Basic " + base64.b64encode(pair)]
+
+
+def first_line(origin: Origin, method: str, target: str) -> bytes:
+    """The request line for a target, without the version. Plain HTTP goes through a forward
+    proxy in absolute form (9112 3.2.2), with its credentials."""
+    absolute = origin.proxy and origin.scheme == "http"
+    return f"{method} {f'http://{origin.authority}' if absolute else ''}{target}".encode("ascii")
+
+
+def way_lines(origin: Origin) -> list[bytes]:
+    """The header lines that lead to an origin: its name, and what its forward proxy asks for."""
+    lines = [b"host: " + origin.authority.encode("ascii")]
+    if origin.proxy and origin.scheme == "http":
+        lines += proxy_authorization(urlsplit(origin.proxy))
+    return lines
+
+
 # -- one connection ----------------------------------------------------------
 
 
@@ -11865,15 +12128,6 @@ def tls_context(ca_file: str | None, contexts: dict[str | None, ssl.SSLContext])
         context.set_alpn_protocols(["http/1.1"])
         contexts[ca_file] = context
     return contexts[ca_file]
-
-
-def proxy_authorization(proxy: Any) -> list[bytes]:
-    """The Proxy-Authorization line for the user name and password in a forward proxy's URL,
-    if any."""
-    if proxy.username is None:
-        return []
-    pair = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}".encode()
-    return [b"proxy-authorization: Basic " + base64.b64encode(pair)]
 
 
 def own_resolver(loop: asyncio.AbstractEventLoop) -> Callable[..., Any]:
@@ -12169,12 +12423,484 @@ class ResponseBody:
         return head.keep_alive and self.decoder.finished and not self.decoder.rest and not self.rest
 
 
+# -- requests of our own -----------------------------------------------------
+
+FETCH_SECS = 30.0  # for all of one
+FETCH_BYTES = 4 << 20  # of its answer; lists of models are large
+
+
+class Fetched(NamedTuple):
+    """An answer to a request of our own."""
+
+    status: int
+    values: Mapping[bytes, bytes]
+    body: bytes
+
+
+async def fetch(pool: Pool, origin: Origin, url: str, method: str = "GET",
+                lines: Sequence[bytes] = (), body: bytes = b"",
+                secs: float = FETCH_SECS) -> Fetched:
+    """The answer of `origin` to a request for `url`; UpstreamError where `secs` bring none."""
+    parts = urlsplit(url)
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    head = format_lines(
+        first_line(origin, method, target) + b" HTTP/1.1", *way_lines(origin),
+        b"user-agent: " + USER_AGENT, b"accept-encoding: identity", *lines,
+        *([b"content-length: %d" % len(body)] if body else []))
+    # the limit for all of it is the only one
+    watch = Watch(asyncio.get_running_loop(), lambda reason: None)
+    link: Link | None = None
+    try:
+        async with asyncio.timeout(secs):
+            link, answer, rest = await pool.exchange(origin, head, body, watch, secs, secs,
+                                                     lambda: None)
+            payload, data = ResponseBody(link, answer, rest), bytearray()
+            while piece := await payload.read():
+                data += piece
+                if len(data) > FETCH_BYTES:
+                    raise FramingError(f"it is larger than {FETCH_BYTES} bytes")
+        if payload.clean(answer):
+            pool.give(link)
+            link = None
+        return Fetched(answer.status, answer.values, bytes(data))
+    except TimeoutError:
+        raise UpstreamError(f"there was no answer within {secs:g} seconds") from None
+    except (FramingError, OSError) as error:
+        said = error if isinstance(error, FramingError) else "the connection broke"
+        raise UpstreamError(f"the answer could not be read: {said}") from None
+    finally:
+        watch.stop()
+        if link:
+            link.abort()
+
+
 
 # ============================================================================
 #  20  Tokens
 # ============================================================================
 # Keys that come from elsewhere than the configuration: commands, OAuth 2.0 token
 # endpoints, the token files of the app directory. Waits on processes and providers.
+
+# -- what a token is ---------------------------------------------------------
+
+SKEW_SECS, SKEW_SHARE = 60.0, 0.1  # how long before its end a key is renewed: the shorter one
+RENEW_PAUSE_SECS = 300.0  # after a renewal that failed, while the old key still holds
+FAULT_PAUSE_SECS = 5.0  # after one that failed while no key holds
+REFUSED_PAUSE_SECS = 60.0  # between two renewals because a provider refused the key
+ENDED_PAUSE_SECS = 30.0  # for a key that had ended when it came: clocks differ
+
+
+class Token(NamedTuple):
+    """A key that was fetched, when it is to be renewed, when it ends (seconds since 1970), and what
+    renews it."""
+
+    key: str
+    due: float = FOREVER
+    expires_at: float = FOREVER
+    refresh_token: str = ""
+
+
+def token_of(value: Any, now: float, refresh_token: str = "") -> Token:
+    """The token in an answer of an OAuth server, or in what a command prints; ValueError says what
+    is wrong with it. A refresh token that is not replaced stays (6749 6)."""
+    try:
+        key = str(SECRET.read(first_of(value, "/access_token", "/token", "/api_key")))
+    except ValueError as error:
+        raise ValueError(f"its token {error}") from None
+    end = expiry_of(value, now)
+    due = end - min(SKEW_SECS, (end - now) * SKEW_SHARE) if end > now else now + ENDED_PAUSE_SECS
+    return Token(key, due, end, text_of(value.get("refresh_token")) or refresh_token)
+
+
+def expiry_of(value: Json, now: float) -> float:
+    """When a token ends: by expires_in, else by expires_at, a number or as RFC 3339 writes it;
+    FOREVER where neither is there."""
+    for name, since in (("expires_in", now), ("expires_at", 0.0)):
+        said = value.get(name)
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            if math.isfinite(secs := float(said)):  # type: ignore[arg-type]
+                return since + secs
+        if isinstance(said, str) and name == "expires_at":
+            moment = datetime.datetime.fromisoformat(said)
+            return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
+    return FOREVER
+
+
+def printed_token(output: bytes, now: float) -> Token:
+    """The token that a command printed, plain or in a JSON object; ValueError says why there is
+    none."""
+    text = output.decode("utf-8-sig").strip()
+    return token_of(load(text.encode()), now) if text.startswith("{") else token_of(
+        {"token": text}, now)
+
+
+# -- commands ----------------------------------------------------------------
+
+COMMAND_SECS = 30.0
+COMMAND_BYTES = 64 << 10  # of what a command prints
+
+
+async def run_command(command: Sequence[str]) -> tuple[int, bytes, bytes]:
+    """Run a program without a shell: its exit status, and the beginnings of what it printed on
+    standard output and standard error. OSError where it cannot start, TimeoutError where it does
+    not end; it and its children are killed then."""
+    program = os.path.expanduser(command[0])
+    process = await asyncio.create_subprocess_exec(
+        shutil.which(program) or program, *command[1:], stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, start_new_session=True)
+    try:
+        async with asyncio.timeout(COMMAND_SECS):
+            out, err, status = await asyncio.gather(
+                read_beginning(process.stdout), read_beginning(process.stderr), process.wait())
+        return status, out, err
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if hasattr(os, "killpg"):
+                os.killpg(process.pid, signal.SIGKILL)
+            else:
+                process.kill()
+        await process.wait()
+        raise
+
+
+async def read_beginning(reader: asyncio.StreamReader | None) -> bytes:
+    """The first COMMAND_BYTES of a pipe that is read to its end."""
+    kept = b""
+    while reader and (data := await reader.read(READ_BYTES)):
+        kept = (kept + data)[:COMMAND_BYTES]
+    return kept
+
+
+# -- OAuth 2.0: forms and answers --------------------------------------------
+
+DEVICE_GRANT = "urn:ietf:params:oauth:grant-type:device_code"
+DESCRIPTION_CHARS = 200
+
+
+def oauth_form(oauth: OAuthConfig, members: Mapping[str, str]) -> tuple[list[bytes], bytes]:
+    """The header lines and the form of a request to an OAuth server. A client with a secret says
+    who it is in the header (6749 2.3.1), a public one in the form."""
+    lines = [b"content-type: application/x-www-form-urlencoded", b"accept: application/json"]
+    form = {**members, **(oauth.parameters or {})}
+    if oauth.client_secret:
+        pair = f"{quote_plus(oauth.client_id)}:{quote_plus(oauth.client_secret)}".encode("ascii")
+        lines.append(b"authorization: Basic " + base64.b64encode(pair))
+    else:
+        form["client_id"] = oauth.client_id
+    return lines, urlencode(form).encode("ascii")
+
+
+def grant_members(oauth: OAuthConfig, refresh_token: str) -> dict[str, str]:
+    """What asks for a token: by the refresh token (6749 6), else as the client itself (4.4)."""
+    if refresh_token:
+        return {"grant_type": "refresh_token", "refresh_token": refresh_token}
+    return {"grant_type": "client_credentials", **({"scope": oauth.scope} if oauth.scope else {})}
+
+
+def oauth_answer(label: str, status: int, body: bytes) -> Json:
+    """The object in an OAuth server's answer; for an error (6749 5.2) a ProxyError with its
+    `code`."""
+    try:
+        value = mapping(load(body))
+    except ValueError:
+        value = {}
+    code = word(value.get("error"))
+    if 200 <= status < 300 and value and not code:
+        return value
+    said = printable(text_of(value.get("error_description")))[:DESCRIPTION_CHARS]
+    message = (f"the OAuth server of {label} answered {status}"
+               + (f" {printable(code)}" if code else "") + (f" ({said})" if said else ""))
+    if status >= 500 or status == 429 or not code:
+        raise UpstreamError(message)
+    raise SetupError(message, code=code, fix="check its client and its scope")
+
+
+class DeviceCode(NamedTuple):
+    """What a device authorization endpoint answers (8628 3.2)."""
+
+    code: str
+    user_code: str
+    url: str
+    complete_url: str
+    interval: float
+    expires_in: float
+
+
+def device_code_of(label: str, value: Json) -> DeviceCode:
+    """The device code in an answer; UpstreamError where there is none."""
+    texts = [printable(text_of(value.get(name))) for name in (
+        "device_code", "user_code", "verification_uri", "verification_uri_complete")]
+    # what Google calls it
+    texts[2] = texts[2] or printable(text_of(value.get("verification_url")))
+    code, user_code, url, complete_url = texts
+    if not (code and user_code and url):
+        raise UpstreamError(f"the OAuth server of {label} gave no device code")
+    return DeviceCode(code, user_code, url, complete_url,
+                      max(secs_of(value.get("interval"), 5.0), 0.1),
+                      min(secs_of(value.get("expires_in"), 600.0), 3600.0))
+
+
+def secs_of(value: Any, unsaid: float) -> float:
+    """A time that an answer tells, else what goes `unsaid`."""
+    return float(value) if type(value) in (int, float) and value >= 0 else unsaid
+
+
+def next_poll(code: str | None, interval: float) -> float | None:
+    """How long to wait until the next question after an error `code` (8628 3.5); None where it is
+    the last word."""
+    return {"authorization_pending": interval, "slow_down": interval + 5}.get(code or "")
+
+
+# -- the store ---------------------------------------------------------------
+
+def token_path(credential: Credential, environ: Mapping[str, str]) -> Path:
+    """The file for the token of a credential."""
+    names = (quote(name, safe="") for name in (credential.provider, credential.name))
+    return app_directory(environ) / "tokens" / f"{'@'.join(names)}.json"
+
+
+def read_token(path: Path, oauth: OAuthConfig) -> Token | None:
+    """The token in a file; None where there is none that this client got from this server."""
+    try:
+        value = mapping(load(path.read_bytes()))
+        if (value["token_url"], value["client_id"]) != (oauth.token_url, oauth.client_id):
+            return None
+        due, end = (float(value.get(name, FOREVER)) for name in ("due", "expires_at"))
+        return Token(SECRET.read(value["key"]), due, end, text_of(value.get("refresh_token")))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_token(path: Path, oauth: OAuthConfig, token: Token) -> None:
+    """Put a token into its file, in one step, for its owner alone."""
+    value = {"token_url": oauth.token_url, "client_id": oauth.client_id,
+             **{name: said for name, said in token._asdict().items() if said not in (FOREVER, "")}}
+    for folder in (path.parent.parent, path.parent):
+        folder.mkdir(mode=0o700, exist_ok=True)
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    fresh.unlink(missing_ok=True)
+    try:
+        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(dump(value))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+# -- keys while the program runs ---------------------------------------------
+
+class KeySource:
+    """The key of one credential: fetched when it is needed, once for all that wait for it, renewed
+    when it is due. `renew` makes the token that follows one."""
+
+    __slots__ = ("clock", "failed_at", "fault", "refused_at", "renew", "task", "token")
+
+    def __init__(self, renew: Callable[[Token | None], Awaitable[Token]],
+                 clock: Callable[[], float] = time.time) -> None:
+        self.renew, self.clock = renew, clock
+        self.token: Token | None = None
+        self.task: asyncio.Future[Token] | None = None
+        self.fault: ProxyError | None = None  # of the last renewal
+        self.failed_at = self.refused_at = -FOREVER
+
+    async def key(self) -> str:
+        """The key for a request now; ProxyError says why there is none."""
+        token, now = self.token, self.clock()
+        holds = token is not None and now < token.expires_at
+        if token and (now < token.due or (holds and now < self.failed_at + RENEW_PAUSE_SECS)):
+            return token.key
+        try:
+            return (await self.renewed(token)).key
+        except ProxyError:
+            if token and holds:
+                return token.key
+            raise
+
+    async def refused(self, key: str) -> bool:
+        """Note that a provider refused `key`; whether there is another now. It is not renewed
+        again and again: a provider may refuse every key."""
+        token, now = self.token, self.clock()
+        if token is None or token.key != key:
+            return True
+        if now < self.refused_at + REFUSED_PAUSE_SECS:
+            return False
+        self.refused_at = now
+        with contextlib.suppress(ProxyError):  # the client is told what the provider said
+            return (await self.renewed(token)).key != key
+        return False
+
+    async def renewed(self, stale: Token | None) -> Token:
+        """The token that follows `stale`. The renewal goes on when who waits for it goes away: a
+        refresh token may be good for one use only."""
+        if self.fault and self.clock() < self.failed_at + FAULT_PAUSE_SECS:
+            raise copy.copy(self.fault)
+        if self.task is None:
+            self.task = asyncio.ensure_future(self.fetch(stale))
+        try:
+            return await asyncio.shield(self.task)
+        except ProxyError as error:
+            raise copy.copy(error) from None  # each request adds its own to it
+
+    async def fetch(self, stale: Token | None) -> Token:
+        """Renew, and remember how that went."""
+        try:
+            self.token, self.fault = await self.renew(stale), None
+            return self.token
+        except ProxyError as error:
+            self.fault, self.failed_at = error, self.clock()
+            raise
+        finally:
+            self.task = None
+
+
+class Tokens:
+    """The keys of credentials that are fetched while the program runs."""
+
+    def __init__(self, pool: Pool, log: Log, environ: Mapping[str, str]) -> None:
+        self.pool, self.log, self.environ = pool, log, environ
+        self.sources: dict[tuple[str, str], KeySource] = {}
+
+    async def key(self, credential: Credential) -> str:
+        """The key for a request now; ProxyError says why there is none."""
+        if not credential.dynamic:
+            return credential.source.api_key or ""
+        return await self.source(credential).key()
+
+    async def refused(self, credential: Credential, key: str) -> bool:
+        """Note that a provider refused `key` with 401; whether another try, with a new key, is
+        worth it."""
+        return credential.dynamic and await self.source(credential).refused(key)
+
+    def source(self, credential: Credential) -> KeySource:
+        """Where the key of a credential comes from."""
+        name = (credential.provider, credential.name)
+        if name not in self.sources:
+            self.sources[name] = KeySource(functools.partial(self.renew, credential))
+        return self.sources[name]
+
+    async def renew(self, credential: Credential, stale: Token | None) -> Token:
+        """The token that follows `stale`, told in the log."""
+        fields = {"provider": credential.provider, "credential": credential.name}
+        try:
+            token = await (self.granted if credential.source.oauth else self.printed)(
+                credential, stale)
+        except ProxyError as error:
+            self.log.event(logging.WARNING, "token-failed", {**fields, "error": error.message})
+            raise
+        secs = token.expires_at - time.time()
+        self.log.event(logging.DEBUG, "token", {
+            **fields, "expires_in_secs": round(secs) if secs < FOREVER else None})
+        return token
+
+    async def printed(self, credential: Credential, stale: Token | None) -> Token:
+        """The token that the command of a credential prints."""
+        status, err = 0, b""
+        try:
+            status, out, err = await run_command(credential.source.api_key_command or ())
+            if not status:
+                return printed_token(out, time.time())
+            why = f"ended with status {status}"
+        except TimeoutError:
+            why = f"did not end within {COMMAND_SECS:g} seconds"
+        except OSError as error:
+            why = f"cannot be run: {error.strerror}"
+        except ValueError as error:
+            why = f"printed no key: {error}"
+        self.log.event(logging.WARNING, "command-failed", {
+            "provider": credential.provider, "credential": credential.name, "status": status,
+            "stderr": err.decode("utf-8", "replace")[:DESCRIPTION_CHARS]})
+        raise SetupError(f"the api_key_command of {credential.label} {why}",
+                         fix="the log has what it said; run it by hand")
+
+    async def granted(self, credential: Credential, stale: Token | None) -> Token:
+        """The token that another process has stored, else one that the OAuth server gives for the
+        newest refresh token it takes, or to the client itself."""
+        oauth, path = oauth_of(credential), token_path(credential, self.environ)
+        used: set[str] = set()
+        while True:
+            kept = await asyncio.to_thread(read_token, path, oauth)
+            if kept and kept.key != (stale and stale.key) and time.time() < kept.due:
+                return kept
+            known = (kept.refresh_token if kept else "", oauth.refresh_token or "")
+            refresh = next((r for r in known if r and r not in used), "")
+            if not refresh and oauth.flow != "client_credentials":
+                raise self.logged_out(credential)
+            try:
+                return await self.ask(credential, grant_members(oauth, refresh), refresh)
+            except SetupError as error:
+                if error.code != "invalid_grant" or not refresh:
+                    raise
+                used.add(refresh)
+
+    def logged_out(self, credential: Credential) -> SetupError:
+        """That there is no refresh token, or none that the server takes."""
+        flags = "" if credential.name == credential.provider else f" --credential {credential.name}"
+        fix = (f"run `proxai.py login {credential.provider}{flags}`"
+               if oauth_of(credential).flow == "device" else "give another refresh_token")
+        return SetupError(f"{credential.label} is not logged in, or no longer", fix=fix)
+
+    async def ask(self, credential: Credential, members: Mapping[str, str],
+                  refresh_token: str = "") -> Token:
+        """A token from the token endpoint, stored."""
+        oauth, path = oauth_of(credential), token_path(credential, self.environ)
+        value = await self.post(credential, oauth.token_url, members)
+        try:
+            token = token_of(value, time.time(), refresh_token)
+        except ValueError as error:
+            raise UpstreamError(f"the OAuth server of {credential.label} gave no token:"
+                                f" {error}") from None
+        try:
+            await asyncio.to_thread(write_token, path, oauth, token)
+        except OSError as error:
+            if token.refresh_token:  # without it the next start would need a login
+                raise SetupError(f"cannot write {path}: {error.strerror}") from None
+        return token
+
+    async def post(self, credential: Credential, url: str, members: Mapping[str, str]) -> Json:
+        """What an OAuth server answers to a form."""
+        lines, form = oauth_form(oauth_of(credential), members)
+        origin = origin_of(url, credential.proxy_url, credential.ca_file, self.environ)
+        try:
+            answer = await fetch(self.pool, origin, url, "POST", lines, form)
+        except UpstreamError as error:
+            raise UpstreamError(f"the OAuth server of {credential.label}:"
+                                f" {error.message}") from None
+        return oauth_answer(credential.label, answer.status, answer.body)
+
+    async def log_in(self, credential: Credential, say: Callable[[str], None]) -> Token:
+        """Get a first token, by the device flow (8628) with what `say` tells the user, and store
+        it."""
+        oauth = oauth_of(credential)
+        if oauth.flow != "device":
+            return await self.granted(credential, read_token(
+                token_path(credential, self.environ), oauth))
+        asked = {"scope": oauth.scope} if oauth.scope else {}
+        device = device_code_of(credential.label, await self.post(
+            credential, oauth.device_authorization_url or "", asked))
+        say(f"Open {device.url}\nand enter the code: {device.user_code}")
+        if device.complete_url:
+            say(f"or open {device.complete_url}")
+        members = {"grant_type": DEVICE_GRANT, "device_code": device.code}
+        interval: float | None = device.interval
+        ends = time.monotonic() + device.expires_in
+        while interval is not None and time.monotonic() < ends:
+            await asyncio.sleep(interval)
+            try:
+                return await self.ask(credential, members)
+            except UpstreamError:
+                interval *= 2  # 8628 3.5: a server that cannot be reached is asked less often
+            except SetupError as error:
+                interval = next_poll(error.code, interval)
+                if interval is None:
+                    raise
+        raise SetupError("the code was not confirmed in time", fix="run login again")
+
+
+def oauth_of(credential: Credential) -> OAuthConfig:
+    """The OAuth settings of a credential that has them."""
+    return cast(OAuthConfig, credential.source.oauth)
 
 
 
@@ -12632,40 +13358,43 @@ def presents_key(fields: Iterable[Field], keys: Sequence[str]) -> bool:
 class Provider:
     """A configured provider, with what is the same for each of its requests made ready."""
 
-    __slots__ = ("fills_gaps", "first", "fixed", "name", "origin", "protocol", "settings", "target",
-                 "template_key")
+    __slots__ = ("credential", "credentials", "fills_gaps", "first", "fixed", "name", "origin",
+                 "own", "protocol", "settings", "target", "template_key")
 
     def __init__(self, name: str, settings: ProviderConfig, environ: Mapping[str, str]) -> None:
         self.name, self.settings = name, settings
         self.protocol = PROTOCOLS[settings.protocol]
-        self.origin = origin_of(settings.base_url, settings.proxy_url, settings.ca_file, environ)
+        self.credentials = credentials_of(name, settings)
+        self.credential = credential = self.credentials[0]
+        self.origin = origin_of(settings.base_url, credential.proxy_url, settings.ca_file, environ)
         self.fills_gaps = (self.protocol is MESSAGES
                            and settings.compatibility == "anthropic_compatible")
-        self.fixed = [b"host: " + self.origin.authority.encode("ascii"),
-                      auth_line(self.protocol, settings.api_key or ""),
-                      b"accept-encoding: identity"]
-        self.template_key = bool(TEMPLATE_KEY.search(settings.api_key or ""))
+        key = credential.source.api_key or ""
+        self.fixed = [*way_lines(self.origin), b"accept-encoding: identity"]
+        if not credential.dynamic:
+            self.fixed.append(auth_line(self.protocol, key))
+        copies = any(text.startswith("$") for text in credential.headers.values())
+        self.own = None if copies else own_fields(credential.headers, EMPTY)
+        self.template_key = bool(TEMPLATE_KEY.search(key))
         self.target = join_target(urlsplit(settings.base_url).path, self.protocol.path, "")
-        self.first = self.first_line(self.target)
-        if self.origin.proxy and self.origin.scheme == "http":
-            self.fixed += proxy_authorization(urlsplit(self.origin.proxy))
-
-    def first_line(self, target: str) -> bytes:
-        """The request line for a target, without the version. Plain HTTP goes through a forward
-        proxy in absolute form (9112 3.2.2), with its credentials."""
-        absolute = self.origin.proxy and self.origin.scheme == "http"
-        return f"POST {f'http://{self.origin.authority}' if absolute else ''}{target}".encode("ascii")
+        self.first = first_line(self.origin, "POST", self.target)
 
     def request_head(self, head: RequestHead, length: int,
-                     translated: Sequence[bytes] | None = None, path: str = "") -> bytes:
+                     translated: Sequence[bytes] | None = None, path: str = "",
+                     key: str = "") -> bytes:
         """The head of a provider request, final empty line included; `path` is another one than
-        the protocol's. The query of a translated one stays here, for it is the client's protocol
-        that knows its words."""
+        the protocol's, `key` the one of a dynamic credential. The query of a translated one stays
+        here, for it is the client's protocol that knows its words."""
         query = b"" if translated is not None else head.query.encode("ascii")
-        first = self.first if not path else self.first_line(
-            join_target(urlsplit(self.settings.base_url).path, path, ""))
+        first = self.first if not path else first_line(
+            self.origin, "POST", join_target(urlsplit(self.settings.base_url).path, path, ""))
+        # OAuth's tokens are bearer tokens (6750) whatever the protocol has for keys
+        fixed = self.fixed if not key else [*self.fixed, auth_line(
+            CHAT if self.credential.source.oauth else self.protocol, key)]
+        own = (own_fields(self.credential.headers, head.values) if self.own is None
+               else self.own)
         return format_lines(b"%b%b HTTP/1.1" % (first, query), *provider_lines(
-            head, self.protocol, self.fixed, length, translated))
+            head, self.protocol, fixed, length, translated, own))
 
 
 def default_providers(config: Config) -> dict[str, str]:
@@ -12678,7 +13407,7 @@ def ready_pair(inbound: Protocol, provider: Provider, config: Config) -> Pair | 
     """The pair to a provider, None where it speaks the client's protocol;
     SetupError while its key is a template."""
     if provider.template_key:
-        raise SetupError(f"providers.{provider.name}.api_key is still the template's",
+        raise SetupError(f"{provider.credential.path}.api_key is still the template's",
                          fix="put your key there, or name api_key_env or api_key_file")
     return pair_for(inbound, provider.protocol, config.translation.extended_pairs)
 
@@ -12864,6 +13593,7 @@ class Proxy:
     def __init__(self, config: Config, log: Log, environ: Mapping[str, str]) -> None:
         self.log, self.environ = log, environ
         self.pool, self.ids, self.metrics = Pool(), RequestIds(), Metrics(time.time())
+        self.tokens = Tokens(self.pool, log, environ)
         self.captures = CaptureStore(config.capture, captures_directory(environ), log)
         self.configure(config)
         self.streams: set[Exchange] = set()
@@ -13102,26 +13832,43 @@ class Turn:
             raise ConnectionResetError
         connection.exchanging = True
         connection.watch.disarm()
-        head, origin = provider.request_head(self.head, len(body), translated, path), provider.origin
-        if self.capture:
-            self.capture.provider(f"{origin.scheme}://{origin.authority}", head, body)
+        tokens, credential = self.proxy.tokens, provider.credential
+        key = await tokens.key(credential) if credential.dynamic else ""
         async with self.proxy.slots:
-            try:
-                self.link, self.answer, rest = await self.proxy.pool.exchange(
-                    origin, head, body, connection.watch, provider.settings.connect_timeout_secs, self.idle_secs,
-                    self.log_sent)
-            except UpstreamError as error:
-                error.message = f"{error.message} (provider `{provider.name}`)"
-                raise
+            link, rest = await self.exchange_with(key, body, translated, path)
+            if self.answer.status == 401 and key:
+                connection.watch.disarm()
+                if await tokens.refused(credential, key):
+                    link.abort()  # nobody is to see its answer
+                    key = await tokens.key(credential)
+                    link, rest = await self.exchange_with(key, body, translated, path)
         exchange.head_at = time.perf_counter()
         if self.capture:
             self.capture.upstream(self.answer, milliseconds(exchange.head_at - exchange.started))
         try:
-            self.body = ResponseBody(self.link, self.answer, rest)
+            self.body = ResponseBody(link, self.answer, rest)
             if self.capture and PHASES[2] in self.capture.phases:
                 self.body.tap = self.capture.upstream_part
         except FramingError as error:  # a coding that we cannot undo
             raise self.unreadable(error) from None
+
+    async def exchange_with(self, key: str, body: bytes, translated: Sequence[bytes] | None,
+                            path: str) -> tuple[Link, bytes]:
+        """Send the provider request with `key`, where that is not a fixed one, and read the
+        answer's head; the connection, and the bytes behind it."""
+        connection, provider = self.connection, self.provider
+        try:
+            head = provider.request_head(self.head, len(body), translated, path, key)
+            if self.capture:
+                self.capture.provider(f"{provider.origin.scheme}://{provider.origin.authority}",
+                                      head, body)
+            self.link, self.answer, rest = await self.proxy.pool.exchange(
+                provider.origin, head, body, connection.watch,
+                provider.settings.connect_timeout_secs, self.idle_secs, self.log_sent)
+        except UpstreamError as error:
+            error.message = f"{error.message} (provider `{provider.name}`)"
+            raise
+        return self.link, rest
 
     def log_sent(self) -> None:
         """The line for a request that is on its way, once, also when it had to be sent again."""
@@ -15320,7 +16067,7 @@ def command_line() -> argparse.ArgumentParser:
         description="A local LLM proxy: any client protocol, any provider.",
         epilog="Without --config the file in the app directory (~/.proxai/config.toml) is used,"
                " and made if missing. `proxai.py translate --help` tells how to look at a"
-               " translation.")
+               " translation, `proxai.py login --help` how to log in to an OAuth server.")
     add = parser.add_argument
     add("command", nargs="?", choices=["check"],
         help="check: load the configuration, show what would run, and exit")
@@ -15431,6 +16178,85 @@ def load_object(raw: bytes, name: str) -> Json:
     return value
 
 
+def login_line() -> argparse.ArgumentParser:
+    """The parser of `proxai.py login`."""
+    return credential_line("login", "Get a provider's first OAuth token, and store it.")
+
+
+def logout_line() -> argparse.ArgumentParser:
+    """The parser of `proxai.py logout`."""
+    return credential_line("logout", "Remove a provider's stored OAuth token. A proxy that runs"
+                           " keeps its own until that ends.")
+
+
+def credential_line(command: str, description: str) -> argparse.ArgumentParser:
+    """The parser of a command about one credential."""
+    parser = argparse.ArgumentParser(prog=f"proxai.py {command}", allow_abbrev=False,
+                                     description=description)
+    add = parser.add_argument
+    add("provider", metavar="PROVIDER", help="name of a provider")
+    add("--credential", metavar="NAME", help="one of its credentials, where it has several")
+    add("--config", metavar="PATH", help="configuration file")
+    return parser
+
+
+def oauth_credential(args: Any, environ: Mapping[str, str]) -> Credential:
+    """The credential that the command line names; ConfigError where there is none with OAuth."""
+    path = Path(args.config or app_directory(environ) / "config.toml")
+    config = load_config(read_file(path), str(path), environ=environ)
+    settings = config.providers.get(args.provider.strip().lower())
+    if settings is None:
+        raise ConfigError([f"no provider is named {args.provider} (there are:"
+                           f" {', '.join(config.providers)})"])
+    found = {c.name: c for c in credentials_of(args.provider.strip().lower(), settings)
+             if c.source.oauth}
+    if not found:
+        raise ConfigError([f"provider `{args.provider}` has no key from OAuth, so there is nothing"
+                           " to log in to"], f"set providers.{args.provider}.oauth")
+    name = args.credential.strip().lower() if args.credential else next(iter(found))
+    if name not in found or (len(found) > 1 and not args.credential):
+        raise ConfigError([f"provider `{args.provider}` has these credentials with OAuth:"
+                           f" {', '.join(found)}"], "name one with --credential")
+    return found[name]
+
+
+def login(args: Any, environ: Mapping[str, str]) -> int:
+    """Log in to a provider's OAuth server."""
+    credential = oauth_credential(args, environ)
+
+    async def work() -> Token:
+        pool = Pool()
+        try:
+            return await Tokens(pool, Log(logging.getLogger("proxai")), environ).log_in(
+                credential, tell)
+        finally:
+            pool.close()
+
+    try:
+        token = asyncio.run(work())
+    except ProxyError as error:
+        raise ConfigError([error.message]) from None
+    secs = token.expires_at - time.time()
+    tell(f"{credential.label} is logged in"
+         + (f"; the token ends in {secs:.0f} seconds" if secs < FOREVER else "")
+         + (" and is renewed" if token.refresh_token else ""))
+    return 0
+
+
+def logout(args: Any, environ: Mapping[str, str]) -> int:
+    """Remove a stored token."""
+    credential = oauth_credential(args, environ)
+    path = token_path(credential, environ)
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        raise ConfigError([f"{credential.label} is not logged in"]) from None
+    except OSError as error:
+        raise ConfigError([f"cannot remove {path}: {error.strerror}"]) from None
+    tell(f"{credential.label} is logged out")
+    return 0
+
+
 def flag_overrides(args: Any, tables: Json) -> list[Override]:
     """What the flags put in place of the file's values."""
     rows = [("--port", ("server", "port"), args.port), ("--mcp-port", ("mcp", "port"), args.mcp_port),
@@ -15442,7 +16268,7 @@ def flag_overrides(args: Any, tables: Json) -> list[Override]:
            for flag, at, value in rows if value is not None]
     for flag, key, others, text in (
             ("--upstream", "base_url", (), args.upstream),
-            ("--api-key", "api_key", ("api_key_env", "api_key_file"), args.api_key)):
+            ("--api-key", "api_key", (*KEY_SOURCES[1:], "credentials"), args.api_key)):
         if text and text.strip():
             at = ("providers", default_responses_provider(flag, tables))
             out += [Override(flag, (*at, other), None) for other in others]
@@ -15585,8 +16411,10 @@ def tell(text: str) -> None:
 
 def start_notes(config: Config) -> list[str]:
     """What an operator should know before the first request."""
-    return [f"providers.{name}.api_key is still the template's; requests to it are refused"
-            for name, p in config.providers.items() if TEMPLATE_KEY.search(p.api_key or "")]
+    return [f"{credential.path}.api_key is still the template's; requests to it are refused"
+            for name, settings in config.providers.items()
+            for credential in credentials_of(name, settings)
+            if TEMPLATE_KEY.search(credential.source.api_key or "")]
 
 
 def check_report(config: Config, source: str, environ: Mapping[str, str]) -> str:
@@ -15596,13 +16424,14 @@ def check_report(config: Config, source: str, environ: Mapping[str, str]) -> str
              "providers:"]
     for name, settings in config.providers.items():
         provider = Provider(name, settings, environ)
-        key = next((s for s in ("api_key_env", "api_key_file") if getattr(settings, s)), "api_key")
         origin, via = provider.origin, ""
         if origin.proxy:
             proxy = place(origin.proxy)
             via = f", through the forward proxy {proxy.host}:{proxy.port}"
+        keys = [("" if c.name == name else f"{c.name} ") + f"from {source_report(c, environ)}"
+                for c in provider.credentials]
         lines.append(f"  {name}: {settings.protocol} at {origin.scheme}://{origin.authority}"
-                     f"{provider.target}, key from {key}{via}")
+                     f"{provider.target}, key{'s' if len(keys) > 1 else ''} {', '.join(keys)}{via}")
     lines.append("routes, first match wins:" if config.routing.routes else "routes: none")
     for i, route in enumerate(config.routing.routes):
         kind = pattern_kind(route.match_kind, route.model_pattern)
@@ -15617,6 +16446,17 @@ def check_report(config: Config, source: str, environ: Mapping[str, str]) -> str
     defaults = [f"  {name} -> {default_report(config, name)}" for name in PROTOCOLS]
     return "\n".join([*lines, "defaults:", *defaults,
                       *(f"note: {note}" for note in start_notes(config))])
+
+
+def source_report(credential: Credential, environ: Mapping[str, str]) -> str:
+    """Where a key comes from, and for OAuth whether it is there."""
+    # the key itself is read from the others
+    source = given_of(credential.source, KEY_SOURCES)[-1]
+    oauth = credential.source.oauth
+    if oauth is None:
+        return source
+    stored = "" if read_token(token_path(credential, environ), oauth) else ", not logged in"
+    return f"oauth ({oauth.flow}{stored if oauth.flow == 'device' else ''})"
 
 
 def translation_fault(config: Config, inbound: str, provider: str) -> str:
@@ -16260,6 +17100,8 @@ COMMANDS = {
     "replay": Command(replay_line, replay),
     "explain": Command(explain_line, explain_command),
     "capture": Command(capture_line, capture),
+    "login": Command(login_line, login),
+    "logout": Command(logout_line, logout),
 }
 
 

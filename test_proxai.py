@@ -1615,7 +1615,40 @@ FULL_PROFILE = {
     "thinking_binding": True, "reasoning": True, "efforts": ("low", "max"), "encrypted_reasoning": False,
     "reasoning_summary": False, "sampling": True, "max_output_tokens": False, "output_lists": True, "phase": True, "count_native": True,
 }
+FULL_KEYS = """
+[providers.three]
+protocol = "openai_chat_completions"
+base_url = "http://127.0.0.1:9"
+headers = { X-One = " 1 ", x-two = "$X-From" }
+[[providers.three.credentials]]
+name = " Work "
+api_key_command = ["token", "", "--of it"]
+priority = -1
+weight = 7
+[[providers.three.credentials]]
+name = "home"
+disabled = true
+[providers.three.credentials.oauth]
+flow = "device"
+token_url = "https://auth.example/token?v=2"
+device_authorization_url = "http://localhost:1/device"
+client_id = "c-1"
+client_secret_env = "KEY_2"
+scope = "a b"
+refresh_token_env = "KEY_2"
+parameters = { audience = "x y" }
+"""
 FULL_VALUES = {
+    "providers.three.headers.x-one": "1", "providers.three.headers.x-two": "$X-From",
+    "providers.three.credentials.0.name": "work", "providers.three.credentials.0.priority": -1,
+    "providers.three.credentials.0.api_key_command": ("token", "", "--of it"),
+    "providers.three.credentials.0.weight": 7, "providers.three.credentials.0.disabled": False,
+    "providers.three.credentials.1.disabled": True,
+    **{f"providers.three.credentials.1.oauth.{key}": value for key, value in {
+        "flow": "device", "token_url": "https://auth.example/token?v=2", "client_id": "c-1",
+        "device_authorization_url": "http://localhost:1/device", "client_secret_env": "KEY_2",
+        "client_secret": "k-2", "scope": "a b", "refresh_token_env": "KEY_2", "refresh_token": "k-2",
+        "parameters": {"audience": "x y"}}.items()},
     "server.host": "127.0.0.2", "server.port": 1, "server.api_keys": ("client-1", "client-2"),
     "server.allow_unauthenticated": True, "server.allowed_hosts": ("box.lan",),
     "server.cors_allow_origins": ("https://app.example:8443", "null"),
@@ -1653,10 +1686,11 @@ FULL_VALUES = {
 
 def test_a_full_file_gives_every_setting_its_checked_value():
     profile = "\n".join(f"{key} = {json.dumps(value)}" for key, value in FULL_PROFILE.items())
-    config = load_text(f"{FULL_SAMPLE}[providers.one.profile]\n{profile}\n", KEY_2=" k-2\n")
+    config = load_text(f"{FULL_SAMPLE}[providers.one.profile]\n{profile}\n{FULL_KEYS}", KEY_2=" k-2\n")
     assert {path: setting_at(config, path) for path in FULL_VALUES} == FULL_VALUES
-    assert list(config.providers) == ["one", "two"] and len(config.routing.routes) == 2
-    tested = {path.rpartition(".")[2] for path in FULL_VALUES} | {"api_key_file", "ca_file"}
+    assert list(config.providers) == ["one", "two", "three"] and len(config.routing.routes) == 2
+    tested = {path.replace(".headers.x-one", ".headers").rpartition(".")[2] for path in FULL_VALUES}
+    tested = tested - {"x-two"} | {"api_key_file", "ca_file"}
     assert tested == {key.rpartition(".")[2] for key, *_ in proxai.settings_rows()}
 
 
@@ -1701,7 +1735,9 @@ def test_without_routes_there_are_none():
     ("[server]\nprot = 1", "server.prot", "port"),
     ("[server]\nPort = 1", "server.Port", "port"),
     ("[server]\nread_idle_timeout_secs = 1", "server.read_idle_timeout_secs", ""),
-    ("[providers.p.headers]", "providers.p.headers", ""),
+    ("[providers.p.limits]", "providers.p.limits", ""),
+    ("[providers.p.oauth]\ntoken_uri = 1", "providers.p.oauth.token_uri", "token_url"),
+    ("[[providers.p.credentials]]\nprio = 1", "providers.p.credentials[0].prio", "priority"),
     ("[providers.p2]\napi_kee = 1", "providers.p2.api_kee", "api_key"),
     ("[[routing.routes]]\nmodle_pattern = 1", "routing.routes[0].modle_pattern", "model_pattern"),
     ("[[routing.route]]", "routing.route", "routes"),
@@ -1988,6 +2024,74 @@ def test_a_key_file_may_be_in_the_home_directory(tmp_path, monkeypatch):
 def test_a_key_that_cannot_be_had_or_is_there_twice_is_refused(lines, environ, path):
     text = MINIMAL.replace('api_key = "k-1"\n', "") + "\n".join(lines)
     assert paths_of(text, **environ) == [path]
+
+
+KEYLESS = MINIMAL.replace('api_key = "k-1"\n', "")
+OAUTH_LINES = """[providers.p.oauth]
+flow = "client_credentials"
+token_url = "https://auth.example/token"
+client_id = "c"
+"""
+
+
+@pytest.mark.parametrize("lines, paths", [
+    ('api_key_command = ["t"]\napi_key = "k"', ["api_key"]), ('api_key = "k"\n' + OAUTH_LINES, ["api_key"]),
+    ("api_key_command = []", ["api_key_command"]), ('api_key_command = "t"', ["api_key_command"]),
+    ('api_key_command = ["t", 1]', ["api_key_command"]), ('api_key_command = ["", "t"]', ["api_key_command"]),
+    ("oauth = 1", ["oauth", "oauth.client_id", "oauth.flow", "oauth.token_url"]),
+    (OAUTH_LINES.replace("client_credentials", "password"), ["oauth.flow"]),
+    (OAUTH_LINES.replace("client_credentials", "device"), ["oauth.device_authorization_url"]),
+    (OAUTH_LINES.replace("client_credentials", "refresh_token"), ["oauth.refresh_token"]),
+    (OAUTH_LINES.replace("https:", "http:"), ["oauth.token_url"]),
+    (OAUTH_LINES.replace("https://", "https://u:p@"), ["oauth.token_url"]),
+    (OAUTH_LINES + 'client_secret_env = "ABSENT"', ["oauth.client_secret_env"]),
+    (OAUTH_LINES + 'client_secret = "a"\nclient_secret_env = "ABSENT"', ["oauth.client_secret"]),
+    (OAUTH_LINES + "parameters = { a = 1 }", ["oauth.parameters"]),
+    ('api_key = "k"\nheaders = { Host = "h" }', ["headers"]), ('api_key = "k"\nheaders = { a = "" }', ["headers"]),
+    ('api_key = "k"\nheaders = { "a b" = "1" }', ["headers"]), ('api_key = "k"\nheaders = { a = "$" }', ["headers"]),
+    ('api_key = "k"\nheaders = { a = "1\\r\\nb: 2" }', ["headers"]), ('api_key = "k"\nheaders = [1]', ["headers"]),
+    ('api_key = "k"\nheaders = { Authorization = "Bearer x" }', ["headers"]),
+    ('api_key = "k"\n[[providers.p.credentials]]\nname = "a"\napi_key = "b"', ["api_key"]),
+    ('[[providers.p.credentials]]\nname = "a"', ["credentials[0].api_key"]),
+    ('[[providers.p.credentials]]\napi_key = "b"', ["credentials[0].name"]),
+    ('[[providers.p.credentials]]\nname = "a"\napi_key = "b"\ndisabled = true', ["credentials"]),
+    ('[[providers.p.credentials]]\nname = "a"\napi_key = "b"\n[[providers.p.credentials]]\nname = "A"\napi_key = "c"',
+     ["credentials[1].name"]),
+    ('[[providers.p.credentials]]\nname = "a"\napi_key_env = "ABSENT"', ["credentials[0].api_key_env"]),
+])
+def test_a_source_of_keys_that_cannot_be_is_refused_with_its_path(lines, paths):
+    faults = faults_of(KEYLESS + lines)
+    assert sorted(paths_of(KEYLESS + lines)) == [f"providers.p.{path}" for path in paths]
+    assert not any("u:p@" in fault or "Bearer" in fault for fault in faults)
+
+
+def test_the_keys_of_a_provider_are_listed_with_what_they_share():
+    text = KEYLESS + """proxy_url = "http://one:1"
+headers = { a = "1", b = "2" }
+[[providers.p.credentials]]
+name = "low"
+api_key = "k-1"
+[[providers.p.credentials]]
+name = "off"
+api_key = "k-2"
+disabled = true
+[[providers.p.credentials]]
+name = "high"
+api_key_command = ["c"]
+priority = 2
+weight = 3
+proxy_url = "direct"
+headers = { b = "$x" }
+"""
+    high, low = proxai.credentials_of("p", load_text(text).providers["p"])
+    assert (high.name, high.path, high.priority, high.weight) == ("high", "providers.p.credentials[2]", 2, 3)
+    assert (high.proxy_url, dict(high.headers), high.dynamic) == ("direct", {"a": "1", "b": "$x"}, True)
+    assert (low.name, low.source.api_key, low.priority, low.weight) == ("low", "k-1", 0, 1)
+    assert (low.proxy_url, dict(low.headers), low.dynamic) == ("http://one:1", {"a": "1", "b": "2"}, False)
+    assert high.label == "provider `p`, credential `high`"
+    (only,) = proxai.credentials_of("p", load_text(MINIMAL).providers["p"])
+    assert (only.name, only.path, only.label) == ("p", "providers.p", "provider `p`")
+    assert (only.source.api_key, only.headers, only.dynamic) == ("k-1", {}, False)
 
 
 def test_a_byte_order_mark_in_front_of_a_key_or_a_configuration_does_no_harm(tmp_path):
@@ -2315,7 +2419,8 @@ def test_every_setting_of_the_example_is_a_setting_when_it_is_uncommented():
              if re.match(r"# \w+ = ", line) and not samples[0] < i < samples[1]]
     assert {"api_key_env", "api_key_file", "proxy_url", "ca_file"} <= {lines[i].split()[1] for i in unset}
     for i in unset:
-        changed = [*lines[:i], lines[i].removeprefix("# "), *lines[i + 1:]]
+        table = max(at for at in range(i) if re.match(r"(# )?\[", lines[at]))
+        changed = [line.removeprefix("# ") if at in (i, table) else line for at, line in enumerate(lines)]
         try:
             load_text("\n".join(changed))
         except proxai.ConfigError as error:
@@ -3817,6 +3922,26 @@ SYSTEM_ITEMS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
       "tools": [{"type": "function", "name": "f", "parameters": {"a": [1.5, None]}}],
       "input": [], "prompt_cache_key": "k", "big": 2 ** 70, "instructions": "\u00e4\U0001f600\ud83d"}),
 ]
+
+
+@pytest.mark.parametrize("headers, client, added", [
+    ({}, {b"a": b"1"}, {}), ({"x-a": "1", "b": "a b"}, {}, {b"x-a": b"1", b"b": b"a b"}),
+    ({"x-a": "$X-From"}, {b"x-from": b"me\xff"}, {b"x-a": b"me\xff"}), ({"x-a": "$x-from", "b": "2"}, {}, {b"b": b"2"}),
+])
+def test_the_fields_of_a_configuration_may_copy_the_clients(headers, client, added):
+    assert proxai.own_fields(headers, client) == added
+
+
+@pytest.mark.parametrize("translated", [None, [b"content-type: application/json"]])
+def test_the_fields_of_a_configuration_replace_the_clients_and_our_own(translated):
+    head = request_head(b"POST /v1/x HTTP/1.1", b"Host: localhost", b"User-Agent: c/1", b"Anthropic-Version: 1",
+                        b"traceparent: t")
+    own = {b"user-agent": b"own/1", b"anthropic-version": b"2", b"x-new": b"3"}
+    lines = proxai.provider_lines(head, MESSAGES, [b"host: h"], 5, translated, own)
+    assert [line for line in lines if line.startswith((b"user-agent", b"anthropic", b"x-new"))] == [
+        b"user-agent: own/1", b"anthropic-version: 2", b"x-new: 3"]
+    assert b"traceparent: t" in lines
+    assert not any(line.lower().startswith((b"user-agent: c", b"anthropic-version: 1")) for line in lines)
 
 
 @pytest.mark.parametrize("before, after", [c[1:] for c in SYSTEM_ITEMS], ids=[c[0] for c in SYSTEM_ITEMS])
@@ -20291,10 +20416,757 @@ def test_a_provider_whose_tls_is_not_right_gets_no_request(ways, model, name, wo
     assert not any(server.got(model) for server in (ways.secure, ways.other))
 
 
+# -- requests of our own -----------------------------------------------------
+
+def fetched(upstream: Upstream, model: str, *, times: int = 1, secs: float = PATIENCE) -> list[Any]:
+    """What requests of our own for a model get, one after the other: the answer, or the error's message."""
+    async def run() -> list[Any]:
+        pool, out = proxai.Pool(), []
+        body = json.dumps({"model": model}).encode()
+        for _ in range(times):
+            try:
+                out.append(await proxai.fetch(pool, proxai.place(upstream.url), f"{upstream.url}/a?b=c", "POST",
+                                              [b"x-one: 1"], body, secs))
+            except proxai.UpstreamError as error:
+                out.append(error.message)
+        pool.close()
+        return out
+
+    return asyncio.run(run())
+
+
+def test_a_request_of_our_own_is_answered_and_its_connection_kept(upstream, model):
+    upstream.on(model, answer_json({"a": 1}, 404, "x-two: 2"))
+    first, second = fetched(upstream, model, times=2)
+    assert (first.status, first.values[b"x-two"], json.loads(first.body)) == (404, b"2", {"a": 1}) and second == first
+    one, two = upstream.got(model)
+    assert one.connection == two.connection
+    assert (one.method, one.target, one.header("x-one"), one.header("host")) == (
+        "POST", "/a?b=c", "1", upstream.url.removeprefix("http://"))
+
+
+@pytest.mark.parametrize("script, secs, words", [
+    (lambda peer, request: peer.gone(30), 0.05, "no answer within 0.05 seconds"),
+    (lambda peer, request: peer.send(b"HTTP/1.1 200 X\r\ncontent-length: 9\r\n\r\n1") or peer.close(), PATIENCE, "read"),
+    (lambda peer, request: peer.send(b"what?\r\n\r\n"), PATIENCE, "malformed"),
+    (answer(200, b"x" * 1001), PATIENCE, "larger than 1000 bytes"),
+])
+def test_a_request_of_our_own_that_gets_no_answer_is_an_error(upstream, model, monkeypatch, script, secs, words):
+    monkeypatch.setattr(proxai, "FETCH_BYTES", 1000)
+    upstream.on(model, script)
+    (message,) = fetched(upstream, model, secs=secs)
+    assert words in message
+
+
 
 # ============================================================================
 #  20  Tokens
 # ============================================================================
+
+# -- tokens, forms and answers -----------------------------------------------
+
+@pytest.mark.parametrize("value, due, end", [
+    ({}, math.inf, math.inf), ({"expires_in": None}, math.inf, math.inf),
+    ({"expires_in": 3600}, NOW + 3540, NOW + 3600), ({"expires_in": "3600"}, NOW + 3540, NOW + 3600),
+    ({"expires_in": 100}, NOW + 90, NOW + 100), ({"expires_in": 0}, NOW + 30, NOW), ({"expires_in": -5}, NOW + 30, NOW - 5),
+    ({"expires_at": NOW + 600}, NOW + 540, NOW + 600), ({"expires_at": str(NOW + 50)}, NOW + 45, NOW + 50),
+    ({"expires_at": "2023-11-14T22:23:20Z"}, NOW + 540, NOW + 600),
+    ({"expires_at": "2023-11-15T00:23:20+02:00"}, NOW + 540, NOW + 600),
+    ({"expires_at": "2023-11-14T22:23:20.000"}, NOW + 540, NOW + 600),
+    ({"expires_in": 10, "expires_at": 5}, NOW + 9, NOW + 10),
+    ({"expires_in": math.inf}, math.inf, math.inf),
+])
+def test_a_token_is_renewed_a_while_before_it_ends(value, due, end):
+    assert proxai.token_of({"access_token": "k", **value}, NOW) == ("k", due, end, "")
+
+
+@pytest.mark.parametrize("output, key", [
+    (b"k-1\n", "k-1"), (b" k-1 \r\n", "k-1"), (b"\xef\xbb\xbfk-1", "k-1"),
+    (b'{"token": "a"}', "a"), (b'{"access_token": "b", "token": "c"}', "b"), (b'\n{"api_key": "d"}\n', "d"),
+])
+def test_a_command_prints_its_key_plain_or_as_json(output, key):
+    assert proxai.printed_token(output, NOW).key == key
+
+
+@pytest.mark.parametrize("output", [
+    b"", b"\n", b"two\nlines\n", b"two words", b"\xff", "schlüssel".encode(), b"{", b"{}", b'{"token": ""}',
+    b'{"token": 5}', b'{"token": "a b"}', b'{"token": "a", "expires_at": "soon"}', b'{"other": "a"}',
+])
+def test_what_a_command_prints_may_be_no_key(output):
+    with pytest.raises(ValueError):
+        proxai.printed_token(output, NOW)
+
+
+def oauth_settings(**more: Any) -> proxai.OAuthConfig:
+    """OAuth settings as a configuration has them."""
+    return proxai.OAuthConfig(**{"flow": "device", "token_url": "https://a.example/token", "client_id": "c:1",
+                                 "device_authorization_url": "https://a.example/device", **more})
+
+
+@pytest.mark.parametrize("settings, members, header, form", [
+    ({}, {"a": "x y&=é"}, None, "a=x+y%26%3D%C3%A9&client_id=c%3A1"),
+    ({"client_secret": "s/+"}, {"a": "1"}, b"c%3A1:s%2F%2B", "a=1"),
+    ({"parameters": {"audience": "u", "a": "2"}}, {"a": "1"}, None, "a=2&audience=u&client_id=c%3A1"),
+])
+def test_a_client_says_who_it_is_in_the_header_or_the_form(settings, members, header, form):
+    lines, body = proxai.oauth_form(oauth_settings(**settings), members)
+    assert body.decode() == form
+    assert lines[2:] == ([] if header is None else [b"authorization: Basic " + base64.b64encode(header)])
+
+
+@pytest.mark.parametrize("settings, refresh, members", [
+    ({}, "r", {"grant_type": "refresh_token", "refresh_token": "r"}),
+    ({"scope": "a b"}, "", {"grant_type": "client_credentials", "scope": "a b"}),
+    ({}, "", {"grant_type": "client_credentials"}),
+])
+def test_a_grant_has_its_members(settings, refresh, members):
+    assert proxai.grant_members(oauth_settings(**settings), refresh) == members
+
+
+@pytest.mark.parametrize("status, body, kind, code, words", [
+    (400, b'{"error":"invalid_grant","error_description":"gone\\u001b[1m"}', "SetupError", "invalid_grant", "gone"),
+    (401, b'{"error":"invalid_client"}', "SetupError", "invalid_client", "401"),
+    (200, b'{"error":"authorization_pending"}', "SetupError", "authorization_pending", "pending"),
+    (400, b"<html>", "UpstreamError", None, "400"), (200, b"", "UpstreamError", None, "200"),
+    (302, b'{"a":1}', "UpstreamError", None, "302"), (503, b'{"error":"invalid_grant"}', "UpstreamError", None, "503"),
+    (429, b'{"error":"slow_down"}', "UpstreamError", None, "429"), (200, b"[1]", "UpstreamError", None, "200"),
+])
+def test_an_error_of_an_oauth_server_is_told(status, body, kind, code, words):
+    with pytest.raises(proxai.ProxyError) as caught:
+        proxai.oauth_answer("provider `p`", status, body)
+    assert (type(caught.value).__name__, caught.value.code) == (kind, code)
+    assert words in caught.value.message and "provider `p`" in caught.value.message
+    assert caught.value.message.isprintable()
+
+
+DEVICE_ANSWER = {"device_code": "d", "user_code": "U-1", "verification_uri": "https://a.example/go"}
+
+
+@pytest.mark.parametrize("more, interval, expires_in", [
+    ({}, 5, 600), ({"interval": 2, "expires_in": 30}, 2, 30), ({"interval": 0, "expires_in": 10 ** 9}, 0.1, 3600),
+    ({"interval": "x", "expires_in": None}, 5, 600), ({"interval": -1, "expires_in": -1}, 5, 600),
+])
+def test_a_device_code_has_its_times(more, interval, expires_in):
+    code = proxai.device_code_of("p", {**DEVICE_ANSWER, **more})
+    assert (code.interval, code.expires_in) == (interval, expires_in)
+    assert (code.code, code.user_code, code.url, code.complete_url) == ("d", "U-1", "https://a.example/go", "")
+
+
+@pytest.mark.parametrize("name", DEVICE_ANSWER)
+def test_a_device_code_that_lacks_a_part_is_none(name):
+    with pytest.raises(proxai.UpstreamError):
+        proxai.device_code_of("p", {**DEVICE_ANSWER, name: None})
+
+
+@pytest.mark.parametrize("code, wait", [
+    ("authorization_pending", 5), ("slow_down", 10), ("expired_token", None), ("access_denied", None), (None, None),
+])
+def test_polling_goes_on_slows_down_or_stops(code, wait):
+    assert proxai.next_poll(code, 5) == wait
+
+
+# -- the store ---------------------------------------------------------------
+
+def dynamic_credential(name: str = "p", **more: Any) -> proxai.Credential:
+    """A credential with a key from elsewhere."""
+    source = proxai.KeyConfig(**more or {"oauth": oauth_settings()})
+    return proxai.Credential("p", name, "providers.p", source, None, None, {})
+
+
+@pytest.mark.parametrize("token", [("k", 5.0, 6.5, "r"), ("k", math.inf, math.inf, "")])
+def test_a_token_is_stored_for_its_owner_and_its_server_alone(tmp_path, token):
+    path = proxai.token_path(dynamic_credential(), {"HOME": str(tmp_path)})
+    for _ in range(2):
+        proxai.write_token(path, oauth_settings(), proxai.Token(*token))
+    assert proxai.read_token(path, oauth_settings()) == token
+    assert proxai.read_token(path, oauth_settings(token_url="https://b.example/token")) is None
+    assert proxai.read_token(path, oauth_settings(client_id="other")) is None
+    assert [file.name for file in path.parent.iterdir()] == ["p@p.json"]
+    if os.name == "posix":
+        assert path.stat().st_mode & 0o777 == 0o600 and path.parent.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"key": "k"}', b"\xff"])
+def test_a_damaged_token_file_is_no_token(tmp_path, content):
+    (tmp_path / "f").write_bytes(content)
+    assert proxai.read_token(tmp_path / "f", oauth_settings()) is None
+    assert proxai.read_token(tmp_path / "absent", oauth_settings()) is None
+
+
+def test_the_file_of_a_token_stays_in_its_folder(tmp_path):
+    for name in ("../../x", "a/b", "..", "c:\\x", "@", "é"):
+        path = proxai.token_path(dynamic_credential(name), {"HOME": str(tmp_path)})
+        assert path.parent == tmp_path / ".proxai" / "tokens"
+        assert re.fullmatch(r"p@[\w.%~-]+\.json", path.name, re.ASCII)
+
+
+# -- keys while the program runs ---------------------------------------------
+
+class Renewals:
+    """A clock, and renewals that give k1, k2, ... with a lifetime, or fail while there is a `fault`."""
+
+    def __init__(self, lifetime: float = 1000.0) -> None:
+        self.now, self.count, self.lifetime = 0.0, 0, lifetime
+        self.fault: proxai.ProxyError | None = None
+        self.source = proxai.KeySource(self.renew, lambda: self.now)
+
+    async def renew(self, stale: Any) -> proxai.Token:
+        await asyncio.sleep(0)
+        self.count += 1
+        if self.fault:
+            raise self.fault
+        return proxai.token_of({"token": f"k{self.count}", "expires_in": self.lifetime}, self.now)
+
+    def key(self, now: float) -> str:
+        """The key at a time, or the message of the error."""
+        self.now = now
+        try:
+            return asyncio.run(self.source.key())
+        except proxai.ProxyError as error:
+            return error.message
+
+    def refused(self, key: str, now: float) -> bool:
+        """What a refused key leads to at a time."""
+        self.now = now
+        return asyncio.run(self.source.refused(key))
+
+
+def test_a_key_is_kept_until_it_is_due():
+    keys = Renewals()
+    assert [keys.key(at) for at in (0, 900, 939, 940, 1500, 1880)] == ["k1", "k1", "k1", "k2", "k2", "k3"]
+
+
+def test_requests_that_wait_for_a_key_share_one_renewal():
+    keys = Renewals()
+
+    async def several() -> list[str]:
+        waits = [asyncio.create_task(keys.source.key()) for _ in range(5)]
+        await asyncio.sleep(0)
+        waits[0].cancel()  # its client went away
+        return await asyncio.gather(*waits[1:])
+
+    assert asyncio.run(several()) == ["k1"] * 4
+    assert keys.count == 1
+
+
+def test_a_renewal_that_fails_is_tried_again_later_and_the_old_key_used_while_it_holds():
+    keys = Renewals()
+    assert keys.key(0) == "k1"
+    keys.lifetime = 2000
+    keys.source.token = keys.source.token._replace(due=500)
+    keys.fault = proxai.SetupError("no more")
+    assert [keys.key(at) for at in (499, 500, 799)] == ["k1"] * 3 and keys.count == 2
+    assert keys.key(800) == "k1" and keys.count == 3  # five minutes later
+    assert [keys.key(at) for at in (1000, 1004, 1006)] == ["no more"] * 3 and keys.count == 5
+    keys.fault = None
+    assert [keys.key(at) for at in (1010, 1011)] == ["no more", "k6"]
+
+
+def test_each_request_gets_an_error_of_its_own():
+    keys = Renewals()
+    keys.fault = proxai.SetupError("no", code="c")
+
+    async def several() -> list[Any]:
+        return await asyncio.gather(*(keys.source.key() for _ in range(3)), return_exceptions=True)
+
+    errors = asyncio.run(several())
+    assert len({id(error) for error in errors}) == 3 and keys.count == 1
+    assert [(type(e), e.message, e.code, e.retry) for e in errors] == [(proxai.SetupError, "no", "c", False)] * 3
+
+
+def test_a_refused_key_is_renewed_once():
+    keys = Renewals()
+    assert keys.key(0) == "k1"
+    assert keys.refused("k1", 1) and keys.key(1) == "k2"
+    assert keys.refused("k1", 2) and keys.count == 2  # another request was sent with the old one
+    assert not keys.refused("k2", 3) and keys.count == 2  # a provider that refuses every key
+    assert keys.refused("k2", 62) and keys.count == 3
+    keys.fault = proxai.SetupError("no")
+    assert not keys.refused("k3", 200) and keys.key(200) == "k3"
+
+
+def test_a_renewal_that_gives_the_refused_key_again_is_not_worth_another_try():
+    keys = Renewals()
+    keys.key(0)
+    keys.count = 0
+    assert not keys.refused("k1", 1)
+
+
+# -- commands ----------------------------------------------------------------
+
+def printed_by(log: list[Any], *command: str) -> Any:
+    """The token or the error that a command leads to; what is logged of it is put into `log`."""
+    tokens = proxai.Tokens(proxai.Pool(), proxai.Log(logging.getLogger("tokens-test")), {})
+    tokens.log.event = lambda level, name, fields: log.append((name, fields))  # type: ignore[method-assign]
+    credential = dynamic_credential(api_key_command=command)
+
+    async def run() -> Any:
+        return await tokens.key(credential)
+
+    try:
+        return asyncio.run(run())
+    except proxai.ProxyError as error:
+        return error
+
+
+def test_a_command_runs_without_a_shell():
+    said = "$HOME;`a`*\"' \\"
+    assert printed_by([], sys.executable, "-c", "import sys; print(sys.argv[1].encode().hex())", said
+                      ) == said.encode().hex()
+
+
+@pytest.mark.parametrize("code, words", [
+    ("import sys; print('secret-1'); sys.exit('told ' + 'x' * 999)", "ended with status 1"),
+    ("print('secret-1 secret-2')", "printed no key"), ("pass", "printed no key"),
+])
+def test_a_command_that_fails_is_told_without_what_it_printed(code, words):
+    log: list[Any] = []
+    error = printed_by(log, sys.executable, "-c", code)
+    assert isinstance(error, proxai.SetupError) and error.status == 500
+    assert words in error.message and "provider `p`" in error.message
+    assert "secret" not in f"{error.message}{log}" and "told" not in error.message
+    if "status 1" in words:
+        assert log[0] == ("command-failed", {"provider": "p", "credential": "p", "status": 1,
+                                             "stderr": ("told " + "x" * 999)[:200]})
+
+
+def test_a_command_that_cannot_be_run_is_told():
+    assert "cannot be run" in printed_by([], "/no/such/program").message
+
+
+def test_a_command_that_does_not_end_is_told(monkeypatch):
+    monkeypatch.setattr(proxai, "COMMAND_SECS", 0.05)
+    error = printed_by([], sys.executable, "-c", "import time; time.sleep(60)")
+    assert "did not end within 0.05 seconds" in error.message
+
+
+@pytest.mark.skipif(os.name != "posix", reason="process groups")
+def test_a_command_is_killed_with_its_children():
+    held = "import socket, sys, time; s = socket.create_connection(('127.0.0.1', int(sys.argv[1]))); time.sleep(60)"
+    code = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', *sys.argv[1:]]); time.sleep(60)"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(PATIENCE)
+
+        async def run() -> socket.socket:
+            port = str(listener.getsockname()[1])
+            running = asyncio.create_task(proxai.run_command([sys.executable, "-c", code, held, port]))
+            child, _ = await asyncio.to_thread(listener.accept)
+            running.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait_for(running, PATIENCE)
+            return child
+
+        with asyncio.run(run()) as child:
+            child.settimeout(PATIENCE)
+            assert child.recv(1) == b""  # its end closed the connection
+
+
+def test_a_static_key_is_no_token():
+    tokens = proxai.Tokens(proxai.Pool(), proxai.Log(logging.getLogger("tokens-test")), {})
+    credential = dynamic_credential(api_key="k-1")
+    assert asyncio.run(tokens.key(credential)) == "k-1"
+    assert not asyncio.run(tokens.refused(credential, "k-1")) and not tokens.sources
+
+
+# -- OAuth, with a scripted server -------------------------------------------
+
+class Granting:
+    """Tokens of a credential whose server answers by a function from the form's members."""
+
+    def __init__(self, home: Path, answers: Callable[[dict[str, str]], Any], **settings: Any) -> None:
+        self.environ, self.asked = {"HOME": str(home)}, []
+        self.tokens = proxai.Tokens(proxai.Pool(), proxai.Log(logging.getLogger("tokens-test")), self.environ)
+        self.credential = dynamic_credential(oauth=oauth_settings(**settings))
+        self.path = proxai.token_path(self.credential, self.environ)
+
+        async def post(credential: Any, url: str, members: dict[str, str]) -> Any:
+            self.asked.append(members)
+            return proxai.oauth_answer(credential.label, *answers(members))
+
+        self.tokens.post = post  # type: ignore[method-assign]
+
+    def store(self, key: str, refresh: str, due: float = 0.0) -> None:
+        """Put a token into the store, as another process would."""
+        proxai.write_token(self.path, oauth_settings(), proxai.Token(key, due, due, refresh))
+
+    def key(self) -> str:
+        """The key, or the message of the error."""
+        try:
+            return asyncio.run(self.tokens.key(self.credential))
+        except proxai.ProxyError as error:
+            return error.message
+
+
+INVALID_GRANT = (400, b'{"error": "invalid_grant"}')
+
+
+def granted(key: str, **more: Any) -> tuple[int, bytes]:
+    """An answer with a token."""
+    return 200, json.dumps({"access_token": key, "expires_in": 3600, **more}).encode()
+
+
+def test_a_stored_token_is_used_until_it_is_due_and_then_refreshed_with_rotation(tmp_path):
+    server = Granting(tmp_path, lambda form: granted("k2", refresh_token="r2"))
+    server.store("k1", "r1", time.time() + 60)
+    assert server.key() == "k1" and not server.asked
+    server.store("k1", "r1")
+    server.tokens.sources.clear()  # a new process
+    assert server.key() == "k2"
+    assert server.asked == [{"grant_type": "refresh_token", "refresh_token": "r1"}]
+    assert proxai.read_token(server.path, oauth_settings())[::3] == ("k2", "r2")
+
+
+def test_a_refresh_token_that_is_not_replaced_stays(tmp_path):
+    server = Granting(tmp_path, lambda form: granted("k2"))
+    server.store("k1", "r1")
+    assert server.key() == "k2"
+    assert proxai.read_token(server.path, oauth_settings()).refresh_token == "r1"
+
+
+def test_what_another_process_stored_meanwhile_is_used(tmp_path):
+    def answers(form: dict[str, str]) -> Any:
+        server.store("k-theirs", "r-theirs", time.time() + 60)
+        return INVALID_GRANT
+
+    server = Granting(tmp_path, answers)
+    server.store("k1", "r1")
+    assert server.key() == "k-theirs" and len(server.asked) == 1
+
+
+def test_without_a_refresh_token_that_is_taken_a_login_is_needed(tmp_path):
+    server = Granting(tmp_path, lambda form: INVALID_GRANT)
+    wants = "provider `p` is not logged in, or no longer; run `proxai.py login p`"
+    assert server.key() == wants and not server.asked
+    server.tokens.sources.clear()
+    server.store("k1", "r1")
+    assert server.key() == wants and len(server.asked) == 1
+
+
+def test_a_refresh_token_of_the_configuration_stands_in_for_a_stored_one(tmp_path):
+    server = Granting(tmp_path, lambda form: granted("k9") if form["refresh_token"] == "r-given" else INVALID_GRANT,
+                      flow="refresh_token", refresh_token="r-given")
+    server.store("k1", "r1")
+    assert server.key() == "k9"
+    assert [form["refresh_token"] for form in server.asked] == ["r1", "r-given"]
+
+
+@pytest.mark.parametrize("answer, words", [
+    ((200, b'{"access_token": "a b"}'), "gave no token"), ((200, b'{"x": 1}'), "gave no token"),
+    ((500, b""), "answered 500"), ((401, b'{"error": "invalid_client"}'), "401 invalid_client"),
+])
+def test_a_server_that_gives_no_token_is_told(tmp_path, answer, words):
+    server = Granting(tmp_path, lambda form: answer, flow="client_credentials")
+    assert words in server.key() and "a b" not in server.key() and len(server.asked) == 1
+
+
+@pytest.mark.parametrize("last, ends", [("access_denied", "access_denied"), ("expired_token", "expired_token"), ("", "k1")])
+def test_the_device_flow_asks_until_the_last_word(tmp_path, monkeypatch, last, ends):
+    waits: list[float] = []
+    pending = iter([b"authorization_pending", b"slow_down", None, b"authorization_pending", last.encode()])
+
+    async def sleep(secs: float) -> None:
+        waits.append(secs)
+
+    def answers(form: dict[str, str]) -> Any:
+        if "device_code" not in form:
+            return 200, json.dumps({**DEVICE_ANSWER, "verification_uri_complete": "https://a.example/go?u"}).encode()
+        code = next(pending)
+        return (503, b"") if code is None else (400, b'{"error":"%b"}' % code) if code else granted("k1")
+
+    server = Granting(tmp_path, answers, scope="a b")
+    monkeypatch.setattr(proxai.asyncio, "sleep", sleep)
+    said: list[str] = []
+    try:
+        end = asyncio.run(server.tokens.log_in(server.credential, said.append)).key
+    except proxai.ProxyError as error:
+        end = error.message
+    assert ends in end and waits == [5, 5, 10, 20, 20]
+    assert server.asked[0] == {"scope": "a b"} and server.asked[1]["device_code"] == "d"
+    assert "U-1" in said[0] and "https://a.example/go\n" in said[0] and "https://a.example/go?u" in said[1]
+    assert server.path.exists() == (not last)
+
+
+# -- end to end --------------------------------------------------------------
+
+COUNTED = """
+import json, pathlib, sys
+counter = pathlib.Path(sys.argv[1])
+count = int(counter.read_text()) + 1 if counter.exists() else 1
+counter.write_text(str(count))
+print(json.dumps({"token": f"key-{count}", "expires_in": 3600}))
+"""
+
+
+@pytest.fixture(scope="module")
+def commanded(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The program with keys from commands: a provider of each OpenAI-like kind, and a broken one."""
+    home = tmp_path_factory.mktemp("commanded")
+    lines = ["[logging]", 'level = "debug"', 'output_format = "json"', "[routing.default_provider_names]",
+             'openai_chat_completions = "one"', 'anthropic_messages = "two"', 'openai_responses = "broken"']
+    for name, protocol in (("one", CHAT), ("two", MESSAGES), ("broken", RESPONSES)):
+        code = COUNTED if name != "broken" else "import sys; sys.exit('disk on fire')"
+        lines += [f"[providers.{name}]", f'protocol = "{protocol.name}"', f'base_url = "{upstream.url}"',
+                  f'headers = {{ x-team = "tools", X-User = "$X-From", user-agent = "{name}/1" }}']
+        table = f"api_key_command = {json.dumps([sys.executable, '-c', code, str(home / name)])}"
+        # one of several credentials works like one that is alone
+        lines += [table] if name != "two" else [
+            "[[providers.two.credentials]]", 'name = "low"', 'api_key = "low-1"', "[[providers.two.credentials]]",
+            'name = "high"', "priority = 1", table]
+    program = Running(home, config="\n".join(lines))
+    yield program
+    program.stop()
+
+
+def test_a_key_from_a_command_is_fetched_once_and_again_when_it_is_refused(commanded, upstream, model):
+    upstream.on(model, answer_json({}), answer_json({}), answer_json({"error": {"message": "old"}}, 401),
+                answer_json({"ok": 1}), answer_json({}))
+    replies = [commanded.post(CHAT.path, body_for(CHAT, model), "x-from: me", "x-team: mine") for _ in range(4)]
+    assert [reply.status for reply in replies] == [200] * 4
+    got = upstream.got(model)
+    assert [r.header("authorization") for r in got] == [f"Bearer key-{n}" for n in (1, 1, 1, 2, 2)]
+    assert {(r.header("x-team"), r.header("x-user"), r.header("user-agent")) for r in got} == {("tools", "me", "one/1")}
+    assert not any("key-1" in line or "key-2" in line for line in commanded.lines)
+
+
+def test_a_provider_that_refuses_the_new_key_too_is_told_to_the_client(commanded, upstream, model):
+    upstream.on(model, answer_json({"error": {"message": "first"}}, 401),
+                answer_json({"error": {"message": "not you"}}, 401))
+    for sent in (2, 3):  # no renewal for each request
+        reply = commanded.post(MESSAGES.path, body_for(MESSAGES, model))
+        assert reply.status == 401 and b"not you" in reply.body
+        assert len(upstream.got(model)) == sent
+    got = upstream.got(model)
+    assert [r.header("x-api-key") for r in got] == ["key-1", "key-2", "key-2"]
+    assert [r.header("authorization") for r in got] == [r.header("x-user") for r in got] == [None] * 3
+    assert "anthropic-version" in {name for name, _ in got[0].headers}
+
+
+def test_a_command_that_fails_is_told_to_the_client_and_the_log(commanded, upstream, model):
+    reply = commanded.post(RESPONSES.path, body_for(RESPONSES, model))
+    assert (reply.status, reply.headers["x-should-retry"]) == (500, "false")
+    assert b"the api_key_command of provider `broken` ended with status 1" in reply.body
+    assert b"fire" not in reply.body and not upstream.got(model)
+    commanded.wait_line('"event":"command-failed".*"stderr":"disk on fire')
+
+
+class Authority:
+    """An authorization server on loopback, built with Authlib: device flow, refresh tokens that are good for one
+    use, client credentials. What it gave and did not take back is in `keys` and `refreshes`."""
+
+    def __init__(self) -> None:
+        import flask
+        import werkzeug.serving
+        from authlib.integrations.flask_oauth2 import AuthorizationServer
+        from authlib.oauth2.rfc6749 import ClientMixin
+
+        self.keys: set[str] = set()
+        self.refreshes: dict[str, Any] = {}
+        self.devices: dict[str, Any] = {}
+        self.grants: list[str] = []
+        self.confirmed: set[str] = set()
+
+        class Client(ClientMixin):  # type: ignore[misc]
+            def __init__(self, name: str) -> None:
+                self.client_id, self.secret = name, "s3:cret" if name == "machine" else ""
+
+            def get_client_id(self) -> str:
+                return self.client_id
+
+            def get_allowed_scope(self, scope: str | None) -> str:
+                return scope or "models"
+
+            def check_client_secret(self, secret: str) -> bool:
+                return secret == self.secret
+
+            def check_endpoint_auth_method(self, method: str, endpoint: str) -> bool:
+                return method == ("client_secret_basic" if self.secret else "none")
+
+            def check_grant_type(self, grant: str) -> bool:
+                return (grant == "client_credentials") == bool(self.secret)
+
+        clients = {name: Client(name) for name in ("desk", "machine")}
+        app = flask.Flask("authority")
+        app.config["OAUTH2_REFRESH_TOKEN_GENERATOR"] = True
+        server = AuthorizationServer(app, query_client=clients.get, save_token=self.save)
+        self.register(server)
+        app.add_url_rule("/device", "device", lambda: server.create_endpoint_response("device_authorization"),
+                         methods=["POST"])
+        app.add_url_rule("/token", "token", server.create_token_response, methods=["POST"])
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        self.http = werkzeug.serving.make_server("127.0.0.1", 0, app, threaded=True)
+        self.url = f"http://127.0.0.1:{self.http.port}"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def save(self, token: dict[str, Any], request: Any) -> None:
+        """Note a token that is given."""
+        self.grants.append(request.payload.grant_type.rpartition(":")[2])
+        self.keys.add(token["access_token"])
+        if "refresh_token" in token:
+            self.refreshes[token["refresh_token"]] = request.client.client_id
+
+    def register(self, server: Any) -> None:
+        """The grants and the endpoint of a server."""
+        from authlib.oauth2 import rfc6749, rfc8628
+
+        authority = self
+
+        class Refresh(rfc6749.grants.RefreshTokenGrant):  # type: ignore[misc]
+            INCLUDE_NEW_REFRESH_TOKEN = True
+            TOKEN_ENDPOINT_AUTH_METHODS = ("none",)
+
+            def authenticate_refresh_token(self, token: str) -> Any:
+                owner = authority.refreshes.get(token)
+                return owner and types.SimpleNamespace(
+                    token=token, check_client=lambda client: client.client_id == owner, get_scope=lambda: "models")
+
+            def authenticate_user(self, credential: Any) -> Any:
+                return "somebody"
+
+            def revoke_old_credential(self, credential: Any) -> None:
+                del authority.refreshes[credential.token]
+
+        class Device(rfc8628.DeviceCodeGrant):  # type: ignore[misc]
+            def query_device_credential(self, code: str) -> Any:
+                return authority.devices.get(code)
+
+            def query_user_grant(self, user_code: str) -> Any:
+                return ("somebody", True) if user_code in authority.confirmed else None
+
+            def should_slow_down(self, credential: Any) -> bool:
+                return False
+
+        class Endpoint(rfc8628.DeviceAuthorizationEndpoint):  # type: ignore[misc]
+            INTERVAL = 0
+
+            def get_verification_uri(self) -> str:
+                return f"{authority.url}/confirm"
+
+            def save_device_credential(self, client_id: str, scope: str, data: dict[str, Any]) -> None:
+                credential = rfc8628.DeviceCredentialDict(
+                    {**data, "client_id": client_id, "scope": scope, "expires_at": time.time() + 60})
+                authority.devices[data["device_code"]] = credential
+
+        for grant in (Refresh, Device, rfc6749.grants.ClientCredentialsGrant):
+            server.register_grant(grant)
+        server.register_endpoint(Endpoint)
+
+
+@pytest.fixture(scope="module")
+def authority() -> Iterator[Authority]:
+    """The authorization server, where Authlib is installed."""
+    pytest.importorskip("authlib")
+    pytest.importorskip("flask")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTHLIB_INSECURE_TRANSPORT", "1")  # it is on loopback
+        server = Authority()
+        yield server
+        server.http.shutdown()
+
+
+def log_in(home: Path, *arguments: str, confirm: Callable[[str], None]) -> tuple[int, str]:
+    """Run `proxai.py login`, with a user who confirms the code; its exit status and what it printed."""
+    process = subprocess.Popen(
+        [sys.executable, str(PROGRAM), "login", *arguments, "--config", str(home / "config.toml")], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "HOME": str(home)})
+    assert process.stdout
+    printed = []
+    for line in process.stdout:
+        printed.append(line)
+        if found := re.search(r"code: (\S+)", line):
+            confirm(found[1])
+    process.stdout.close()
+    return process.wait(PATIENCE), "".join(printed)
+
+
+def bearer_script(authority: Authority) -> Script:
+    """A script: 200 for a bearer token that the authority gave, else 401."""
+    def script(peer: Peer, request: Received) -> None:
+        scheme, _, key = (request.header("authorization") or "").partition(" ")
+        good = scheme == "Bearer" and key in authority.keys
+        answer_json({"ok": 1} if good else {"error": {"message": "who?"}}, 200 if good else 401)(peer, request)
+    return script
+
+
+OAUTH_CONFIG = """
+[routing.default_provider_names]
+openai_chat_completions = "desk"
+anthropic_messages = "machine"
+[providers.desk]
+protocol = "openai_chat_completions"
+base_url = "{upstream}"
+[providers.desk.oauth]
+flow = "device"
+token_url = "{authority}/token"
+device_authorization_url = "{authority}/device"
+client_id = "desk"
+[providers.machine]
+protocol = "anthropic_messages"
+base_url = "{upstream}"
+[providers.machine.oauth]
+flow = "client_credentials"
+token_url = "{authority}/token"
+client_id = "machine"
+client_secret = "s3:cret"
+scope = "models more"
+[providers.plain]
+protocol = "anthropic_messages"
+base_url = "{upstream}"
+api_key = "k-1"
+"""
+
+
+@pytest.fixture(scope="module")
+def logged_in(authority: Authority, upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The program after a login whose token has ended since."""
+    home = tmp_path_factory.mktemp("oauth")
+    config = OAUTH_CONFIG.format(upstream=upstream.url, authority=authority.url)
+    (home / "config.toml").write_text(config, "utf-8")
+    status, printed = log_in(home, "desk", confirm=authority.confirmed.add)
+    assert status == 0 and "provider `desk` is logged in" in printed and authority.grants == ["device_code"]
+    assert f"Open {authority.url}/confirm" in printed and not any(key in printed for key in authority.keys)
+    stored = home / ".proxai" / "tokens" / "desk@desk.json"
+    stored.write_text(json.dumps({**json.loads(stored.read_text()), "due": 1.0, "expires_at": 2.0}))
+    authority.keys.clear()
+    program = Running(home, config=config)
+    yield program
+    program.stop()
+
+
+def test_a_token_from_the_device_flow_is_used_and_refreshed(logged_in, authority, upstream, model):
+    upstream.on(model, bearer_script(authority))
+    assert [logged_in.post(CHAT.path, body_for(CHAT, model)).status for _ in range(2)] == [200, 200]
+    assert authority.grants[1:] == ["refresh_token"] and len(authority.refreshes) == 1
+    authority.keys.clear()  # taken back: the provider refuses it, and the rotated refresh token gives another
+    assert logged_in.post(CHAT.path, body_for(CHAT, model)).status == 200
+    assert authority.grants[1:] == ["refresh_token"] * 2 and len(authority.refreshes) == 1
+    keys = [r.header("authorization") for r in upstream.got(model)]
+    assert len(keys) == 4 and len(set(keys)) == 2
+
+
+def test_a_token_for_the_client_itself_is_used(logged_in, authority, upstream, model):
+    upstream.on(model, bearer_script(authority))
+    for _ in range(2):
+        reply = logged_in.post(MESSAGES.path, body_for(MESSAGES, model))
+        assert reply.status == 200
+    assert len(set(r.header("authorization") for r in upstream.got(model))) == 1
+    assert {r.header("x-api-key") for r in upstream.got(model)} == {None}  # a bearer token, whatever the protocol
+
+
+def test_login_and_logout_tell_what_they_did(authority, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = tmp_path / "config.toml"
+    config.write_text(OAUTH_CONFIG.format(upstream="http://127.0.0.1:1", authority=authority.url), "utf-8")
+    for arguments, status, words in (
+            (["login", "machine"], 0, "provider `machine` is logged in; the token ends in"),
+            (["logout", "Machine"], 0, "provider `machine` is logged out"),
+            (["logout", "machine"], 1, "Error: provider `machine` is not logged in"),
+            (["login", "plain"], 1, "Error: provider `plain` has no key from OAuth"),
+            (["login", "nobody"], 1, "Error: no provider is named nobody (there are: desk, machine, plain)"),
+            (["login", "desk", "--credential", "x"], 1, "has these credentials with OAuth: desk"),
+            (["check"], 0, "key from oauth (device, not logged in)")):
+        assert proxai.main([*arguments, "--config", str(config)]) == status
+        printed = "".join(capsys.readouterr())
+        assert words in printed and "s3:cret" not in printed
 
 
 
