@@ -903,6 +903,9 @@ PROXY = text_of_kind('"http://[user:password@]host:port", the same with https, o
 ORIGIN = text_of_kind('an origin such as "https://app.example.com", without a path', is_origin,
                       str.lower)
 PROTOCOL = choice(*PROTOCOLS)
+PRESET = kind_of("one of the names that `proxai.py presets` lists",
+                 lambda value: isinstance(value, str) and value.strip().lower() in PRESETS,
+                 lambda value: value.strip().lower())
 
 
 class Section(NamedTuple):
@@ -927,6 +930,116 @@ def setting(kind: Kind | Section, doc: str, default: Any = REQUIRED, *, example:
 def fact(doc: str, example: Any, kind: Kind = BOOLEAN) -> Any:
     """A field of a profile, not set unless the file sets it."""
     return setting(kind, doc, None, example=example)
+
+
+# -- presets -----------------------------------------------------------------
+# Where vendors and local servers are and how they want their keys; what they take is in the tables
+# of section 9. Facts of 2026 that a provider's own settings override one by one.
+
+class Preset(NamedTuple):
+    """What `preset = "<name>"` fills in. `paths` says which protocols it speaks natively and
+    where below `root`; what it does not speak is translated to the first one."""
+
+    names: str  # the first one is listed, the others are as good
+    root: str  # { } stands for what only its user knows, so base_url must be given
+    paths: str  # "<protocol> <protocol> <path>, <protocol> <path>"
+    variable: str = ""  # environment variable that usually holds the key
+    note: str = ""
+    auth: str = "bearer"  # none: a key is sent only where one is given
+    versionless: bool = False
+
+
+PRESETS: dict[str, Preset] = {name: preset for preset in (
+    Preset("anthropic claude", "https://api.anthropic.com", "messages /v1", "ANTHROPIC_API_KEY",
+           auth="x-api-key"),
+    Preset("openai", "https://api.openai.com", "responses chat /v1", "OPENAI_API_KEY"),
+    Preset("gemini", "https://generativelanguage.googleapis.com", "chat /v1beta/openai",
+           "GEMINI_API_KEY"),
+    Preset("mistral", "https://api.mistral.ai", "chat /v1", "MISTRAL_API_KEY"),
+    Preset("groq", "https://api.groq.com", "responses chat /openai/v1", "GROQ_API_KEY"),
+    Preset("deepseek", "https://api.deepseek.com", "chat /v1, messages /anthropic/v1",
+           "DEEPSEEK_API_KEY"),
+    Preset("openrouter", "https://openrouter.ai", "chat responses messages /api/v1",
+           "OPENROUTER_API_KEY"),
+    Preset("together", "https://api.together.ai", "chat /v1", "TOGETHER_API_KEY"),
+    Preset("fireworks", "https://api.fireworks.ai", "chat responses messages /inference/v1",
+           "FIREWORKS_API_KEY"),
+    Preset("novita", "https://api.novita.ai", "chat /openai/v1, messages /anthropic/v1",
+           "NOVITA_API_KEY", "messages: not for all models"),
+    Preset("siliconflow", "https://api.siliconflow.com", "chat /v1", "SILICONFLOW_API_KEY",
+           "China, with other keys: base_url = https://api.siliconflow.cn/v1"),
+    Preset("minimax", "https://api.minimax.io", "chat responses /v1, messages /anthropic/v1",
+           "MINIMAX_API_KEY", "China: base_url = https://api.minimaxi.com/v1"),
+    Preset("moonshot kimi", "https://api.moonshot.ai",
+           "chat responses /v1, messages /anthropic/v1", "MOONSHOT_API_KEY",
+           "China, with other keys: base_url = https://api.moonshot.cn/v1"),
+    Preset("kimi-code", "https://api.kimi.com", "messages /coding/v1", "KIMI_API_KEY",
+           "the key of a subscription"),
+    Preset("zai", "https://api.z.ai", "chat /api/paas/v4, messages /api/anthropic/v1",
+           "ZAI_API_KEY"),
+    Preset("zai-coding", "https://api.z.ai", "chat /api/coding/paas/v4, responses /api/v1,"
+           " messages /api/anthropic/v1", "ZAI_API_KEY", "the key of a coding plan"),
+    Preset("zhipu", "https://open.bigmodel.cn",
+           "chat /api/paas/v4, messages /api/anthropic/v1", "ZHIPU_API_KEY", "China"),
+    Preset("xai", "https://api.x.ai", "responses chat /v1", "XAI_API_KEY"),
+    Preset("cerebras", "https://api.cerebras.ai", "chat /v1", "CEREBRAS_API_KEY"),
+    Preset("nvidia", "https://integrate.api.nvidia.com", "chat /v1", "NVIDIA_API_KEY"),
+    Preset("github-models", "https://models.github.ai", "chat /inference", "GITHUB_TOKEN",
+           "a token with the scope models", versionless=True),
+    Preset("azure", "https://{resource}.openai.azure.com", "responses chat /openai/v1",
+           "AZURE_OPENAI_API_KEY", "a model is the name of your deployment", "api-key"),
+    Preset("bedrock", "https://bedrock-mantle.{region}.api.aws",
+           "responses chat /v1, messages /anthropic/v1", "AWS_BEARER_TOKEN_BEDROCK",
+           "Bedrock API keys only"),
+    Preset("vertex", "https://{region}-aiplatform.googleapis.com",
+           "chat /v1/projects/{project}/locations/{region}/endpoints/openapi",
+           note="the key is a token of one hour", versionless=True),
+    Preset("huggingface", "https://router.huggingface.co", "chat /v1", "HF_TOKEN"),
+    Preset("deepinfra", "https://api.deepinfra.com", "chat /v1/openai", "DEEPINFRA_API_KEY"),
+    Preset("alibaba", "https://dashscope-intl.aliyuncs.com",
+           "chat responses /compatible-mode/v1, messages /apps/anthropic/v1", "DASHSCOPE_API_KEY"),
+    Preset("opencode-zen", "https://opencode.ai", "chat responses messages /zen/v1",
+           "OPENCODE_API_KEY", "each model speaks one of them: set protocol"),
+    Preset("chutes", "https://llm.chutes.ai", "chat /v1"),
+    Preset("poe", "https://api.poe.com", "chat /v1"),
+    Preset("cohere", "https://api.cohere.ai", "chat /compatibility/v1"),
+    Preset("vercel", "https://ai-gateway.vercel.sh", "chat messages /v1"),
+    Preset("baseten", "https://inference.baseten.co", "chat /v1"),
+    Preset("nebius", "https://api.tokenfactory.nebius.com", "chat /v1"),
+    Preset("llama", "https://api.llama.com", "chat /compat/v1"),
+    Preset("kilo", "https://api.kilo.ai", "chat responses messages /api/gateway", "KILO_API_KEY",
+           versionless=True),
+    Preset("copilot", "https://api.githubcopilot.com", "chat /", versionless=True,
+           note="private: documented for GitHub's own clients only; bring a token"),
+    Preset("kiro", "http://{bridge}", "chat messages /v1", note="private protocol: base_url is"
+           " a bridge that you run"),
+    Preset("roo", "https://api.roocode.com", "chat /v1", "ROO_API_KEY",
+           "discontinued: the service ended in May 2026"),
+    Preset("ollama", "http://localhost:11434", "chat responses messages /v1", auth="none"),
+    Preset("llamacpp", "http://127.0.0.1:8080", "chat messages /v1", auth="none"),
+    Preset("vllm", "http://localhost:8000", "chat responses messages /v1", auth="none"),
+    Preset("lmstudio", "http://localhost:1234", "chat responses messages /v1", auth="none"),
+    Preset("mlx", "http://127.0.0.1:8000", "chat /v1", auth="none", note="Apple silicon"),
+    Preset("sglang", "http://{host}", "chat /v1", auth="none"),
+    Preset("tgi", "http://{host}", "chat /v1", auth="none"),
+) for name in preset.names.split()}
+
+
+def preset_bases(preset: Preset, given: str | None) -> dict[str, str]:
+    """The base URL for each protocol (by name) of a preset, the first one first.
+
+    With a base URL that is `given`, the others move along where it has the preset's layout; else
+    it is only for those that share it.
+    """
+    words = {p.word: name for name, p in PROTOCOLS.items()}
+    paths = {words[word]: path for part in preset.paths.split(", ")
+             for *each, path in [part.split()] for word in each}
+    root, first = preset.root, next(iter(paths.values()))
+    if given is not None:
+        root = given.rstrip("/").removesuffix(first.rstrip("/"))
+        if urlsplit(given).path.strip("/") and f"{root}/" == given:
+            return {name: given for name, path in paths.items() if path == first}
+    return {name: base_of(f"{root}{path}") for name, path in paths.items()}
 
 
 # -- the schema --------------------------------------------------------------
@@ -1019,16 +1132,44 @@ class ProfileConfig:
 
 
 @schema
+class NativeConfig:
+    """Base URLs of further protocols that the provider speaks: a client of one of them is passed
+    through, not translated. A preset fills them."""
+
+    openai_responses: str | None = setting(URL, "For clients of Responses.", None, secret=True,
+                                           example="https://api.example.com/v1")
+    openai_chat_completions: str | None = setting(
+        URL, "For clients of Chat Completions.", None, secret=True,
+        example="https://api.example.com/v1")
+    anthropic_messages: str | None = setting(
+        URL, "For clients of Messages.", None, secret=True,
+        example="https://api.example.com/anthropic/v1")
+
+
+@schema
 class ProviderConfig:
     """One place to send requests to. Its name is a label; `protocol` decides the wire format."""
 
-    protocol: str = setting(PROTOCOL, "What the provider speaks.")
+    preset: str | None = setting(
+        PRESET, "A vendor or local server that `proxai.py presets` lists: fills in what is not set"
+        " of protocol, base_url, base_urls, auth, versionless and api_key_env. Not needed where"
+        " the provider has a preset's name and neither protocol nor base_url.", None,
+        example="openrouter")
+    protocol: str = setting(PROTOCOL, "What the provider speaks. Required without a preset; with"
+                            " one, the only protocol of it that is used.", None)
     base_url: str = setting(
         URL, "Where it is. The path of the protocol is appended; a version that is there already is"
-        " not doubled.", secret=True)
+        " not doubled. Required without a preset.", None, secret=True)
+    base_urls: NativeConfig = setting(
+        Section(NativeConfig), "Where it speaks further protocols.")
+    versionless: bool | None = setting(
+        BOOLEAN, "The path of the protocol is appended without its /v1.", None, example=False)
+    auth: str | None = setting(
+        choice("bearer", "x-api-key", "api-key", "x-goog-api-key", "none"), "The header that"
+        " carries the key. Not set: x-api-key for anthropic_messages, else bearer; none takes no"
+        " key.", None, example="bearer")
     api_key: str | None = setting(
-        SECRET, "The key, sent in the header the protocol wants. One of the three must be given.",
-        None, secret=True)
+        SECRET, "The key. One of the three must be given.", None, secret=True)
     api_key_env: str | None = setting(VARIABLE, "Environment variable that holds the key.", None,
                                       example="OPENAI_API_KEY", secret=True)
     api_key_file: str | None = setting(
@@ -1343,7 +1484,8 @@ def cross_check(config: Config, faults: Faults, environ: Mapping[str, str]) -> C
             faults.add(f"routing.routes[{i}].model_pattern",
                        f"invalid route: the pattern {route.model_pattern} does not work: {error}")
     check_listeners(config, faults)
-    providers = {name: with_key(provider, f"providers.{name}", faults, environ)
+    providers = {name: with_key(with_preset(provider, name, faults, environ), f"providers.{name}",
+                                faults, environ)
                  for name, provider in config.providers.items()}
     return dataclasses.replace(config, providers=providers)
 
@@ -1362,6 +1504,58 @@ def check_listeners(config: Config, faults: Faults) -> None:
         faults.add("mcp.host", f"must be a loopback address, is {config.mcp.host}")
 
 
+def with_preset(provider: ProviderConfig, name: str, faults: Faults,
+                environ: Mapping[str, str]) -> ProviderConfig:
+    """`provider` with what its preset says of what the file does not set."""
+    path, missing = f"providers.{name}", [
+        field for field in ("protocol", "base_url") if getattr(provider, field) is None]
+    preset = PRESETS.get(provider.preset or (name if len(missing) == 2 else ""))
+    if preset is None:
+        for field in missing:
+            note_missing(field, path, faults)
+        return provider
+    bases = preset_bases(preset, provider.base_url)
+    if provider.base_url is None and "{" in preset.root:
+        form = base_of(next(iter(bases.values()))).rstrip("/")
+        faults.add(f"{path}.base_url", f"is missing; for this preset it has the form {form}")
+    protocol = provider.protocol or next(iter(bases))
+    base_url = provider.base_url or bases.get(protocol, "")
+    if not base_url:
+        faults.add(f"{path}.protocol", f"the preset speaks {', '.join(bases)}")
+    if provider.protocol is None:
+        urls = bases | {name: url for name in PROTOCOLS
+                        if (url := getattr(provider.base_urls, name))}
+        provider = dataclasses.replace(provider, base_urls=NativeConfig(**urls))
+    keyed = any((provider.api_key, provider.api_key_env, provider.api_key_file))
+    if not keyed and preset.variable in environ:
+        provider = dataclasses.replace(provider, api_key_env=preset.variable)
+    auth = "bearer" if preset.auth == "none" and keyed else preset.auth
+    return dataclasses.replace(
+        provider, protocol=protocol, base_url=base_url, auth=provider.auth or auth,
+        versionless=preset.versionless if provider.versionless is None else provider.versionless)
+
+
+def note_missing(field: str, path: str, faults: Faults) -> None:
+    """Note that a provider lacks a setting, unless a faulty value of it was noted already."""
+    # paths spell names as the file does
+    if not any(fault.lower().startswith((f"{path}.{field}:", f"{path}.preset:"))
+               for fault in faults):
+        wants = next(f for f in dataclasses.fields(ProviderConfig)
+                     if f.name == field).metadata["kind"].wants
+        faults.add(f"{path}.{field}", f"is missing; must be {wants}, or set preset")
+
+
+def native_urls(provider: ProviderConfig) -> dict[str, str]:
+    """The base URL for each protocol that a provider speaks, by the protocol's name."""
+    urls = {name: url for name in PROTOCOLS if (url := getattr(provider.base_urls, name))}
+    return urls | {provider.protocol: provider.base_url}
+
+
+def wire_protocol(provider: ProviderConfig, inbound: str) -> str:
+    """The protocol that a provider is asked in: the client's own where it speaks that."""
+    return inbound if inbound in native_urls(provider) else provider.protocol
+
+
 def with_key(provider: ProviderConfig, path: str, faults: Faults,
              environ: Mapping[str, str]) -> ProviderConfig:
     """`provider` with `api_key` read from the one place that was named,
@@ -1376,10 +1570,13 @@ def with_key(provider: ProviderConfig, path: str, faults: Faults,
             reason = getattr(error, "strerror", None) or str(error)
             faults.add(f"{path}.{sources[0]}", f"no key from there: {reason}")
     # paths spell names as the file does
-    elif not any(fault.lower().startswith(f"{path}.api_key") for fault in faults):
-        faults.add(f"{path}.api_key",
-                   "is missing; give api_key, api_key_env or api_key_file" if not sources
-                   else "give only one of " + ", ".join(sources))
+    elif (sources or provider.auth != "none") and not any(
+            fault.lower().startswith(f"{path}.api_key") for fault in faults):
+        preset = PRESETS.get(provider.preset or path.removeprefix("providers."))
+        usual = preset.variable if preset else ""
+        faults.add(f"{path}.api_key", "give only one of " + ", ".join(sources) if sources else
+                   "is missing; give api_key, api_key_env or api_key_file"
+                   + (f", or set {usual} in the environment" if usual else ""))
     if provider.ca_file is not None:
         try:
             ssl.create_default_context(cafile=str(Path(provider.ca_file).expanduser()))
@@ -2384,7 +2581,7 @@ def join_target(base: str, path: str, query: str) -> str:
 HOP_BY_HOP = frozenset((b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization",
                         b"te", b"trailer", b"transfer-encoding", b"upgrade", b"proxy-connection"))
 NOT_UPSTREAM = HOP_BY_HOP | {b"host", b"content-length", b"accept-encoding", b"expect",
-                              b"authorization", b"x-api-key", b"x-goog-api-key"}
+                              b"authorization", b"x-api-key", b"x-goog-api-key", b"api-key"}
 NOT_DOWNSTREAM = HOP_BY_HOP | {
     b"content-length", b"content-type", b"x-proxai-request-id",
     # what the provider's own web pages may do is not what those that may call us may
@@ -2406,10 +2603,10 @@ TO_OPENAI = {b"request-id": b"x-request-id"} | {
 TO_ANTHROPIC = {theirs: name for name, theirs in TO_OPENAI.items()}
 
 
-def auth_line(protocol: Protocol, key: str) -> bytes:
-    """The header line that carries a provider's key."""
-    form = b"x-api-key: %b" if protocol is MESSAGES else b"authorization: Bearer %b"
-    return form % key.encode("ascii")
+def auth_line(protocol: Protocol, key: str, auth: str | None = None) -> bytes:
+    """The header line that carries a provider's key: the one of `auth`, else the protocol's."""
+    auth = auth or ("x-api-key" if protocol is MESSAGES else "bearer")
+    return ("authorization: Bearer " if auth == "bearer" else f"{auth}: ").encode() + key.encode()
 
 
 def provider_lines(head: RequestHead, protocol: Protocol, fixed: Sequence[bytes], length: int,
@@ -2727,6 +2924,15 @@ HOST_PROFILES: tuple[tuple[str, str, Json], ...] = (
       "reasoning_replay": "reasoning_content", "late_system": "keep", "top_k": False}),
     ("chat", r"generativelanguage\.googleapis\.com",
      {"reasoning_control": "effort", "reasoning_replay": "none", "top_k": False}),
+    ("chat", r"api\.cerebras\.ai",
+     {"max_tokens_field": "max_completion_tokens", "reasoning_control": "effort-basic",
+      "parallel_tool_calls": False, "top_k": False}),
+    ("chat", r"(.*\.)?api\.fireworks\.ai|models\.github\.ai|localhost:1234",
+     {"reasoning_control": "effort-basic"}),
+    ("chat", r"api\.novita\.ai|api\.siliconflow\..*", {"reasoning_control": "qwen"}),
+    ("chat", r"api\.minimaxi?\..*", {"reasoning_replay": "reasoning_details"}),
+    ("chat", r"api\.kilo\.ai",
+     {"reasoning_control": "openrouter", "reasoning_replay": "reasoning_details"}),
     ("chat", r".*:11434|(.*\.)?ollama(\..*)?",
      {"reasoning_control": "effort-basic", "reasoning_replay": "reasoning",
       "tool_images": "inline", "top_k": False}),
@@ -10427,10 +10633,11 @@ def presents_key(fields: Iterable[Field], keys: Sequence[str]) -> bool:
 # -- the proxy ---------------------------------------------------------------
 
 class Provider:
-    """A configured provider, with what is the same for each of its requests made ready."""
+    """A configured provider, with what is the same for each of its requests made ready; `natives`
+    is the same provider by the further protocols it speaks."""
 
-    __slots__ = ("fills_gaps", "first", "fixed", "name", "origin", "protocol", "settings", "target",
-                 "template_key")
+    __slots__ = ("fills_gaps", "first", "fixed", "name", "natives", "origin", "protocol",
+                 "settings", "target", "template_key")
 
     def __init__(self, name: str, settings: ProviderConfig, environ: Mapping[str, str]) -> None:
         self.name, self.settings = name, settings
@@ -10439,19 +10646,34 @@ class Provider:
         self.fills_gaps = (self.protocol is MESSAGES
                            and settings.compatibility == "anthropic_compatible")
         self.fixed = [b"host: " + self.origin.authority.encode("ascii"),
-                      auth_line(self.protocol, settings.api_key or ""),
+                      *([] if settings.auth == "none" else
+                        [auth_line(self.protocol, settings.api_key or "", settings.auth)]),
                       b"accept-encoding: identity"]
         self.template_key = bool(TEMPLATE_KEY.search(settings.api_key or ""))
-        self.target = join_target(urlsplit(settings.base_url).path, self.protocol.path, "")
+        self.target = self.target_of(self.protocol.path)
         self.first = self.first_line(self.target)
         if self.origin.proxy and self.origin.scheme == "http":
             self.fixed += proxy_authorization(urlsplit(self.origin.proxy))
+        self.natives = {
+            protocol: Provider(name, dataclasses.replace(
+                settings, protocol=protocol, base_url=url, base_urls=NativeConfig()), environ)
+            for protocol, url in native_urls(settings).items() if protocol != settings.protocol}
 
-    def first_line(self, target: str) -> bytes:
+    def speaking(self, inbound: Protocol) -> Provider:
+        """This provider in a client's own protocol if it speaks that, else in its first one."""
+        return self.natives.get(inbound.name, self)
+
+    def target_of(self, path: str) -> str:
+        """The request target for a path of a protocol."""
+        return join_target(urlsplit(self.settings.base_url).path, path.removeprefix("/v1")
+                           if self.settings.versionless else path, "")
+
+    def first_line(self, target: str, method: str = "POST") -> bytes:
         """The request line for a target, without the version. Plain HTTP goes through a forward
         proxy in absolute form (9112 3.2.2), with its credentials."""
         absolute = self.origin.proxy and self.origin.scheme == "http"
-        return f"POST {f'http://{self.origin.authority}' if absolute else ''}{target}".encode("ascii")
+        place = f"http://{self.origin.authority}" if absolute else ""
+        return f"{method} {place}{target}".encode("ascii")
 
     def request_head(self, head: RequestHead, length: int,
                      translated: Sequence[bytes] | None = None, path: str = "") -> bytes:
@@ -10459,8 +10681,7 @@ class Provider:
         the protocol's. The query of a translated one stays here, for it is the client's protocol
         that knows its words."""
         query = b"" if translated is not None else head.query.encode("ascii")
-        first = self.first if not path else self.first_line(
-            join_target(urlsplit(self.settings.base_url).path, path, ""))
+        first = self.first if not path else self.first_line(self.target_of(path))
         return format_lines(b"%b%b HTTP/1.1" % (first, query), *provider_lines(
             head, self.protocol, self.fixed, length, translated))
 
@@ -10771,7 +10992,7 @@ class Turn:
         proxy, exchange = self.proxy, self.exchange
         exchange.model = model
         decision = choose(proxy.routes, proxy.defaults, self.inbound.name, model)
-        self.provider = provider = proxy.providers[decision.provider]
+        self.provider = provider = proxy.providers[decision.provider].speaking(self.inbound)
         self.idle_secs = provider.settings.read_idle_timeout_secs
         exchange.provider, exchange.provider_protocol = provider.name, provider.protocol
         exchange.route, exchange.upstream_model = decision.route, decision.model
@@ -11860,8 +12081,10 @@ def check_report(config: Config, source: str, environ: Mapping[str, str]) -> str
         if origin.proxy:
             proxy = place(origin.proxy)
             via = f", through the forward proxy {proxy.host}:{proxy.port}"
-        lines.append(f"  {name}: {settings.protocol} at {origin.scheme}://{origin.authority}"
-                     f"{provider.target}, key from {key}{via}")
+        key = "no key" if settings.auth == "none" else f"key from {key}"
+        lines += [f"  {name}: {each.protocol.name} at {each.origin.scheme}://"
+                  f"{each.origin.authority}{each.target}, {key}{via}"
+                  for each in (provider, *provider.natives.values())]
     lines.append("routes, first match wins:" if config.routing.routes else "routes: none")
     for i, route in enumerate(config.routing.routes):
         kind = pattern_kind(route.match_kind, route.model_pattern)
@@ -11881,7 +12104,7 @@ def check_report(config: Config, source: str, environ: Mapping[str, str]) -> str
 def translation_fault(config: Config, inbound: str, provider: str) -> str:
     """Why requests of a protocol cannot go to a provider; "" where they can."""
     try:
-        pair_for(PROTOCOLS[inbound], PROTOCOLS[config.providers[provider].protocol],
+        pair_for(PROTOCOLS[inbound], PROTOCOLS[wire_protocol(config.providers[provider], inbound)],
                  config.translation.extended_pairs)
     except SetupError as error:
         return error.message
@@ -11895,7 +12118,7 @@ def default_report(config: Config, inbound: str) -> str:
         return "none: requests that no route takes are refused"
     if fault := translation_fault(config, inbound, name):
         return f"{name}: {fault}"
-    passes = config.providers[name].protocol == inbound
+    passes = wire_protocol(config.providers[name], inbound) == inbound
     return f"{name} ({'passed through' if passes else 'translated'})"
 
 
@@ -12024,8 +12247,28 @@ class Command(NamedTuple):
     run: Callable[[Any, Mapping[str, str]], int]
 
 
+def presets_line() -> argparse.ArgumentParser:
+    """The parser of `proxai.py presets`."""
+    return argparse.ArgumentParser(
+        prog="proxai.py presets", description="List what a provider's `preset` can be: protocols,"
+        " base URLs, the environment variable that usually holds the key.")
+
+
+def list_presets(args: Any, environ: Mapping[str, str]) -> int:
+    """Print the presets, a line for each protocol of theirs."""
+    for preset in {preset.names: preset for preset in PRESETS.values()}.values():
+        name, *others = preset.names.split()
+        lead = name + "".join(f", {other}" for other in others)
+        key = "no key" if preset.auth == "none" else preset.variable or "a key"
+        print(f"{lead} ({key})" + (f": {preset.note}" if preset.note else ""))
+        for protocol, url in preset_bases(preset, None).items():
+            print(f"  {protocol:24}{url.rstrip('/')}")
+    return 0
+
+
 COMMANDS = {
     "translate": Command(translate_line, translate),
+    "presets": Command(presets_line, list_presets),
 }
 
 

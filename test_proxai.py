@@ -1558,6 +1558,11 @@ api_key = " k-1 "
 connect_timeout_secs = 0.25
 read_idle_timeout_secs = 8
 proxy_url = "http://proxy.example:3128"
+preset = " OpenRouter "
+versionless = true
+auth = "x-goog-api-key"
+[providers.one.base_urls]
+openai_chat_completions = "https://h.example/chat/v1"
 [providers.TWO]
 protocol = "anthropic_messages"
 base_url = "http://127.0.0.1:9/"
@@ -1627,6 +1632,8 @@ FULL_VALUES = {
     "routing.routes.1.provider": "two", "routing.routes.1.upstream_model": None,
     "providers.one.protocol": "openai_responses", "providers.one.base_url": "https://h.example/v1/",
     "providers.one.api_key": "k-1", "providers.one.connect_timeout_secs": 0.25,
+    "providers.one.preset": "openrouter", "providers.one.versionless": True, "providers.one.auth": "x-goog-api-key",
+    "providers.one.base_urls.openai_chat_completions": "https://h.example/chat/v1/",
     "providers.one.read_idle_timeout_secs": 8, "providers.one.proxy_url": "http://proxy.example:3128",
     "providers.two.protocol": "anthropic_messages", "providers.two.base_url": "http://127.0.0.1:9/",
     "providers.two.api_key": "k-2", "providers.two.api_key_env": "KEY_2",
@@ -1796,6 +1803,79 @@ def test_a_provider_without_what_it_needs_is_refused(missing):
                                         ("[server]\nport = 1", "providers")])
 def test_at_least_one_provider_is_needed(text, path):
     assert paths_of(text) == [path]
+
+
+def test_the_providers_of_the_page_have_a_preset_and_all_presets_are_whole():
+    page = ("claude gemini openai mistral groq deepseek openrouter together fireworks novita siliconflow minimax"
+            " moonshot zai xai cerebras nvidia github-models azure bedrock ollama llamacpp vllm mlx lmstudio roo kilo"
+            " kiro copilot")
+    assert set(page.split()) <= set(proxai.PRESETS)
+    for name, preset in proxai.PRESETS.items():
+        assert name in preset.names.split() and preset.auth in ("bearer", "x-api-key", "api-key", "none")
+        for protocol, url in proxai.preset_bases(preset, None).items():
+            assert protocol in proxai.PROTOCOLS and ("{" in url or proxai.URL.read(url) == url)
+    assert "discontinued" in proxai.PRESETS["roo"].note and "private" in proxai.PRESETS["copilot"].note
+
+
+@pytest.mark.parametrize("lines, environ, inbound, url, key", [
+    (["[providers.x]", 'preset = "deepseek"', 'api_key = "k"'], {}, CHAT, "api.deepseek.com/v1/chat/completions",
+     b"authorization: Bearer k"),
+    (["[providers.x]", 'preset = "deepseek"', 'api_key = "k"'], {}, MESSAGES, "api.deepseek.com/anthropic/v1/messages",
+     b"authorization: Bearer k"),
+    (["[providers.x]", 'preset = "deepseek"', 'api_key = "k"'], {}, RESPONSES, "api.deepseek.com/v1/chat/completions",
+     b"authorization: Bearer k"),
+    (["[providers.OpenRouter]"], {"OPENROUTER_API_KEY": "e"}, RESPONSES, "openrouter.ai/api/v1/responses",
+     b"authorization: Bearer e"),
+    (["[providers.claude]", 'api_key = "k"'], {"ANTHROPIC_API_KEY": "e"}, CHAT, "api.anthropic.com/v1/messages",
+     b"x-api-key: k"),
+    (["[providers.zai]", 'api_key = "k"', 'protocol = "anthropic_messages"', 'preset = "zai"'], {}, CHAT,
+     "api.z.ai/api/anthropic/v1/messages", b"authorization: Bearer k"),
+    (["[providers.zai]", 'api_key = "k"'], {}, CHAT, "api.z.ai/api/paas/v4/chat/completions",
+     b"authorization: Bearer k"),
+    (["[providers.a]", 'preset = "azure"', 'api_key = "k"', 'base_url = "https://me.openai.azure.com/openai/v1"'], {},
+     RESPONSES, "me.openai.azure.com/openai/v1/responses", b"api-key: k"),
+    (["[providers.m]", 'preset = "minimax"', 'api_key = "k"', 'base_url = "https://api.minimaxi.com/v1"'], {},
+     MESSAGES, "api.minimaxi.com/anthropic/v1/messages", b"authorization: Bearer k"),
+    (["[providers.m]", 'preset = "minimax"', 'api_key = "k"', 'base_url = "https://corp.example/llm"'], {},
+     MESSAGES, "corp.example/llm/v1/chat/completions", b"authorization: Bearer k"),
+    (["[providers.g]", 'preset = "github-models"', 'api_key = "k"'], {}, CHAT,
+     "models.github.ai/inference/chat/completions", b"authorization: Bearer k"),
+    (["[providers.ollama]"], {}, MESSAGES, "localhost:11434/v1/messages", None),
+    (["[providers.ollama]", 'api_key = "k"'], {}, CHAT, "localhost:11434/v1/chat/completions",
+     b"authorization: Bearer k"),
+    (["[providers.o]", 'preset = "ollama"', 'base_url = "http://gpu:1234"'], {}, CHAT, "gpu:1234/v1/chat/completions",
+     None),
+    (["[providers.x]", 'protocol = "openai_chat_completions"', 'base_url = "http://h"', 'auth = "none"',
+      "[providers.x.base_urls]", 'openai_responses = "http://other/v1"'], {}, RESPONSES, "other/v1/responses", None),
+])
+def test_a_preset_fills_in_where_a_protocol_goes_and_how_the_key_is_sent(lines, environ, inbound, url, key):
+    config = load_text("\n".join(lines) + "\n", **environ)
+    provider = proxai.Provider("x", *config.providers.values(), {}).speaking(inbound)
+    assert provider.origin.authority + provider.target == url
+    keys = [line for line in provider.fixed if not line.startswith((b"host:", b"accept-encoding:"))]
+    assert keys == ([key] if key else [])
+
+
+@pytest.mark.parametrize("lines, fault", [
+    (["[providers.x]", 'preset = "deepsek"', 'api_key = "k"'], "providers.x.preset: must be one of the names"),
+    (["[providers.azure]", 'api_key = "k"'], "providers.azure.base_url: is missing; for this preset it has the form"
+     " https://{resource}.openai.azure.com/openai/v1"),
+    (["[providers.x]", 'preset = "groq"'], "providers.x.api_key: is missing; give api_key, api_key_env or"
+     " api_key_file, or set GROQ_API_KEY in the environment"),
+    (["[providers.x]", 'preset = "gemini"', 'api_key = "k"', 'protocol = "anthropic_messages"'],
+     "providers.x.protocol: the preset speaks openai_chat_completions"),
+    (["[providers.groq]", 'base_url = "http://h"', 'api_key = "k"'], "providers.groq.protocol: is missing"),
+])
+def test_a_preset_that_cannot_be_filled_in_is_refused_once(lines, fault):
+    (told,) = faults_of("\n".join(lines) + "\n")
+    assert told.startswith(fault)
+
+
+def test_the_presets_are_listed(capsys):
+    assert proxai.main(["presets"]) == 0
+    told = capsys.readouterr().out
+    assert "roo (ROO_API_KEY): discontinued" in told and "\nollama (no key)\n" in told
+    assert "  anthropic_messages      https://api.deepseek.com/anthropic/v1\n" in told
 
 
 LIMITS = ["providers.p.connect_timeout_secs", "providers.p.read_idle_timeout_secs",
