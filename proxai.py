@@ -645,6 +645,29 @@ class Decision(NamedTuple):
     provider: str
     model: str
     route: str | None
+    thinking: str = ""  # what a suffix asks for, see split_thinking()
+    named: bool = False  # chosen by a name that the provider goes by
+
+
+class Names(NamedTuple):
+    """The names that providers go by (gateway 1.2)."""
+
+    published: Mapping[str, Sequence[tuple[str, str]]]  # folded name -> (provider, upstream model)
+    listed: Mapping[str, str]  # name as clients see it -> the first provider that has it
+    prefixes: Sequence[str]
+    open: Sequence[tuple[str, str]]  # (prefix, provider): any model that is named so
+    excluded: Mapping[str, Sequence[re.Pattern[str]]]  # models that a provider does not take
+    forced: Sequence[str]  # providers that take nothing without their prefix
+
+    def takes(self, provider: str, model: str) -> bool:
+        """Whether a provider may be sent a model (named without a prefix)."""
+        return not any(pattern.search(model) for pattern in self.excluded.get(provider, ()))
+
+
+NO_NAMES = Names({}, {}, (), (), {}, ())
+THINKING_SUFFIX = re.compile(
+    r"(.*\S)\s*\((none|auto|-1|minimal|low|medium|high|xhigh|max|[0-9]{1,9})\)",
+    re.IGNORECASE | re.DOTALL)
 
 
 def pattern_kind(kind: str, pattern: str) -> str:
@@ -749,31 +772,115 @@ def rewrite_model(route: Route, match: re.Match[str], model: str) -> str:
             + model[match.end():])
 
 
+def split_thinking(model: str) -> tuple[str, str]:
+    """A model's name without its thinking suffix, and what that asks for: an effort level, none,
+    auto, or a number of tokens (gateway 1.6).
+
+    >>> split_thinking("gpt-5.5(High)"), split_thinking("gpt-5.5(new)")
+    (('gpt-5.5', 'high'), ('gpt-5.5(new)', ''))
+    """
+    match = THINKING_SUFFIX.fullmatch(model) if model.endswith(")") else None
+    if match is None:
+        return model, ""
+    value = match[2].lower()
+    value = str(int(value)) if value.isdigit() else value
+    return match[1], {"-1": "auto", "0": "none"}.get(value, value)
+
+
+def compile_names(providers: Mapping[str, Any], forced: bool) -> Names:
+    """The names of the configured providers (see ProviderConfig); where the prefix is `forced`,
+    a provider that has one takes nothing without it."""
+    published: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
+    also: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)  # names behind an alias
+    listed: dict[str, str] = {}
+    excluded = {name: [compile_pattern("glob", glob) for glob in p.excluded_models]
+                for name, p in providers.items() if p.excluded_models}
+    prefixes = {name: f"{p.prefix}/" for name, p in providers.items() if p.prefix}
+    for name, provider in providers.items():
+        prefix = prefixes.get(name, "")
+        for model in provider.models:
+            shown = model.alias or model.name
+            if any(pattern.search(shown) for pattern in excluded.get(name, ())):
+                continue
+            plain_too = not (forced and prefix) or provider.prefix == shown
+            for lead in dict.fromkeys([prefix, *([""] if plain_too else [])]):
+                if lead + shown.lower() not in published:
+                    listed[lead + shown] = name
+                for table, known in ((published, shown), (also, model.name)):
+                    pool = table[lead + known.lower()]
+                    pool += [(name, model.name)] if (name, model.name) not in pool else []
+    names = Names({**also, **published}, listed, tuple(prefixes.values()),
+                  [(prefix, name) for name, prefix in prefixes.items()
+                   if not providers[name].models],
+                  excluded, tuple(prefixes) if forced else ())
+    return names if any(names) else NO_NAMES
+
+
+def resolve_names(names: Names, model: str) -> list[Decision]:
+    """All that a model may mean by the names of providers, the first choice first; none where no
+    provider goes by it (gateway 1.2)."""
+    base, thinking = split_thinking(model)
+    if base.lower() == "auto" and "auto" not in names.published:
+        base = next(iter(names.listed), base)
+    for name, wish in dict.fromkeys([(base, thinking), (model, "")]):
+        prefix = next((p for p in names.prefixes if name.startswith(p)), "")
+        found = names.published.get(prefix + name[len(prefix):].lower()) or [
+            (provider, name[len(prefix):]) for prefix, provider in names.open
+            if name.startswith(prefix) and name != prefix
+            and names.takes(provider, name[len(prefix):])]
+        if found:
+            return [Decision(provider, *own_thinking(upstream, wish), True)
+                    for provider, upstream in found]
+    return []
+
+
+def own_thinking(upstream: str, wish: str) -> tuple[str, None, str]:
+    """The last members of a decision for a configured model: its own suffix beats the client's."""
+    base, own = split_thinking(upstream)
+    return base, None, own or wish
+
+
 def choose(routes: Sequence[Route], defaults: Mapping[str, str], protocol: str,
-           model: str) -> Decision:
-    """The first route that fits, else the protocol's default provider; SetupError if there is none.
+           model: str, names: Names = NO_NAMES) -> Decision:
+    """The first route that fits, else the first provider that goes by the name, else the protocol's
+    default provider; a ProxyError if there is none.
 
     A route whose pattern matches but whose guard does not is passed over, and named if nothing else
     takes the request.
     """
     mismatch = None
+    base, thinking = split_thinking(model)
     for route in routes:
-        match = route.pattern.search(model)
+        asked, wish = base, thinking
+        match = route.pattern.search(base)
+        if not match and thinking:  # a route may be for the name with its suffix
+            asked, wish, match = model, "", route.pattern.search(model)
         if not match:
             continue
         if route.protocol in (None, protocol):
-            return Decision(route.provider, rewrite_model(route, match, model), route.name)
+            sent = rewrite_model(route, match, asked)
+            if route.upstream_model:
+                sent, own = split_thinking(sent)
+                wish = own or wish
+            return Decision(route.provider, sent, route.name, wish)
         mismatch = mismatch or route
+    if found := resolve_names(names, model):
+        return found[0]
     if mismatch:
         named = f"route `{mismatch.name}`" if mismatch.name else "a route without a name"
         raise SetupError(f"{named} matches the model {model}, but its request_protocol is"
                          f" {mismatch.protocol} and the request's protocol is {protocol}",
                          fix="remove request_protocol from the route, or change it")
-    if not defaults.get(protocol):
+    default = defaults.get(protocol)
+    if names is not NO_NAMES and not (
+            default and default not in names.forced and names.takes(default, base)):
+        raise RequestError(f"unknown provider for model {model}", code="model_not_found",
+                           param="model", fix="GET /v1/models lists the models")
+    if not default:
         raise SetupError(f"no route takes the model {model} and"
                          f" routing.default_provider_names.{protocol} is not set",
                          fix="set that key to the name of a provider, or add a route")
-    return Decision(defaults[protocol], model, None)
+    return Decision(default, base, None, thinking)
 
 
 
@@ -850,6 +957,21 @@ def several(kind: Kind) -> Kind:
     return Kind(wants, read)
 
 
+def tables_of(cls: type, bare: str, wants: str) -> Kind:
+    """An array of tables of a schema class; a string stands for one that has only `bare`."""
+    def read(value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, list):
+            raise ValueError(f"must be {wants}")
+        faults = Faults()
+        found = tuple(read_table(cls, {bare: item} if isinstance(item, str) else item,
+                                 f"item {i}", faults) for i, item in enumerate(value))
+        if faults:
+            raise ValueError("; ".join(faults))
+        return found
+
+    return Kind(wants, read)
+
+
 def plain(text: str) -> bool:
     """Whether a text can stand in a header field: one that cannot would silently not be sent."""
     return text.isascii() and text.isprintable() and " " not in text
@@ -859,6 +981,14 @@ def is_http_url(text: str) -> bool:
     """Whether a text is an absolute http or https URL; ValueError says no, too."""
     url = urlsplit(text)
     return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+
+
+def is_pattern(kind: str, text: str) -> bool:
+    """Whether a text is a pattern of models."""
+    try:
+        return bool(compile_pattern(kind, text))
+    except (re.error, OverflowError, RecursionError):
+        return False
 
 
 def is_proxy(text: str) -> bool:
@@ -903,6 +1033,10 @@ PROXY = text_of_kind('"http://[user:password@]host:port", the same with https, o
 ORIGIN = text_of_kind('an origin such as "https://app.example.com", without a path', is_origin,
                       str.lower)
 PROTOCOL = choice(*PROTOCOLS)
+PREFIX = text_of_kind("a word in front of model names, without blanks and the slash behind it",
+                      lambda text: plain(text) and not text.endswith("/"))
+GLOB = text_of_kind("a glob such as \"*-preview\"",
+                    lambda text: is_pattern("glob", text))
 PRESET = kind_of("one of the names that `proxai.py presets` lists",
                  lambda value: isinstance(value, str) and value.strip().lower() in PRESETS,
                  lambda value: value.strip().lower())
@@ -1147,6 +1281,15 @@ class NativeConfig:
 
 
 @schema
+class ModelConfig:
+    """A model that a provider goes by: clients ask for the alias, or the name without one."""
+
+    name: str = setting(TEXT, "As the provider calls it; (high) and the like behind it sets the"
+                              " reasoning effort.")
+    alias: str | None = setting(TEXT, "As clients call it.", None)
+
+
+@schema
 class ProviderConfig:
     """One place to send requests to. Its name is a label; `protocol` decides the wire format."""
 
@@ -1175,6 +1318,20 @@ class ProviderConfig:
     api_key_file: str | None = setting(
         TEXT, "File that holds the key (~ is the home directory).", None,
         example="~/.config/openai.key")
+    prefix: str | None = setting(
+        PREFIX, "Clients may ask for `prefix/model`; without models, for any model behind it.",
+        None, example="or")
+    models: tuple[ModelConfig, ...] = setting(
+        tables_of(ModelConfig, "name", "an array of names and of {name, alias}"), "Models that go"
+        " to this provider when no route takes them: by alias or name, with the prefix or without.",
+        (), example=["gpt-5.5", {"name": "gpt-5.5-mini", "alias": "fast"}])
+    excluded_models: tuple[str, ...] = setting(
+        several(GLOB), "Models that this provider is not asked for, as clients name them without"
+        " the prefix. Routes do not look at this.", ())
+    response_model: str | None = setting(
+        choice("requested", "upstream"), "The model that answers name. Not set: the requested one"
+        " where a name or a thinking suffix led here, else what the provider says.", None,
+        example="requested")
     compatibility: str = setting(
         choice("strict", "anthropic_compatible"), "Only for anthropic_messages:"
         " anthropic_compatible fills members that the vendor always sends and others leave out;"
@@ -1227,6 +1384,8 @@ class RoutingConfig:
 
     default_provider_names: DefaultsConfig = setting(
         Section(DefaultsConfig), "Used when no route takes a request.")
+    force_model_prefix: bool = setting(
+        BOOLEAN, "Providers with a prefix take only requests that name it.", False)
     routes: tuple[RouteConfig, ...] = setting(Section(RouteConfig, "list"), "Tried from the top.")
 
 
@@ -1707,6 +1866,8 @@ def toml_value(value: Any) -> str:
         value = int(value)
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {toml_value(item)}" for key, item in value.items()) + "}"
     if isinstance(value, str) and "\\" in value and "'" not in value:
         return f"'{value}'"
     return json.dumps(value, ensure_ascii=False)
@@ -1719,9 +1880,9 @@ def wrapped(text: str) -> list[str]:
 
 
 def example_table(cls: Any, path: str, given: Json, *, brief: bool = False,
-                  frame: str = "[{}]") -> list[str]:
-    """One table of the example file and those within it: every key under its description,
-    unset ones commented out; only the `given` ones where it is to be `brief`."""
+                  frame: str = "[{}]", tables: bool = True) -> list[str]:
+    """One table of the example file and, with `tables`, those within it: every key under its
+    description, unset ones commented out; only the `given` ones where it is to be `brief`."""
     lines = ["", *([] if brief else wrapped(cls.__doc__)), frame.format(path)]
     inner: list[str] = []
     for field in dataclasses.fields(cls):
@@ -1729,12 +1890,13 @@ def example_table(cls: Any, path: str, given: Json, *, brief: bool = False,
         if brief and name not in given:
             continue
         if isinstance(kind, Section):
-            inner += example_table(kind.of, f"{path}.{name}", {})
+            inner += example_table(kind.of, f"{path}.{name}", {}) if tables else []
             continue
         if not brief:
             allowed = f" ({kind.wants})" if kind.wants.startswith("one of") else ""
             lines += wrapped(field.metadata["doc"] + allowed)
-        unset = name not in given and field.default in (None, REQUIRED)
+        unset = name not in given and (field.default in (None, REQUIRED)
+                                       or (field.default == () and example is not None))
         shown = (name if unset else field.default) if example is None else example
         lines.append(f"{'# ' if unset else ''}{name} = {toml_value(given.get(name, shown))}")
     return lines + inner
@@ -1747,6 +1909,7 @@ def example_toml() -> str:
                     " # show settings that are not set.")
     for i, (name, given) in enumerate(EXAMPLE_PROVIDERS.items()):
         lines += example_table(ProviderConfig, f"providers.{name}", given, brief=i > 0)
+    lines += example_table(RoutingConfig, "routing", {}, tables=False)
     lines += example_table(DefaultsConfig, "routing.default_provider_names", EXAMPLE_DEFAULTS)
     route = functools.partial(example_table, RouteConfig, "routing.routes", frame="[[{}]]")
     for i, given in enumerate(EXAMPLE_ROUTES):
@@ -2843,6 +3006,49 @@ def fill_gaps_in_block(block: bytes) -> bytes:
     return block
 
 
+# Where answers and events name their model, by protocol, and the events that do.
+NAMING_MEMBERS: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "responses": (("model",), ("response", "model")), "chat": (("model",),),
+    "messages": (("model",), ("message", "model")),
+}
+NAMING_MARKERS = {"responses": (b'"response":',), "chat": (b'"model"',),
+                  "messages": (b"message_start",)}
+EVENT_DATA = re.compile(rb"^data: ?(\{.*\})\r?$", re.MULTILINE)
+
+
+def rename_model(raw: bytes, protocol: Protocol, model: str) -> bytes:
+    """An answer or the payload of an event with `model` for its model's name, and no other byte
+    changed; as it is where it is no JSON object or names none."""
+    try:
+        text = raw.decode("utf-8")
+        if not isinstance(load(raw), dict):
+            return raw
+        for path in NAMING_MEMBERS[protocol.word]:
+            start, end = 0, len(text)
+            for name in path:
+                inner = text[start:end]
+                spans = member_spans(inner, name) if inner.lstrip().startswith("{") else []
+                if not spans:
+                    break
+                start, end = start + spans[0][0], start + spans[0][1]
+            else:
+                if text[start] == '"':
+                    text = text[:start] + dump(model).decode() + text[end:]
+    except ValueError:
+        return raw
+    return text.encode("utf-8")
+
+
+def rename_in_block(block: bytes, protocol: Protocol, model: str) -> bytes:
+    """A block of whole events in which those that name a model name `model`."""
+    for start, end in reversed(marked_spans(block, NAMING_MARKERS[protocol.word])):
+        found = EVENT_DATA.search(block, start, end)
+        if found:
+            block = (block[:found.start(1)] + rename_model(found[1], protocol, model)
+                     + block[found.end(1):])
+    return block
+
+
 def fill_gaps_in_frame(frame: bytes) -> bytes | None:
     """One event encoded anew if a gap was filled; a payload without `type` gets the event's
     name first."""
@@ -3085,8 +3291,8 @@ class Context:
 
     __slots__ = ("alias", "caps", "dropped", "echo", "estimate", "headers", "host", "ids",
                  "inbound", "include_usage", "kind", "legacy", "model", "now", "provider",
-                 "realm", "seed", "stops", "stream", "tools", "unpacked", "wants_thinking",
-                 "web_search")
+                 "realm", "seed", "shown", "stops", "stream", "thinking", "tools", "unpacked",
+                 "wants_thinking", "web_search")
 
     def __init__(self, inbound: str, provider: str, model: str, *, host: str = "",
                  profile: Any = None, realm: str | None = None, now: int = 0,
@@ -3114,6 +3320,8 @@ class Context:
         self.include_usage = self.wants_thinking = True
         self.stops: list[str] = []
         self.estimate = 0  # of the input, in tokens
+        self.thinking = ""  # what the suffix of the model asks for, see split_thinking()
+        self.shown = ""  # the model that answers name, "" for the provider's word
 
     def drop(self, path: str, reason: str = "") -> None:
         """Note that something of the request is not carried over."""
@@ -6434,6 +6642,55 @@ def response_extras(ask: Ask, ctx: Context, out: Json) -> None:
     put_extras(ask, ctx, out, taken, ask.tier if ask.tier != "scale" else None)
 
 
+# -- thinking by the name of the model ---------------------------------------
+
+def suffix_effort(thinking: str) -> Effort:
+    """The wish for reasoning that a suffix of a model's name is, see split_thinking()."""
+    budget = int(thinking) if thinking.isdigit() else None
+    level = None if budget or thinking == "auto" else thinking
+    return Effort(level, budget, "summarized", None if level == "none" else "on")
+
+
+# What says how much a request is to reason, by protocol, and what does not go with it.
+THINKING_MEMBERS = {
+    "responses": ("reasoning",),
+    "chat": ("reasoning_effort", "reasoning", "thinking", "enable_thinking", "thinking_budget",
+             "reasoning_format", "prompt_mode"),
+    "messages": ("thinking",),
+}
+NOT_BESIDE_THINKING = ("temperature", "top_p", "top_k")
+
+
+def with_thinking(body: Json, ctx: Context) -> Json:
+    """A request in the provider's own protocol with the reasoning that the suffix of its model's
+    name asks for, and none that the body asks for."""
+    limit = body.get("max_tokens")
+    ask = Ask(ctx.model, effort=suffix_effort(ctx.thinking),
+              max_tokens=limit if type(limit) is int else None)
+    members = THINKING_MEMBERS[ctx.provider]
+    out = {name: value for name, value in body.items() if name not in members} | {
+        "model": ctx.model}
+    if ctx.provider == CHAT.word:
+        return out | reasoning_fields(ask, asked_level(ask), bool(body.get("tools")), ctx)
+    if ctx.provider == RESPONSES.word:
+        kept = {name: value for name, value in mapping(body.get("reasoning")).items()
+                if name != "effort"}
+        response_reasoning(ask, ctx, out)
+        if ctx.caps.reasoning and (kept or "reasoning" in out):
+            out["reasoning"] = mapping(out.get("reasoning")) | kept
+        return out
+    if config := mapping(out.pop("output_config", None)):
+        out["output_config"] = {name: v for name, v in config.items() if name != "effort"}
+    choice = mapping(body.get("tool_choice"))
+    ask_for_thinking(ask, ctx, out, choice if "type" in choice else None)
+    fit_tokens(ask, ctx, out)
+    if mapping(out.get("thinking")).get("type") in ("enabled", "adaptive"):
+        for name in NOT_BESIDE_THINKING:
+            if out.pop(name, None) is not None:
+                ctx.drop(name, "not beside thinking")
+    return out
+
+
 
 # ============================================================================
 #  12  Answers
@@ -6519,7 +6776,7 @@ class Writer:
         """The answer begins; only the first word counts."""
         if not self.begun:
             self.begun = True
-            self.start_answer(text_of(id), text_of(model) or self.ctx.alias,
+            self.start_answer(text_of(id), self.ctx.shown or text_of(model) or self.ctx.alias,
                               created if type(created) is int and created > 0 else self.ctx.now)
 
     def open(self, segment: Segment) -> Segment:
@@ -8360,6 +8617,8 @@ def rewritten(read: Callable[[Json, Context], Ask], write: Callable[[Ask, Contex
     """A request through a reader and a writer; RequestError for what the provider cannot do."""
     try:
         ask = read(body, ctx)
+        if ctx.thinking:
+            ask.effort = suffix_effort(ctx.thinking)
         ctx.alias, ctx.stream, ctx.stops = ask.model, bool(ask.stream), ask.stop
         payload = write(ask, ctx)
         if ctx.inbound == MESSAGES.word:
@@ -10848,6 +11107,7 @@ class Proxy:
         self.defaults = {name: getattr(names, name) for name in PROTOCOLS}
         self.providers = {name: Provider(name, settings, environ)
                           for name, settings in config.providers.items()}
+        self.names = compile_names(config.providers, config.routing.force_model_prefix)
         self.pool, self.ids = Pool(), RequestIds()
         self.slots = asyncio.Semaphore(config.server.max_concurrent_requests)
         self.streams: set[Exchange] = set()
@@ -10898,7 +11158,7 @@ class Turn:
     """One request on its way through a proxy; what is known of it grows on the way."""
 
     __slots__ = ("answer", "body", "connection", "exchange", "head", "idle_secs", "inbound", "job",
-                 "lines", "link", "log", "provider", "proxy", "stall_secs")
+                 "lines", "link", "log", "provider", "proxy", "shown", "stall_secs", "thinking")
 
     def __init__(self, proxy: Proxy, connection: Connection, method: str, path: str) -> None:
         self.proxy, self.log, self.connection = proxy, proxy.log, connection
@@ -10909,6 +11169,8 @@ class Turn:
         self.provider: Provider
         self.idle_secs: float  # how long the provider may be silent
         self.stall_secs = proxy.config.tool_calls.timeout_secs
+        self.shown = ""  # the model that the answer is to name, "" for the provider's word
+        self.thinking = ""  # what a suffix of the model's name asks for
         self.job: Job | None = None  # None where nothing is translated
         self.link: Link | None = None  # until another request may have it
         self.answer: ResponseHead
@@ -10964,8 +11226,11 @@ class Turn:
             return
         if pair:
             body = self.translate_request(pair, request.body)
+        elif self.thinking:
+            body = self.think(request.body)
         else:
             body = pass_through_body(protocol, request, exchange.upstream_model)
+        if not pair:
             exchange.choices = number(request.body.get("n")) or 1
         await self.send(request.body, body, self.job and self.job.lines)
         del raw, request, body  # a stream may take hours, and bodies megabytes
@@ -10991,11 +11256,15 @@ class Turn:
         SetupError while its key is a template."""
         proxy, exchange = self.proxy, self.exchange
         exchange.model = model
-        decision = choose(proxy.routes, proxy.defaults, self.inbound.name, model)
+        decision = choose(proxy.routes, proxy.defaults, self.inbound.name, model, proxy.names)
         self.provider = provider = proxy.providers[decision.provider].speaking(self.inbound)
         self.idle_secs = provider.settings.read_idle_timeout_secs
         exchange.provider, exchange.provider_protocol = provider.name, provider.protocol
         exchange.route, exchange.upstream_model = decision.route, decision.model
+        self.thinking, said = decision.thinking, provider.settings.response_model
+        if model != decision.model and said != "upstream" and (
+                said or decision.named or decision.thinking):
+            self.shown = model
         if provider.template_key:
             raise SetupError(f"providers.{provider.name}.api_key is still the template's",
                              fix="put your key there, or name api_key_env or api_key_file")
@@ -11031,12 +11300,31 @@ class Turn:
         self.connection.write_head(200, lines, len(raw), raw)
         self.log_end(logging.INFO, "end")
 
-    def translate_request(self, pair: Pair, body: Json) -> bytes:
-        """The body for a provider of another protocol; RequestError for what it cannot express."""
+    def context(self) -> Context:
+        """What a translation is to know of this request."""
         provider = self.provider
         ctx = Context(self.inbound.word, provider.protocol.word, self.exchange.upstream_model,
                       host=provider.origin.authority, now=int(time.time()),
                       profile=provider.settings.profile, seed=str(self.exchange.id))
+        ctx.thinking, ctx.shown = self.thinking, self.shown
+        return ctx
+
+    def think(self, body: Json) -> bytes:
+        """The body for a provider of the client's own protocol, with the thinking that the model's
+        name asks for."""
+        ctx = self.context()
+        if self.inbound is RESPONSES:
+            body = {**body, **lift_system_items(body)}
+        try:
+            raw = dump(with_thinking(body, ctx))
+        except ValueError as error:
+            raise RequestError(f"the request body is {error}") from None
+        self.tell_dropped(ctx.dropped)
+        return raw
+
+    def translate_request(self, pair: Pair, body: Json) -> bytes:
+        """The body for a provider of another protocol; RequestError for what it cannot express."""
+        ctx = self.context()
         payload = pair.request(body, ctx)
         try:
             raw = dump(payload)
@@ -11185,6 +11473,8 @@ class Turn:
         if provider.fills_gaps and strict and fill_gaps_in_body(value):
             with contextlib.suppress(ValueError):
                 raw = dump(value)
+        if self.shown:
+            raw = rename_model(raw, provider.protocol, self.shown)
         self.connection.write_head(self.answer.status, self.lines, len(raw), raw)
         self.release(True)
         await self.connection.flush()
@@ -11246,7 +11536,7 @@ class Turn:
             fault = connection.take_reason()
         level, outcome, said = self.stream_outcome(observer, fault)
         whole = observer.seen.terminal or (fault is None and observer.complete)
-        if fault == "tool_stall" and (self.provider.fills_gaps or not observer.splitter.size):
+        if fault == "tool_stall" and (self.edits or not observer.splitter.size):
             stalled = UpstreamError(said or "", status=504, type=UPSTREAM_BODY_READ)
             connection.write_part(render_error_event(stalled, self.proxy.style, self.inbound,
                                                      observer.seen.sequence))
@@ -11263,7 +11553,7 @@ class Turn:
         backpressure there is."""
         connection, body, exchange = self.connection, self.body, self.exchange
         watch, clock, seen = connection.watch, connection.server.loop.time, observer.seen
-        idle_secs, fills_gaps = self.idle_secs, self.provider.fills_gaps
+        idle_secs, edits = self.idle_secs, self.edits
         while True:
             if seen.pending:
                 left = observer.stall_at(self.stall_secs) - clock()
@@ -11280,16 +11570,27 @@ class Turn:
             exchange.down += len(data)
             exchange.last_byte_at = now = clock()
             block = observer.feed(data, now)
-            if fills_gaps:
+            if edits:
                 torn = observer.splitter.whole_from  # of an event too large to hold
-                data = block[:torn] + fill_gaps_in_block(block[torn:])
+                data = block[:torn] + self.edited(block[torn:])
                 if not data:
                     continue
             connection.write_part(data)
             if connection.transport.get_write_buffer_size():
                 await connection.flush()
-        if fills_gaps and (tail := observer.splitter.close()):
+        if edits and (tail := observer.splitter.close()):
             connection.write_part(tail)
+
+    @property
+    def edits(self) -> bool:
+        """Whether events of the client's own protocol may change on their way."""
+        return self.provider.fills_gaps or bool(self.shown)
+
+    def edited(self, block: bytes) -> bytes:
+        """A block of whole events as the client gets it."""
+        if self.provider.fills_gaps:
+            block = fill_gaps_in_block(block)
+        return rename_in_block(block, self.inbound, self.shown) if self.shown else block
 
     # -- translated answers
 
@@ -12096,9 +12397,21 @@ def check_report(config: Config, source: str, environ: Mapping[str, str]) -> str
                      f" -> {route.provider}{sent}"
                      + (f" (not for {' and '.join(missing)}: needs translation.extended_pairs)"
                         if missing else ""))
+    lines += names_report(compile_names(config.providers, config.routing.force_model_prefix))
     defaults = [f"  {name} -> {default_report(config, name)}" for name in PROTOCOLS]
     return "\n".join([*lines, "defaults:", *defaults,
                       *(f"note: {note}" for note in start_notes(config))])
+
+
+def names_report(names: Names) -> list[str]:
+    """The names that providers go by, and which of them several do."""
+    lines = []
+    for name in names.listed:
+        first, *others = dict.fromkeys(found.provider for found in resolve_names(names, name))
+        lines.append(f"  {name} -> {first}" + (
+            f" (served by {1 + len(others)} providers: {', '.join(others)} too)" if others else ""))
+    lines += [f"  {prefix}* -> {provider}" for prefix, provider in names.open]
+    return ["names:", *lines] if lines else []
 
 
 def translation_fault(config: Config, inbound: str, provider: str) -> str:

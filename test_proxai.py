@@ -1449,7 +1449,68 @@ OPEN = {"name": "open", "model_pattern": "m*", "provider": "open"}
     ([{"model_pattern": "m1", "upstream_model": "x"}, OPEN], CHAT, "m2", ("open", "m2", "open")),
 ])
 def test_the_first_route_that_fits_wins_else_the_default(table, protocol, model, expected):
-    assert tuple(proxai.choose(routes(*table), DEFAULTS, protocol.name, model)) == expected
+    assert proxai.choose(routes(*table), DEFAULTS, protocol.name, model)[:3] == expected
+
+
+def names_of(forced: bool = False, **providers: dict[str, Any]) -> proxai.Names:
+    """The names of providers with these settings; models as in a file."""
+    read = proxai.tables_of(proxai.ModelConfig, "name", "").read
+    return proxai.compile_names({name: proxai.ProviderConfig(**{
+        "protocol": CHAT.name, "base_url": "", "api_key": None, **given, "models": read(given.get("models", []))})
+        for name, given in providers.items()}, forced)
+
+
+POOL = {"a": {"prefix": "A", "models": ["m", {"name": "up-1", "alias": "x"}, {"name": "up-2", "alias": "X"}, "old-1"],
+              "excluded_models": ["OLD-*"]},
+        "b": {"models": ["M", {"name": "up-b(low)", "alias": "deep"}]},
+        "open": {"prefix": "or", "excluded_models": ["*free"]}, "bare": {}}
+
+
+@pytest.mark.parametrize("forced, model, expected", [
+    (False, "m", [("a", "m", ""), ("b", "M", "")]), (False, "A/M", [("a", "m", "")]), (False, "a/m", []),
+    (False, "x", [("a", "up-1", ""), ("a", "up-2", "")]), (False, "A/x", [("a", "up-1", ""), ("a", "up-2", "")]),
+    (False, "UP-1", [("a", "up-1", "")]), (False, "A/up-2", [("a", "up-2", "")]),  # a name behind an alias
+    (False, "old-1", []), (False, "A/old-1", []), (False, "A/new", []), (False, "new", []),
+    (False, "or/vendor/new", [("open", "vendor/new", "")]), (False, "or/", []), (False, "or/x:free", []),
+    (False, "auto", [("a", "m", "")]), (False, "AUTO(high)", [("a", "m", "high")]),
+    (False, "m(2048)", [("a", "m", "2048"), ("b", "M", "2048")]), (False, "or/m(new)", [("open", "m(new)", "")]),
+    (False, "deep(high)", [("b", "up-b", "low")]),  # the configured suffix wins
+    (True, "m", [("b", "M", "")]), (True, "A/m", [("a", "m", "")]), (True, "x", []),
+])
+def test_a_name_is_resolved_to_all_providers_that_go_by_it(forced, model, expected):
+    found = proxai.resolve_names(names_of(forced, **POOL), model)
+    assert [(d.provider, d.model, d.thinking) for d in found] == expected
+    assert all(d.named and d.route is None for d in found)
+
+
+def test_names_are_listed_by_alias_with_the_prefix_and_without():
+    assert list(names_of(**POOL).listed.items()) == [
+        ("A/m", "a"), ("m", "a"), ("A/x", "a"), ("x", "a"), ("deep", "b")]
+    assert list(names_of(True, **POOL).listed) == ["A/m", "A/x", "M", "deep"]
+    assert names_of(bare={}) is proxai.NO_NAMES
+
+
+@pytest.mark.parametrize("model, expected", [
+    ("route-m(high)", ("to", "route-m", "high")), ("fixed(high)", ("to", "sent", "low")),
+    ("odd(high)", ("to", "odd(high)", "")), ("m", ("a", "m", "")), ("else(-1)", ("bare", "else", "auto")),
+    ("else(0)", ("bare", "else", "none")), ("else(0100)", ("bare", "else", "100")), ("else (x)", ("bare", "else (x)", "")),
+])
+def test_routes_come_before_names_and_names_before_the_default(model, expected):
+    table = routes({"model_pattern": "odd(high)", "match_kind": "exact"}, {"model_pattern": "route-*"},
+                   {"model_pattern": "fixed", "upstream_model": "sent(low)"})
+    found = proxai.choose(table, {CHAT.name: "bare"}, CHAT.name, model, names_of(**POOL))
+    assert (found.provider, found.model, found.thinking) == expected
+
+
+@pytest.mark.parametrize("forced, default, model", [
+    (False, "", "new"), (False, "a", "old-1"), (False, "open", "x-free"), (True, "open", "new")])
+def test_a_model_that_no_provider_takes_is_the_clients_mistake(forced, default, model):
+    with pytest.raises(proxai.RequestError) as caught:
+        proxai.choose([], {CHAT.name: default}, CHAT.name, model, names_of(forced, **POOL))
+    error = caught.value
+    assert (error.status, error.type, error.code, error.param) == (
+        400, "invalid_request_error", "model_not_found", "model")
+    assert f"unknown provider for model {model}" in error.message
 
 
 def test_a_request_that_only_a_guard_keeps_from_its_route_is_an_error_that_names_the_first_such_route():
@@ -1541,6 +1602,8 @@ port = 65535
 openai_responses = "One"
 openai_chat_completions = " two "
 anthropic_messages = "two"
+[routing]
+force_model_prefix = true
 [[routing.routes]]
 name = " r1 "
 request_protocol = "anthropic_messages"
@@ -1561,6 +1624,10 @@ proxy_url = "http://proxy.example:3128"
 preset = " OpenRouter "
 versionless = true
 auth = "x-goog-api-key"
+prefix = "or"
+models = ["m-1", {name = "m-2", alias = "m"}]
+excluded_models = ["*-old"]
+response_model = "upstream"
 [providers.one.base_urls]
 openai_chat_completions = "https://h.example/chat/v1"
 [providers.TWO]
@@ -1632,6 +1699,9 @@ FULL_VALUES = {
     "routing.routes.1.provider": "two", "routing.routes.1.upstream_model": None,
     "providers.one.protocol": "openai_responses", "providers.one.base_url": "https://h.example/v1/",
     "providers.one.api_key": "k-1", "providers.one.connect_timeout_secs": 0.25,
+    "routing.force_model_prefix": True, "providers.one.prefix": "or",
+    "providers.one.models": (proxai.ModelConfig(name="m-1"), proxai.ModelConfig(name="m-2", alias="m")),
+    "providers.one.excluded_models": ("*-old",), "providers.one.response_model": "upstream",
     "providers.one.preset": "openrouter", "providers.one.versionless": True, "providers.one.auth": "x-goog-api-key",
     "providers.one.base_urls.openai_chat_completions": "https://h.example/chat/v1/",
     "providers.one.read_idle_timeout_secs": 8, "providers.one.proxy_url": "http://proxy.example:3128",
@@ -3990,6 +4060,28 @@ def test_each_protocol_has_its_own_header_for_the_key(protocol, expected):
     assert line.endswith(b"k-1") and (protocol is MESSAGES or b": Bearer " in line)
 
 
+@pytest.mark.parametrize("protocol, block, expected", [
+    (CHAT, b'data: {"choices":[{"delta":{"content":"\\"model\\":\\"up\\""}}], "model" : "up"}\n\ndata: [DONE]\n\n',
+     b'data: {"choices":[{"delta":{"content":"\\"model\\":\\"up\\""}}], "model" : "mine"}\n\ndata: [DONE]\n\n'),
+    (CHAT, b'data: {"x":{"model":"up"},"model":null}\n\n', None), (CHAT, b'data: {"model":"up"\n\n', None),
+    (MESSAGES, b'event: message_start\ndata: {"type":"message_start","message":{"model":"up-2026","content":[]}}\n\n',
+     b'event: message_start\ndata: {"type":"message_start","message":{"model":"mine","content":[]}}\n\n'),
+    (MESSAGES, b'event: content_block_start\ndata: {"content_block":{"input":{"model":"up"}}}\n\n', None),
+    (RESPONSES, b'event: x\r\ndata: {"response":{"tools":[{"model":"img"}],"model":"up"}}\r\n\r\n',
+     b'event: x\r\ndata: {"response":{"tools":[{"model":"img"}],"model":"mine"}}\r\n\r\n'),
+    (RESPONSES, b'data: {"type":"response.output_text.delta","delta":"model"}\n\n', None),
+])
+def test_an_event_is_told_the_models_name_and_nothing_else_changes(protocol, block, expected):
+    assert proxai.rename_in_block(block, protocol, "mine") == (expected or block)
+
+
+@pytest.mark.parametrize("raw, expected", [
+    (b' {"id": 1, "model": "up", "a": {"model": "x"}}\n', b' {"id": 1, "model": "mine", "a": {"model": "x"}}\n'),
+    (b"[1]", b"[1]"), (b"nonsense", b"nonsense"), (b'{"model": 3}', b'{"model": 3}'), (b"\xff", b"\xff")])
+def test_an_answer_is_told_the_models_name(raw, expected):
+    assert proxai.rename_model(raw, CHAT, "mine") == expected
+
+
 def provider_headers(protocol: proxai.Protocol, *lines: bytes) -> list[tuple[bytes, bytes]]:
     """The headers that a provider gets for a request with these header lines."""
     head = request_head(b"POST /v1/x HTTP/1.1", b"Host: localhost", *lines)
@@ -4986,6 +5078,44 @@ def r_fc(call_id: str = "call_1", name: str = "f", arguments: str = "{}", **more
 def r_rs(*texts: str, **more: Any) -> Any:
     """A reasoning item of an answer."""
     return {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": t} for t in texts], **more}
+
+
+# -- thinking by the name of the model
+
+@pytest.mark.parametrize("protocol, host, model, thinking, body, expected", [
+    (RESPONSES, "api.openai.com", "gpt-5.5", "high", {"reasoning": {"effort": "low", "summary": "detailed"}},
+     {"reasoning": {"effort": "high", "summary": "detailed"}}),
+    (RESPONSES, "", "gpt-5.5", "2048", {}, {"reasoning": {"effort": "medium", "summary": "auto"}}),
+    (RESPONSES, "", "gpt-5.5", "auto", {"reasoning": {"effort": "low"}}, {"reasoning": {"summary": "auto"}}),
+    (RESPONSES, "", "gpt-5.5", "none", {"reasoning": {"effort": "low"}}, {"reasoning": {"effort": "none"}}),
+    (RESPONSES, "", "gpt-4.1", "high", {"reasoning": {"effort": "low"}, "x": 1}, {"x": 1}),
+    (CHAT, "api.openai.com", "gpt-5", "xhigh", {"reasoning_effort": "low", "temperature": 1},
+     {"reasoning_effort": "high", "temperature": 1}),
+    (CHAT, "openrouter.ai", "a/b", "500", {"reasoning": {"effort": "low"}}, {"reasoning": {"max_tokens": 500}}),
+    (CHAT, "api.deepseek.com", "deepseek-x", "none", {"thinking": {"type": "enabled"}},
+     {"thinking": {"type": "disabled"}}),
+    (CHAT, "api.deepseek.com", "deepseek-x", "auto", {"thinking": {"type": "enabled"}}, {}),
+    (MESSAGES, "api.anthropic.com", "claude-sonnet-4-5", "2000", {"max_tokens": 8000, "temperature": 0.5},
+     {"max_tokens": 8000, "thinking": {"type": "enabled", "budget_tokens": 2000}}),
+    (MESSAGES, "api.anthropic.com", "claude-opus-4-7", "xhigh", {"max_tokens": 9, "output_config": {"effort": "low"}},
+     {"max_tokens": 9, "thinking": {"type": "adaptive", "display": "summarized"}, "output_config": {"effort": "xhigh"}}),
+    (MESSAGES, "api.anthropic.com", "claude-opus-4-7", "none", {"max_tokens": 9, "thinking": {"type": "adaptive"}},
+     {"max_tokens": 9, "thinking": {"type": "disabled"}}),
+])
+def test_a_thinking_suffix_takes_the_place_of_what_the_body_asks_for(protocol, host, model, thinking, body, expected):
+    ctx = proxai.Context(protocol.word, protocol.word, model, host=host)
+    ctx.thinking = thinking
+    assert proxai.with_thinking({"model": "as asked", **body}, ctx) == {"model": model, **expected}
+
+
+@pytest.mark.parametrize("thinking, expected", [
+    ("high", {"type": "enabled", "budget_tokens": 16384}), ("3000", {"type": "enabled", "budget_tokens": 3000}),
+    ("auto", {"type": "enabled", "budget_tokens": 4096}), ("none", None)])
+def test_a_thinking_suffix_is_translated(thinking, expected):
+    ctx = proxai.Context("chat", "messages", "claude-sonnet-4-5")
+    ctx.thinking = thinking
+    body = {"model": "x", "messages": [{"role": "user", "content": "hi"}], "reasoning_effort": "low"}
+    assert proxai.PAIRS["chat", "messages"].request(body, ctx).get("thinking") == expected
 
 
 
