@@ -1003,6 +1003,13 @@ def is_origin(text: str) -> bool:
     return text.lower() == "null" or bool(url.scheme and url.netloc and not url.path)
 
 
+def expiry_time(value: datetime.date) -> float:
+    """When a date in a configuration is over, in seconds since 1970."""
+    if not isinstance(value, datetime.datetime):
+        value = datetime.datetime.combine(value, datetime.time()) + datetime.timedelta(days=1)
+    return (value if value.tzinfo else value.replace(tzinfo=datetime.UTC)).timestamp()
+
+
 def base_of(text: str) -> str:
     """A URL without its query, ending in a slash."""
     url = urlsplit(text)
@@ -1014,6 +1021,15 @@ TEXT = text_of_kind("a non-empty string")
 # as it is; an empty one takes no model
 PATTERN = kind_of("a string", lambda value: isinstance(value, str))
 SECRET = text_of_kind("a non-empty string of printable ASCII without blanks", plain)
+HASHED_KEY = "sha256:"
+CLIENT_KEY = text_of_kind(
+    f"a key of printable ASCII without blanks, or {HASHED_KEY} and the 64 hex digits of its hash",
+    lambda text: plain(text) and (not text.startswith(HASHED_KEY)
+                                  or re.fullmatch("[0-9a-fA-F]{64}", text[len(HASHED_KEY):])))
+# a date ends with its day; what names no zone is UTC
+EXPIRY = kind_of("a date or a date with a time, such as 2027-12-31",
+                 lambda value: isinstance(value, datetime.date),
+                 lambda value: expiry_time(value))
 # a key that was put there by mistake mostly is none
 VARIABLE = text_of_kind("the name of an environment variable",
                         re.compile(r"[A-Za-z_][A-Za-z0-9_]*").fullmatch)
@@ -1390,16 +1406,34 @@ class RoutingConfig:
 
 
 @schema
+class KeyConfig:
+    """A client's key with a name, and what it is good for."""
+
+    name: str = setting(TEXT, "Who has it: what the log calls it.")
+    key: str = setting(CLIENT_KEY, "The key, or its hash.", secret=True)
+    models: tuple[str, ...] = setting(several(GLOB), "Models it may ask for; none: all.", ())
+    requests_per_minute: int | None = setting(whole(1, 100_000), "How often.", None)
+    expires: float | None = setting(EXPIRY, "How long.", None)
+
+
+@schema
 class ServerConfig:
     """The listener that clients talk to, and its limits."""
 
     host: str = setting(ADDRESS, "Address to listen on.", "127.0.0.1")
     port: int = setting(whole(0, 65535), "Port to listen on; 0 takes a free one.", 18080)
     api_keys: tuple[str, ...] = setting(
-        several(SECRET), "Keys clients must send (Authorization: Bearer, x-api-key or"
-        " x-goog-api-key). None: no key is asked for.", (), secret=True)
+        several(CLIENT_KEY), "Keys clients must send (Authorization: Bearer, x-api-key or"
+        " x-goog-api-key), plain or hashed. None here and in keys: no key is asked for.", (),
+        secret=True)
+    keys: tuple[KeyConfig, ...] = setting(
+        tables_of(KeyConfig, "key", "an array of {name, key, models, requests_per_minute, expires}"),
+        "More of them, with a name for the log and limits: models as globs, a number of requests"
+        " per minute, the last day. Name and key are required.", (), secret=True, example=[
+            {"name": "ci", "key": "replace-me", "models": ["gpt-*"], "requests_per_minute": 60,
+             "expires": datetime.date(2027, 12, 31)}])
     allow_unauthenticated: bool = setting(
-        BOOLEAN, "Allows a host that is not loopback without api_keys.", False)
+        BOOLEAN, "Allows a host that is not loopback without api_keys or keys.", False)
     allowed_hosts: tuple[str, ...] = setting(
         several(TEXT), "Host names beside loopback ones that requests to a loopback listener may"
         " carry.", ())
@@ -1653,12 +1687,17 @@ def check_listeners(config: Config, faults: Faults) -> None:
     """A listener that others can reach needs keys; the control listener is never one
     (rulings 11 and 5)."""
     server = config.server
-    if not (is_loopback(server.host) or server.api_keys or server.allow_unauthenticated):
+    if not (is_loopback(server.host) or server.api_keys or server.keys
+            or server.allow_unauthenticated):
         faults.add("server.host", f"{server.host} can be reached from other machines: set"
                                   " server.api_keys, or server.allow_unauthenticated = true if that"
                                   " is what you want")
     if any(TEMPLATE_KEY.search(key) for key in server.api_keys):
         faults.add("server.api_keys", "still holds a template key; replace it")
+    if any(TEMPLATE_KEY.search(key.key or "") for key in server.keys):
+        faults.add("server.keys", "still holds a template key; replace it")
+    if len({key.name for key in server.keys}) < len(server.keys):
+        faults.add("server.keys", "two keys have the same name; names must be unique")
     if not is_loopback(config.mcp.host):
         faults.add("mcp.host", f"must be a loopback address, is {config.mcp.host}")
 
@@ -1866,6 +1905,8 @@ def toml_value(value: Any) -> str:
         value = int(value)
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    if isinstance(value, datetime.date):
+        return value.isoformat()
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key} = {toml_value(item)}" for key, item in value.items()) + "}"
     if isinstance(value, str) and "\\" in value and "'" not in value:
@@ -8789,7 +8830,7 @@ class Observed:
 class Exchange:
     """Everything about one request that is told afterwards, in the log and in headers."""
 
-    __slots__ = ("body", "choices", "chunks", "content_type", "down", "dropped", "encoding",
+    __slots__ = ("body", "choices", "chunks", "client", "content_type", "down", "dropped", "encoding",
                  "error", "estimate", "head_at", "id", "inbound", "inbound_bytes", "last_byte_at",
                  "method", "model", "observed", "path", "phase", "provider", "provider_bytes",
                  "provider_protocol", "rates", "route", "sse", "started", "status",
@@ -8801,6 +8842,7 @@ class Exchange:
         self.inbound: Protocol | None = None
         self.provider_protocol: Protocol | None = None
         self.provider = self.model = self.upstream_model = ""
+        self.client = ""  # the name of its key
         self.route: str | None = None
         self.body: Json | None = None  # of the client's request, for hints
         self.choices = 1  # answers that a Chat request asks for
@@ -9404,7 +9446,8 @@ LEVEL_NAMES = {number_: name for name, number_ in LEVELS.items()}
 
 def base_fields(exchange: Exchange) -> Json:
     """What each line about an exchange begins with."""
-    return {"request_id": str(exchange.id), "method": exchange.method, "path": exchange.path}
+    fields = {"request_id": str(exchange.id), "method": exchange.method, "path": exchange.path}
+    return fields | {"client": exchange.client} if exchange.client else fields
 
 
 def translation_name(exchange: Exchange) -> str:
@@ -10820,28 +10863,25 @@ def protocol_of(path: str) -> Protocol | None:
     return MESSAGES if path in COUNT_PATHS else MODEL_PATHS.get(path)
 
 
-def admit(head: RequestHead, settings: ServerConfig) -> Protocol | int:
-    """The protocol of a request that is let in, or the status it is answered with here;
-    RequestError says why not (rulings 16 and 5)."""
+def admit(head: RequestHead, settings: ServerConfig) -> tuple[Protocol | int, ClientKey | None]:
+    """The protocol of a request that is let in, or the status it is answered with here, and the
+    key it came with; RequestError says why not (rulings 16 and 5)."""
     check_host(head, settings)
     if head.path == HEALTH_PATH:
         if head.method not in (b"GET", b"HEAD"):
             raise method_error(b"GET, HEAD")
-        return 200
+        return 200, None
     if (head.method == b"OPTIONS" and b"origin" in head.values
             and b"access-control-request-method" in head.values):
-        return 204
-    if settings.api_keys and not presents_key(head.fields, settings.api_keys):
-        raise RequestError("a valid API key of this proxy is needed", status=401,
-                           fix="send one of server.api_keys as Authorization: Bearer or x-api-key",
-                           fields=[b"www-authenticate: Bearer"])
+        return 204, None
+    key = check_key(head.fields, client_keys(settings.api_keys, settings.keys), time.time())
     protocol = protocol_of(head.path)
     if protocol is None:
         raise RequestError("there is nothing at this path", status=404,
                            fix="the paths are " + ", ".join((*MODEL_PATHS, *COUNT_PATHS)))
     if head.method != b"POST":
         raise method_error(b"POST")
-    return protocol
+    return protocol, key
 
 
 def method_error(allowed: bytes) -> RequestError:
@@ -10877,16 +10917,63 @@ def check_host(head: RequestHead, settings: ServerConfig) -> None:
                            fix="list the name in server.allowed_hosts if it is yours")
 
 
-def presents_key(fields: Iterable[Field], keys: Sequence[str]) -> bool:
-    """Whether one of the headers that carry keys carries one of ours, compared in constant time."""
-    found = False
-    for name, value, _ in fields:
+class ClientKey(NamedTuple):
+    """A key that clients may send; one without a name has no limits."""
+
+    digest: bytes
+    name: str = ""
+    models: Sequence[re.Pattern[str]] = ()
+    requests_per_minute: int | None = None
+    expires: float = FOREVER
+
+    def allows(self, model: str) -> bool:
+        """Whether it is good for a model, whatever thinking that is to do."""
+        base, _ = split_thinking(model)
+        return not self.models or any(pattern.search(base) for pattern in self.models)
+
+
+@functools.lru_cache(maxsize=16)
+def client_keys(plain_keys: tuple[str, ...], keys: tuple[KeyConfig, ...]) -> tuple[ClientKey, ...]:
+    """The configured keys, ready to compare."""
+    def digest(key: str) -> bytes:
+        return (bytes.fromhex(key.removeprefix(HASHED_KEY)) if key.startswith(HASHED_KEY)
+                else hashlib.sha256(key.encode("ascii")).digest())
+
+    return (*(ClientKey(digest(key)) for key in plain_keys), *(
+        ClientKey(digest(k.key), k.name, [compile_pattern("glob", glob) for glob in k.models],
+                  k.requests_per_minute, FOREVER if k.expires is None else k.expires)
+        for k in keys))
+
+
+def check_key(fields: Iterable[Field], keys: Sequence[ClientKey], now: float) -> ClientKey | None:
+    """The key in one of the headers that carry keys, None where no key is asked for; RequestError
+    if there is none of ours. All are compared, by hash, so that time tells nothing."""
+    found: ClientKey | None = None
+    for name, value, _ in fields if keys else ():
         if name == b"authorization" and value[:7].lower() == b"bearer ":
             value = value[7:].strip()
         if name in (b"authorization", b"x-api-key", b"x-goog-api-key"):
+            sent = hashlib.sha256(value).digest()
             for key in keys:
-                found |= hmac.compare_digest(value, key.encode("ascii"))
+                if hmac.compare_digest(sent, key.digest):
+                    found = key
+    challenge = [b"www-authenticate: Bearer"]
+    if keys and found is None:
+        raise RequestError("a valid API key of this proxy is needed", status=401, fields=challenge,
+                           fix="send one of server.api_keys as Authorization: Bearer or x-api-key")
+    if found and now >= found.expires:
+        raise RequestError(f"the API key `{found.name}` of this proxy has expired", status=401,
+                           fix="ask whoever runs the proxy for another", fields=challenge)
     return found
+
+
+def take_turn(times: Sequence[float], limit: int, now: float) -> tuple[list[float], float]:
+    """The requests of the last minute with one more, and 0; without it, and the seconds to wait,
+    where `limit` of them were taken already."""
+    recent = [at for at in times if at > now - 60]
+    if len(recent) >= limit:
+        return recent, recent[-limit] + 60 - now
+    return [*recent, now], 0.0
 
 
 # -- the proxy ---------------------------------------------------------------
@@ -11110,6 +11197,7 @@ class Proxy:
         self.names = compile_names(config.providers, config.routing.force_model_prefix)
         self.pool, self.ids = Pool(), RequestIds()
         self.slots = asyncio.Semaphore(config.server.max_concurrent_requests)
+        self.turns: dict[str, list[float]] = {}  # times of the last minute, by the key's name
         self.streams: set[Exchange] = set()
         self.drains: set[asyncio.Task[None]] = set()
         self.ticker: asyncio.TimerHandle | None = None
@@ -11212,7 +11300,8 @@ class Turn:
         # so that a refusal has the shape the client expects
         exchange.inbound = protocol_of(head.path)
         connection.extra += check_origin(head, settings)
-        protocol = admit(head, settings)
+        protocol, key = admit(head, settings)
+        exchange.client = key.name if key else ""
         if isinstance(protocol, int):
             self.answer_here(protocol)
             return
@@ -11220,6 +11309,8 @@ class Turn:
         raw = await connection.read_body(settings.max_request_body_bytes)
         exchange.inbound_bytes = len(raw)
         request = read_model_request(protocol, raw)
+        if key:
+            self.check_limits(key, request.model)
         pair = self.route(request.model)
         if head.path in COUNT_PATHS:
             await self.count(request.body, pair)
@@ -11236,6 +11327,22 @@ class Turn:
         del raw, request, body  # a stream may take hours, and bodies megabytes
         exchange.body = None
         await self.respond()
+
+    def check_limits(self, key: ClientKey, model: str) -> None:
+        """RequestError where a client's key is not good for a model, or not now. Counting tokens
+        is no request that counts."""
+        if not key.allows(model):
+            raise RequestError(f"the API key `{key.name}` may not use the model {model}",
+                               status=403, param="model")
+        if key.requests_per_minute and self.head.path not in COUNT_PATHS:
+            turns = self.proxy.turns
+            turns[key.name], wait = take_turn(
+                turns.get(key.name, ()), key.requests_per_minute, time.monotonic())
+            if wait:
+                raise RequestError(
+                    f"the API key `{key.name}` has made its {key.requests_per_minute} requests"
+                    f" of a minute", status=429, code="rate_limit_exceeded",
+                    fields=[b"retry-after: %d" % math.ceil(wait)])
 
     def answer_here(self, status: int) -> None:
         """Health, and the preflight of a browser that may call (Fetch, CORS protocol)."""
@@ -12326,6 +12433,7 @@ def banner(config: Config, port: int, control_port: int, source: str, notes: Seq
     names, logs = config.routing.default_provider_names, config.logging
     default = config.providers.get(names.openai_responses)
     base, captures = app_directory(environ), dataclasses.asdict(config.capture)
+    keys = len(config.server.api_keys) + len(config.server.keys)
     rows = [
         ("listen", f"http://{host}:{port}"), ("mcp", f"http://{control}:{control_port}/mcp"),
         ("paths", ", ".join(f"{p.path} ({name})" for name, p in PROTOCOLS.items())),
@@ -12338,8 +12446,7 @@ def banner(config: Config, port: int, control_port: int, source: str, notes: Seq
         ("app_dir", base), ("config", source), ("config_example", base / "config.example.toml"),
         *(("note", note) for note in notes),
         ("providers", ", ".join(f"{n} ({p.protocol})" for n, p in config.providers.items())),
-        ("client_keys",
-         f"{len(config.server.api_keys)} accepted" if config.server.api_keys else "not asked for"),
+        ("client_keys", f"{keys} accepted" if keys else "not asked for"),
         ("tool_aliases", legend({alias: name for name, alias in TOOL_ALIASES.items()})),
         ("request_hints", legend(HINT_LEGEND)),
         ("log_level", logs.level), ("log_format", logs.output_format),

@@ -1579,6 +1579,7 @@ FULL_SAMPLE = """
 host = "127.0.0.2"
 port = 1
 api_keys = ["client-1", " client-2 "]
+keys = [{name = "ci", key = "client-3", models = ["gpt-*"], requests_per_minute = 60, expires = 2027-12-31}]
 allow_unauthenticated = true
 allowed_hosts = ["box.lan"]
 cors_allow_origins = ["https://App.example:8443", "null"]
@@ -1680,6 +1681,8 @@ FULL_PROFILE = {
 }
 FULL_VALUES = {
     "server.host": "127.0.0.2", "server.port": 1, "server.api_keys": ("client-1", "client-2"),
+    "server.keys": (proxai.KeyConfig(name="ci", key="client-3", models=("gpt-*",), requests_per_minute=60,
+                                     expires=1830297600.0),),
     "server.allow_unauthenticated": True, "server.allowed_hosts": ("box.lan",),
     "server.cors_allow_origins": ("https://app.example:8443", "null"),
     "server.max_request_body_bytes": 1, "server.max_concurrent_requests": 2,
@@ -1873,6 +1876,37 @@ def test_a_provider_without_what_it_needs_is_refused(missing):
                                         ("[server]\nport = 1", "providers")])
 def test_at_least_one_provider_is_needed(text, path):
     assert paths_of(text) == [path]
+
+
+@pytest.mark.parametrize("lines, fault", [
+    ('keys = ["k"]', "server.keys: item 0.name: is missing"),
+    ('keys = [{name = "a", key = "k", model = "x"}]', "server.keys: item 0.model: unknown key; did you mean models?"),
+    ('keys = [{name = "a", key = "sha256:12"}]', "server.keys: item 0.key: must be a key"),
+    ('keys = [{name = "a", key = "k", models = ["["]}]', "server.keys: item 0.models: item 0 must be a glob"),
+    ('keys = [{name = "a", key = "k", requests_per_minute = 0}]', "server.keys: item 0.requests_per_minute"),
+    ('keys = [{name = "a", key = "k", expires = "soon"}]', "server.keys: item 0.expires: must be a date"),
+    ('keys = [{name = "a", key = "k"}, {name = "a", key = "l"}]', "server.keys: two keys have the same name"),
+    ('keys = [{name = "a", key = "your-api-key-1"}]', "server.keys: still holds a template key"),
+    ('api_keys = ["<your-key>"]', "server.api_keys: still holds a template key"),
+    ('api_keys = ["sha256:zz"]', "server.api_keys: item 0 must be a key"),
+])
+def test_a_client_key_that_cannot_be_is_refused_and_never_shown(lines, fault):
+    (told,) = faults_of(f"{MINIMAL}[server]\n{lines}\n")
+    assert told.startswith(fault) and '"k"' not in told and "zz" not in told
+
+
+def test_a_named_key_is_enough_for_a_host_that_others_reach():
+    text = f'{MINIMAL}[server]\nhost = "0.0.0.0"\n'
+    assert paths_of(text) == ["server.host"]
+    assert load_text(text + '[[server.keys]]\nname = "a"\nkey = "k"\n').server.keys[0].name == "a"
+
+
+@pytest.mark.parametrize("given, expected", [
+    ("2027-12-31", "2028-01-01T00:00:00+00:00"), ("2027-12-31T10:00:00", "2027-12-31T10:00:00+00:00"),
+    ("2027-12-31T10:00:00+02:00", "2027-12-31T08:00:00+00:00")])
+def test_a_key_expires_at_the_end_of_its_day_or_at_its_time(given, expected):
+    config = load_text(f'{MINIMAL}[[server.keys]]\nname = "a"\nkey = "k"\nexpires = {given}\n')
+    assert config.server.keys[0].expires == datetime.datetime.fromisoformat(expected).timestamp()
 
 
 def test_the_providers_of_the_page_have_a_preset_and_all_presets_are_whole():
@@ -19714,6 +19748,43 @@ def test_changed_bytes_never_hang_a_connection_nor_break_the_program(programs):
 # ============================================================================
 
 # -- admission: methods, paths and health
+
+KEYS = proxai.client_keys(("plain", "sha256:" + hashlib.sha256(b"hashed").hexdigest()), (
+    proxai.KeyConfig(name="ci", key="named", models=("gpt-*", "auto"), requests_per_minute=2),
+    proxai.KeyConfig(name="old", key="sha256:" + hashlib.sha256(b"late").hexdigest().upper(), expires=float(NOW))))
+
+
+@pytest.mark.parametrize("lines, expected", [
+    ([b"Authorization: Bearer plain"], ""), ([b"Authorization: plain"], ""), ([b"X-Api-Key: hashed"], ""),
+    ([b"x-goog-api-key: named"], "ci"), ([b"authorization: Bearer wrong", b"x-api-key: named"], "ci"),
+    ([b"authorization: bearer  named "], "ci"), ([b"x-api-key: late"], "expired"),
+    ([], None), ([b"x-api-key: Plain"], None), ([b"api-key: plain"], None), ([b"x-api-key: "], None),
+    ([b"x-api-key: sha256:" + hashlib.sha256(b"hashed").hexdigest().encode()], None),
+])
+def test_a_client_is_known_by_its_key(lines, expected):
+    fields = request_head(b"POST /v1/x HTTP/1.1", b"Host: localhost", *lines).fields
+    if expected in (None, "expired"):
+        with pytest.raises(proxai.RequestError) as caught:
+            proxai.check_key(fields, KEYS, NOW)
+        assert caught.value.status == 401 and ("`old`" in caught.value.message) is (expected == "expired")
+    else:
+        assert proxai.check_key(fields, KEYS, NOW).name == expected
+    assert proxai.check_key(fields, (), NOW) is None
+
+
+@pytest.mark.parametrize("model, allowed", [
+    ("gpt-5", True), ("GPT-5(high)", True), ("o9", False), ("auto", True), ("o9(gpt-)", False)])
+def test_a_key_is_good_for_the_models_of_its_globs(model, allowed):
+    assert KEYS[2].allows(model) is allowed and KEYS[0].allows(model)
+
+
+def test_a_key_has_its_requests_of_each_minute():
+    times, waits = [], []
+    for now in (0.0, 10.0, 20.0, 60.0, 61.0, 70.5):
+        times, wait = proxai.take_turn(times, 2, now)
+        waits.append(wait)
+    assert waits == [0, 0, 40.0, 0, 9.0, 0] and times == [60.0, 70.5]
+
 
 MODEL_TARGETS = ("/v1/responses", "/responses", "/v1/chat/completions", "/chat/completions", "/v1/messages",
                  "/messages")
