@@ -127,6 +127,7 @@ PROTOCOLS = {p.name: p for p in (RESPONSES, CHAT, MESSAGES)}
 MODEL_PATHS = {path: p for p in PROTOCOLS.values() for path in (p.path, p.path.removeprefix("/v1"))}
 COUNT_PATHS = tuple(f"{path}/count_tokens" for path, p in MODEL_PATHS.items() if p is MESSAGES)
 HEALTH_PATH = "/healthz"
+MODELS_PATHS = ("/v1/models", "/models")
 
 PHASES = ("inbound_request", "provider_request", "upstream_response", "outbound_response")
 APP_DIRECTORY = ".proxai"
@@ -164,6 +165,10 @@ IDLE_LINK_SECS = 60.0  # vendors close idle connections after 60-400 s
 SWEEP_SECS = 5.0  # how often idle connections are looked over, and `wait` lines are written
 DRAIN_SECS = 0.05  # that a client's next request waits for the end of a stream it has whole
 AFTER_TERMINAL_SECS = 5.0  # how long a provider may take to end a stream that is complete
+DISCOVERY_WAIT_SECS = 3.0  # how long a client that lists models waits for providers' lists,
+DISCOVERY_SECS = 15.0  # how long one may take,
+DISCOVERY_FRESH_SECS = 600.0  # and how long it is good
+DISCOVERED_MODELS, DISCOVERY_BYTES = 5000, 16 << 20  # of one provider (OpenRouter: 1 MB)
 BACKLOG = 1024
 LOG_QUEUE_LINES = 10_000  # lines waiting for a blocked terminal before they are counted and dropped
 
@@ -1097,6 +1102,7 @@ class Preset(NamedTuple):
     note: str = ""
     auth: str = "bearer"  # none: a key is sent only where one is given
     versionless: bool = False
+    lists: bool = True  # whether /models names what can be asked for
 
 
 PRESETS: dict[str, Preset] = {name: preset for preset in (
@@ -1126,9 +1132,10 @@ PRESETS: dict[str, Preset] = {name: preset for preset in (
     Preset("kimi-code", "https://api.kimi.com", "messages /coding/v1", "KIMI_API_KEY",
            "the key of a subscription"),
     Preset("zai", "https://api.z.ai", "chat /api/paas/v4, messages /api/anthropic/v1",
-           "ZAI_API_KEY"),
+           "ZAI_API_KEY", lists=False),
     Preset("zai-coding", "https://api.z.ai", "chat /api/coding/paas/v4, responses /api/v1,"
-           " messages /api/anthropic/v1", "ZAI_API_KEY", "the key of a coding plan"),
+           " messages /api/anthropic/v1", "ZAI_API_KEY", "the key of a coding plan",
+           lists=False),
     Preset("zhipu", "https://open.bigmodel.cn",
            "chat /api/paas/v4, messages /api/anthropic/v1", "ZHIPU_API_KEY", "China"),
     Preset("xai", "https://api.x.ai", "responses chat /v1", "XAI_API_KEY"),
@@ -1137,7 +1144,8 @@ PRESETS: dict[str, Preset] = {name: preset for preset in (
     Preset("github-models", "https://models.github.ai", "chat /inference", "GITHUB_TOKEN",
            "a token with the scope models", versionless=True),
     Preset("azure", "https://{resource}.openai.azure.com", "responses chat /openai/v1",
-           "AZURE_OPENAI_API_KEY", "a model is the name of your deployment", "api-key"),
+           "AZURE_OPENAI_API_KEY", "a model is the name of your deployment", "api-key",
+           lists=False),
     Preset("bedrock", "https://bedrock-mantle.{region}.api.aws",
            "responses chat /v1, messages /anthropic/v1", "AWS_BEARER_TOKEN_BEDROCK",
            "Bedrock API keys only"),
@@ -1344,6 +1352,9 @@ class ProviderConfig:
     excluded_models: tuple[str, ...] = setting(
         several(GLOB), "Models that this provider is not asked for, as clients name them without"
         " the prefix. Routes do not look at this.", ())
+    discover: bool | None = setting(
+        BOOLEAN, "Its own list of models is asked for when a client wants a list, unless models"
+        " are set here. Not set: true, but for presets without a list.", None, example=False)
     response_model: str | None = setting(
         choice("requested", "upstream"), "The model that answers name. Not set: the requested one"
         " where a name or a thinking suffix led here, else what the provider says.", None,
@@ -1730,6 +1741,7 @@ def with_preset(provider: ProviderConfig, name: str, faults: Faults,
     auth = "bearer" if preset.auth == "none" and keyed else preset.auth
     return dataclasses.replace(
         provider, protocol=protocol, base_url=base_url, auth=provider.auth or auth,
+        discover=preset.lists if provider.discover is None else provider.discover,
         versionless=preset.versionless if provider.versionless is None else provider.versionless)
 
 
@@ -10875,10 +10887,15 @@ def admit(head: RequestHead, settings: ServerConfig) -> tuple[Protocol | int, Cl
             and b"access-control-request-method" in head.values):
         return 204, None
     key = check_key(head.fields, client_keys(settings.api_keys, settings.keys), time.time())
+    if asked_model(head.path) is not None:
+        if head.method not in (b"GET", b"HEAD"):
+            raise method_error(b"GET, HEAD")
+        return 200, key
     protocol = protocol_of(head.path)
     if protocol is None:
+        paths = (*MODEL_PATHS, *COUNT_PATHS, *MODELS_PATHS)
         raise RequestError("there is nothing at this path", status=404,
-                           fix="the paths are " + ", ".join((*MODEL_PATHS, *COUNT_PATHS)))
+                           fix="the paths are " + ", ".join(paths))
     if head.method != b"POST":
         raise method_error(b"POST")
     return protocol, key
@@ -10974,6 +10991,208 @@ def take_turn(times: Sequence[float], limit: int, now: float) -> tuple[list[floa
     if len(recent) >= limit:
         return recent, recent[-limit] + 60 - now
     return [*recent, now], 0.0
+
+
+# -- the list of models ------------------------------------------------------
+
+def asked_model(path: str) -> str | None:
+    """The model that a path below /v1/models is about, "" for all of them; None for another
+    path."""
+    for base in MODELS_PATHS:
+        if path.rstrip("/") == base:
+            return ""
+        if path.startswith(f"{base}/"):
+            return unquote(path[len(base) + 1:])
+    return None
+
+
+class Listed(NamedTuple):
+    """A model as lists tell of it; 0 is not known."""
+
+    id: str
+    owner: str  # a provider here
+    context: int = 0
+    output: int = 0
+
+
+CONTEXT_MEMBERS = ("context_length", "context_window", "max_context_length", "max_model_len",
+                   "max_input_tokens")
+NO_CHAT_TYPES = ("embedding", "image", "audio", "video", "moderation", "rerank", "transcribe")
+NO_CHAT_NAME = re.compile(r"embed|whisper|(^|[-/])tts([-/]|$)|dall-e|moderation|rerank",
+                          re.IGNORECASE)
+
+
+def read_models(raw: bytes, owner: str) -> list[Listed]:
+    """The models that can chat in a provider's own list, which has one of three shapes;
+    ValueError where it is none."""
+    value = load(raw)
+    items = value if isinstance(value, list) else mapping(value).get(
+        "data", mapping(value).get("models"))
+    if not isinstance(items, list):
+        raise ValueError("not a list of models")
+    out = []
+    for item in items[:DISCOVERED_MODELS]:
+        item = {"id": item} if isinstance(item, str) else mapping(item)
+        id = (word(item.get("id")) or word(item.get("name")) or "").removeprefix("models/")
+        if id and item.get("type") not in NO_CHAT_TYPES and not NO_CHAT_NAME.search(id):
+            context = next(filter(None, (number(item.get(name)) for name in CONTEXT_MEMBERS)), 0)
+            out.append(Listed(id, owner, context, number(item.get("max_tokens"))))
+    return out
+
+
+def leads_of(config: Config, names: Names, provider: str) -> list[str]:
+    """What stands in front of a provider's own model names where clients may ask for any of
+    them: its prefix, nothing where it is a default; an empty list where they may not."""
+    leads = [prefix for prefix, name in names.open if name == provider]
+    defaults = config.routing.default_provider_names
+    if (provider in [getattr(defaults, protocol) for protocol in PROTOCOLS]
+            and provider not in names.forced and not config.providers[provider].models):
+        leads.append("")
+    return leads
+
+
+def list_models(config: Config, names: Names,
+                found: Mapping[str, Sequence[Listed]]) -> dict[str, Listed]:
+    """All models that clients may ask for by id: what exact routes and providers' names say, and
+    what was `found` in providers' own lists."""
+    out = {r.model_pattern: Listed(r.model_pattern, r.provider) for r in config.routing.routes
+           if pattern_kind(r.match_kind, r.model_pattern) == "exact" and r.model_pattern}
+    for id, provider in names.listed.items():
+        out.setdefault(id, Listed(id, provider))
+    for provider, models in found.items():
+        for lead in leads_of(config, names, provider):
+            for model in models:
+                if names.takes(provider, model.id):
+                    out.setdefault(lead + model.id, model._replace(id=lead + model.id))
+    return out
+
+
+def openai_model(model: Listed) -> Json:
+    """A model as OpenAI lists it."""
+    return {"id": model.id, "object": "model", "created": 0, "owned_by": model.owner}
+
+
+def anthropic_model(model: Listed) -> Json:
+    """A model as Anthropic lists it."""
+    return {"type": "model", "id": model.id, "display_name": model.id,
+            "created_at": "1970-01-01T00:00:00Z", "max_input_tokens": model.context or 200_000,
+            "max_tokens": model.output or 64_000}
+
+
+CODEX_EFFORTS = [{"effort": effort, "description": f"{effort} reasoning effort"}
+                 for effort in ("low", "medium", "high", "xhigh")]
+CODEX_INSTRUCTIONS = (
+    "You are a coding agent in the user's terminal. Read before you change, use the tools until the"
+    " task is done, keep changes small, check them, and say in a few words what you did.")
+
+
+def codex_model(model: Listed) -> Json:
+    """A model as Codex wants it, with every member that it cannot do without."""
+    return {"slug": model.id, "display_name": model.id, "description": f"By {model.owner}",
+            "default_reasoning_level": "medium", "supported_reasoning_levels": CODEX_EFFORTS,
+            "shell_type": "shell_command", "visibility": "list", "supported_in_api": True,
+            "priority": 1, "upgrade": None, "base_instructions": CODEX_INSTRUCTIONS,
+            "supports_reasoning_summaries": True, "support_verbosity": False,
+            "default_verbosity": None, "apply_patch_tool_type": "freeform",
+            "truncation_policy": {"mode": "tokens", "limit": 10_000},
+            "supports_parallel_tool_calls": True, "prefer_websockets": False,
+            "context_window": model.context or 200_000,
+            "max_context_window": model.context or 200_000, "experimental_supported_tools": []}
+
+
+def models_shape(head: RequestHead) -> str:
+    """Whose shape a client wants the list in: codex, messages or chat (gateway 1.11)."""
+    if re.search(r"[?&]client_version=", head.query):
+        return "codex"
+    agent = head.values.get(b"user-agent", b"")
+    anthropic = b"anthropic-version" in head.values or agent.startswith(b"claude-cli")
+    return "messages" if anthropic else "chat"
+
+
+def render_models(models: Sequence[Listed], shape: str) -> Json:
+    """The list in a client's shape."""
+    if shape == "codex":
+        return {"models": [codex_model(model) for model in models]}
+    if shape == "chat":
+        return {"object": "list", "data": [openai_model(model) for model in models]}
+    data = [anthropic_model(model) for model in sorted(models)]
+    ids = [model["id"] for model in data] or [None]
+    return {"data": data, "has_more": False, "first_id": ids[0], "last_id": ids[-1]}
+
+
+RENDER_MODEL = {"codex": codex_model, "messages": anthropic_model, "chat": openai_model}
+
+
+class Catalogue:
+    """What providers' own lists of models say: asked for when a client wants a list, and again,
+    behind its back, when that is old."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self.proxy = proxy
+        self.found: dict[str, list[Listed]] = {}
+        self.fresh_until = 0.0
+        self.task: asyncio.Task[None] | None = None
+
+    async def models(self) -> dict[str, Listed]:
+        """All models that clients may ask for. Only the first client waits for providers."""
+        proxy, now = self.proxy, time.monotonic()
+        if now >= self.fresh_until and self.task is None:
+            self.task = asyncio.create_task(self.refresh())
+        if self.task and not self.fresh_until:
+            await asyncio.wait({self.task}, timeout=DISCOVERY_WAIT_SECS)
+        return list_models(proxy.config, proxy.names, self.found)
+
+    async def refresh(self) -> None:
+        """Ask all providers whose models are not configured; a list that cannot be had leaves the
+        one before it in place."""
+        proxy = self.proxy
+        asked = [provider for name, provider in proxy.providers.items()
+                 if leads_of(proxy.config, proxy.names, name)
+                 and provider.settings.discover is not False and not provider.template_key]
+        try:
+            await asyncio.gather(*map(self.ask, asked))
+        finally:
+            self.fresh_until, self.task = time.monotonic() + DISCOVERY_FRESH_SECS, None
+
+    async def ask(self, provider: Provider) -> None:
+        """Take over one provider's list; why that is impossible goes to the log."""
+        try:
+            async with asyncio.timeout(DISCOVERY_SECS):
+                self.found[provider.name] = read_models(await self.fetch(provider), provider.name)
+        except (ProxyError, FramingError, OSError, ValueError) as error:
+            self.proxy.log.event(logging.WARNING, "models", {
+                "provider": provider.name, "err": str(error)[:LOG_TEXT_CHARS] or "timeout"})
+
+    async def fetch(self, provider: Provider) -> bytes:
+        """A provider's list as it sends it."""
+        pool, settings = self.proxy.pool, provider.settings
+        lines = [*provider.fixed, b"accept: application/json", b"user-agent: " + USER_AGENT]
+        if provider.protocol is MESSAGES:
+            lines.append(b"anthropic-version: " + ANTHROPIC_VERSION)
+        pages = "?limit=1000" if provider.protocol is MESSAGES else ""  # else 20 at a time
+        first = provider.first_line(provider.target_of(MODELS_PATHS[0]) + pages, "GET")
+        watch = Watch(asyncio.get_running_loop(), lambda reason: None)  # refresh() has a limit
+        try:
+            link, head, rest = await pool.exchange(
+                provider.origin, format_lines(first + b" HTTP/1.1", *lines), b"", watch,
+                settings.connect_timeout_secs, settings.read_idle_timeout_secs, lambda: None)
+        finally:
+            watch.stop()
+        parts: list[bytes] = []
+        kept = False
+        try:
+            body = ResponseBody(link, head, rest)
+            while (data := await body.read()) and sum(map(len, parts)) <= DISCOVERY_BYTES:
+                parts.append(data)
+            kept = not data and body.clean(head)
+        finally:
+            if kept:
+                pool.give(link)
+            else:
+                link.abort()
+        if head.status != 200:
+            raise UpstreamError(f"it answered {head.status}")
+        return b"".join(parts)
 
 
 # -- the proxy ---------------------------------------------------------------
@@ -11197,6 +11416,7 @@ class Proxy:
         self.names = compile_names(config.providers, config.routing.force_model_prefix)
         self.pool, self.ids = Pool(), RequestIds()
         self.slots = asyncio.Semaphore(config.server.max_concurrent_requests)
+        self.catalogue = Catalogue(self)
         self.turns: dict[str, list[float]] = {}  # times of the last minute, by the key's name
         self.streams: set[Exchange] = set()
         self.drains: set[asyncio.Task[None]] = set()
@@ -11205,7 +11425,7 @@ class Proxy:
     def close(self) -> None:
         """Let go of connections and timers."""
         self.pool.close()
-        for task in self.drains:
+        for task in (*self.drains, *filter(None, [self.catalogue.task])):
             task.cancel()
         if self.ticker:
             self.ticker.cancel()
@@ -11303,7 +11523,10 @@ class Turn:
         protocol, key = admit(head, settings)
         exchange.client = key.name if key else ""
         if isinstance(protocol, int):
-            self.answer_here(protocol)
+            if head.path == HEALTH_PATH or protocol != 200:
+                self.answer_here(protocol)
+            else:
+                await self.answer_models(key)
             return
         self.inbound = protocol
         raw = await connection.read_body(settings.max_request_body_bytes)
@@ -11327,6 +11550,23 @@ class Turn:
         del raw, request, body  # a stream may take hours, and bodies megabytes
         exchange.body = None
         await self.respond()
+
+    async def answer_models(self, key: ClientKey | None) -> None:
+        """Tell which models there are, or of one of them, as the client's vendor would."""
+        shape, wanted = models_shape(self.head), asked_model(self.head.path)
+        self.exchange.inbound = MESSAGES if shape == "messages" else CHAT
+        models = {id: model for id, model in (await self.proxy.catalogue.models()).items()
+                  if key is None or key.allows(id)}
+        if wanted and wanted not in models:
+            raise RequestError(f"there is no model {wanted[:MODEL_CHARS]}", status=404,
+                               code="model_not_found", param="model",
+                               fix="GET /v1/models lists the models")
+        body = dump(RENDER_MODEL[shape](models[wanted]) if wanted
+                    else render_models(list(models.values()), shape))
+        self.exchange.status, self.exchange.down = 200, len(body)
+        self.connection.write_head(200, [b"content-type: application/json", date_line()],
+                                   len(body), body)
+        self.log_end(logging.DEBUG, "end")
 
     def check_limits(self, key: ClientKey, model: str) -> None:
         """RequestError where a client's key is not good for a model, or not now. Counting tokens

@@ -23,6 +23,7 @@ import functools
 import gzip
 import hashlib
 import http.client
+import http.server
 import importlib.util
 import io
 import itertools
@@ -1626,6 +1627,7 @@ preset = " OpenRouter "
 versionless = true
 auth = "x-goog-api-key"
 prefix = "or"
+discover = false
 models = ["m-1", {name = "m-2", alias = "m"}]
 excluded_models = ["*-old"]
 response_model = "upstream"
@@ -1704,7 +1706,7 @@ FULL_VALUES = {
     "providers.one.api_key": "k-1", "providers.one.connect_timeout_secs": 0.25,
     "routing.force_model_prefix": True, "providers.one.prefix": "or",
     "providers.one.models": (proxai.ModelConfig(name="m-1"), proxai.ModelConfig(name="m-2", alias="m")),
-    "providers.one.excluded_models": ("*-old",), "providers.one.response_model": "upstream",
+    "providers.one.discover": False, "providers.one.excluded_models": ("*-old",), "providers.one.response_model": "upstream",
     "providers.one.preset": "openrouter", "providers.one.versionless": True, "providers.one.auth": "x-goog-api-key",
     "providers.one.base_urls.openai_chat_completions": "https://h.example/chat/v1/",
     "providers.one.read_idle_timeout_secs": 8, "providers.one.proxy_url": "http://proxy.example:3128",
@@ -19786,6 +19788,211 @@ def test_a_key_has_its_requests_of_each_minute():
     assert waits == [0, 0, 40.0, 0, 9.0, 0] and times == [60.0, 70.5]
 
 
+@pytest.mark.parametrize("path, expected", [
+    ("/v1/models", ""), ("/models/", ""), ("/v1/models/or/a%2Fb", "or/a/b"), ("/models/x", "x"), ("/v1/modelsx", None),
+    ("/v2/models", None)])
+def test_a_path_below_models_names_one(path, expected):
+    assert proxai.asked_model(path) == expected
+
+
+@pytest.mark.parametrize("raw, expected", [
+    (b'{"object":"list","data":[{"id":"a","context_length":7},{"id":"text-embed-3"},{"id":"b","type":"image"}]}',
+     [("a", 7)]),
+    (b'[{"id":"a","type":"chat","max_model_len":9},"b",3,null]', [("a", 9), ("b", 0)]),
+    (b'{"models":[{"name":"models/gemini-9"},{"id":""}]}', [("gemini-9", 0)]), (b'{"data":[]}', []),
+    (b'{"error":"x"}', None), (b"<html>", None), (b"3", None)])
+def test_a_providers_own_list_is_read_liberally(raw, expected):
+    if expected is None:
+        with pytest.raises(ValueError):
+            proxai.read_models(raw, "p")
+    else:
+        assert [(m.id, m.context) for m in proxai.read_models(raw, "p")] == expected
+
+
+def test_models_are_listed_from_routes_names_and_providers_own_lists():
+    def provider(name: str, more: str) -> str:
+        return f'[providers.{name}]\nprotocol = "openai_responses"\nbase_url = "http://h"\napi_key = "k"\n{more}\n'
+
+    config = load_text("".join([
+        provider("named", 'prefix = "n"\nmodels = ["m", {name = "up", alias = "x"}]'),
+        provider("open", 'prefix = "or"\nexcluded_models = ["*free"]'), provider("first", ""), provider("hidden", ""),
+        '[routing.default_provider_names]\nopenai_responses = "first"\n',
+        '[[routing.routes]]\nmodel_pattern = "fast"\nprovider = "hidden"\n',
+        '[[routing.routes]]\nmodel_pattern = "gpt-*"\nprovider = "hidden"\n']))
+    names = proxai.compile_names(config.providers, False)
+    found = {name: [proxai.Listed("a", name), proxai.Listed("a-free", name)] for name in config.providers}
+    listed = proxai.list_models(config, names, found)
+    assert {id: model.owner for id, model in listed.items()} == {
+        "fast": "hidden", "n/m": "named", "m": "named", "n/x": "named", "x": "named", "or/a": "open", "a": "first",
+        "a-free": "first"}
+    assert all(model.id == id for id, model in listed.items())
+
+
+@pytest.mark.parametrize("target, line, shape", [
+    ("/v1/models", b"x: y", "chat"), ("/v1/models?client_version=0.9", b"x: y", "codex"),
+    ("/models?a=b&client_version=1", b"anthropic-version: 2023-06-01", "codex"),
+    ("/v1/models?limit=9", b"anthropic-version: 2023-06-01", "messages"),
+    ("/v1/models", b"user-agent: claude-cli/2.1", "messages"), ("/v1/models", b"user-agent: curl", "chat")])
+def test_the_list_has_the_shape_of_the_client(target, line, shape):
+    head = request_head(b"GET %b HTTP/1.1" % target.encode(), b"Host: localhost", line)
+    assert proxai.models_shape(head) == shape
+
+
+def test_the_list_in_its_three_shapes():
+    models = [proxai.Listed("b", "p", 9, 8), proxai.Listed("a", "p")]
+    assert proxai.render_models(models, "chat") == {"object": "list", "data": [
+        {"id": "b", "object": "model", "created": 0, "owned_by": "p"},
+        {"id": "a", "object": "model", "created": 0, "owned_by": "p"}]}
+    told = proxai.render_models(models, "messages")
+    assert (told["first_id"], told["last_id"], told["has_more"]) == ("a", "b", False)
+    assert told["data"][1] == {"type": "model", "id": "b", "display_name": "b", "created_at": ANY,
+                               "max_input_tokens": 9, "max_tokens": 8}
+    assert proxai.render_models([], "messages") == {"data": [], "has_more": False, "first_id": None, "last_id": None}
+    (first, second) = proxai.render_models(models, "codex")["models"]
+    assert (first["slug"], first["context_window"], second["context_window"]) == ("b", 9, 200_000)
+    assert {"supported_reasoning_levels", "shell_type", "visibility", "base_instructions", "truncation_policy",
+            "supported_in_api", "priority", "experimental_supported_tools"} <= set(first)
+
+
+NAMED = """
+[server]
+api_keys = ["open-key"]
+[[server.keys]]
+name = "ci"
+key = "sha256:%s"
+models = ["P/*", "rare"]
+[[server.keys]]
+name = "slow"
+key = "slow-key"
+requests_per_minute = 1
+[logging]
+level = "debug"
+output_format = "json"
+[error_responses]
+format = "native"
+[providers.named]
+protocol = "openai_chat_completions"
+base_url = "%s/v1"
+api_key = "test-upstream-key"
+discover = false
+prefix = "P"
+models = [{name = "names-up", alias = "mine"}, {name = "names-messages", alias = "ant"}]
+[providers.named.base_urls]
+anthropic_messages = "%s/anthropic/v1"
+[providers.lists]
+protocol = "anthropic_messages"
+base_url = "%s"
+api_key = "list-key"
+prefix = "l"
+[providers.gone]
+protocol = "openai_responses"
+base_url = "http://127.0.0.1:1"
+auth = "none"
+prefix = "g"
+"""
+
+
+class ListOfModels(http.server.BaseHTTPRequestHandler):
+    """A provider that has a list of models and nothing else."""
+
+    seen: list[tuple[str, Any]] = []
+
+    def do_GET(self) -> None:
+        """Answer with the list."""
+        self.seen.append((self.path, self.headers))
+        body = b'{"data": [{"id": "vendor/a"}, {"id": "b"}]}'
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def named(upstream, tmp_path_factory) -> Iterator[Running]:
+    """The program with names, client keys, and a provider that lists its models."""
+    lists = http.server.ThreadingHTTPServer(("127.0.0.1", 0), ListOfModels)
+    threading.Thread(target=lists.serve_forever, args=(0.05,), daemon=True).start()
+    config = NAMED % (hashlib.sha256(b"ci-key").hexdigest(), upstream.url, upstream.url,
+                      f"http://127.0.0.1:{lists.server_port}")
+    running = Running(tmp_path_factory.mktemp("named"), config=config)
+    yield running
+    running.stop()
+    lists.shutdown()
+    lists.server_close()
+
+
+NAMED_CHUNK = b'data: {"id":"1", "model":"names-up-2026","choices":[{"index":0,"delta":{"content":"%b"},"finish_reason":%b}]}\n\n'
+
+
+def test_a_model_is_asked_for_by_alias_prefix_and_suffix_and_answers_name_it_so(named, upstream):
+    events = (NAMED_CHUNK % (b"a", b"null")) + (NAMED_CHUNK % (b"b", b'"stop"')) + b"data: [DONE]\n\n"
+    upstream.on("names-up", answer_stream(events[:150], events[150:]),
+                answer_json({"id": "1", "model": "names-up-2026", "choices": []}))
+    body = body_for(CHAT, "P/mine(high)", stream=True, reasoning_effort="low")
+    reply = named.post(CHAT.path, body, "authorization: Bearer ci-key", "x-api-key: wrong")
+    asked = upstream.got("names-up")[-1]
+    assert asked.json["model"] == "names-up" and asked.json["reasoning_effort"] == "high"
+    assert asked.header("authorization") == "Bearer test-upstream-key" and asked.header("x-api-key") is None
+    assert reply.body == events.replace(b"names-up-2026", b"P/mine(high)")
+    for event in named.events(reply.headers["x-proxai-request-id"])[1:]:
+        assert event["client"] == "ci" and "ci-key" not in str(event)
+    whole = named.post(CHAT.path, body_for(CHAT, "mine"), "x-goog-api-key: open-key")
+    assert whole.body == b'{"id": "1", "model": "mine", "choices": []}'
+    assert upstream.got("names-up")[-1].body.count(b"names-up") == 1
+
+
+def test_a_client_gets_its_own_protocol_where_the_provider_speaks_it(named, upstream):
+    upstream.on("names-messages", answer_json({"id": "m", "type": "message", "model": "claude-x", "content": []}))
+    reply = named.post(MESSAGES.path, body_for(MESSAGES, "ant"), "x-api-key: open-key")
+    asked = upstream.got("names-messages")[-1]
+    assert (asked.target, asked.header("x-api-key")) == ("/anthropic/v1/messages", "test-upstream-key")
+    assert reply.json["model"] == "ant"
+
+
+@pytest.mark.parametrize("path, body, line, status, told", [
+    (CHAT.path, body_for(CHAT, "mine"), "x: y", 401, {"type": "authentication_error", "code": "invalid_api_key"}),
+    (MESSAGES.path, body_for(MESSAGES, "ant"), "x-api-key: sha256", 401, {"type": "authentication_error"}),
+    (MESSAGES.path, body_for(MESSAGES, "ant"), "x-api-key: ci-key", 403, {"type": "permission_error"}),
+    (RESPONSES.path, body_for(RESPONSES, "none-such"), "x-api-key: open-key", 400,
+     {"type": "invalid_request_error", "code": "model_not_found", "param": "model"}),
+])
+def test_a_request_that_a_key_or_a_name_does_not_allow_is_refused_in_the_clients_shape(named, path, body, line, status, told):
+    reply = named.post(path, body, line)
+    error = reply.json["error"]
+    assert reply.status == status and {key: error.get(key) for key in told} == told
+    assert (reply.json.get("type") == "error") is (path == MESSAGES.path) and "mine" not in error["message"]
+
+
+def test_a_key_beyond_its_rate_is_told_when_to_come_back(named, upstream):
+    upstream.on("slow", answer_json({"model": "slow"}))
+    first, second = (named.post(CHAT.path, body_for(CHAT, "none"), "x-api-key: slow-key") for _ in range(2))
+    assert (first.status, second.status) == (400, 429)  # the first one was no model
+    assert 1 <= int(second.headers["retry-after"]) <= 60
+    assert second.json["error"]["type"] == "rate_limit_error"
+
+
+def test_models_are_listed_for_each_client_and_found_by_id(named):
+    def get(target: str, *lines: str, method: str = "GET") -> Reply:
+        return named.post(target, b"", "x-api-key: open-key", *lines, method=method)
+
+    assert [m["id"] for m in get("/v1/models").json["data"]] == ["P/mine", "mine", "P/ant", "ant", "l/vendor/a", "l/b"]
+    (path, headers) = ListOfModels.seen[0]
+    assert path == "/v1/models?limit=1000" and headers["x-api-key"] == "list-key"
+    named.wait_line(r'"event":"models".*"provider":"gone"')
+    assert get("/models/l/vendor/a").json == {"id": "l/vendor/a", "object": "model", "created": 0, "owned_by": "lists"}
+    told = get("/v1/models", "anthropic-version: 2023-06-01").json
+    assert [told["first_id"], told["last_id"], len(told["data"])] == ["P/ant", "mine", 6]
+    assert get("/v1/models?client_version=1.0").json["models"][0]["slug"] == "P/mine"
+    assert (get("/v1/models", method="HEAD").status, get("/v1/models/none").status) == (200, 404)
+    assert get("/v1/models/none", "anthropic-version: 1").json["error"]["type"] == "not_found_error"
+    assert named.post("/v1/models", b"", method="GET").status == 401
+    of_ci = named.post("/v1/models", b"", "x-api-key: ci-key", method="GET").json["data"]
+    assert [m["id"] for m in of_ci] == ["P/mine", "P/ant"] and len(ListOfModels.seen) == 1
+
+
 MODEL_TARGETS = ("/v1/responses", "/responses", "/v1/chat/completions", "/chat/completions", "/v1/messages",
                  "/messages")
 
@@ -19796,8 +20003,9 @@ MODEL_TARGETS = ("/v1/responses", "/responses", "/v1/chat/completions", "/chat/c
         "HEAD", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "post", "X-ODD")],
     ("GET", "/v1/chat/completions?a=b", 405, {"POST"}),
     *[(method, "/healthz", 405, {"GET", "HEAD"}) for method in ("POST", "PUT", "OPTIONS", "get")],
+    *[("POST", target, 405, {"GET", "HEAD"}) for target in ("/v1/models", "/models", "/v1/models/x/y")],
     *[("POST", target, 404, None) for target in (
-        "/", "/health", "/healthz/", "/v1", "/v1/models", "/v1/messages/", "/v1/chat/completions/count_tokens",
+        "/", "/health", "/healthz/", "/v1", "/v1/modelsx", "/v1/messages/", "/v1/chat/completions/count_tokens",
         "/v1/responses/input_tokens", "/v1/messages/count_tokens/",
         "/V1/messages", "//v1/messages", "/v1/%6dessages", "/v1/./messages", "/x/../v1/messages",
         "/v1/messages;x", "/v2/messages", "/?/v1/messages")],
