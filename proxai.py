@@ -869,7 +869,7 @@ def choose(routes: Sequence[Route], defaults: Mapping[str, str], protocol: str,
                 wish = own or wish
             return Decision(route.provider, sent, route.name, wish)
         mismatch = mismatch or route
-    if found := resolve_names(names, model):
+    if names is not NO_NAMES and (found := resolve_names(names, model)):
         return found[0]
     if mismatch:
         named = f"route `{mismatch.name}`" if mismatch.name else "a route without a name"
@@ -10973,7 +10973,7 @@ def check_key(fields: Iterable[Field], keys: Sequence[ClientKey], now: float) ->
             sent = hashlib.sha256(value).digest()
             for key in keys:
                 if hmac.compare_digest(sent, key.digest):
-                    found = key
+                    found = found or key
     challenge = [b"www-authenticate: Bearer"]
     if keys and found is None:
         raise RequestError("a valid API key of this proxy is needed", status=401, fields=challenge,

@@ -5154,6 +5154,16 @@ def test_a_thinking_suffix_is_translated(thinking, expected):
     assert proxai.PAIRS["chat", "messages"].request(body, ctx).get("thinking") == expected
 
 
+@pytest.mark.parametrize("shown, expected", [("mine", "mine"), ("", "up-2026")])
+def test_a_translated_answer_names_the_model_as_it_was_asked_for(shown, expected):
+    ctx = proxai.Context("responses", "chat", "up")
+    proxai.PAIRS["responses", "chat"].request({"model": "mine", "input": "hi"}, ctx)
+    ctx.shown = shown
+    told = {"id": "1", "model": "up-2026", "choices": [
+        {"index": 0, "message": {"role": "assistant", "content": "a"}, "finish_reason": "stop"}]}
+    assert proxai.PAIRS["responses", "chat"].response(told, ctx)["model"] == expected
+
+
 
 # ============================================================================
 #  12  Answers
@@ -19758,7 +19768,7 @@ KEYS = proxai.client_keys(("plain", "sha256:" + hashlib.sha256(b"hashed").hexdig
 
 @pytest.mark.parametrize("lines, expected", [
     ([b"Authorization: Bearer plain"], ""), ([b"Authorization: plain"], ""), ([b"X-Api-Key: hashed"], ""),
-    ([b"x-goog-api-key: named"], "ci"), ([b"authorization: Bearer wrong", b"x-api-key: named"], "ci"),
+    ([b"x-goog-api-key: named"], "ci"), ([b"x-api-key: named", b"x-goog-api-key: plain"], "ci"), ([b"authorization: Bearer wrong", b"x-api-key: named"], "ci"),
     ([b"authorization: bearer  named "], "ci"), ([b"x-api-key: late"], "expired"),
     ([], None), ([b"x-api-key: Plain"], None), ([b"api-key: plain"], None), ([b"x-api-key: "], None),
     ([b"x-api-key: sha256:" + hashlib.sha256(b"hashed").hexdigest().encode()], None),
