@@ -148,6 +148,7 @@ PROTOCOLS = {p.name: p for p in (RESPONSES, CHAT, MESSAGES)}
 MODEL_PATHS = {path: p for p in PROTOCOLS.values() for path in (p.path, p.path.removeprefix("/v1"))}
 COUNT_PATHS = tuple(f"{path}/count_tokens" for path, p in MODEL_PATHS.items() if p is MESSAGES)
 HEALTH_PATHS = ("/healthz", "/readyz", "/health", "/livez")
+MODELS_PATHS = ("/v1/models", "/models")
 
 PHASES = ("inbound_request", "provider_request", "upstream_response", "outbound_response")
 APP_DIRECTORY = ".proxai"
@@ -192,6 +193,10 @@ IDLE_LINK_SECS = 60.0  # vendors close idle connections after 60-400 s
 SWEEP_SECS = 5.0  # how often idle connections are looked over, and `wait` lines are written
 DRAIN_SECS = 0.05  # that a client's next request waits for the end of a stream it has whole
 AFTER_TERMINAL_SECS = 5.0  # how long a provider may take to end a stream that is complete
+DISCOVERY_WAIT_SECS = 3.0  # how long a client that lists models waits for providers' lists,
+DISCOVERY_SECS = 15.0  # how long one may take,
+DISCOVERY_FRESH_SECS = 600.0  # and how long it is good
+DISCOVERED_MODELS = 5000  # of one provider
 BACKLOG = 1024
 LOG_QUEUE_LINES = 10_000  # lines waiting for a blocked terminal before they are counted and dropped
 MCP_VERSIONS = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")  # the newest last
@@ -685,6 +690,29 @@ class Decision(NamedTuple):
     provider: str
     model: str
     route: str | None
+    thinking: str = ""  # what a suffix asks for, see split_thinking()
+    named: bool = False  # chosen by a name that the provider goes by
+
+
+class Names(NamedTuple):
+    """The names that providers go by (gateway 1.2)."""
+
+    published: Mapping[str, Sequence[tuple[str, str]]]  # folded name -> (provider, upstream model)
+    listed: Mapping[str, str]  # name as clients see it -> the first provider that has it
+    prefixes: Sequence[str]
+    open: Sequence[tuple[str, str]]  # (prefix, provider): any model that is named so
+    excluded: Mapping[str, Sequence[re.Pattern[str]]]  # models that a provider does not take
+    forced: Sequence[str]  # providers that take nothing without their prefix
+
+    def takes(self, provider: str, model: str) -> bool:
+        """Whether a provider may be sent a model (named without a prefix)."""
+        return not any(pattern.search(model) for pattern in self.excluded.get(provider, ()))
+
+
+NO_NAMES = Names({}, {}, (), (), {}, ())
+THINKING_SUFFIX = re.compile(
+    r"(.*\S)\s*\((none|auto|-1|minimal|low|medium|high|xhigh|max|[0-9]{1,9})\)",
+    re.IGNORECASE | re.DOTALL)
 
 
 def pattern_kind(kind: str, pattern: str) -> str:
@@ -789,43 +817,128 @@ def rewrite_model(route: Route, match: re.Match[str], model: str) -> str:
             + model[match.end():])
 
 
-def matched(route: Route, protocol: str, model: str) -> tuple[re.Match[str] | None, bool]:
-    """Where a route's pattern fits a model's name, and whether the route takes the request."""
-    match = route.pattern.search(model)
-    return match, match is not None and route.protocol in (None, protocol)
+def matched(route: Route, protocol: str, model: str) -> tuple[re.Match[str] | None, bool, str]:
+    """Where a route's pattern fits a model's name, whether the route takes the request, and what
+    the name's suffix asks for: nothing where the route is for the name with its suffix."""
+    base, wish = split_thinking(model)
+    match = route.pattern.search(base)
+    if match is None and wish:
+        match, wish = route.pattern.search(model), ""
+    return match, match is not None and route.protocol in (None, protocol), wish
+
+
+def split_thinking(model: str) -> tuple[str, str]:
+    """A model's name without its thinking suffix, and what that asks for: an effort level, none,
+    auto, or a number of tokens (gateway 1.6).
+
+    >>> split_thinking("gpt-5.5(High)"), split_thinking("gpt-5.5(new)")
+    (('gpt-5.5', 'high'), ('gpt-5.5(new)', ''))
+    """
+    match = THINKING_SUFFIX.fullmatch(model) if model.endswith(")") else None
+    if match is None:
+        return model, ""
+    value = match[2].lower()
+    value = str(int(value)) if value.isdigit() else value
+    return match[1], {"-1": "auto", "0": "none"}.get(value, value)
+
+
+def compile_names(providers: Mapping[str, Any], forced: bool) -> Names:
+    """The names of the configured providers (see ProviderConfig); where the prefix is `forced`,
+    a provider that has one takes nothing without it."""
+    published: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
+    also: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)  # names behind an alias
+    listed: dict[str, str] = {}
+    excluded = {name: [compile_pattern("glob", glob) for glob in p.excluded_models]
+                for name, p in providers.items() if p.excluded_models}
+    prefixes = {name: f"{p.prefix}/" for name, p in providers.items() if p.prefix}
+    for name, provider in providers.items():
+        prefix = prefixes.get(name, "")
+        for model in provider.models:
+            shown = model.alias or model.name
+            if any(pattern.search(shown) for pattern in excluded.get(name, ())):
+                continue
+            plain_too = not (forced and prefix) or provider.prefix == shown
+            for lead in dict.fromkeys([prefix, *([""] if plain_too else [])]):
+                if lead + shown.lower() not in published:
+                    listed[lead + shown] = name
+                for table, known in ((published, shown), (also, model.name)):
+                    pool = table[lead + known.lower()]
+                    pool += [(name, model.name)] if (name, model.name) not in pool else []
+    names = Names({**also, **published}, listed, tuple(prefixes.values()),
+                  [(prefix, name) for name, prefix in prefixes.items()
+                   if not providers[name].models],
+                  excluded, tuple(prefixes) if forced else ())
+    return names if any(names) else NO_NAMES
+
+
+def resolve_names(names: Names, model: str) -> list[Decision]:
+    """All that a model may mean by the names of providers, the first choice first; none where no
+    provider goes by it (gateway 1.2)."""
+    base, thinking = split_thinking(model)
+    if base.lower() == "auto" and "auto" not in names.published:
+        base = next(iter(names.listed), base)
+    for name, wish in dict.fromkeys([(base, thinking), (model, "")]):
+        prefix = next((p for p in names.prefixes if name.startswith(p)), "")
+        found = names.published.get(prefix + name[len(prefix):].lower()) or [
+            (provider, name[len(prefix):]) for prefix, provider in names.open
+            if name.startswith(prefix) and name != prefix
+            and names.takes(provider, name[len(prefix):])]
+        if found:
+            return [Decision(provider, *own_thinking(upstream, wish), True)
+                    for provider, upstream in found]
+    return []
+
+
+def own_thinking(upstream: str, wish: str) -> tuple[str, None, str]:
+    """The last members of a decision for a configured model: its own suffix beats the client's."""
+    base, own = split_thinking(upstream)
+    return base, None, own or wish
 
 
 def choose(routes: Sequence[Route], defaults: Mapping[str, str], protocol: str,
-           model: str) -> Decision:
-    """The first route that fits, else the protocol's default provider; SetupError if there is none.
+           model: str, names: Names = NO_NAMES) -> Decision:
+    """The first route that fits, else the first provider that goes by the name, else the protocol's
+    default provider; a ProxyError if there is none.
 
     A route whose pattern matches but whose guard does not is passed over, and named if nothing else
     takes the request.
     """
     mismatch = None
     for route in routes:
-        match, taken = matched(route, protocol, model)
+        match, taken, wish = matched(route, protocol, model)
         if match and taken:
-            return Decision(route.provider, rewrite_model(route, match, model), route.name)
+            sent = rewrite_model(route, match, match.string)
+            if route.upstream_model:
+                sent, own = split_thinking(sent)
+                wish = own or wish
+            return Decision(route.provider, sent, route.name, wish)
         if match:
             mismatch = mismatch or route
+    base, thinking = split_thinking(model)
+    if names is not NO_NAMES and (found := resolve_names(names, model)):
+        return found[0]
     if mismatch:
         named = f"route `{mismatch.name}`" if mismatch.name else "a route without a name"
         raise SetupError(f"{named} matches the model {model}, but its request_protocol is"
                          f" {mismatch.protocol} and the request's protocol is {protocol}",
                          fix="remove request_protocol from the route, or change it")
-    if not defaults.get(protocol):
+    default = defaults.get(protocol)
+    if names is not NO_NAMES and not (
+            default and default not in names.forced and names.takes(default, base)):
+        raise RequestError(f"unknown provider for model {model}", code="model_not_found",
+                           param="model", fix="GET /v1/models lists the models")
+    if not default:
         raise SetupError(f"no route takes the model {model} and"
                          f" routing.default_provider_names.{protocol} is not set",
                          fix="set that key to the name of a provider, or add a route")
-    return Decision(defaults[protocol], model, None)
+    return Decision(default, base, None, thinking)
 
 
 def route_tries(routes: Sequence[Route], protocol: str, model: str) -> list[Json]:
     """What `choose` finds at each route, up to the one that takes the request."""
     tries: list[Json] = []
     for route in routes:
-        match, taken = matched(route, protocol, model)
+        match, taken, _ = matched(route, protocol, model)
         why = ("the pattern matches" if taken else "the pattern does not match" if not match else
                f"the pattern matches, but request_protocol is {route.protocol}")
         tries.append({"route": route.name, "takes": taken, "why": why})
@@ -908,6 +1021,21 @@ def several(kind: Kind) -> Kind:
     return Kind(wants, read)
 
 
+def tables_of(cls: type, bare: str, wants: str) -> Kind:
+    """An array of tables of a schema class; a string stands for one that has only `bare`."""
+    def read(value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, list):
+            raise ValueError(f"must be {wants}")
+        faults = Faults()
+        found = tuple(read_table(cls, {bare: item} if isinstance(item, str) else item,
+                                 f"item {i}", faults) for i, item in enumerate(value))
+        if faults:
+            raise ValueError("; ".join(faults))
+        return found
+
+    return Kind(wants, read)
+
+
 def plain(text: str) -> bool:
     """Whether a text can stand in a header field: one that cannot would silently not be sent."""
     return text.isascii() and text.isprintable() and " " not in text
@@ -917,6 +1045,14 @@ def is_http_url(text: str) -> bool:
     """Whether a text is an absolute http or https URL; ValueError says no, too."""
     url = urlsplit(text)
     return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+
+
+def is_pattern(kind: str, text: str) -> bool:
+    """Whether a text is a pattern of models."""
+    try:
+        return bool(compile_pattern(kind, text))
+    except (re.error, OverflowError, RecursionError):
+        return False
 
 
 def is_proxy(text: str) -> bool:
@@ -950,6 +1086,11 @@ def is_headers(value: Any) -> bool:
         FIELD_NAME.fullmatch(name) and not OWN_FIELD.fullmatch(name) and isinstance(text, str)
         and text.strip() and text.isascii() and text.isprintable()
         and (text[0] != "$" or FIELD_NAME.fullmatch(text[1:])) for name, text in value.items())
+def expiry_time(value: datetime.date) -> float:
+    """When a date in a configuration is over, in seconds since 1970."""
+    if not isinstance(value, datetime.datetime):
+        value = datetime.datetime.combine(value, datetime.time()) + datetime.timedelta(days=1)
+    return (value if value.tzinfo else value.replace(tzinfo=datetime.UTC)).timestamp()
 
 
 def base_of(text: str) -> str:
@@ -963,6 +1104,15 @@ TEXT = text_of_kind("a non-empty string")
 # as it is; an empty one takes no model
 PATTERN = kind_of("a string", lambda value: isinstance(value, str))
 SECRET = text_of_kind("a non-empty string of printable ASCII without blanks", plain)
+HASHED_KEY = "sha256:"
+CLIENT_KEY = text_of_kind(
+    f"a key of printable ASCII without blanks, or {HASHED_KEY} and the 64 hex digits of its hash",
+    lambda text: plain(text) and (not text.startswith(HASHED_KEY)
+                                  or re.fullmatch("[0-9a-fA-F]{64}", text[len(HASHED_KEY):])))
+# a date ends with its day; what names no zone is UTC
+EXPIRY = kind_of("a date or a date with a time, such as 2027-12-31",
+                 lambda value: isinstance(value, datetime.date),
+                 lambda value: expiry_time(value))
 # a key that was put there by mistake mostly is none
 VARIABLE = text_of_kind("the name of an environment variable",
                         re.compile(r"[A-Za-z_][A-Za-z0-9_]*").fullmatch)
@@ -994,6 +1144,13 @@ TEXTS = kind_of("a table of strings", lambda value: isinstance(value, dict)
 ORIGIN = text_of_kind('an origin such as "https://app.example.com", without a path', is_origin,
                       str.lower)
 PROTOCOL = choice(*PROTOCOLS)
+PREFIX = text_of_kind("a word in front of model names, without blanks and the slash behind it",
+                      lambda text: plain(text) and not text.endswith("/"))
+GLOB = text_of_kind("a glob such as \"*-preview\"",
+                    lambda text: is_pattern("glob", text))
+PRESET = kind_of("one of the names that `proxai.py presets` lists",
+                 lambda value: isinstance(value, str) and value.strip().lower() in PRESETS,
+                 lambda value: value.strip().lower())
 
 
 class Section(NamedTuple):
@@ -1019,6 +1176,119 @@ def setting(kind: Kind | Section, doc: str, default: Any = REQUIRED, *, example:
 def fact(doc: str, example: Any, kind: Kind = BOOLEAN) -> Any:
     """A field of a profile, not set unless the file sets it."""
     return setting(kind, doc, None, example=example)
+
+
+# -- presets -----------------------------------------------------------------
+# Where vendors and local servers are and how they want their keys; what they take is in the tables
+# of section 9. Facts of 2026 that a provider's own settings override one by one.
+
+class Preset(NamedTuple):
+    """What `preset = "<name>"` fills in. `paths` says which protocols it speaks natively and
+    where below `root`; what it does not speak is translated to the first one."""
+
+    names: str  # the first one is listed, the others are as good
+    root: str  # { } stands for what only its user knows, so base_url must be given
+    paths: str  # "<protocol> <protocol> <path>, <protocol> <path>"
+    variable: str = ""  # environment variable that usually holds the key
+    note: str = ""
+    auth: str = "bearer"  # none: a key is sent only where one is given
+    versionless: bool = False
+    lists: bool = True  # whether /models names what can be asked for
+
+
+PRESETS: dict[str, Preset] = {name: preset for preset in (
+    Preset("anthropic claude", "https://api.anthropic.com", "messages /v1", "ANTHROPIC_API_KEY",
+           auth="x-api-key"),
+    Preset("openai", "https://api.openai.com", "responses chat /v1", "OPENAI_API_KEY"),
+    Preset("gemini", "https://generativelanguage.googleapis.com", "chat /v1beta/openai",
+           "GEMINI_API_KEY"),
+    Preset("mistral", "https://api.mistral.ai", "chat /v1", "MISTRAL_API_KEY"),
+    Preset("groq", "https://api.groq.com", "responses chat /openai/v1", "GROQ_API_KEY"),
+    Preset("deepseek", "https://api.deepseek.com", "chat /v1, messages /anthropic/v1",
+           "DEEPSEEK_API_KEY"),
+    Preset("openrouter", "https://openrouter.ai", "chat responses messages /api/v1",
+           "OPENROUTER_API_KEY"),
+    Preset("together", "https://api.together.ai", "chat /v1", "TOGETHER_API_KEY"),
+    Preset("fireworks", "https://api.fireworks.ai", "chat responses messages /inference/v1",
+           "FIREWORKS_API_KEY"),
+    Preset("novita", "https://api.novita.ai", "chat /openai/v1, messages /anthropic/v1",
+           "NOVITA_API_KEY", "messages: not for all models"),
+    Preset("siliconflow", "https://api.siliconflow.com", "chat /v1", "SILICONFLOW_API_KEY",
+           "China, with other keys: base_url = https://api.siliconflow.cn/v1"),
+    Preset("minimax", "https://api.minimax.io", "chat responses /v1, messages /anthropic/v1",
+           "MINIMAX_API_KEY", "China: base_url = https://api.minimaxi.com/v1"),
+    Preset("moonshot kimi", "https://api.moonshot.ai",
+           "chat responses /v1, messages /anthropic/v1", "MOONSHOT_API_KEY",
+           "China, with other keys: base_url = https://api.moonshot.cn/v1"),
+    Preset("kimi-code", "https://api.kimi.com", "messages /coding/v1", "KIMI_API_KEY",
+           "the key of a subscription"),
+    Preset("zai", "https://api.z.ai", "chat /api/paas/v4, messages /api/anthropic/v1",
+           "ZAI_API_KEY", lists=False),
+    Preset("zai-coding", "https://api.z.ai", "chat /api/coding/paas/v4, responses /api/v1,"
+           " messages /api/anthropic/v1", "ZAI_API_KEY", "the key of a coding plan",
+           lists=False),
+    Preset("zhipu", "https://open.bigmodel.cn",
+           "chat /api/paas/v4, messages /api/anthropic/v1", "ZHIPU_API_KEY", "China"),
+    Preset("xai", "https://api.x.ai", "responses chat /v1", "XAI_API_KEY"),
+    Preset("cerebras", "https://api.cerebras.ai", "chat /v1", "CEREBRAS_API_KEY"),
+    Preset("nvidia", "https://integrate.api.nvidia.com", "chat /v1", "NVIDIA_API_KEY"),
+    Preset("github-models", "https://models.github.ai", "chat /inference", "GITHUB_TOKEN",
+           "a token with the scope models", versionless=True),
+    Preset("azure", "https://{resource}.openai.azure.com", "responses chat /openai/v1",
+           "AZURE_OPENAI_API_KEY", "a model is the name of your deployment", "api-key",
+           lists=False),
+    Preset("bedrock", "https://bedrock-mantle.{region}.api.aws",
+           "responses chat /v1, messages /anthropic/v1", "AWS_BEARER_TOKEN_BEDROCK",
+           "Bedrock API keys only"),
+    Preset("vertex", "https://{region}-aiplatform.googleapis.com",
+           "chat /v1/projects/{project}/locations/{region}/endpoints/openapi",
+           note="the key is a token of one hour", versionless=True),
+    Preset("huggingface", "https://router.huggingface.co", "chat /v1", "HF_TOKEN"),
+    Preset("deepinfra", "https://api.deepinfra.com", "chat /v1/openai", "DEEPINFRA_API_KEY"),
+    Preset("alibaba", "https://dashscope-intl.aliyuncs.com",
+           "chat responses /compatible-mode/v1, messages /apps/anthropic/v1", "DASHSCOPE_API_KEY"),
+    Preset("opencode-zen", "https://opencode.ai", "chat responses messages /zen/v1",
+           "OPENCODE_API_KEY", "each model speaks one of them: set protocol"),
+    Preset("chutes", "https://llm.chutes.ai", "chat /v1"),
+    Preset("poe", "https://api.poe.com", "chat /v1"),
+    Preset("cohere", "https://api.cohere.ai", "chat /compatibility/v1"),
+    Preset("vercel", "https://ai-gateway.vercel.sh", "chat messages /v1"),
+    Preset("baseten", "https://inference.baseten.co", "chat /v1"),
+    Preset("nebius", "https://api.tokenfactory.nebius.com", "chat /v1"),
+    Preset("llama", "https://api.llama.com", "chat /compat/v1"),
+    Preset("kilo", "https://api.kilo.ai", "chat responses messages /api/gateway", "KILO_API_KEY",
+           versionless=True),
+    Preset("copilot", "https://api.githubcopilot.com", "chat /", versionless=True,
+           note="private: documented for GitHub's own clients only; bring a token"),
+    Preset("kiro", "http://{bridge}", "chat messages /v1", note="private protocol: base_url is"
+           " a bridge that you run"),
+    Preset("roo", "https://api.roocode.com", "chat /v1", "ROO_API_KEY",
+           "discontinued: the service ended in May 2026"),
+    Preset("ollama", "http://localhost:11434", "chat responses messages /v1", auth="none"),
+    Preset("llamacpp", "http://127.0.0.1:8080", "chat messages /v1", auth="none"),
+    Preset("vllm", "http://localhost:8000", "chat responses messages /v1", auth="none"),
+    Preset("lmstudio", "http://localhost:1234", "chat responses messages /v1", auth="none"),
+    Preset("mlx", "http://127.0.0.1:8000", "chat /v1", auth="none", note="Apple silicon"),
+    Preset("sglang", "http://{host}", "chat /v1", auth="none"),
+    Preset("tgi", "http://{host}", "chat /v1", auth="none"),
+) for name in preset.names.split()}
+
+
+def preset_bases(preset: Preset, given: str | None) -> dict[str, str]:
+    """The base URL for each protocol (by name) of a preset, the first one first.
+
+    With a base URL that is `given`, the others move along where it has the preset's layout; else
+    it is only for those that share it.
+    """
+    words = {p.word: name for name, p in PROTOCOLS.items()}
+    paths = {words[word]: path for part in preset.paths.split(", ")
+             for *each, path in [part.split()] for word in each}
+    root, first = preset.root, next(iter(paths.values()))
+    if given is not None:
+        root = given.rstrip("/").removesuffix(first.rstrip("/"))
+        if urlsplit(given).path.strip("/") and f"{root}/" == given:
+            return {name: given for name, path in paths.items() if path == first}
+    return {name: base_of(f"{root}{path}") for name, path in paths.items()}
 
 
 # -- the schema --------------------------------------------------------------
@@ -1186,13 +1456,68 @@ class CredentialConfig(KeyConfig):
 
 
 @schema
+class NativeConfig:
+    """Base URLs of further protocols that the provider speaks: a client of one of them is passed
+    through, not translated. A preset fills them."""
+
+    openai_responses: str | None = setting(URL, "For clients of Responses.", None, secret=True,
+                                           example="https://api.example.com/v1")
+    openai_chat_completions: str | None = setting(
+        URL, "For clients of Chat Completions.", None, secret=True,
+        example="https://api.example.com/v1")
+    anthropic_messages: str | None = setting(
+        URL, "For clients of Messages.", None, secret=True,
+        example="https://api.example.com/anthropic/v1")
+
+
+@schema
+class ModelConfig:
+    """A model that a provider goes by: clients ask for the alias, or the name without one."""
+
+    name: str = setting(TEXT, "As the provider calls it; (high) and the like behind it sets the"
+                              " reasoning effort.")
+    alias: str | None = setting(TEXT, "As clients call it.", None)
+
+
+@schema
 class ProviderConfig(KeyConfig):
     """One place to send requests to. Its name is a label; `protocol` decides the wire format."""
 
-    protocol: str = setting(PROTOCOL, "What the provider speaks.")
+    preset: str | None = setting(
+        PRESET, "A vendor or local server that `proxai.py presets` lists: fills in what is not set"
+        " of protocol, base_url, base_urls, auth, versionless and api_key_env. Not needed where"
+        " the provider has a preset's name and neither protocol nor base_url.", None,
+        example="openrouter")
+    protocol: str = setting(PROTOCOL, "What the provider speaks. Required without a preset; with"
+                            " one, the only protocol of it that is used.", None)
     base_url: str = setting(
         URL, "Where it is. The path of the protocol is appended; a version that is there already is"
-        " not doubled.", secret=True)
+        " not doubled. Required without a preset.", None, secret=True)
+    base_urls: NativeConfig = setting(
+        Section(NativeConfig), "Where it speaks further protocols.")
+    versionless: bool | None = setting(
+        BOOLEAN, "The path of the protocol is appended without its /v1.", None, example=False)
+    auth: str | None = setting(
+        choice("bearer", "x-api-key", "api-key", "x-goog-api-key", "none"), "The header that"
+        " carries the key. Not set: x-api-key for anthropic_messages, else bearer; none takes no"
+        " key.", None, example="bearer")
+    prefix: str | None = setting(
+        PREFIX, "Clients may ask for `prefix/model`; without models, for any model behind it.",
+        None, example="or")
+    models: tuple[ModelConfig, ...] = setting(
+        tables_of(ModelConfig, "name", "an array of names and of {name, alias}"), "Models that go"
+        " to this provider when no route takes them: by alias or name, with the prefix or without.",
+        (), example=["gpt-5.5", {"name": "gpt-5.5-mini", "alias": "fast"}])
+    excluded_models: tuple[str, ...] = setting(
+        several(GLOB), "Models that this provider is not asked for, as clients name them without"
+        " the prefix. Routes do not look at this.", ())
+    discover: bool | None = setting(
+        BOOLEAN, "Its own list of models is asked for when a client wants a list, unless models"
+        " are set here. Not set: true, but for presets without a list.", None, example=False)
+    response_model: str | None = setting(
+        choice("requested", "upstream"), "The model that answers name. Not set: the requested one"
+        " where a name or a thinking suffix led here, else what the provider says.", None,
+        example="requested")
     compatibility: str = setting(
         choice("strict", "anthropic_compatible"), "Only for anthropic_messages:"
         " anthropic_compatible fills members that the vendor always sends and others leave out;"
@@ -1243,7 +1568,20 @@ class RoutingConfig:
 
     default_provider_names: DefaultsConfig = setting(
         Section(DefaultsConfig), "Used when no route takes a request.")
+    force_model_prefix: bool = setting(
+        BOOLEAN, "Providers with a prefix take only requests that name it.", False)
     routes: tuple[RouteConfig, ...] = setting(Section(RouteConfig, "list"), "Tried from the top.")
+
+
+@schema
+class ClientKeyConfig:
+    """A client's key with a name, and what it is good for."""
+
+    name: str = setting(TEXT, "Who has it: what the log calls it.")
+    key: str = setting(CLIENT_KEY, "The key, or its hash.", secret=True)
+    models: tuple[str, ...] = setting(several(GLOB), "Models it may ask for; none: all.", ())
+    requests_per_minute: int | None = setting(whole(1, 100_000), "How often.", None)
+    expires: float | None = setting(EXPIRY, "How long.", None)
 
 
 @schema
@@ -1253,10 +1591,18 @@ class ServerConfig:
     host: str = setting(ADDRESS, "Address to listen on.", "127.0.0.1")
     port: int = setting(whole(0, 65535), "Port to listen on; 0 takes a free one.", 18080)
     api_keys: tuple[str, ...] = setting(
-        several(SECRET), "Keys clients must send (Authorization: Bearer, x-api-key or"
-        " x-goog-api-key). None: no key is asked for.", (), secret=True)
+        several(CLIENT_KEY), "Keys clients must send (Authorization: Bearer, x-api-key or"
+        " x-goog-api-key), plain or hashed. None here and in keys: no key is asked for.", (),
+        secret=True)
+    keys: tuple[ClientKeyConfig, ...] = setting(
+        tables_of(ClientKeyConfig, "key",
+                  "an array of {name, key, models, requests_per_minute, expires}"),
+        "More of them, with a name for the log and limits: models as globs, a number of requests"
+        " per minute, the last day. Name and key are required.", (), secret=True, example=[
+            {"name": "ci", "key": "replace-me", "models": ["gpt-*"], "requests_per_minute": 60,
+             "expires": datetime.date(2027, 12, 31)}])
     allow_unauthenticated: bool = setting(
-        BOOLEAN, "Allows a host that is not loopback without api_keys.", False)
+        BOOLEAN, "Allows a host that is not loopback without api_keys or keys.", False)
     allowed_hosts: tuple[str, ...] = setting(
         several(TEXT), "Host names beside loopback ones that requests to a loopback listener may"
         " carry.", ())
@@ -1516,7 +1862,8 @@ def cross_check(config: Config, faults: Faults, environ: Mapping[str, str]) -> C
             faults.add(f"routing.routes[{i}].model_pattern",
                        f"invalid route: the pattern {route.model_pattern} does not work: {error}")
     check_listeners(config, faults)
-    providers = {name: with_keys(provider, f"providers.{name}", faults, environ)
+    providers = {name: with_keys(with_preset(provider, name, faults, environ),
+                                 f"providers.{name}", faults, environ)
                  for name, provider in config.providers.items()}
     return dataclasses.replace(config, providers=providers)
 
@@ -1525,18 +1872,76 @@ def check_listeners(config: Config, faults: Faults) -> None:
     """A listener that others can reach needs keys; the control listener is never one
     (rulings 11 and 5)."""
     server = config.server
-    if not (is_loopback(server.host) or server.api_keys or server.allow_unauthenticated):
+    if not (is_loopback(server.host) or server.api_keys or server.keys
+            or server.allow_unauthenticated):
         faults.add("server.host", f"{server.host} can be reached from other machines: set"
                                   " server.api_keys, or server.allow_unauthenticated = true if that"
                                   " is what you want")
     if any(TEMPLATE_KEY.search(key) for key in server.api_keys):
         faults.add("server.api_keys", "still holds a template key; replace it")
+    if any(TEMPLATE_KEY.search(key.key or "") for key in server.keys):
+        faults.add("server.keys", "still holds a template key; replace it")
+    if len({key.name for key in server.keys}) < len(server.keys):
+        faults.add("server.keys", "two keys have the same name; names must be unique")
     if not is_loopback(config.mcp.host):
         faults.add("mcp.host", f"must be a loopback address, is {config.mcp.host}")
     if server.workers > 1 and not hasattr(os, "fork"):
         faults.add("server.workers", "several processes need a system with fork; use 1 here")
     if config.mcp.port and config.mcp.port + server.workers > 65536:
         faults.add("mcp.port", f"leaves no port for each of {server.workers} workers")
+
+
+def with_preset(provider: ProviderConfig, name: str, faults: Faults,
+                environ: Mapping[str, str]) -> ProviderConfig:
+    """`provider` with what its preset says of what the file does not set."""
+    path, missing = f"providers.{name}", [
+        field for field in ("protocol", "base_url") if getattr(provider, field) is None]
+    preset = PRESETS.get(provider.preset or (name if len(missing) == 2 else ""))
+    if preset is None:
+        for field in missing:
+            note_missing(field, path, faults)
+        return provider
+    bases = preset_bases(preset, provider.base_url)
+    if provider.base_url is None and "{" in preset.root:
+        form = base_of(next(iter(bases.values()))).rstrip("/")
+        faults.add(f"{path}.base_url", f"is missing; for this preset it has the form {form}")
+    protocol = provider.protocol or next(iter(bases))
+    base_url = provider.base_url or bases.get(protocol, "")
+    if not base_url:
+        faults.add(f"{path}.protocol", f"the preset speaks {', '.join(bases)}")
+    if provider.protocol is None:
+        urls = bases | {name: url for name in PROTOCOLS
+                        if (url := getattr(provider.base_urls, name))}
+        provider = dataclasses.replace(provider, base_urls=NativeConfig(**urls))
+    keyed = bool(provider.credentials or given_of(provider, KEY_SOURCES))
+    if not keyed and preset.variable in environ:
+        provider = dataclasses.replace(provider, api_key_env=preset.variable)
+    auth = "bearer" if preset.auth == "none" and keyed else preset.auth
+    return dataclasses.replace(
+        provider, protocol=protocol, base_url=base_url, auth=provider.auth or auth,
+        discover=preset.lists if provider.discover is None else provider.discover,
+        versionless=preset.versionless if provider.versionless is None else provider.versionless)
+
+
+def note_missing(field: str, path: str, faults: Faults) -> None:
+    """Note that a provider lacks a setting, unless a faulty value of it was noted already."""
+    # paths spell names as the file does
+    if not any(fault.lower().startswith((f"{path}.{field}:", f"{path}.preset:"))
+               for fault in faults):
+        wants = next(f for f in dataclasses.fields(ProviderConfig)
+                     if f.name == field).metadata["kind"].wants
+        faults.add(f"{path}.{field}", f"is missing; must be {wants}, or set preset")
+
+
+def native_urls(provider: ProviderConfig) -> dict[str, str]:
+    """The base URL for each protocol that a provider speaks, by the protocol's name."""
+    urls = {name: url for name in PROTOCOLS if (url := getattr(provider.base_urls, name))}
+    return urls | {provider.protocol: provider.base_url}
+
+
+def wire_protocol(provider: ProviderConfig, inbound: str) -> str:
+    """The protocol that a provider is asked in: the client's own where it speaks that."""
+    return inbound if inbound in native_urls(provider) else provider.protocol
 
 
 def with_keys(provider: ProviderConfig, path: str, faults: Faults,
@@ -1578,8 +1983,13 @@ def with_key(table: K, path: str, faults: Faults, environ: Mapping[str, str]) ->
     sources = given_of(table, KEY_SOURCES)
     # paths spell names as the file does
     told = any(fault.lower().startswith((f"{path}.api_key", f"{path}.oauth")) for fault in faults)
+    if not sources and getattr(table, "auth", None) == "none":
+        return table
     if len(sources) != 1 and not told:
-        faults.add(f"{path}.api_key", f"is missing; give one of {', '.join(KEY_SOURCES)}"
+        preset = PRESETS.get(getattr(table, "preset", None) or path.removeprefix("providers."))
+        usual = (f", or set {preset.variable} in the environment" if preset and preset.variable
+                 else "")
+        faults.add(f"{path}.api_key", f"is missing; give one of {', '.join(KEY_SOURCES)}{usual}"
                    if not sources else "give only one of " + ", ".join(sources))
     if len(sources) != 1 or told:
         return table
@@ -1774,6 +2184,8 @@ def toml_value(value: Any) -> str:
         value = int(value)
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    if isinstance(value, datetime.date):
+        return value.isoformat()
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{name} = {toml_value(v)}" for name, v in value.items()) + " }"
     if isinstance(value, str) and "\\" in value and "'" not in value:
@@ -1795,16 +2207,16 @@ def fields_of(cls: Any, told: Sequence[Any] = ()) -> list[Any]:
 
 
 def example_table(cls: Any, path: str, given: Json, *, brief: bool = False,
-                  frame: str = "[{}]", told: Sequence[Any] = ()) -> list[str]:
-    """One table of the example file and those within it: every key under its description but for
-    those `told` already, unset ones commented out; only the `given` ones where it is to be
-    `brief`."""
+                  frame: str = "[{}]", told: Sequence[Any] = (), tables: bool = True) -> list[str]:
+    """One table of the example file and, with `tables`, those within it: every key under its
+    description but for those `told` already, unset ones commented out; only the `given` ones where
+    it is to be `brief`."""
     lines = ["", *([] if brief else wrapped(cls.__doc__)), frame.format(path)]
     inner: list[str] = []
     fields = fields_of(cls, told)
     for field in fields:
         name, kind, example = field.name, field.metadata["kind"], field.metadata["example"]
-        if brief and name not in given:
+        if (brief and name not in given) or (isinstance(kind, Section) and not tables):
             continue
         if isinstance(kind, Section):
             frame = "[[{}]]" if kind.shape == "list" else "[{}]"
@@ -1815,7 +2227,8 @@ def example_table(cls: Any, path: str, given: Json, *, brief: bool = False,
         if not brief:
             allowed = f" ({kind.wants})" if kind.wants.startswith("one of") else ""
             lines += wrapped(field.metadata["doc"] + allowed)
-        unset = name not in given and field.default in (None, REQUIRED)
+        unset = name not in given and (field.default in (None, REQUIRED)
+                                       or (field.default == () and example is not None))
         shown = (name if unset else field.default) if example is None else example
         lines.append(f"{'# ' if unset else ''}{name} = {toml_value(given.get(name, shown))}")
     return lines + inner
@@ -1828,6 +2241,7 @@ def example_toml() -> str:
                     " # show settings that are not set.")
     for i, (name, given) in enumerate(EXAMPLE_PROVIDERS.items()):
         lines += example_table(ProviderConfig, f"providers.{name}", given, brief=i > 0)
+    lines += example_table(RoutingConfig, "routing", {}, tables=False)
     lines += example_table(DefaultsConfig, "routing.default_provider_names", EXAMPLE_DEFAULTS)
     route = functools.partial(example_table, RouteConfig, "routing.routes", frame="[[{}]]")
     for i, given in enumerate(EXAMPLE_ROUTES):
@@ -2687,7 +3101,7 @@ def join_target(base: str, path: str, query: str) -> str:
 HOP_BY_HOP = frozenset((b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization",
                         b"te", b"trailer", b"transfer-encoding", b"upgrade", b"proxy-connection"))
 NOT_UPSTREAM = HOP_BY_HOP | {b"host", b"content-length", b"accept-encoding", b"expect",
-                              b"authorization", b"x-api-key", b"x-goog-api-key"}
+                              b"authorization", b"x-api-key", b"x-goog-api-key", b"api-key"}
 NOT_DOWNSTREAM = HOP_BY_HOP | {
     b"content-length", b"content-type", b"x-proxai-request-id",
     # what the provider's own web pages may do is not what those that may call us may
@@ -2712,10 +3126,10 @@ TO_ANTHROPIC = {theirs: name for name, theirs in TO_OPENAI.items()}
 EMPTY: Mapping[bytes, bytes] = {}
 
 
-def auth_line(protocol: Protocol, key: str) -> bytes:
-    """The header line that carries a provider's key."""
-    form = b"x-api-key: %b" if protocol is MESSAGES else b"authorization: Bearer %b"
-    return form % key.encode("ascii")
+def auth_line(protocol: Protocol, key: str, auth: str | None = None) -> bytes:
+    """The header line that carries a provider's key: the one of `auth`, else the protocol's."""
+    auth = auth or ("x-api-key" if protocol is MESSAGES else "bearer")
+    return ("authorization: Bearer " if auth == "bearer" else f"{auth}: ").encode() + key.encode()
 
 
 def own_fields(headers: Mapping[str, str], client: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
@@ -2968,6 +3382,49 @@ def fill_gaps_in_block(block: bytes) -> bytes:
     return block
 
 
+# Where answers and events name their model, by protocol, and the events that do.
+NAMING_MEMBERS: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "responses": (("model",), ("response", "model")), "chat": (("model",),),
+    "messages": (("model",), ("message", "model")),
+}
+NAMING_MARKERS = {"responses": (b'"response":',), "chat": (b'"model"',),
+                  "messages": (b"message_start",)}
+EVENT_DATA = re.compile(rb"^data: ?(\{.*\})\r?$", re.MULTILINE)
+
+
+def rename_model(raw: bytes, protocol: Protocol, model: str) -> bytes:
+    """An answer or the payload of an event with `model` for its model's name, and no other byte
+    changed; as it is where it is no JSON object or names none."""
+    try:
+        text = raw.decode("utf-8")
+        if not isinstance(load(raw), dict):
+            return raw
+        for path in NAMING_MEMBERS[protocol.word]:
+            start, end = 0, len(text)
+            for name in path:
+                inner = text[start:end]
+                spans = member_spans(inner, name) if inner.lstrip().startswith("{") else []
+                if not spans:
+                    break
+                start, end = start + spans[0][0], start + spans[0][1]
+            else:
+                if text[start] == '"':
+                    text = text[:start] + dump(model).decode() + text[end:]
+    except ValueError:
+        return raw
+    return text.encode("utf-8")
+
+
+def rename_in_block(block: bytes, protocol: Protocol, model: str) -> bytes:
+    """A block of whole events in which those that name a model name `model`."""
+    for start, end in reversed(marked_spans(block, NAMING_MARKERS[protocol.word])):
+        found = EVENT_DATA.search(block, start, end)
+        if found:
+            block = (block[:found.start(1)] + rename_model(found[1], protocol, model)
+                     + block[found.end(1):])
+    return block
+
+
 def fill_gaps_in_frame(frame: bytes) -> bytes | None:
     """One event encoded anew if a gap was filled; a payload without `type` gets the event's
     name first."""
@@ -3049,6 +3506,15 @@ HOST_PROFILES: tuple[tuple[str, str, Json], ...] = (
       "reasoning_replay": "reasoning_content", "late_system": "keep", "top_k": False}),
     ("chat", r"generativelanguage\.googleapis\.com",
      {"reasoning_control": "effort", "reasoning_replay": "none", "top_k": False}),
+    ("chat", r"api\.cerebras\.ai",
+     {"max_tokens_field": "max_completion_tokens", "reasoning_control": "effort-basic",
+      "parallel_tool_calls": False, "top_k": False}),
+    ("chat", r"(.*\.)?api\.fireworks\.ai|models\.github\.ai|localhost:1234",
+     {"reasoning_control": "effort-basic"}),
+    ("chat", r"api\.novita\.ai|api\.siliconflow\..*", {"reasoning_control": "qwen"}),
+    ("chat", r"api\.minimaxi?\..*", {"reasoning_replay": "reasoning_details"}),
+    ("chat", r"api\.kilo\.ai",
+     {"reasoning_control": "openrouter", "reasoning_replay": "reasoning_details"}),
     ("chat", r".*:11434|(.*\.)?ollama(\..*)?",
      {"reasoning_control": "effort-basic", "reasoning_replay": "reasoning",
       "tool_images": "inline", "top_k": False}),
@@ -3201,8 +3667,8 @@ class Context:
 
     __slots__ = ("alias", "caps", "dropped", "echo", "estimate", "headers", "host", "ids",
                  "inbound", "include_usage", "kind", "legacy", "model", "now", "provider",
-                 "realm", "seed", "stops", "stream", "tools", "unpacked", "wants_thinking",
-                 "web_search")
+                 "realm", "seed", "shown", "stops", "stream", "thinking", "tools", "unpacked",
+                 "wants_thinking", "web_search")
 
     def __init__(self, inbound: str, provider: str, model: str, *, host: str = "",
                  profile: Any = None, realm: str | None = None, now: int = 0,
@@ -3230,6 +3696,8 @@ class Context:
         self.include_usage = self.wants_thinking = True
         self.stops: list[str] = []
         self.estimate = 0  # of the input, in tokens
+        self.thinking = ""  # what the suffix of the model asks for, see split_thinking()
+        self.shown = ""  # the model that answers name, "" for the provider's word
 
     def drop(self, path: str, reason: str = "") -> None:
         """Note that something of the request is not carried over."""
@@ -6550,6 +7018,55 @@ def response_extras(ask: Ask, ctx: Context, out: Json) -> None:
     put_extras(ask, ctx, out, taken, ask.tier if ask.tier != "scale" else None)
 
 
+# -- thinking by the name of the model ---------------------------------------
+
+def suffix_effort(thinking: str) -> Effort:
+    """The wish for reasoning that a suffix of a model's name is, see split_thinking()."""
+    budget = int(thinking) if thinking.isdigit() else None
+    level = None if budget or thinking == "auto" else thinking
+    return Effort(level, budget, "summarized", None if level == "none" else "on")
+
+
+# What says how much a request is to reason, by protocol, and what does not go with it.
+THINKING_MEMBERS = {
+    "responses": ("reasoning",),
+    "chat": ("reasoning_effort", "reasoning", "thinking", "enable_thinking", "thinking_budget",
+             "reasoning_format", "prompt_mode"),
+    "messages": ("thinking",),
+}
+NOT_BESIDE_THINKING = ("temperature", "top_p", "top_k")
+
+
+def with_thinking(body: Json, ctx: Context) -> Json:
+    """A request in the provider's own protocol with the reasoning that the suffix of its model's
+    name asks for, and none that the body asks for."""
+    limit = body.get("max_tokens")
+    ask = Ask(ctx.model, effort=suffix_effort(ctx.thinking),
+              max_tokens=limit if type(limit) is int else None)
+    members = THINKING_MEMBERS[ctx.provider]
+    out = {name: value for name, value in body.items() if name not in members} | {
+        "model": ctx.model}
+    if ctx.provider == CHAT.word:
+        return out | reasoning_fields(ask, asked_level(ask), bool(body.get("tools")), ctx)
+    if ctx.provider == RESPONSES.word:
+        kept = {name: value for name, value in mapping(body.get("reasoning")).items()
+                if name != "effort"}
+        response_reasoning(ask, ctx, out)
+        if ctx.caps.reasoning and (kept or "reasoning" in out):
+            out["reasoning"] = mapping(out.get("reasoning")) | kept
+        return out
+    if config := mapping(out.pop("output_config", None)):
+        out["output_config"] = {name: v for name, v in config.items() if name != "effort"}
+    choice = mapping(body.get("tool_choice"))
+    ask_for_thinking(ask, ctx, out, choice if "type" in choice else None)
+    fit_tokens(ask, ctx, out)
+    if mapping(out.get("thinking")).get("type") in ("enabled", "adaptive"):
+        for name in NOT_BESIDE_THINKING:
+            if out.pop(name, None) is not None:
+                ctx.drop(name, "not beside thinking")
+    return out
+
+
 
 # ============================================================================
 #  12  Answers
@@ -6635,7 +7152,7 @@ class Writer:
         """The answer begins; only the first word counts."""
         if not self.begun:
             self.begun = True
-            self.start_answer(text_of(id), text_of(model) or self.ctx.alias,
+            self.start_answer(text_of(id), self.ctx.shown or text_of(model) or self.ctx.alias,
                               created if type(created) is int and created > 0 else self.ctx.now)
 
     def open(self, segment: Segment) -> Segment:
@@ -8477,6 +8994,8 @@ def rewritten(read: Callable[[Json, Context], Ask], write: Callable[[Ask, Contex
     """A request through a reader and a writer; RequestError for what the provider cannot do."""
     try:
         ask = read(body, ctx)
+        if ctx.thinking:
+            ask.effort = suffix_effort(ctx.thinking)
         ctx.alias, ctx.stream, ctx.stops = ask.model, bool(ask.stream), ask.stop
         payload = write(ask, ctx)
         if ctx.inbound == MESSAGES.word:
@@ -8647,7 +9166,7 @@ class Observed:
 class Exchange:
     """Everything about one request that is told afterwards, in the log and in headers."""
 
-    __slots__ = ("body", "captured", "choices", "chunks", "content_type", "down", "dropped",
+    __slots__ = ("body", "captured", "choices", "chunks", "client", "content_type", "down", "dropped",
                  "dropped_paths", "encoding", "error", "error_type", "estimate", "head_at", "id",
                  "inbound", "inbound_bytes", "last_byte_at", "method", "model", "observed", "path",
                  "phase", "provider", "provider_bytes", "provider_protocol", "rates", "route",
@@ -8659,6 +9178,7 @@ class Exchange:
         self.inbound: Protocol | None = None
         self.provider_protocol: Protocol | None = None
         self.provider = self.model = self.upstream_model = ""
+        self.client = ""  # the name of its key
         self.route: str | None = None
         self.body: Json | None = None  # of the client's request, for hints
         self.choices = 1  # answers that a Chat request asks for
@@ -10293,7 +10813,8 @@ LEVEL_NAMES = {number_: name for name, number_ in LEVELS.items()}
 
 def base_fields(exchange: Exchange) -> Json:
     """What each line about an exchange begins with."""
-    return {"request_id": str(exchange.id), "method": exchange.method, "path": exchange.path}
+    fields = {"request_id": str(exchange.id), "method": exchange.method, "path": exchange.path}
+    return fields | {"client": exchange.client} if exchange.client else fields
 
 
 def fwd_fields(exchange: Exchange) -> Json:
@@ -12426,7 +12947,7 @@ class ResponseBody:
 # -- requests of our own -----------------------------------------------------
 
 FETCH_SECS = 30.0  # for all of one
-FETCH_BYTES = 4 << 20  # of its answer; lists of models are large
+FETCH_BYTES = 16 << 20  # of its answer; lists of models are large (OpenRouter: 1 MB)
 
 
 class Fetched(NamedTuple):
@@ -13284,28 +13805,30 @@ def protocol_of(path: str) -> Protocol | None:
     return MESSAGES if path in COUNT_PATHS else MODEL_PATHS.get(path)
 
 
-def admit(head: RequestHead, settings: ServerConfig) -> Protocol | int:
-    """The protocol of a request that is let in, or the status it is answered with here;
-    RequestError says why not (rulings 16 and 5)."""
+def admit(head: RequestHead, settings: ServerConfig) -> tuple[Protocol | int, ClientKey | None]:
+    """The protocol of a request that is let in, or the status it is answered with here, and the
+    key it came with; RequestError says why not (rulings 16 and 5)."""
     check_host(head, settings)
     if head.path in HEALTH_PATHS:
         if head.method not in (b"GET", b"HEAD"):
             raise method_error(b"GET, HEAD")
-        return 200
+        return 200, None
     if (head.method == b"OPTIONS" and b"origin" in head.values
             and b"access-control-request-method" in head.values):
-        return 204
-    if settings.api_keys and not presents_key(head.fields, settings.api_keys):
-        raise RequestError("a valid API key of this proxy is needed", status=401,
-                           fix="send one of server.api_keys as Authorization: Bearer or x-api-key",
-                           fields=[b"www-authenticate: Bearer"])
+        return 204, None
+    key = check_key(head.fields, client_keys(settings.api_keys, settings.keys), time.time())
+    if asked_model(head.path) is not None:
+        if head.method not in (b"GET", b"HEAD"):
+            raise method_error(b"GET, HEAD")
+        return 200, key
     protocol = protocol_of(head.path)
     if protocol is None:
+        paths = (*MODEL_PATHS, *COUNT_PATHS, *MODELS_PATHS)
         raise RequestError("there is nothing at this path", status=404,
-                           fix="the paths are " + ", ".join((*MODEL_PATHS, *COUNT_PATHS)))
+                           fix="the paths are " + ", ".join(paths))
     if head.method != b"POST":
         raise method_error(b"POST")
-    return protocol
+    return protocol, key
 
 
 def method_error(allowed: bytes) -> RequestError:
@@ -13341,43 +13864,300 @@ def check_host(head: RequestHead, settings: ServerConfig) -> None:
                            fix="list the name in server.allowed_hosts if it is yours")
 
 
-def presents_key(fields: Iterable[Field], keys: Sequence[str]) -> bool:
-    """Whether one of the headers that carry keys carries one of ours, compared in constant time."""
-    found = False
-    for name, value, _ in fields:
+class ClientKey(NamedTuple):
+    """A key that clients may send; one without a name has no limits."""
+
+    digest: bytes
+    name: str = ""
+    models: Sequence[re.Pattern[str]] = ()
+    requests_per_minute: int | None = None
+    expires: float = FOREVER
+
+    def allows(self, model: str) -> bool:
+        """Whether it is good for a model, whatever thinking that is to do."""
+        base, _ = split_thinking(model)
+        return not self.models or any(pattern.search(base) for pattern in self.models)
+
+
+@functools.lru_cache(maxsize=16)
+def client_keys(plain_keys: tuple[str, ...], keys: tuple[ClientKeyConfig, ...]) -> tuple[ClientKey, ...]:
+    """The configured keys, ready to compare."""
+    def digest(key: str) -> bytes:
+        return (bytes.fromhex(key.removeprefix(HASHED_KEY)) if key.startswith(HASHED_KEY)
+                else hashlib.sha256(key.encode("ascii")).digest())
+
+    return (*(ClientKey(digest(key)) for key in plain_keys), *(
+        ClientKey(digest(k.key), k.name, [compile_pattern("glob", glob) for glob in k.models],
+                  k.requests_per_minute, FOREVER if k.expires is None else k.expires)
+        for k in keys))
+
+
+def check_key(fields: Iterable[Field], keys: Sequence[ClientKey], now: float) -> ClientKey | None:
+    """The key in one of the headers that carry keys, None where no key is asked for; RequestError
+    if there is none of ours. All are compared, by hash, so that time tells nothing."""
+    found: ClientKey | None = None
+    for name, value, _ in fields if keys else ():
         if name == b"authorization" and value[:7].lower() == b"bearer ":
             value = value[7:].strip()
         if name in (b"authorization", b"x-api-key", b"x-goog-api-key"):
+            sent = hashlib.sha256(value).digest()
             for key in keys:
-                found |= hmac.compare_digest(value, key.encode("ascii"))
+                if hmac.compare_digest(sent, key.digest):
+                    found = found or key
+    challenge = [b"www-authenticate: Bearer"]
+    if keys and found is None:
+        raise RequestError("a valid API key of this proxy is needed", status=401, fields=challenge,
+                           fix="send one of server.api_keys as Authorization: Bearer or x-api-key")
+    if found and now >= found.expires:
+        raise RequestError(f"the API key `{found.name}` of this proxy has expired", status=401,
+                           fix="ask whoever runs the proxy for another", fields=challenge)
     return found
+
+
+def take_turn(times: Sequence[float], limit: int, now: float) -> tuple[list[float], float]:
+    """The requests of the last minute with one more, and 0; without it, and the seconds to wait,
+    where `limit` of them were taken already."""
+    recent = [at for at in times if at > now - 60]
+    if len(recent) >= limit:
+        return recent, recent[-limit] + 60 - now
+    return [*recent, now], 0.0
+
+
+# -- the list of models ------------------------------------------------------
+
+def asked_model(path: str) -> str | None:
+    """The model that a path below /v1/models is about, "" for all of them; None for another
+    path."""
+    for base in MODELS_PATHS:
+        if path.rstrip("/") == base:
+            return ""
+        if path.startswith(f"{base}/"):
+            return unquote(path[len(base) + 1:])
+    return None
+
+
+class Listed(NamedTuple):
+    """A model as lists tell of it; 0 is not known."""
+
+    id: str
+    owner: str  # a provider here
+    context: int = 0
+    output: int = 0
+
+
+CONTEXT_MEMBERS = ("context_length", "context_window", "max_context_length", "max_model_len",
+                   "max_input_tokens")
+NO_CHAT_TYPES = ("embedding", "image", "audio", "video", "moderation", "rerank", "transcribe")
+NO_CHAT_NAME = re.compile(r"embed|whisper|(^|[-/])tts([-/]|$)|dall-e|moderation|rerank",
+                          re.IGNORECASE)
+
+
+def read_models(raw: bytes, owner: str) -> list[Listed]:
+    """The models that can chat in a provider's own list, which has one of three shapes;
+    ValueError where it is none."""
+    value = load(raw)
+    items = value if isinstance(value, list) else mapping(value).get(
+        "data", mapping(value).get("models"))
+    if not isinstance(items, list):
+        raise ValueError("not a list of models")
+    out = []
+    for item in items[:DISCOVERED_MODELS]:
+        item = {"id": item} if isinstance(item, str) else mapping(item)
+        id = (word(item.get("id")) or word(item.get("name")) or "").removeprefix("models/")
+        if id and item.get("type") not in NO_CHAT_TYPES and not NO_CHAT_NAME.search(id):
+            context = next(filter(None, (number(item.get(name)) for name in CONTEXT_MEMBERS)), 0)
+            out.append(Listed(id, owner, context, number(item.get("max_tokens"))))
+    return out
+
+
+def leads_of(config: Config, names: Names, provider: str) -> list[str]:
+    """What stands in front of a provider's own model names where clients may ask for any of
+    them: its prefix, nothing where it is a default; an empty list where they may not."""
+    leads = [prefix for prefix, name in names.open if name == provider]
+    defaults = config.routing.default_provider_names
+    if (provider in [getattr(defaults, protocol) for protocol in PROTOCOLS]
+            and provider not in names.forced and not config.providers[provider].models):
+        leads.append("")
+    return leads
+
+
+def list_models(config: Config, names: Names,
+                found: Mapping[str, Sequence[Listed]]) -> dict[str, Listed]:
+    """All models that clients may ask for by id: what exact routes and providers' names say, and
+    what was `found` in providers' own lists."""
+    out = {r.model_pattern: Listed(r.model_pattern, r.provider) for r in config.routing.routes
+           if pattern_kind(r.match_kind, r.model_pattern) == "exact" and r.model_pattern}
+    for id, provider in names.listed.items():
+        out.setdefault(id, Listed(id, provider))
+    for provider, models in found.items():
+        for lead in leads_of(config, names, provider):
+            for model in models:
+                if names.takes(provider, model.id):
+                    out.setdefault(lead + model.id, model._replace(id=lead + model.id))
+    return out
+
+
+def openai_model(model: Listed) -> Json:
+    """A model as OpenAI lists it."""
+    return {"id": model.id, "object": "model", "created": 0, "owned_by": model.owner}
+
+
+def anthropic_model(model: Listed) -> Json:
+    """A model as Anthropic lists it."""
+    return {"type": "model", "id": model.id, "display_name": model.id,
+            "created_at": "1970-01-01T00:00:00Z", "max_input_tokens": model.context or 200_000,
+            "max_tokens": model.output or 64_000}
+
+
+CODEX_EFFORTS = [{"effort": effort, "description": f"{effort} reasoning effort"}
+                 for effort in ("low", "medium", "high", "xhigh")]
+CODEX_INSTRUCTIONS = (
+    "You are a coding agent in the user's terminal. Read before you change, use the tools until the"
+    " task is done, keep changes small, check them, and say in a few words what you did.")
+
+
+def codex_model(model: Listed) -> Json:
+    """A model as Codex wants it, with every member that it cannot do without."""
+    return {"slug": model.id, "display_name": model.id, "description": f"By {model.owner}",
+            "default_reasoning_level": "medium", "supported_reasoning_levels": CODEX_EFFORTS,
+            "shell_type": "shell_command", "visibility": "list", "supported_in_api": True,
+            "priority": 1, "upgrade": None, "base_instructions": CODEX_INSTRUCTIONS,
+            "supports_reasoning_summaries": True, "support_verbosity": False,
+            "default_verbosity": None, "apply_patch_tool_type": "freeform",
+            "truncation_policy": {"mode": "tokens", "limit": 10_000},
+            "supports_parallel_tool_calls": True, "prefer_websockets": False,
+            "context_window": model.context or 200_000,
+            "max_context_window": model.context or 200_000, "experimental_supported_tools": []}
+
+
+def models_shape(head: RequestHead) -> str:
+    """Whose shape a client wants the list in: codex, messages or chat (gateway 1.11)."""
+    if re.search(r"[?&]client_version=", head.query):
+        return "codex"
+    agent = head.values.get(b"user-agent", b"")
+    anthropic = b"anthropic-version" in head.values or agent.startswith(b"claude-cli")
+    return "messages" if anthropic else "chat"
+
+
+def render_models(models: Sequence[Listed], shape: str) -> Json:
+    """The list in a client's shape."""
+    if shape == "codex":
+        return {"models": [codex_model(model) for model in models]}
+    if shape == "chat":
+        return {"object": "list", "data": [openai_model(model) for model in models]}
+    data = [anthropic_model(model) for model in sorted(models)]
+    ids = [model["id"] for model in data] or [None]
+    return {"data": data, "has_more": False, "first_id": ids[0], "last_id": ids[-1]}
+
+
+RENDER_MODEL = {"codex": codex_model, "messages": anthropic_model, "chat": openai_model}
+
+
+class Catalogue:
+    """What providers' own lists of models say: asked for when a client wants a list, and again,
+    behind its back, when that is old."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self.proxy = proxy
+        self.found: dict[str, list[Listed]] = {}
+        self.fresh_until = 0.0
+        self.task: asyncio.Task[None] | None = None
+
+    async def models(self) -> dict[str, Listed]:
+        """All models that clients may ask for. Only the first client waits for providers."""
+        proxy, now = self.proxy, time.monotonic()
+        if now >= self.fresh_until and self.task is None:
+            self.task = asyncio.create_task(self.refresh())
+        if self.task and not self.fresh_until:
+            await asyncio.wait({self.task}, timeout=DISCOVERY_WAIT_SECS)
+        return list_models(proxy.config, proxy.names, self.found)
+
+    async def refresh(self) -> None:
+        """Ask all providers whose models are not configured; a list that cannot be had leaves the
+        one before it in place."""
+        proxy = self.proxy
+        asked = [provider for name, provider in proxy.providers.items()
+                 if leads_of(proxy.config, proxy.names, name)
+                 and provider.settings.discover is not False and not provider.template_key]
+        try:
+            await asyncio.gather(*map(self.ask, asked))
+        finally:
+            self.fresh_until, self.task = time.monotonic() + DISCOVERY_FRESH_SECS, None
+
+    async def ask(self, provider: Provider) -> None:
+        """Take over one provider's list; why that is impossible goes to the log."""
+        try:
+            async with asyncio.timeout(DISCOVERY_SECS):
+                self.found[provider.name] = read_models(await self.fetch(provider), provider.name)
+        except (ProxyError, FramingError, OSError, ValueError) as error:
+            self.proxy.log.event(logging.WARNING, "models", {
+                "provider": provider.name, "err": str(error)[:LOG_TEXT_CHARS] or "timeout"})
+
+    async def fetch(self, provider: Provider) -> bytes:
+        """A provider's list as it sends it."""
+        proxy, credential, origin = self.proxy, provider.credential, provider.origin
+        key = (await proxy.tokens.key(credential) if credential.dynamic
+               else credential.source.api_key or "")
+        lines = [*provider.auth_lines(key), b"accept: application/json"]
+        pages = ""
+        if provider.protocol is MESSAGES:
+            lines.append(b"anthropic-version: " + ANTHROPIC_VERSION)
+            pages = "?limit=1000"  # else 20 at a time
+        answer = await fetch(proxy.pool, origin, provider.target_of(MODELS_PATHS[0]) + pages,
+                             lines=lines, secs=DISCOVERY_SECS)
+        if answer.status != 200:
+            raise UpstreamError(f"it answered {answer.status}")
+        return answer.body
 
 
 # -- the proxy ---------------------------------------------------------------
 
 class Provider:
-    """A configured provider, with what is the same for each of its requests made ready."""
+    """A configured provider in one protocol and with one of its credentials, with what is the same
+    for each of its requests made ready. `natives` has it in the further protocols it speaks,
+    `others` with its further credentials."""
 
-    __slots__ = ("credential", "credentials", "fills_gaps", "first", "fixed", "name", "origin",
-                 "own", "protocol", "settings", "target", "template_key")
+    __slots__ = ("credential", "credentials", "fills_gaps", "first", "fixed", "name", "natives",
+                 "origin", "others", "own", "protocol", "settings", "target", "template_key",
+                 "way")
 
-    def __init__(self, name: str, settings: ProviderConfig, environ: Mapping[str, str]) -> None:
+    def __init__(self, name: str, settings: ProviderConfig, environ: Mapping[str, str],
+                 credential: Credential | None = None) -> None:
         self.name, self.settings = name, settings
         self.protocol = PROTOCOLS[settings.protocol]
         self.credentials = credentials_of(name, settings)
-        self.credential = credential = self.credentials[0]
+        self.others = {} if credential else {
+            c.name: Provider(name, settings, environ, c) for c in self.credentials[1:]}
+        self.credential = credential = credential or self.credentials[0]
+        self.natives = {
+            protocol: Provider(name, dataclasses.replace(
+                settings, protocol=protocol, base_url=url, base_urls=NativeConfig()), environ,
+                credential)
+            for protocol, url in native_urls(settings).items() if protocol != settings.protocol}
         self.origin = origin_of(settings.base_url, credential.proxy_url, settings.ca_file, environ)
         self.fills_gaps = (self.protocol is MESSAGES
                            and settings.compatibility == "anthropic_compatible")
         key = credential.source.api_key or ""
-        self.fixed = [*way_lines(self.origin), b"accept-encoding: identity"]
-        if not credential.dynamic:
-            self.fixed.append(auth_line(self.protocol, key))
+        self.way = [*way_lines(self.origin), b"accept-encoding: identity"]
+        self.fixed = [*self.way, *self.auth_lines(key)]
         copies = any(text.startswith("$") for text in credential.headers.values())
         self.own = None if copies else own_fields(credential.headers, EMPTY)
         self.template_key = bool(TEMPLATE_KEY.search(key))
-        self.target = join_target(urlsplit(settings.base_url).path, self.protocol.path, "")
+        self.target = self.target_of(self.protocol.path)
         self.first = first_line(self.origin, "POST", self.target)
+
+    def using(self, credential: str) -> Provider:
+        """This provider with another of its credentials."""
+        return self.others.get(credential, self)
+
+    def speaking(self, inbound: Protocol) -> Provider:
+        """This provider in a client's own protocol if it speaks that, else in its first one."""
+        return self.natives.get(inbound.name, self)
+
+    def target_of(self, path: str) -> str:
+        """The request target for a path of a protocol."""
+        return join_target(urlsplit(self.settings.base_url).path, path.removeprefix("/v1")
+                           if self.settings.versionless else path, "")
 
     def request_head(self, head: RequestHead, length: int,
                      translated: Sequence[bytes] | None = None, path: str = "",
@@ -13386,15 +14166,18 @@ class Provider:
         the protocol's, `key` the one of a dynamic credential. The query of a translated one stays
         here, for it is the client's protocol that knows its words."""
         query = b"" if translated is not None else head.query.encode("ascii")
-        first = self.first if not path else first_line(
-            self.origin, "POST", join_target(urlsplit(self.settings.base_url).path, path, ""))
-        # OAuth's tokens are bearer tokens (6750) whatever the protocol has for keys
-        fixed = self.fixed if not key else [*self.fixed, auth_line(
-            CHAT if self.credential.source.oauth else self.protocol, key)]
+        first = self.first if not path else first_line(self.origin, "POST", self.target_of(path))
         own = (own_fields(self.credential.headers, head.values) if self.own is None
                else self.own)
         return format_lines(b"%b%b HTTP/1.1" % (first, query), *provider_lines(
-            head, self.protocol, fixed, length, translated, own))
+            head, self.protocol, self.fixed if not key else [*self.way, *self.auth_lines(key)],
+            length, translated, own))
+
+    def auth_lines(self, key: str) -> list[bytes]:
+        """The header line with a key, where there is one."""
+        # OAuth's tokens are bearer tokens (6750) whatever the protocol has for keys
+        auth = "bearer" if self.credential.source.oauth else self.settings.auth
+        return [auth_line(self.protocol, key, auth)] if key and auth != "none" else []
 
 
 def default_providers(config: Config) -> dict[str, str]:
@@ -13447,18 +14230,47 @@ class Job(NamedTuple):
     lines: list[bytes]
 
 
-def translated_request(pair: Pair, body: Json, inbound: Protocol, provider: Provider, model: str,
-                       seed: str) -> tuple[bytes, Job]:
-    """The body for a provider of another protocol, and how its answer is translated;
-    RequestError for what it cannot express."""
-    ctx = Context(inbound.word, provider.protocol.word, model, host=provider.origin.authority,
-                  now=int(time.time()), profile=provider.settings.profile, seed=seed)
-    payload = pair.request(body, ctx)
+def context_of(inbound: Protocol, provider: Provider, decision: Decision, shown: str,
+               seed: str) -> Context:
+    """What a translation is to know of a request; `shown` is the model its answer is to name."""
+    ctx = Context(inbound.word, provider.protocol.word, decision.model,
+                  host=provider.origin.authority, now=int(time.time()),
+                  profile=provider.settings.profile, seed=seed)
+    ctx.thinking, ctx.shown = decision.thinking, shown
+    return ctx
+
+
+def shown_model(model: str, decision: Decision, settings: ProviderConfig) -> str:
+    """The model that an answer is to name where that is not the provider's word for it, else
+    nothing."""
+    said = settings.response_model
+    renamed = model != decision.model and said != "upstream" and (
+        said or decision.named or decision.thinking)
+    return model if renamed else ""
+
+
+def body_bytes(body: Json) -> bytes:
+    """A body for a provider; RequestError for one that cannot be written."""
     try:
-        raw = dump(payload)
+        return dump(body)
     except ValueError as error:
         raise RequestError(f"the request body is {error}") from None
-    return raw, Job(pair, ctx, translated_lines(payload.get("stream") is True, ctx.headers))
+
+
+def translated_request(pair: Pair, body: Json, ctx: Context) -> tuple[bytes, Job]:
+    """The body for a provider of another protocol, and how its answer is translated;
+    RequestError for what it cannot express."""
+    payload = pair.request(body, ctx)
+    return body_bytes(payload), Job(
+        pair, ctx, translated_lines(payload.get("stream") is True, ctx.headers))
+
+
+def thinking_request(body: Json, inbound: Protocol, ctx: Context) -> bytes:
+    """The body for a provider of the client's own protocol, with the thinking that the model's
+    name asks for."""
+    if inbound is RESPONSES:
+        body = {**body, **lift_system_items(body)}
+    return body_bytes(with_thinking(body, ctx))
 
 
 def event_bytes(protocol: Protocol, event: Any) -> bytes:
@@ -13595,6 +14407,8 @@ class Proxy:
         self.pool, self.ids, self.metrics = Pool(), RequestIds(), Metrics(time.time())
         self.tokens = Tokens(self.pool, log, environ)
         self.captures = CaptureStore(config.capture, captures_directory(environ), log)
+        self.catalogue = Catalogue(self)
+        self.turns: dict[str, list[float]] = {}  # times of the last minute, by the key's name
         self.configure(config)
         self.streams: set[Exchange] = set()
         self.drains: set[asyncio.Task[None]] = set()
@@ -13607,13 +14421,15 @@ class Proxy:
         self.defaults = default_providers(config)
         self.providers = {name: Provider(name, settings, self.environ)
                           for name, settings in config.providers.items()}
+        self.names = compile_names(config.providers, config.routing.force_model_prefix)
         self.slots = asyncio.Semaphore(config.server.max_concurrent_requests)
         self.captures.configure(config.capture)
+        self.catalogue.fresh_until = 0.0
 
     def close(self) -> None:
         """Let go of connections and timers."""
         self.pool.close()
-        for task in self.drains:
+        for task in (*self.drains, *filter(None, [self.catalogue.task])):
             task.cancel()
         if self.ticker:
             self.ticker.cancel()
@@ -13651,8 +14467,9 @@ class Proxy:
 class Turn:
     """One request on its way through a proxy; what is known of it grows on the way."""
 
-    __slots__ = ("answer", "body", "capture", "connection", "exchange", "head", "idle_secs",
-                 "inbound", "job", "lines", "link", "log", "provider", "proxy", "stall_secs")
+    __slots__ = ("answer", "body", "capture", "connection", "decision", "exchange", "head",
+                 "idle_secs", "inbound", "job", "lines", "link", "log", "provider", "proxy",
+                 "shown", "stall_secs")
 
     def __init__(self, proxy: Proxy, connection: Connection, method: str, path: str) -> None:
         self.proxy, self.log, self.connection = proxy, proxy.log, connection
@@ -13664,6 +14481,8 @@ class Turn:
         self.provider: Provider
         self.idle_secs: float  # how long the provider may be silent
         self.stall_secs = proxy.config.tool_calls.timeout_secs
+        self.shown = ""  # the model that the answer is to name, "" for the provider's word
+        self.decision: Decision
         self.job: Job | None = None  # None where nothing is translated
         self.capture: Capture | None = None
         self.link: Link | None = None  # until another request may have it
@@ -13711,9 +14530,13 @@ class Turn:
         if exchange.inbound and head.method == b"POST":
             self.begin_capture()
         connection.extra += check_origin(head, settings)
-        protocol = admit(head, settings)
+        protocol, key = admit(head, settings)
+        exchange.client = key.name if key else ""
         if isinstance(protocol, int):
-            self.answer_here(protocol)
+            if head.path in HEALTH_PATHS or protocol != 200:
+                self.answer_here(protocol)
+            else:
+                await self.answer_models(key)
             return
         self.inbound = protocol
         raw = await connection.read_body(settings.max_request_body_bytes)
@@ -13721,14 +14544,19 @@ class Turn:
         if self.capture:
             self.capture.inbound(raw)
         request = read_model_request(protocol, raw)
+        if key:
+            self.check_limits(key, request.model)
         pair = self.route(request.model)
         if head.path in COUNT_PATHS:
             await self.count(request.body, pair)
             return
         if pair:
             body = self.translate_request(pair, request.body)
+        elif self.decision.thinking:
+            body = self.think(request.body)
         else:
             body = pass_through_body(protocol, request, exchange.upstream_model)
+        if not pair:
             exchange.choices = number(request.body.get("n")) or 1
         await self.send(request.body, body, self.job and self.job.lines)
         del raw, request, body  # a stream may take hours, and bodies megabytes
@@ -13741,6 +14569,38 @@ class Turn:
         if capture:
             self.exchange.captured = True
             self.connection.tap = capture if PHASES[3] in capture.phases else None
+    async def answer_models(self, key: ClientKey | None) -> None:
+        """Tell which models there are, or of one of them, as the client's vendor would."""
+        shape, wanted = models_shape(self.head), asked_model(self.head.path)
+        self.exchange.inbound = MESSAGES if shape == "messages" else CHAT
+        models = {id: model for id, model in (await self.proxy.catalogue.models()).items()
+                  if key is None or key.allows(id)}
+        if wanted and wanted not in models:
+            raise RequestError(f"there is no model {wanted[:MODEL_CHARS]}", status=404,
+                               code="model_not_found", param="model",
+                               fix="GET /v1/models lists the models")
+        body = dump(RENDER_MODEL[shape](models[wanted]) if wanted
+                    else render_models(list(models.values()), shape))
+        self.exchange.status, self.exchange.down = 200, len(body)
+        self.connection.write_head(200, [b"content-type: application/json", date_line()],
+                                   len(body), body)
+        self.log_end(logging.DEBUG, "end")
+
+    def check_limits(self, key: ClientKey, model: str) -> None:
+        """RequestError where a client's key is not good for a model, or not now. Counting tokens
+        is no request that counts."""
+        if not key.allows(model):
+            raise RequestError(f"the API key `{key.name}` may not use the model {model}",
+                               status=403, param="model")
+        if key.requests_per_minute and self.head.path not in COUNT_PATHS:
+            turns = self.proxy.turns
+            turns[key.name], wait = take_turn(
+                turns.get(key.name, ()), key.requests_per_minute, time.monotonic())
+            if wait:
+                raise RequestError(
+                    f"the API key `{key.name}` has made its {key.requests_per_minute} requests"
+                    f" of a minute", status=429, code="rate_limit_exceeded",
+                    fields=[b"retry-after: %d" % math.ceil(wait)])
 
     def answer_here(self, status: int) -> None:
         """Health, and the preflight of a browser that may call (Fetch, CORS protocol)."""
@@ -13763,11 +14623,13 @@ class Turn:
         SetupError while its key is a template."""
         proxy, exchange = self.proxy, self.exchange
         exchange.model = model
-        decision = choose(proxy.routes, proxy.defaults, self.inbound.name, model)
-        self.provider = provider = proxy.providers[decision.provider]
+        self.decision = decision = choose(
+            proxy.routes, proxy.defaults, self.inbound.name, model, proxy.names)
+        self.provider = provider = proxy.providers[decision.provider].speaking(self.inbound)
         self.idle_secs = provider.settings.read_idle_timeout_secs
         exchange.provider, exchange.provider_protocol = provider.name, provider.protocol
         exchange.route, exchange.upstream_model = decision.route, decision.model
+        self.shown = shown_model(model, decision, provider.settings)
         return ready_pair(self.inbound, provider, proxy.config)
 
     async def count(self, body: Json, pair: Pair | None) -> None:
@@ -13797,10 +14659,22 @@ class Turn:
         self.connection.write_head(200, lines, len(raw), raw)
         self.log_end(logging.INFO, "end")
 
+    def think(self, body: Json) -> bytes:
+        """The body for a provider of the client's own protocol, with the thinking that the model's
+        name asks for."""
+        ctx = self.context()
+        raw = thinking_request(body, self.inbound, ctx)
+        self.tell_dropped(ctx.dropped)
+        return raw
+
+    def context(self) -> Context:
+        """What a translation is to know of this request."""
+        return context_of(self.inbound, self.provider, self.decision, self.shown,
+                          str(self.exchange.id))
+
     def translate_request(self, pair: Pair, body: Json) -> bytes:
         """The body for a provider of another protocol; RequestError for what it cannot express."""
-        raw, self.job = translated_request(pair, body, self.inbound, self.provider,
-                                           self.exchange.upstream_model, str(self.exchange.id))
+        raw, self.job = translated_request(pair, body, self.context())
         self.exchange.estimate = self.job.ctx.estimate
         self.tell_dropped(self.job.ctx.dropped)
         return raw
@@ -13969,6 +14843,8 @@ class Turn:
         if provider.fills_gaps and strict and fill_gaps_in_body(value):
             with contextlib.suppress(ValueError):
                 raw = dump(value)
+        if self.shown:
+            raw = rename_model(raw, provider.protocol, self.shown)
         self.connection.write_head(self.answer.status, self.lines, len(raw), raw)
         self.release(True)
         await self.connection.flush()
@@ -14032,7 +14908,7 @@ class Turn:
             fault = connection.take_reason()
         level, outcome, said = self.stream_outcome(observer, fault)
         whole = observer.seen.terminal or (fault is None and observer.complete)
-        if fault == "tool_stall" and (self.provider.fills_gaps or not observer.splitter.size):
+        if fault == "tool_stall" and (self.edits or not observer.splitter.size):
             stalled = UpstreamError(said or "", status=504, type=UPSTREAM_BODY_READ)
             connection.write_part(render_error_event(stalled, self.proxy.style, self.inbound,
                                                      observer.seen.sequence))
@@ -14049,7 +14925,7 @@ class Turn:
         backpressure there is."""
         connection, body, exchange = self.connection, self.body, self.exchange
         watch, clock, seen = connection.watch, connection.server.loop.time, observer.seen
-        idle_secs, fills_gaps = self.idle_secs, self.provider.fills_gaps
+        idle_secs, edits = self.idle_secs, self.edits
         while True:
             if seen.pending:
                 left = observer.stall_at(self.stall_secs) - clock()
@@ -14066,16 +14942,27 @@ class Turn:
             exchange.down += len(data)
             exchange.last_byte_at = now = clock()
             block = observer.feed(data, now)
-            if fills_gaps:
+            if edits:
                 torn = observer.splitter.whole_from  # of an event too large to hold
-                data = block[:torn] + fill_gaps_in_block(block[torn:])
+                data = block[:torn] + self.edited(block[torn:])
                 if not data:
                     continue
             connection.write_part(data)
             if connection.transport.get_write_buffer_size():
                 await connection.flush()
-        if fills_gaps and (tail := observer.splitter.close()):
+        if edits and (tail := observer.splitter.close()):
             connection.write_part(tail)
+
+    @property
+    def edits(self) -> bool:
+        """Whether events of the client's own protocol may change on their way."""
+        return self.provider.fills_gaps or bool(self.shown)
+
+    def edited(self, block: bytes) -> bytes:
+        """A block of whole events as the client gets it."""
+        if self.provider.fills_gaps:
+            block = fill_gaps_in_block(block)
+        return rename_in_block(block, self.inbound, self.shown) if self.shown else block
 
     # -- translated answers
 
@@ -14375,7 +15262,7 @@ def explain_request(report: Json, config: Config, head: RequestHead, raw: bytes,
                     environ: Mapping[str, str]) -> None:
     """Fill a report step by step, as `Turn.run` goes; ProxyError where that ends."""
     check_origin(head, config.server)
-    protocol = admit(head, dataclasses.replace(config.server, api_keys=()))
+    protocol, _ = admit(head, dataclasses.replace(config.server, api_keys=(), keys=()))
     if isinstance(protocol, int):  # no POST
         return
     report["protocol"] = protocol.name
@@ -14388,17 +15275,23 @@ def explain_request(report: Json, config: Config, head: RequestHead, raw: bytes,
     report["routes"] = [
         {**tried, "pattern": f"{pattern_kind(r.match_kind, r.model_pattern)} {r.model_pattern}"}
         for tried, r in zip(tries, config.routing.routes, strict=False)]
-    decision = choose(routes, default_providers(config), protocol.name, request.model)
-    provider = Provider(decision.provider, config.providers[decision.provider], environ)
+    decision = choose(routes, default_providers(config), protocol.name, request.model,
+                      compile_names(config.providers, config.routing.force_model_prefix))
+    provider = Provider(decision.provider, config.providers[decision.provider],
+                        environ).speaking(protocol)
     report.update(provider=provider.name, provider_protocol=provider.protocol.name,
                   route=decision.route, upstream_model=decision.model)
     pair = ready_pair(protocol, provider, config)
     lines, target = None, ""
+    ctx = context_of(protocol, provider, decision, "", "")
     if pair:
-        body, job = translated_request(pair, request.body, protocol, provider, decision.model, "")
+        body, job = translated_request(pair, request.body, ctx)
         lines = job.lines
         report.update(translation=f"{protocol.name}->{provider.protocol.name}",
                       dropped=job.ctx.dropped)
+    elif decision.thinking:
+        body = thinking_request(request.body, protocol, ctx)
+        report["dropped"] = ctx.dropped
     else:
         body = pass_through_body(protocol, request, decision.model)
     if head.path in COUNT_PATHS:
@@ -16373,6 +17266,7 @@ def banner(config: Config, ports: Sequence[tuple[int, int]], source: str, notes:
     names, logs = config.routing.default_provider_names, config.logging
     default = config.providers.get(names.openai_responses)
     base, switches = app_directory(environ), CaptureSwitches(config.capture)
+    keys = len(config.server.api_keys) + len(config.server.keys)
     rows = [
         ("listen", f"http://{host}:{ports[0][0]}"),
         ("mcp", ", ".join(f"http://{control}:{at}/mcp" for _, at in ports)),
@@ -16386,8 +17280,7 @@ def banner(config: Config, ports: Sequence[tuple[int, int]], source: str, notes:
         ("app_dir", base), ("config", source), ("config_example", base / "config.example.toml"),
         *(("note", note) for note in notes),
         ("providers", ", ".join(f"{n} ({p.protocol})" for n, p in config.providers.items())),
-        ("client_keys",
-         f"{len(config.server.api_keys)} accepted" if config.server.api_keys else "not asked for"),
+        ("client_keys", f"{keys} accepted" if keys else "not asked for"),
         ("tool_aliases", legend({alias: name for name, alias in TOOL_ALIASES.items()})),
         ("request_hints", legend(HINT_LEGEND)),
         ("log_level", logs.level), ("log_format", logs.output_format),
@@ -16430,8 +17323,11 @@ def check_report(config: Config, source: str, environ: Mapping[str, str]) -> str
             via = f", through the forward proxy {proxy.host}:{proxy.port}"
         keys = [("" if c.name == name else f"{c.name} ") + f"from {source_report(c, environ)}"
                 for c in provider.credentials]
-        lines.append(f"  {name}: {settings.protocol} at {origin.scheme}://{origin.authority}"
-                     f"{provider.target}, key{'s' if len(keys) > 1 else ''} {', '.join(keys)}{via}")
+        key = ("no key" if settings.auth == "none" else
+               f"key{'s' if len(keys) > 1 else ''} {', '.join(keys)}")
+        lines += [f"  {name}: {each.protocol.name} at {each.origin.scheme}://"
+                  f"{each.origin.authority}{each.target}, {key}{via}"
+                  for each in (provider, *provider.natives.values())]
     lines.append("routes, first match wins:" if config.routing.routes else "routes: none")
     for i, route in enumerate(config.routing.routes):
         kind = pattern_kind(route.match_kind, route.model_pattern)
@@ -16443,6 +17339,7 @@ def check_report(config: Config, source: str, environ: Mapping[str, str]) -> str
                      f" -> {route.provider}{sent}"
                      + (f" (not for {' and '.join(missing)}: needs translation.extended_pairs)"
                         if missing else ""))
+    lines += names_report(compile_names(config.providers, config.routing.force_model_prefix))
     defaults = [f"  {name} -> {default_report(config, name)}" for name in PROTOCOLS]
     return "\n".join([*lines, "defaults:", *defaults,
                       *(f"note: {note}" for note in start_notes(config))])
@@ -16457,12 +17354,21 @@ def source_report(credential: Credential, environ: Mapping[str, str]) -> str:
         return source
     stored = "" if read_token(token_path(credential, environ), oauth) else ", not logged in"
     return f"oauth ({oauth.flow}{stored if oauth.flow == 'device' else ''})"
+def names_report(names: Names) -> list[str]:
+    """The names that providers go by, and which of them several do."""
+    lines = []
+    for name in names.listed:
+        first, *others = dict.fromkeys(found.provider for found in resolve_names(names, name))
+        lines.append(f"  {name} -> {first}" + (
+            f" (served by {1 + len(others)} providers: {', '.join(others)} too)" if others else ""))
+    lines += [f"  {prefix}* -> {provider}" for prefix, provider in names.open]
+    return ["names:", *lines] if lines else []
 
 
 def translation_fault(config: Config, inbound: str, provider: str) -> str:
     """Why requests of a protocol cannot go to a provider; "" where they can."""
     try:
-        pair_for(PROTOCOLS[inbound], PROTOCOLS[config.providers[provider].protocol],
+        pair_for(PROTOCOLS[inbound], PROTOCOLS[wire_protocol(config.providers[provider], inbound)],
                  config.translation.extended_pairs)
     except SetupError as error:
         return error.message
@@ -16476,7 +17382,7 @@ def default_report(config: Config, inbound: str) -> str:
         return "none: requests that no route takes are refused"
     if fault := translation_fault(config, inbound, name):
         return f"{name}: {fault}"
-    passes = config.providers[name].protocol == inbound
+    passes = wire_protocol(config.providers[name], inbound) == inbound
     return f"{name} ({'passed through' if passes else 'translated'})"
 
 
@@ -17093,6 +17999,25 @@ class Command(NamedTuple):
     run: Callable[[Any, Mapping[str, str]], int]
 
 
+def presets_line() -> argparse.ArgumentParser:
+    """The parser of `proxai.py presets`."""
+    return argparse.ArgumentParser(
+        prog="proxai.py presets", description="List what a provider's `preset` can be: protocols,"
+        " base URLs, the environment variable that usually holds the key.")
+
+
+def list_presets(args: Any, environ: Mapping[str, str]) -> int:
+    """Print the presets, a line for each protocol of theirs."""
+    for preset in {preset.names: preset for preset in PRESETS.values()}.values():
+        name, *others = preset.names.split()
+        lead = name + "".join(f", {other}" for other in others)
+        key = "no key" if preset.auth == "none" else preset.variable or "a key"
+        print(f"{lead} ({key})" + (f": {preset.note}" if preset.note else ""))
+        for protocol, url in preset_bases(preset, None).items():
+            print(f"  {protocol:24}{url.rstrip('/')}")
+    return 0
+
+
 COMMANDS = {
     "translate": Command(translate_line, translate),
     "env": Command(env_line, env),
@@ -17102,6 +18027,7 @@ COMMANDS = {
     "capture": Command(capture_line, capture),
     "login": Command(login_line, login),
     "logout": Command(logout_line, logout),
+    "presets": Command(presets_line, list_presets),
 }
 
 

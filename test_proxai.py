@@ -24,6 +24,7 @@ import functools
 import gzip
 import hashlib
 import http.client
+import http.server
 import importlib.util
 import io
 import itertools
@@ -1451,7 +1452,68 @@ OPEN = {"name": "open", "model_pattern": "m*", "provider": "open"}
     ([{"model_pattern": "m1", "upstream_model": "x"}, OPEN], CHAT, "m2", ("open", "m2", "open")),
 ])
 def test_the_first_route_that_fits_wins_else_the_default(table, protocol, model, expected):
-    assert tuple(proxai.choose(routes(*table), DEFAULTS, protocol.name, model)) == expected
+    assert proxai.choose(routes(*table), DEFAULTS, protocol.name, model)[:3] == expected
+
+
+def names_of(forced: bool = False, **providers: dict[str, Any]) -> proxai.Names:
+    """The names of providers with these settings; models as in a file."""
+    read = proxai.tables_of(proxai.ModelConfig, "name", "").read
+    return proxai.compile_names({name: proxai.ProviderConfig(**{
+        "protocol": CHAT.name, "base_url": "", "api_key": None, **given, "models": read(given.get("models", []))})
+        for name, given in providers.items()}, forced)
+
+
+POOL = {"a": {"prefix": "A", "models": ["m", {"name": "up-1", "alias": "x"}, {"name": "up-2", "alias": "X"}, "old-1"],
+              "excluded_models": ["OLD-*"]},
+        "b": {"models": ["M", {"name": "up-b(low)", "alias": "deep"}]},
+        "open": {"prefix": "or", "excluded_models": ["*free"]}, "bare": {}}
+
+
+@pytest.mark.parametrize("forced, model, expected", [
+    (False, "m", [("a", "m", ""), ("b", "M", "")]), (False, "A/M", [("a", "m", "")]), (False, "a/m", []),
+    (False, "x", [("a", "up-1", ""), ("a", "up-2", "")]), (False, "A/x", [("a", "up-1", ""), ("a", "up-2", "")]),
+    (False, "UP-1", [("a", "up-1", "")]), (False, "A/up-2", [("a", "up-2", "")]),  # a name behind an alias
+    (False, "old-1", []), (False, "A/old-1", []), (False, "A/new", []), (False, "new", []),
+    (False, "or/vendor/new", [("open", "vendor/new", "")]), (False, "or/", []), (False, "or/x:free", []),
+    (False, "auto", [("a", "m", "")]), (False, "AUTO(high)", [("a", "m", "high")]),
+    (False, "m(2048)", [("a", "m", "2048"), ("b", "M", "2048")]), (False, "or/m(new)", [("open", "m(new)", "")]),
+    (False, "deep(high)", [("b", "up-b", "low")]),  # the configured suffix wins
+    (True, "m", [("b", "M", "")]), (True, "A/m", [("a", "m", "")]), (True, "x", []),
+])
+def test_a_name_is_resolved_to_all_providers_that_go_by_it(forced, model, expected):
+    found = proxai.resolve_names(names_of(forced, **POOL), model)
+    assert [(d.provider, d.model, d.thinking) for d in found] == expected
+    assert all(d.named and d.route is None for d in found)
+
+
+def test_names_are_listed_by_alias_with_the_prefix_and_without():
+    assert list(names_of(**POOL).listed.items()) == [
+        ("A/m", "a"), ("m", "a"), ("A/x", "a"), ("x", "a"), ("deep", "b")]
+    assert list(names_of(True, **POOL).listed) == ["A/m", "A/x", "M", "deep"]
+    assert names_of(bare={}) is proxai.NO_NAMES
+
+
+@pytest.mark.parametrize("model, expected", [
+    ("route-m(high)", ("to", "route-m", "high")), ("fixed(high)", ("to", "sent", "low")),
+    ("odd(high)", ("to", "odd(high)", "")), ("m", ("a", "m", "")), ("else(-1)", ("bare", "else", "auto")),
+    ("else(0)", ("bare", "else", "none")), ("else(0100)", ("bare", "else", "100")), ("else (x)", ("bare", "else (x)", "")),
+])
+def test_routes_come_before_names_and_names_before_the_default(model, expected):
+    table = routes({"model_pattern": "odd(high)", "match_kind": "exact"}, {"model_pattern": "route-*"},
+                   {"model_pattern": "fixed", "upstream_model": "sent(low)"})
+    found = proxai.choose(table, {CHAT.name: "bare"}, CHAT.name, model, names_of(**POOL))
+    assert (found.provider, found.model, found.thinking) == expected
+
+
+@pytest.mark.parametrize("forced, default, model", [
+    (False, "", "new"), (False, "a", "old-1"), (False, "open", "x-free"), (True, "open", "new")])
+def test_a_model_that_no_provider_takes_is_the_clients_mistake(forced, default, model):
+    with pytest.raises(proxai.RequestError) as caught:
+        proxai.choose([], {CHAT.name: default}, CHAT.name, model, names_of(forced, **POOL))
+    error = caught.value
+    assert (error.status, error.type, error.code, error.param) == (
+        400, "invalid_request_error", "model_not_found", "model")
+    assert f"unknown provider for model {model}" in error.message
 
 
 def test_a_request_that_only_a_guard_keeps_from_its_route_is_an_error_that_names_the_first_such_route():
@@ -1520,6 +1582,7 @@ FULL_SAMPLE = """
 host = "127.0.0.2"
 port = 1
 api_keys = ["client-1", " client-2 "]
+keys = [{name = "ci", key = "client-3", models = ["gpt-*"], requests_per_minute = 60, expires = 2027-12-31}]
 allow_unauthenticated = true
 allowed_hosts = ["box.lan"]
 cors_allow_origins = ["https://App.example:8443", "null"]
@@ -1545,6 +1608,8 @@ port = 65533
 openai_responses = "One"
 openai_chat_completions = " two "
 anthropic_messages = "two"
+[routing]
+force_model_prefix = true
 [[routing.routes]]
 name = " r1 "
 request_protocol = "anthropic_messages"
@@ -1562,6 +1627,16 @@ api_key = " k-1 "
 connect_timeout_secs = 0.25
 read_idle_timeout_secs = 8
 proxy_url = "http://proxy.example:3128"
+preset = " OpenRouter "
+versionless = true
+auth = "x-goog-api-key"
+prefix = "or"
+discover = false
+models = ["m-1", {name = "m-2", alias = "m"}]
+excluded_models = ["*-old"]
+response_model = "upstream"
+[providers.one.base_urls]
+openai_chat_completions = "https://h.example/chat/v1"
 [providers.TWO]
 protocol = "anthropic_messages"
 base_url = "http://127.0.0.1:9/"
@@ -1650,6 +1725,8 @@ FULL_VALUES = {
         "client_secret": "k-2", "scope": "a b", "refresh_token_env": "KEY_2", "refresh_token": "k-2",
         "parameters": {"audience": "x y"}}.items()},
     "server.host": "127.0.0.2", "server.port": 1, "server.api_keys": ("client-1", "client-2"),
+    "server.keys": (proxai.KeyConfig(name="ci", key="client-3", models=("gpt-*",), requests_per_minute=60,
+                                     expires=1830297600.0),),
     "server.allow_unauthenticated": True, "server.allowed_hosts": ("box.lan",),
     "server.cors_allow_origins": ("https://app.example:8443", "null"),
     "server.max_request_body_bytes": 1, "server.max_concurrent_requests": 2,
@@ -1669,6 +1746,11 @@ FULL_VALUES = {
     "routing.routes.1.provider": "two", "routing.routes.1.upstream_model": None,
     "providers.one.protocol": "openai_responses", "providers.one.base_url": "https://h.example/v1/",
     "providers.one.api_key": "k-1", "providers.one.connect_timeout_secs": 0.25,
+    "routing.force_model_prefix": True, "providers.one.prefix": "or",
+    "providers.one.models": (proxai.ModelConfig(name="m-1"), proxai.ModelConfig(name="m-2", alias="m")),
+    "providers.one.discover": False, "providers.one.excluded_models": ("*-old",), "providers.one.response_model": "upstream",
+    "providers.one.preset": "openrouter", "providers.one.versionless": True, "providers.one.auth": "x-goog-api-key",
+    "providers.one.base_urls.openai_chat_completions": "https://h.example/chat/v1/",
     "providers.one.read_idle_timeout_secs": 8, "providers.one.proxy_url": "http://proxy.example:3128",
     "providers.two.protocol": "anthropic_messages", "providers.two.base_url": "http://127.0.0.1:9/",
     "providers.two.api_key": "k-2", "providers.two.api_key_env": "KEY_2",
@@ -1844,6 +1926,110 @@ def test_a_provider_without_what_it_needs_is_refused(missing):
                                         ("[server]\nport = 1", "providers")])
 def test_at_least_one_provider_is_needed(text, path):
     assert paths_of(text) == [path]
+
+
+@pytest.mark.parametrize("lines, fault", [
+    ('keys = ["k"]', "server.keys: item 0.name: is missing"),
+    ('keys = [{name = "a", key = "k", model = "x"}]', "server.keys: item 0.model: unknown key; did you mean models?"),
+    ('keys = [{name = "a", key = "sha256:12"}]', "server.keys: item 0.key: must be a key"),
+    ('keys = [{name = "a", key = "k", models = ["["]}]', "server.keys: item 0.models: item 0 must be a glob"),
+    ('keys = [{name = "a", key = "k", requests_per_minute = 0}]', "server.keys: item 0.requests_per_minute"),
+    ('keys = [{name = "a", key = "k", expires = "soon"}]', "server.keys: item 0.expires: must be a date"),
+    ('keys = [{name = "a", key = "k"}, {name = "a", key = "l"}]', "server.keys: two keys have the same name"),
+    ('keys = [{name = "a", key = "your-api-key-1"}]', "server.keys: still holds a template key"),
+    ('api_keys = ["<your-key>"]', "server.api_keys: still holds a template key"),
+    ('api_keys = ["sha256:zz"]', "server.api_keys: item 0 must be a key"),
+])
+def test_a_client_key_that_cannot_be_is_refused_and_never_shown(lines, fault):
+    (told,) = faults_of(f"{MINIMAL}[server]\n{lines}\n")
+    assert told.startswith(fault) and '"k"' not in told and "zz" not in told
+
+
+def test_a_named_key_is_enough_for_a_host_that_others_reach():
+    text = f'{MINIMAL}[server]\nhost = "0.0.0.0"\n'
+    assert paths_of(text) == ["server.host"]
+    assert load_text(text + '[[server.keys]]\nname = "a"\nkey = "k"\n').server.keys[0].name == "a"
+
+
+@pytest.mark.parametrize("given, expected", [
+    ("2027-12-31", "2028-01-01T00:00:00+00:00"), ("2027-12-31T10:00:00", "2027-12-31T10:00:00+00:00"),
+    ("2027-12-31T10:00:00+02:00", "2027-12-31T08:00:00+00:00")])
+def test_a_key_expires_at_the_end_of_its_day_or_at_its_time(given, expected):
+    config = load_text(f'{MINIMAL}[[server.keys]]\nname = "a"\nkey = "k"\nexpires = {given}\n')
+    assert config.server.keys[0].expires == datetime.datetime.fromisoformat(expected).timestamp()
+
+
+def test_the_providers_of_the_page_have_a_preset_and_all_presets_are_whole():
+    page = ("claude gemini openai mistral groq deepseek openrouter together fireworks novita siliconflow minimax"
+            " moonshot zai xai cerebras nvidia github-models azure bedrock ollama llamacpp vllm mlx lmstudio roo kilo"
+            " kiro copilot")
+    assert set(page.split()) <= set(proxai.PRESETS)
+    for name, preset in proxai.PRESETS.items():
+        assert name in preset.names.split() and preset.auth in ("bearer", "x-api-key", "api-key", "none")
+        for protocol, url in proxai.preset_bases(preset, None).items():
+            assert protocol in proxai.PROTOCOLS and ("{" in url or proxai.URL.read(url) == url)
+    assert "discontinued" in proxai.PRESETS["roo"].note and "private" in proxai.PRESETS["copilot"].note
+
+
+@pytest.mark.parametrize("lines, environ, inbound, url, key", [
+    (["[providers.x]", 'preset = "deepseek"', 'api_key = "k"'], {}, CHAT, "api.deepseek.com/v1/chat/completions",
+     b"authorization: Bearer k"),
+    (["[providers.x]", 'preset = "deepseek"', 'api_key = "k"'], {}, MESSAGES, "api.deepseek.com/anthropic/v1/messages",
+     b"authorization: Bearer k"),
+    (["[providers.x]", 'preset = "deepseek"', 'api_key = "k"'], {}, RESPONSES, "api.deepseek.com/v1/chat/completions",
+     b"authorization: Bearer k"),
+    (["[providers.OpenRouter]"], {"OPENROUTER_API_KEY": "e"}, RESPONSES, "openrouter.ai/api/v1/responses",
+     b"authorization: Bearer e"),
+    (["[providers.claude]", 'api_key = "k"'], {"ANTHROPIC_API_KEY": "e"}, CHAT, "api.anthropic.com/v1/messages",
+     b"x-api-key: k"),
+    (["[providers.zai]", 'api_key = "k"', 'protocol = "anthropic_messages"', 'preset = "zai"'], {}, CHAT,
+     "api.z.ai/api/anthropic/v1/messages", b"authorization: Bearer k"),
+    (["[providers.zai]", 'api_key = "k"'], {}, CHAT, "api.z.ai/api/paas/v4/chat/completions",
+     b"authorization: Bearer k"),
+    (["[providers.a]", 'preset = "azure"', 'api_key = "k"', 'base_url = "https://me.openai.azure.com/openai/v1"'], {},
+     RESPONSES, "me.openai.azure.com/openai/v1/responses", b"api-key: k"),
+    (["[providers.m]", 'preset = "minimax"', 'api_key = "k"', 'base_url = "https://api.minimaxi.com/v1"'], {},
+     MESSAGES, "api.minimaxi.com/anthropic/v1/messages", b"authorization: Bearer k"),
+    (["[providers.m]", 'preset = "minimax"', 'api_key = "k"', 'base_url = "https://corp.example/llm"'], {},
+     MESSAGES, "corp.example/llm/v1/chat/completions", b"authorization: Bearer k"),
+    (["[providers.g]", 'preset = "github-models"', 'api_key = "k"'], {}, CHAT,
+     "models.github.ai/inference/chat/completions", b"authorization: Bearer k"),
+    (["[providers.ollama]"], {}, MESSAGES, "localhost:11434/v1/messages", None),
+    (["[providers.ollama]", 'api_key = "k"'], {}, CHAT, "localhost:11434/v1/chat/completions",
+     b"authorization: Bearer k"),
+    (["[providers.o]", 'preset = "ollama"', 'base_url = "http://gpu:1234"'], {}, CHAT, "gpu:1234/v1/chat/completions",
+     None),
+    (["[providers.x]", 'protocol = "openai_chat_completions"', 'base_url = "http://h"', 'auth = "none"',
+      "[providers.x.base_urls]", 'openai_responses = "http://other/v1"'], {}, RESPONSES, "other/v1/responses", None),
+])
+def test_a_preset_fills_in_where_a_protocol_goes_and_how_the_key_is_sent(lines, environ, inbound, url, key):
+    config = load_text("\n".join(lines) + "\n", **environ)
+    provider = proxai.Provider("x", *config.providers.values(), {}).speaking(inbound)
+    assert provider.origin.authority + provider.target == url
+    keys = [line for line in provider.fixed if not line.startswith((b"host:", b"accept-encoding:"))]
+    assert keys == ([key] if key else [])
+
+
+@pytest.mark.parametrize("lines, fault", [
+    (["[providers.x]", 'preset = "deepsek"', 'api_key = "k"'], "providers.x.preset: must be one of the names"),
+    (["[providers.azure]", 'api_key = "k"'], "providers.azure.base_url: is missing; for this preset it has the form"
+     " https://{resource}.openai.azure.com/openai/v1"),
+    (["[providers.x]", 'preset = "groq"'], "providers.x.api_key: is missing; give api_key, api_key_env or"
+     " api_key_file, or set GROQ_API_KEY in the environment"),
+    (["[providers.x]", 'preset = "gemini"', 'api_key = "k"', 'protocol = "anthropic_messages"'],
+     "providers.x.protocol: the preset speaks openai_chat_completions"),
+    (["[providers.groq]", 'base_url = "http://h"', 'api_key = "k"'], "providers.groq.protocol: is missing"),
+])
+def test_a_preset_that_cannot_be_filled_in_is_refused_once(lines, fault):
+    (told,) = faults_of("\n".join(lines) + "\n")
+    assert told.startswith(fault)
+
+
+def test_the_presets_are_listed(capsys):
+    assert proxai.main(["presets"]) == 0
+    told = capsys.readouterr().out
+    assert "roo (ROO_API_KEY): discontinued" in told and "\nollama (no key)\n" in told
+    assert "  anthropic_messages      https://api.deepseek.com/anthropic/v1\n" in told
 
 
 LIMITS = ["providers.p.connect_timeout_secs", "providers.p.read_idle_timeout_secs",
@@ -4047,6 +4233,28 @@ def test_each_protocol_has_its_own_header_for_the_key(protocol, expected):
     assert line.endswith(b"k-1") and (protocol is MESSAGES or b": Bearer " in line)
 
 
+@pytest.mark.parametrize("protocol, block, expected", [
+    (CHAT, b'data: {"choices":[{"delta":{"content":"\\"model\\":\\"up\\""}}], "model" : "up"}\n\ndata: [DONE]\n\n',
+     b'data: {"choices":[{"delta":{"content":"\\"model\\":\\"up\\""}}], "model" : "mine"}\n\ndata: [DONE]\n\n'),
+    (CHAT, b'data: {"x":{"model":"up"},"model":null}\n\n', None), (CHAT, b'data: {"model":"up"\n\n', None),
+    (MESSAGES, b'event: message_start\ndata: {"type":"message_start","message":{"model":"up-2026","content":[]}}\n\n',
+     b'event: message_start\ndata: {"type":"message_start","message":{"model":"mine","content":[]}}\n\n'),
+    (MESSAGES, b'event: content_block_start\ndata: {"content_block":{"input":{"model":"up"}}}\n\n', None),
+    (RESPONSES, b'event: x\r\ndata: {"response":{"tools":[{"model":"img"}],"model":"up"}}\r\n\r\n',
+     b'event: x\r\ndata: {"response":{"tools":[{"model":"img"}],"model":"mine"}}\r\n\r\n'),
+    (RESPONSES, b'data: {"type":"response.output_text.delta","delta":"model"}\n\n', None),
+])
+def test_an_event_is_told_the_models_name_and_nothing_else_changes(protocol, block, expected):
+    assert proxai.rename_in_block(block, protocol, "mine") == (expected or block)
+
+
+@pytest.mark.parametrize("raw, expected", [
+    (b' {"id": 1, "model": "up", "a": {"model": "x"}}\n', b' {"id": 1, "model": "mine", "a": {"model": "x"}}\n'),
+    (b"[1]", b"[1]"), (b"nonsense", b"nonsense"), (b'{"model": 3}', b'{"model": 3}'), (b"\xff", b"\xff")])
+def test_an_answer_is_told_the_models_name(raw, expected):
+    assert proxai.rename_model(raw, CHAT, "mine") == expected
+
+
 def provider_headers(protocol: proxai.Protocol, *lines: bytes) -> list[tuple[bytes, bytes]]:
     """The headers that a provider gets for a request with these header lines."""
     head = request_head(b"POST /v1/x HTTP/1.1", b"Host: localhost", *lines)
@@ -5043,6 +5251,54 @@ def r_fc(call_id: str = "call_1", name: str = "f", arguments: str = "{}", **more
 def r_rs(*texts: str, **more: Any) -> Any:
     """A reasoning item of an answer."""
     return {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": t} for t in texts], **more}
+
+
+# -- thinking by the name of the model
+
+@pytest.mark.parametrize("protocol, host, model, thinking, body, expected", [
+    (RESPONSES, "api.openai.com", "gpt-5.5", "high", {"reasoning": {"effort": "low", "summary": "detailed"}},
+     {"reasoning": {"effort": "high", "summary": "detailed"}}),
+    (RESPONSES, "", "gpt-5.5", "2048", {}, {"reasoning": {"effort": "medium", "summary": "auto"}}),
+    (RESPONSES, "", "gpt-5.5", "auto", {"reasoning": {"effort": "low"}}, {"reasoning": {"summary": "auto"}}),
+    (RESPONSES, "", "gpt-5.5", "none", {"reasoning": {"effort": "low"}}, {"reasoning": {"effort": "none"}}),
+    (RESPONSES, "", "gpt-4.1", "high", {"reasoning": {"effort": "low"}, "x": 1}, {"x": 1}),
+    (CHAT, "api.openai.com", "gpt-5", "xhigh", {"reasoning_effort": "low", "temperature": 1},
+     {"reasoning_effort": "high", "temperature": 1}),
+    (CHAT, "openrouter.ai", "a/b", "500", {"reasoning": {"effort": "low"}}, {"reasoning": {"max_tokens": 500}}),
+    (CHAT, "api.deepseek.com", "deepseek-x", "none", {"thinking": {"type": "enabled"}},
+     {"thinking": {"type": "disabled"}}),
+    (CHAT, "api.deepseek.com", "deepseek-x", "auto", {"thinking": {"type": "enabled"}}, {}),
+    (MESSAGES, "api.anthropic.com", "claude-sonnet-4-5", "2000", {"max_tokens": 8000, "temperature": 0.5},
+     {"max_tokens": 8000, "thinking": {"type": "enabled", "budget_tokens": 2000}}),
+    (MESSAGES, "api.anthropic.com", "claude-opus-4-7", "xhigh", {"max_tokens": 9, "output_config": {"effort": "low"}},
+     {"max_tokens": 9, "thinking": {"type": "adaptive", "display": "summarized"}, "output_config": {"effort": "xhigh"}}),
+    (MESSAGES, "api.anthropic.com", "claude-opus-4-7", "none", {"max_tokens": 9, "thinking": {"type": "adaptive"}},
+     {"max_tokens": 9, "thinking": {"type": "disabled"}}),
+])
+def test_a_thinking_suffix_takes_the_place_of_what_the_body_asks_for(protocol, host, model, thinking, body, expected):
+    ctx = proxai.Context(protocol.word, protocol.word, model, host=host)
+    ctx.thinking = thinking
+    assert proxai.with_thinking({"model": "as asked", **body}, ctx) == {"model": model, **expected}
+
+
+@pytest.mark.parametrize("thinking, expected", [
+    ("high", {"type": "enabled", "budget_tokens": 16384}), ("3000", {"type": "enabled", "budget_tokens": 3000}),
+    ("auto", {"type": "enabled", "budget_tokens": 4096}), ("none", None)])
+def test_a_thinking_suffix_is_translated(thinking, expected):
+    ctx = proxai.Context("chat", "messages", "claude-sonnet-4-5")
+    ctx.thinking = thinking
+    body = {"model": "x", "messages": [{"role": "user", "content": "hi"}], "reasoning_effort": "low"}
+    assert proxai.PAIRS["chat", "messages"].request(body, ctx).get("thinking") == expected
+
+
+@pytest.mark.parametrize("shown, expected", [("mine", "mine"), ("", "up-2026")])
+def test_a_translated_answer_names_the_model_as_it_was_asked_for(shown, expected):
+    ctx = proxai.Context("responses", "chat", "up")
+    proxai.PAIRS["responses", "chat"].request({"model": "mine", "input": "hi"}, ctx)
+    ctx.shown = shown
+    told = {"id": "1", "model": "up-2026", "choices": [
+        {"index": 0, "message": {"role": "assistant", "content": "a"}, "finish_reason": "stop"}]}
+    assert proxai.PAIRS["responses", "chat"].response(told, ctx)["model"] == expected
 
 
 
@@ -22338,6 +22594,248 @@ def test_changed_bytes_never_hang_a_connection_nor_break_the_program(programs):
 
 # -- admission: methods, paths and health
 
+KEYS = proxai.client_keys(("plain", "sha256:" + hashlib.sha256(b"hashed").hexdigest()), (
+    proxai.KeyConfig(name="ci", key="named", models=("gpt-*", "auto"), requests_per_minute=2),
+    proxai.KeyConfig(name="old", key="sha256:" + hashlib.sha256(b"late").hexdigest().upper(), expires=float(NOW))))
+
+
+@pytest.mark.parametrize("lines, expected", [
+    ([b"Authorization: Bearer plain"], ""), ([b"Authorization: plain"], ""), ([b"X-Api-Key: hashed"], ""),
+    ([b"x-goog-api-key: named"], "ci"), ([b"x-api-key: named", b"x-goog-api-key: plain"], "ci"), ([b"authorization: Bearer wrong", b"x-api-key: named"], "ci"),
+    ([b"authorization: bearer  named "], "ci"), ([b"x-api-key: late"], "expired"),
+    ([], None), ([b"x-api-key: Plain"], None), ([b"api-key: plain"], None), ([b"x-api-key: "], None),
+    ([b"x-api-key: sha256:" + hashlib.sha256(b"hashed").hexdigest().encode()], None),
+])
+def test_a_client_is_known_by_its_key(lines, expected):
+    fields = request_head(b"POST /v1/x HTTP/1.1", b"Host: localhost", *lines).fields
+    if expected in (None, "expired"):
+        with pytest.raises(proxai.RequestError) as caught:
+            proxai.check_key(fields, KEYS, NOW)
+        assert caught.value.status == 401 and ("`old`" in caught.value.message) is (expected == "expired")
+    else:
+        assert proxai.check_key(fields, KEYS, NOW).name == expected
+    assert proxai.check_key(fields, (), NOW) is None
+
+
+@pytest.mark.parametrize("model, allowed", [
+    ("gpt-5", True), ("GPT-5(high)", True), ("o9", False), ("auto", True), ("o9(gpt-)", False)])
+def test_a_key_is_good_for_the_models_of_its_globs(model, allowed):
+    assert KEYS[2].allows(model) is allowed and KEYS[0].allows(model)
+
+
+def test_a_key_has_its_requests_of_each_minute():
+    times, waits = [], []
+    for now in (0.0, 10.0, 20.0, 60.0, 61.0, 70.5):
+        times, wait = proxai.take_turn(times, 2, now)
+        waits.append(wait)
+    assert waits == [0, 0, 40.0, 0, 9.0, 0] and times == [60.0, 70.5]
+
+
+@pytest.mark.parametrize("path, expected", [
+    ("/v1/models", ""), ("/models/", ""), ("/v1/models/or/a%2Fb", "or/a/b"), ("/models/x", "x"), ("/v1/modelsx", None),
+    ("/v2/models", None)])
+def test_a_path_below_models_names_one(path, expected):
+    assert proxai.asked_model(path) == expected
+
+
+@pytest.mark.parametrize("raw, expected", [
+    (b'{"object":"list","data":[{"id":"a","context_length":7},{"id":"text-embed-3"},{"id":"b","type":"image"}]}',
+     [("a", 7)]),
+    (b'[{"id":"a","type":"chat","max_model_len":9},"b",3,null]', [("a", 9), ("b", 0)]),
+    (b'{"models":[{"name":"models/gemini-9"},{"id":""}]}', [("gemini-9", 0)]), (b'{"data":[]}', []),
+    (b'{"error":"x"}', None), (b"<html>", None), (b"3", None)])
+def test_a_providers_own_list_is_read_liberally(raw, expected):
+    if expected is None:
+        with pytest.raises(ValueError):
+            proxai.read_models(raw, "p")
+    else:
+        assert [(m.id, m.context) for m in proxai.read_models(raw, "p")] == expected
+
+
+def test_models_are_listed_from_routes_names_and_providers_own_lists():
+    def provider(name: str, more: str) -> str:
+        return f'[providers.{name}]\nprotocol = "openai_responses"\nbase_url = "http://h"\napi_key = "k"\n{more}\n'
+
+    config = load_text("".join([
+        provider("named", 'prefix = "n"\nmodels = ["m", {name = "up", alias = "x"}]'),
+        provider("open", 'prefix = "or"\nexcluded_models = ["*free"]'), provider("first", ""), provider("hidden", ""),
+        '[routing.default_provider_names]\nopenai_responses = "first"\n',
+        '[[routing.routes]]\nmodel_pattern = "fast"\nprovider = "hidden"\n',
+        '[[routing.routes]]\nmodel_pattern = "gpt-*"\nprovider = "hidden"\n']))
+    names = proxai.compile_names(config.providers, False)
+    found = {name: [proxai.Listed("a", name), proxai.Listed("a-free", name)] for name in config.providers}
+    listed = proxai.list_models(config, names, found)
+    assert {id: model.owner for id, model in listed.items()} == {
+        "fast": "hidden", "n/m": "named", "m": "named", "n/x": "named", "x": "named", "or/a": "open", "a": "first",
+        "a-free": "first"}
+    assert all(model.id == id for id, model in listed.items())
+
+
+@pytest.mark.parametrize("target, line, shape", [
+    ("/v1/models", b"x: y", "chat"), ("/v1/models?client_version=0.9", b"x: y", "codex"),
+    ("/models?a=b&client_version=1", b"anthropic-version: 2023-06-01", "codex"),
+    ("/v1/models?limit=9", b"anthropic-version: 2023-06-01", "messages"),
+    ("/v1/models", b"user-agent: claude-cli/2.1", "messages"), ("/v1/models", b"user-agent: curl", "chat")])
+def test_the_list_has_the_shape_of_the_client(target, line, shape):
+    head = request_head(b"GET %b HTTP/1.1" % target.encode(), b"Host: localhost", line)
+    assert proxai.models_shape(head) == shape
+
+
+def test_the_list_in_its_three_shapes():
+    models = [proxai.Listed("b", "p", 9, 8), proxai.Listed("a", "p")]
+    assert proxai.render_models(models, "chat") == {"object": "list", "data": [
+        {"id": "b", "object": "model", "created": 0, "owned_by": "p"},
+        {"id": "a", "object": "model", "created": 0, "owned_by": "p"}]}
+    told = proxai.render_models(models, "messages")
+    assert (told["first_id"], told["last_id"], told["has_more"]) == ("a", "b", False)
+    assert told["data"][1] == {"type": "model", "id": "b", "display_name": "b", "created_at": ANY,
+                               "max_input_tokens": 9, "max_tokens": 8}
+    assert proxai.render_models([], "messages") == {"data": [], "has_more": False, "first_id": None, "last_id": None}
+    (first, second) = proxai.render_models(models, "codex")["models"]
+    assert (first["slug"], first["context_window"], second["context_window"]) == ("b", 9, 200_000)
+    assert {"supported_reasoning_levels", "shell_type", "visibility", "base_instructions", "truncation_policy",
+            "supported_in_api", "priority", "experimental_supported_tools"} <= set(first)
+
+
+NAMED = """
+[server]
+api_keys = ["open-key"]
+[[server.keys]]
+name = "ci"
+key = "sha256:%s"
+models = ["P/*", "rare"]
+[[server.keys]]
+name = "slow"
+key = "slow-key"
+requests_per_minute = 1
+[logging]
+level = "debug"
+output_format = "json"
+[error_responses]
+format = "native"
+[providers.named]
+protocol = "openai_chat_completions"
+base_url = "%s/v1"
+api_key = "test-upstream-key"
+discover = false
+prefix = "P"
+models = [{name = "names-up", alias = "mine"}, {name = "names-messages", alias = "ant"}]
+[providers.named.base_urls]
+anthropic_messages = "%s/anthropic/v1"
+[providers.lists]
+protocol = "anthropic_messages"
+base_url = "%s"
+api_key = "list-key"
+prefix = "l"
+[providers.gone]
+protocol = "openai_responses"
+base_url = "http://127.0.0.1:1"
+auth = "none"
+prefix = "g"
+"""
+
+
+class ListOfModels(http.server.BaseHTTPRequestHandler):
+    """A provider that has a list of models and nothing else."""
+
+    seen: list[tuple[str, Any]] = []
+
+    def do_GET(self) -> None:
+        """Answer with the list."""
+        self.seen.append((self.path, self.headers))
+        body = b'{"data": [{"id": "vendor/a"}, {"id": "b"}]}'
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def named(upstream, tmp_path_factory) -> Iterator[Running]:
+    """The program with names, client keys, and a provider that lists its models."""
+    lists = http.server.ThreadingHTTPServer(("127.0.0.1", 0), ListOfModels)
+    threading.Thread(target=lists.serve_forever, args=(0.05,), daemon=True).start()
+    config = NAMED % (hashlib.sha256(b"ci-key").hexdigest(), upstream.url, upstream.url,
+                      f"http://127.0.0.1:{lists.server_port}")
+    running = Running(tmp_path_factory.mktemp("named"), config=config)
+    yield running
+    running.stop()
+    lists.shutdown()
+    lists.server_close()
+
+
+NAMED_CHUNK = b'data: {"id":"1", "model":"names-up-2026","choices":[{"index":0,"delta":{"content":"%b"},"finish_reason":%b}]}\n\n'
+
+
+def test_a_model_is_asked_for_by_alias_prefix_and_suffix_and_answers_name_it_so(named, upstream):
+    events = (NAMED_CHUNK % (b"a", b"null")) + (NAMED_CHUNK % (b"b", b'"stop"')) + b"data: [DONE]\n\n"
+    upstream.on("names-up", answer_stream(events[:150], events[150:]),
+                answer_json({"id": "1", "model": "names-up-2026", "choices": []}))
+    body = body_for(CHAT, "P/mine(high)", stream=True, reasoning_effort="low")
+    reply = named.post(CHAT.path, body, "authorization: Bearer ci-key", "x-api-key: wrong")
+    asked = upstream.got("names-up")[-1]
+    assert asked.json["model"] == "names-up" and asked.json["reasoning_effort"] == "high"
+    assert asked.header("authorization") == "Bearer test-upstream-key" and asked.header("x-api-key") is None
+    assert reply.body == events.replace(b"names-up-2026", b"P/mine(high)")
+    for event in named.events(reply.headers["x-proxai-request-id"])[1:]:
+        assert event["client"] == "ci" and "ci-key" not in str(event)
+    whole = named.post(CHAT.path, body_for(CHAT, "mine"), "x-goog-api-key: open-key")
+    assert whole.body == b'{"id": "1", "model": "mine", "choices": []}'
+    assert upstream.got("names-up")[-1].body.count(b"names-up") == 1
+
+
+def test_a_client_gets_its_own_protocol_where_the_provider_speaks_it(named, upstream):
+    upstream.on("names-messages", answer_json({"id": "m", "type": "message", "model": "claude-x", "content": []}))
+    reply = named.post(MESSAGES.path, body_for(MESSAGES, "ant"), "x-api-key: open-key")
+    asked = upstream.got("names-messages")[-1]
+    assert (asked.target, asked.header("x-api-key")) == ("/anthropic/v1/messages", "test-upstream-key")
+    assert reply.json["model"] == "ant"
+
+
+@pytest.mark.parametrize("path, body, line, status, told", [
+    (CHAT.path, body_for(CHAT, "mine"), "x: y", 401, {"type": "authentication_error", "code": "invalid_api_key"}),
+    (MESSAGES.path, body_for(MESSAGES, "ant"), "x-api-key: sha256", 401, {"type": "authentication_error"}),
+    (MESSAGES.path, body_for(MESSAGES, "ant"), "x-api-key: ci-key", 403, {"type": "permission_error"}),
+    (RESPONSES.path, body_for(RESPONSES, "none-such"), "x-api-key: open-key", 400,
+     {"type": "invalid_request_error", "code": "model_not_found", "param": "model"}),
+])
+def test_a_request_that_a_key_or_a_name_does_not_allow_is_refused_in_the_clients_shape(named, path, body, line, status, told):
+    reply = named.post(path, body, line)
+    error = reply.json["error"]
+    assert reply.status == status and {key: error.get(key) for key in told} == told
+    assert (reply.json.get("type") == "error") is (path == MESSAGES.path) and "mine" not in error["message"]
+
+
+def test_a_key_beyond_its_rate_is_told_when_to_come_back(named, upstream):
+    upstream.on("slow", answer_json({"model": "slow"}))
+    first, second = (named.post(CHAT.path, body_for(CHAT, "none"), "x-api-key: slow-key") for _ in range(2))
+    assert (first.status, second.status) == (400, 429)  # the first one was no model
+    assert 1 <= int(second.headers["retry-after"]) <= 60
+    assert second.json["error"]["type"] == "rate_limit_error"
+
+
+def test_models_are_listed_for_each_client_and_found_by_id(named):
+    def get(target: str, *lines: str, method: str = "GET") -> Reply:
+        return named.post(target, b"", "x-api-key: open-key", *lines, method=method)
+
+    assert [m["id"] for m in get("/v1/models").json["data"]] == ["P/mine", "mine", "P/ant", "ant", "l/vendor/a", "l/b"]
+    (path, headers) = ListOfModels.seen[0]
+    assert path == "/v1/models?limit=1000" and headers["x-api-key"] == "list-key"
+    named.wait_line(r'"event":"models".*"provider":"gone"')
+    assert get("/models/l/vendor/a").json == {"id": "l/vendor/a", "object": "model", "created": 0, "owned_by": "lists"}
+    told = get("/v1/models", "anthropic-version: 2023-06-01").json
+    assert [told["first_id"], told["last_id"], len(told["data"])] == ["P/ant", "mine", 6]
+    assert get("/v1/models?client_version=1.0").json["models"][0]["slug"] == "P/mine"
+    assert (get("/v1/models", method="HEAD").status, get("/v1/models/none").status) == (200, 404)
+    assert get("/v1/models/none", "anthropic-version: 1").json["error"]["type"] == "not_found_error"
+    assert named.post("/v1/models", b"", method="GET").status == 401
+    of_ci = named.post("/v1/models", b"", "x-api-key: ci-key", method="GET").json["data"]
+    assert [m["id"] for m in of_ci] == ["P/mine", "P/ant"] and len(ListOfModels.seen) == 1
+
+
 MODEL_TARGETS = ("/v1/responses", "/responses", "/v1/chat/completions", "/chat/completions", "/v1/messages",
                  "/messages")
 
@@ -22348,8 +22846,9 @@ MODEL_TARGETS = ("/v1/responses", "/responses", "/v1/chat/completions", "/chat/c
         "HEAD", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "post", "X-ODD")],
     ("GET", "/v1/chat/completions?a=b", 405, {"POST"}),
     *[(method, "/healthz", 405, {"GET", "HEAD"}) for method in ("POST", "PUT", "OPTIONS", "get")],
+    *[("POST", target, 405, {"GET", "HEAD"}) for target in ("/v1/models", "/models", "/v1/models/x/y")],
     *[("POST", target, 404, None) for target in (
-        "/", "/healthz/", "/v1", "/v1/models", "/v1/messages/", "/v1/chat/completions/count_tokens",
+        "/", "/healthz/", "/v1", "/v1/modelsx", "/v1/messages/", "/v1/chat/completions/count_tokens",
         "/v1/responses/input_tokens", "/v1/messages/count_tokens/",
         "/V1/messages", "//v1/messages", "/v1/%6dessages", "/v1/./messages", "/x/../v1/messages",
         "/v1/messages;x", "/v2/messages", "/?/v1/messages")],
