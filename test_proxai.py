@@ -1725,7 +1725,7 @@ FULL_VALUES = {
         "client_secret": "k-2", "scope": "a b", "refresh_token_env": "KEY_2", "refresh_token": "k-2",
         "parameters": {"audience": "x y"}}.items()},
     "server.host": "127.0.0.2", "server.port": 1, "server.api_keys": ("client-1", "client-2"),
-    "server.keys": (proxai.KeyConfig(name="ci", key="client-3", models=("gpt-*",), requests_per_minute=60,
+    "server.keys": (proxai.ClientKeyConfig(name="ci", key="client-3", models=("gpt-*",), requests_per_minute=60,
                                      expires=1830297600.0),),
     "server.allow_unauthenticated": True, "server.allowed_hosts": ("box.lan",),
     "server.cors_allow_origins": ("https://app.example:8443", "null"),
@@ -22595,8 +22595,8 @@ def test_changed_bytes_never_hang_a_connection_nor_break_the_program(programs):
 # -- admission: methods, paths and health
 
 KEYS = proxai.client_keys(("plain", "sha256:" + hashlib.sha256(b"hashed").hexdigest()), (
-    proxai.KeyConfig(name="ci", key="named", models=("gpt-*", "auto"), requests_per_minute=2),
-    proxai.KeyConfig(name="old", key="sha256:" + hashlib.sha256(b"late").hexdigest().upper(), expires=float(NOW))))
+    proxai.ClientKeyConfig(name="ci", key="named", models=("gpt-*", "auto"), requests_per_minute=2),
+    proxai.ClientKeyConfig(name="old", key="sha256:" + hashlib.sha256(b"late").hexdigest().upper(), expires=float(NOW))))
 
 
 @pytest.mark.parametrize("lines, expected", [
