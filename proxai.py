@@ -76,6 +76,7 @@ import logging.handlers
 import math
 import os
 import queue
+import random
 import re
 import shutil
 import signal
@@ -682,6 +683,7 @@ class Route(NamedTuple):
     regex: bool  # whether `upstream_model` is a template over the pattern's groups
     provider: str
     upstream_model: str | None
+    fallback: Sequence[tuple[str, str | None]] = ()  # providers, with models of their own
 
 
 class Decision(NamedTuple):
@@ -692,6 +694,7 @@ class Decision(NamedTuple):
     route: str | None
     thinking: str = ""  # what a suffix asks for, see split_thinking()
     named: bool = False  # chosen by a name that the provider goes by
+    tier: int = 0  # 1 and up for what is used only when all before it fail
 
 
 class Names(NamedTuple):
@@ -804,7 +807,7 @@ def compile_routes(routes: Iterable[Any]) -> list[Route]:
     """The configured routes (see RouteConfig), ready to match."""
     return [Route(r.name, r.request_protocol, compile_pattern(r.match_kind, r.model_pattern),
                   pattern_kind(r.match_kind, r.model_pattern) == "regex",
-                  r.provider, r.upstream_model)
+                  r.provider, r.upstream_model, [(f.provider, f.upstream_model) for f in r.fallback])
             for r in routes]
 
 
@@ -897,8 +900,15 @@ def own_thinking(upstream: str, wish: str) -> tuple[str, None, str]:
 
 def choose(routes: Sequence[Route], defaults: Mapping[str, str], protocol: str,
            model: str, names: Names = NO_NAMES) -> Decision:
-    """The first route that fits, else the first provider that goes by the name, else the protocol's
-    default provider; a ProxyError if there is none.
+    """The first of `choose_all`."""
+    return choose_all(routes, defaults, protocol, model, names)[0]
+
+
+def choose_all(routes: Sequence[Route], defaults: Mapping[str, str], protocol: str,
+               model: str, names: Names = NO_NAMES) -> list[Decision]:
+    """Where a request may go: by the first route that fits, with its fallbacks, else to the
+    providers that go by the name, else to the protocol's default provider; a ProxyError if there
+    is none.
 
     A route whose pattern matches but whose guard does not is passed over, and named if nothing else
     takes the request.
@@ -907,16 +917,12 @@ def choose(routes: Sequence[Route], defaults: Mapping[str, str], protocol: str,
     for route in routes:
         match, taken, wish = matched(route, protocol, model)
         if match and taken:
-            sent = rewrite_model(route, match, match.string)
-            if route.upstream_model:
-                sent, own = split_thinking(sent)
-                wish = own or wish
-            return Decision(route.provider, sent, route.name, wish)
+            return route_decisions(route, match, wish)
         if match:
             mismatch = mismatch or route
     base, thinking = split_thinking(model)
     if names is not NO_NAMES and (found := resolve_names(names, model)):
-        return found[0]
+        return found
     if mismatch:
         named = f"route `{mismatch.name}`" if mismatch.name else "a route without a name"
         raise SetupError(f"{named} matches the model {model}, but its request_protocol is"
@@ -931,7 +937,20 @@ def choose(routes: Sequence[Route], defaults: Mapping[str, str], protocol: str,
         raise SetupError(f"no route takes the model {model} and"
                          f" routing.default_provider_names.{protocol} is not set",
                          fix="set that key to the name of a provider, or add a route")
-    return Decision(default, base, None, thinking)
+    return [Decision(default, base, None, thinking)]
+
+
+def route_decisions(route: Route, match: re.Match[str], wish: str) -> list[Decision]:
+    """Where a route that fits leads: to its provider, then to its fallbacks, which are asked for
+    the same model unless they have their own."""
+    sent, own = rewrite_model(route, match, match.string), ""
+    if route.upstream_model:
+        sent, own = split_thinking(sent)
+    out = [Decision(route.provider, sent, route.name, own or wish)]
+    for tier, (provider, model) in enumerate(route.fallback, 1):
+        base, own_wish = split_thinking(model) if model else (sent, own)
+        out.append(Decision(provider, base, route.name, own_wish or wish, tier=tier))
+    return out
 
 
 def route_tries(routes: Sequence[Route], protocol: str, model: str) -> list[Json]:
@@ -1123,8 +1142,8 @@ NAME = kind_of("the name of a provider", lambda value: isinstance(value, str),
 # zero would mean `never` to some and `at once` to others, so it is refused
 SECONDS = kind_of("a number of seconds, more than 0 and at most a year",
                   lambda value: type(value) in (int, float) and 0 < value <= 86400 * 366, float)
-DELAY = kind_of("a number of seconds, 0 to 3600",
-                lambda value: type(value) in (int, float) and 0 <= value <= 3600, float)
+DELAY = kind_of("a number of seconds, 0 to a year",
+                lambda value: type(value) in (int, float) and 0 <= value <= 86400 * 366, float)
 ADDRESS = text_of_kind('an IP address such as "127.0.0.1"', ipaddress.ip_address,
                        lambda text: str(ipaddress.ip_address(text)))
 URL = text_of_kind(
@@ -1536,6 +1555,14 @@ class ProviderConfig(KeyConfig):
 
 
 @schema
+class FallbackConfig:
+    """A provider that is asked when those before it fail."""
+
+    provider: str = setting(NAME, "Where the request goes.")
+    upstream_model: str | None = setting(TEXT, "The model name to send instead.", None)
+
+
+@schema
 class RouteConfig:
     """Sends the models that match to a provider. The first route that fits wins."""
 
@@ -1551,6 +1578,11 @@ class RouteConfig:
     upstream_model: str | None = setting(
         TEXT, "The model name to send instead; with a regex $1, ${name} and $$ work.", None,
         example="gpt-5.5")
+    fallback: tuple[FallbackConfig, ...] = setting(
+        tables_of(FallbackConfig, "provider", "an array of providers and of {provider,"
+                  " upstream_model}"), "Providers to ask when this one fails before the client has"
+        " seen anything of an answer, in their order; also of other protocols.", (),
+        example=["openai", {"provider": "local", "upstream_model": "qwen3-coder:30b"}])
 
 
 @schema
@@ -1570,6 +1602,20 @@ class RoutingConfig:
         Section(DefaultsConfig), "Used when no route takes a request.")
     force_model_prefix: bool = setting(
         BOOLEAN, "Providers with a prefix take only requests that name it.", False)
+    strategy: str = setting(
+        choice("round-robin", "weighted", "fill-first"), "Which of several keys, or of several"
+        " providers of a model, is used next: each in turn, by weight, or the first until it rests.",
+        "round-robin")
+    session_affinity_secs: float = setting(
+        DELAY, "How long a session without requests keeps its key, so that the provider's prompt"
+        " cache stays warm; 0: each request is on its own.", 3600.0)
+    probe_interval_secs: float = setting(
+        DELAY, "A key whose provider said when it may be used again gets one request in this time"
+        " before that; 0: none.", 3600.0)
+    max_attempts: int = setting(
+        whole(1, 100), "How often a request is tried, with several keys or providers.", 4)
+    retry_budget_secs: float = setting(
+        DELAY, "How long after its arrival a request is tried again.", 60.0)
     routes: tuple[RouteConfig, ...] = setting(Section(RouteConfig, "list"), "Tried from the top.")
 
 
@@ -1847,7 +1893,9 @@ def cross_check(config: Config, faults: Faults, environ: Mapping[str, str]) -> C
         faults.add("providers", "at least one provider is needed ([providers.<name>])")
     named = [(f"routing.default_provider_names.{protocol}", getattr(defaults, protocol) or None)
              for protocol in PROTOCOLS]
-    named += [(f"routing.routes[{i}].provider", r.provider) for i, r in enumerate(routes)]
+    named += [(f"routing.routes[{i}].{place}", name) for i, r in enumerate(routes)
+              for place, name in [("provider", r.provider), *(
+                  ("fallback", f.provider) for f in r.fallback)]]
     for path, name in named:
         if name is not None and name not in config.providers:
             known = ", ".join(config.providers) or "none"
@@ -9166,7 +9214,8 @@ class Observed:
 class Exchange:
     """Everything about one request that is told afterwards, in the log and in headers."""
 
-    __slots__ = ("body", "captured", "choices", "chunks", "client", "content_type", "down", "dropped",
+    __slots__ = ("attempts", "body", "captured", "choices", "chunks", "client", "content_type",
+                 "credential", "down", "dropped",
                  "dropped_paths", "encoding", "error", "error_type", "estimate", "head_at", "id",
                  "inbound", "inbound_bytes", "last_byte_at", "method", "model", "observed", "path",
                  "phase", "provider", "provider_bytes", "provider_protocol", "rates", "route",
@@ -9196,6 +9245,8 @@ class Exchange:
         self.usage: Any = None  # of an answer that was not looked at yet
         self.error: str | None = None
         self.error_type: str | None = None
+        self.credential = ""  # the name of the key that was used, where there are several
+        self.attempts: list[Any] = []  # of a request that could go several ways (Attempt)
         self.captured = False
 
     def shrink(self) -> None:
@@ -9813,6 +9864,8 @@ def request_record(exchange: Exchange, outcome: str, now_wall: float, clock: flo
         **{f"{kind}_tokens": getattr(seen, kind) if seen else 0
            for kind in TOKEN_KINDS[:-1]},
         "dropped": list(exchange.dropped_paths), "captured": exchange.captured,
+        "credential": exchange.credential,
+        "attempts": [attempt._asdict() for attempt in exchange.attempts],
     }
 
 
@@ -10629,6 +10682,43 @@ def pick_first(state: Scheduler, model: str, candidates: Sequence[Candidate],
 PICKS = dict(zip(STRATEGIES, (pick_next, pick_weighted, pick_first), strict=True))
 
 
+# -- a stream before anything of it is seen ----------------------------------
+
+# Events that show a client nothing yet; Chat has chunks with nothing but a role.
+QUIET_EVENTS = frozenset((
+    "message_start", "ping", "content_block_start", "response.created", "response.queued",
+    "response.in_progress", "response.output_item.added", "response.content_part.added",
+    "response.reasoning_summary_part.added", "keepalive"))
+
+
+def stream_fault(protocol: Protocol, event: Any) -> UpstreamError | None:
+    """The error that an event of a provider's stream tells; None for other events."""
+    if event == DONE:
+        return None
+    if protocol is CHAT:
+        told = event.get("error") or next(
+            (choice.get("error") or {"message": "the provider ended its answer with an error"}
+             for choice in map(mapping, listing(event.get("choices")))
+             if choice.get("finish_reason") == "error"), None)
+        return fault_of(told) if told else None
+    if event["type"] == "response.failed":
+        return fault_of(mapping(event.get("response")).get("error") or event)
+    return fault_of(event.get("error") or event) if event["type"] == "error" else None
+
+
+def is_visible(protocol: Protocol, event: Any) -> bool:
+    """Whether an event shows a client something of the answer, so that another provider's would
+    contradict it."""
+    if event == DONE:
+        return False
+    if protocol is not CHAT:
+        return event["type"] not in QUIET_EVENTS
+    return any(choice.get("finish_reason")
+               or any(value for name, value in mapping(choice.get("delta")).items()
+                      if name != "role")
+               for choice in map(mapping, listing(event.get("choices"))))
+
+
 # -- one request after a failure ---------------------------------------------
 
 class Attempt(NamedTuple):
@@ -10829,6 +10919,7 @@ def fwd_fields(exchange: Exchange) -> Json:
         "inbound_request_bytes": exchange.inbound_bytes,
         "request_delta_bytes": exchange.provider_bytes - exchange.inbound_bytes,
         "request_protocol": inbound.name, "provider": exchange.provider,
+        **({"credential": exchange.credential} if exchange.credential else {}),
         "route_name": exchange.route, "provider_protocol": provider.name,
         "translation": translation_name(exchange),
         "request_protocol_alias": inbound.alias,
@@ -10865,6 +10956,8 @@ def end_fields(exchange: Exchange) -> Json:
     if seen and provider:
         fields |= observed_fields(seen, provider)
     fields |= rate_fields(exchange.rates)
+    if exchange.attempts:
+        fields["attempts"] = [attempt._asdict() for attempt in exchange.attempts]
     if exchange.error:
         fields |= {"phase": exchange.phase, "err": exchange.error}
     return fields
@@ -12889,10 +12982,11 @@ def check_unfinished_answer(data: bytes, scanned: int) -> None:
 class ResponseBody:
     """The payload of an answer as it comes: chunks taken apart, compression undone."""
 
-    __slots__ = ("decoder", "inflater", "link", "rest", "tap")
+    __slots__ = ("decoder", "held", "inflater", "link", "rest", "tap")
 
     def __init__(self, link: Link, head: ResponseHead, rest: bytes) -> None:
         self.link, self.rest = link, rest
+        self.held: list[bytes] = []  # pieces that were looked at, to be read once more
         self.decoder = body_decoder(head.length)
         self.tap: Callable[[bytes], None] | None = None  # is given what is read
         self.inflater: Inflater | None = None
@@ -12906,6 +13000,8 @@ class ResponseBody:
     async def read(self) -> bytes:
         """The next piece, b"" at the end; FramingError or ConnectionError when it does
         not end well."""
+        if self.held:
+            return self.held.pop(0)
         decoder = self.decoder
         while not decoder.finished:
             data = self.rest
@@ -12931,7 +13027,8 @@ class ResponseBody:
     def take_whole(self) -> bytes | None:
         """The whole payload where all of it came with the head, else None."""
         decoder = self.decoder
-        if self.inflater or not isinstance(decoder, LengthDecoder) or len(self.rest) != decoder.left:
+        if (self.inflater or self.held or not isinstance(decoder, LengthDecoder)
+                or len(self.rest) != decoder.left):
             return None
         data, self.rest = decoder.feed(self.rest), b""
         if self.tap:
@@ -14409,6 +14506,7 @@ class Proxy:
         self.captures = CaptureStore(config.capture, captures_directory(environ), log)
         self.catalogue = Catalogue(self)
         self.turns: dict[str, list[float]] = {}  # times of the last minute, by the key's name
+        self.scheduler = Scheduler()
         self.configure(config)
         self.streams: set[Exchange] = set()
         self.drains: set[asyncio.Task[None]] = set()
@@ -14421,10 +14519,25 @@ class Proxy:
         self.defaults = default_providers(config)
         self.providers = {name: Provider(name, settings, self.environ)
                           for name, settings in config.providers.items()}
-        self.names = compile_names(config.providers, config.routing.force_model_prefix)
+        routing, state = config.routing, self.scheduler
+        self.names = compile_names(config.providers, routing.force_model_prefix)
+        state.strategy, state.affinity_secs, state.probe_secs = (
+            routing.strategy, routing.session_affinity_secs, routing.probe_interval_secs)
+        self.budget = Budget(routing.max_attempts, routing.retry_budget_secs)
         self.slots = asyncio.Semaphore(config.server.max_concurrent_requests)
         self.captures.configure(config.capture)
         self.catalogue.fresh_until = 0.0
+
+    def ways(self, inbound: Protocol, model: str) -> dict[Candidate, Decision]:
+        """All that could serve a request for `model`, in the order of the configuration; a
+        ProxyError where nothing could."""
+        found: dict[Key, tuple[Candidate, Decision]] = {}
+        for decision in choose_all(self.routes, self.defaults, inbound.name, model, self.names):
+            for c in self.providers[decision.provider].credentials:
+                way = Candidate(decision.provider, c.name, decision.model, c.priority, c.weight,
+                                decision.tier)
+                found.setdefault(way.key, (way, decision))
+        return dict(found.values())
 
     def close(self) -> None:
         """Let go of connections and timers."""
@@ -14464,6 +14577,14 @@ class Proxy:
         self.ticker = loop.call_later(SWEEP_SECS, self.tick) if self.streams else None
 
 
+class Interrupted(Exception):
+    """A wait was ended from outside, and whoever noticed has no answer to that."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
 class Turn:
     """One request on its way through a proxy; what is known of it grows on the way."""
 
@@ -14499,6 +14620,8 @@ class Turn:
             self.fail(error)
         except asyncio.CancelledError:
             self.interrupted(connection.take_reason())
+        except Interrupted as cut:
+            self.interrupted(cut.reason)
         except FramingError as error:  # in the client's body
             connection.keep = False
             self.fail(malformed(error))
@@ -14546,20 +14669,18 @@ class Turn:
         request = read_model_request(protocol, raw)
         if key:
             self.check_limits(key, request.model)
-        pair = self.route(request.model)
+        exchange.model = request.model
+        ways = self.proxy.ways(protocol, request.model)
         if head.path in COUNT_PATHS:
-            await self.count(request.body, pair)
+            await self.count(request.body, self.aim_ready(ways))
             return
-        if pair:
-            body = self.translate_request(pair, request.body)
-        elif self.decision.thinking:
-            body = self.think(request.body)
-        else:
-            body = pass_through_body(protocol, request, exchange.upstream_model)
-        if not pair:
-            exchange.choices = number(request.body.get("n")) or 1
-        await self.send(request.body, body, self.job and self.job.lines)
-        del raw, request, body  # a stream may take hours, and bodies megabytes
+        if len(ways) == 1:
+            self.aim(*ways.popitem())
+            await self.send(request.body, self.prepare(request), self.job and self.job.lines)
+            self.note_head()
+        elif not await self.try_each(ways, request):
+            return
+        del raw, request  # a stream may take hours, and bodies megabytes
         exchange.body = None
         await self.respond()
 
@@ -14569,6 +14690,7 @@ class Turn:
         if capture:
             self.exchange.captured = True
             self.connection.tap = capture if PHASES[3] in capture.phases else None
+
     async def answer_models(self, key: ClientKey | None) -> None:
         """Tell which models there are, or of one of them, as the client's vendor would."""
         shape, wanted = models_shape(self.head), asked_model(self.head.path)
@@ -14618,19 +14740,149 @@ class Turn:
         self.proxy.metrics.forget(self.exchange)
         self.log_end(logging.DEBUG, "end")
 
-    def route(self, model: str) -> Pair | None:
-        """Choose the provider, and the pair where it speaks another protocol;
-        SetupError while its key is a template."""
-        proxy, exchange = self.proxy, self.exchange
-        exchange.model = model
-        self.decision = decision = choose(
-            proxy.routes, proxy.defaults, self.inbound.name, model, proxy.names)
-        self.provider = provider = proxy.providers[decision.provider].speaking(self.inbound)
+    def aim(self, way: Candidate, decision: Decision) -> None:
+        """Choose a provider and one of its credentials."""
+        exchange, connection = self.exchange, self.connection
+        first = self.proxy.providers[way.provider]
+        self.provider = provider = first.using(way.credential).speaking(self.inbound)
+        self.decision, self.job = decision, None
         self.idle_secs = provider.settings.read_idle_timeout_secs
         exchange.provider, exchange.provider_protocol = provider.name, provider.protocol
+        exchange.credential = way.credential if first.others else ""
         exchange.route, exchange.upstream_model = decision.route, decision.model
-        self.shown = shown_model(model, decision, provider.settings)
-        return ready_pair(self.inbound, provider, proxy.config)
+        self.shown = shown_model(exchange.model, decision, provider.settings)
+        if exchange.dropped:  # for another provider
+            exchange.dropped, exchange.dropped_paths = 0, []
+            connection.extra = [line for line in connection.extra
+                                if not line.startswith(DROPPED_FIELD)]
+
+    def aim_ready(self, ways: Mapping[Candidate, Decision]) -> Pair | None:
+        """Choose what does not rest, for a request that tells nothing about that; the pair."""
+        state, now = self.proxy.scheduler, time.time()
+        way = next((way for way in ways if not resting(state, way, now)), next(iter(ways)))
+        self.aim(way, ways[way])
+        return ready_pair(self.inbound, self.provider, self.proxy.config)
+
+    def prepare(self, request: ModelRequest) -> bytes:
+        """The body for the provider that was chosen; a ProxyError where there is none."""
+        pair = ready_pair(self.inbound, self.provider, self.proxy.config)
+        if pair:
+            return self.translate_request(pair, request.body)
+        self.exchange.choices = number(request.body.get("n")) or 1
+        if self.decision.thinking:
+            return self.think(request.body)
+        return pass_through_body(self.inbound, request, self.exchange.upstream_model)
+
+    # -- several credentials or providers
+
+    async def try_each(self, ways: Mapping[Candidate, Decision], request: ModelRequest) -> bool:
+        """Send the request to one after the other until one answers it; whether one did. Where none
+        does, the client is told of the failure that helps it most."""
+        state, exchange, candidates = self.proxy.scheduler, self.exchange, list(ways)
+        session = session_keys(self.head.values, request.body)
+        tried: set[Key] = set()
+        failures: list[tuple[Candidate, Verdict, ProxyError]] = []
+        way = choose_credential(state, candidates, request.model, session, time.time())
+        if way is None:
+            raise unavailable(state, candidates, request.model, self.inbound, time.time())
+        while way:
+            tried.add(way.key)
+            self.aim(way, ways[way])
+            began = time.time()
+            verdict, error = await self.attempt(request)
+            now = time.time()
+            note_result(state, candidates, way, verdict, now, began=began, model=request.model,
+                        session=session)
+            exchange.attempts.append(Attempt(way.provider, way.credential, exchange.status,
+                                             verdict.what, milliseconds(now - began)))
+            if error is None:
+                return True
+            failures.append((way, verdict, error))
+            step = next_step(state, candidates, tried, exchange.attempts, verdict,
+                             time.perf_counter() - exchange.started, now,
+                             budget=self.proxy.budget, jitter=random.random())
+            if step.what == "stop":
+                break
+            self.connection.watch.disarm()
+            await asyncio.sleep(step.wait_secs)  # ended by a client that goes away
+            if step.what == "round":
+                tried.clear()
+            if step.what != "same":
+                way = choose_credential(state, candidates, request.model, session, time.time(),
+                                        tried)
+        told = most_useful([(verdict, error) for _, verdict, error in failures])
+        way = next(way for way, _, error in failures if error is told)
+        self.aim(way, ways[way])
+        self.fail(told, "hdr-error" if isinstance(told, UpstreamError) else "request-failed")
+        return False
+
+    async def attempt(self, request: ModelRequest) -> tuple[Verdict, ProxyError | None]:
+        """Send the request to the provider that was chosen. What came of it, and the error where no
+        answer did; an answer's stream is read up to the first thing that a client would see."""
+        exchange, connection = self.exchange, self.connection
+        exchange.status = 0
+        try:
+            await self.send(request.body, self.prepare(request), self.job and self.job.lines)
+        except RequestError as error:  # this provider cannot be told; another may
+            return Verdict("dropped", source="translation"), error
+        except SetupError as error:
+            return Verdict("auth", source="configuration"), error
+        except UpstreamError as error:
+            fault = "network" if exchange.phase == PHASES[1] else "dropped"
+            return classify(None, {}, None, time.time(), fault), error
+        except asyncio.CancelledError:
+            reason = connection.take_reason()
+            if reason not in TIMEOUTS:
+                raise Interrupted(reason) from None
+            return (Verdict("network" if reason == "connect" else "transient", source="time limit"),
+                    self.timeout_error(reason))
+        self.note_head()
+        if 200 <= exchange.status < 300:
+            failed = await self.peek() if exchange.sse else None
+            if failed is None:
+                return Verdict("ok"), None
+            self.release(False)
+            return classify(failed, self.answer.values, None, time.time()), failed
+        failed, raw = await self.read_error()
+        value: Any = None
+        with contextlib.suppress(ValueError):
+            value = load(raw)
+        return classify(failed, self.answer.values, value, time.time()), failed
+
+    async def peek(self) -> ProxyError | None:
+        """Read a stream until it shows something, or for as long as its head may be held back; the
+        error where it fails before. What was read is read again."""
+        connection, body, protocol = self.connection, self.body, self.provider.protocol
+        settings, clock = self.proxy.config.server, connection.server.loop.time
+        observer = StreamObserver(protocol, settings.max_sse_event_bytes, 1)
+        held: list[bytes] = []
+        until = clock() + settings.first_event_hold_secs
+        try:
+            while (left := until - clock()) > 0:
+                connection.watch.arm(min(self.idle_secs, left), "peek")
+                data = await body.read()
+                if not data:
+                    return UpstreamError("the stream ended before it began"
+                                         f" (provider `{self.provider.name}`)",
+                                         type=UPSTREAM_BODY_READ)
+                held.append(data)
+                for event in observer.payloads(data, clock()):
+                    if failed := stream_fault(protocol, event):
+                        return failed
+                    if is_visible(protocol, event):
+                        left = 0
+                if not left:
+                    break
+        except asyncio.CancelledError:
+            reason = connection.take_reason()
+            if reason != "peek":
+                raise Interrupted(reason) from None
+        except UpstreamError as error:
+            return error
+        except (FramingError, OSError) as error:
+            return self.unreadable(error)
+        body.held = held
+        return None
 
     async def count(self, body: Json, pair: Pair | None) -> None:
         """Answer count_tokens: by the provider where it can count, else with an estimate, which a
@@ -14643,7 +14895,7 @@ class Turn:
         if asked is not None:
             await self.send(asked, dump(asked), translated_lines(False, ()) if pair else None,
                             COUNT_TARGETS[provider.protocol.word])
-            exchange.status = self.answer.status
+            self.note_head()
             if not pair and exchange.status not in CANNOT_COUNT:
                 await self.respond()
                 return
@@ -14762,14 +15014,18 @@ class Turn:
 
     # -- answers
 
-    async def respond(self) -> None:
-        """Give the client what the provider answered."""
-        exchange, answer, job = self.exchange, self.answer, self.job
+    def note_head(self) -> None:
+        """Take the head of the answer into the story of the exchange."""
+        exchange, answer = self.exchange, self.answer
         content_type = answer.values.get(b"content-type")
         exchange.status, exchange.sse = answer.status, is_event_stream(content_type)
         exchange.content_type, exchange.encoding = (
             content_type, None if answer.length is not None else "chunked")
         exchange.rates = answer.fields
+
+    async def respond(self) -> None:
+        """Give the client what the provider answered."""
+        exchange, answer, job = self.exchange, self.answer, self.job
         if not 200 <= answer.status < 300:
             await self.respond_error()
             return
@@ -14819,7 +15075,12 @@ class Turn:
         return mapped_lines(self.answer.fields, self.inbound, self.provider.protocol, job.ctx.now)
 
     async def respond_error(self) -> None:
-        """A provider's own error: its body as it is where the client knows its shape, else ours."""
+        """Give the client a provider's own error."""
+        self.fail((await self.read_error())[0], "hdr-error")
+
+    async def read_error(self) -> tuple[ProxyError, bytes]:
+        """A provider's own error, and its body, which the client gets as it is where it knows its
+        shape."""
         raw, complete = await self.read_up_to(ERROR_BODY_BYTES)
         lines = self.mapped(self.job) if self.job else error_lines(self.answer.fields)
         error = upstream_error(self.answer.status, raw, lines)
@@ -14828,7 +15089,7 @@ class Turn:
         if (self.proxy.style == "native" and self.inbound is self.provider.protocol
                 and error.type == UPSTREAM and complete):
             error.native = raw
-        self.fail(error, "hdr-error")
+        return error, raw
 
     async def whole(self) -> None:
         """An answer in one piece: held until it is known to be JSON,
@@ -15126,13 +15387,16 @@ class Turn:
             "error_type": error.type, "error_code": error.code,
             "error_param": None if error.param in (ABSENT, None) else brief_param(error.param)})
 
+    def timeout_error(self, reason: str) -> UpstreamError:
+        """The error for a time limit of the provider."""
+        kind, said = TIMEOUTS[reason]
+        return UpstreamError(f"{said} (provider `{self.exchange.provider}`)", type=kind)
+
     def interrupted(self, reason: str) -> None:
         """A wait that was ended from outside before a stream began."""
         connection = self.connection
         if reason in TIMEOUTS:
-            kind, said = TIMEOUTS[reason]
-            self.fail(UpstreamError(f"{said} (provider `{self.exchange.provider}`)", type=kind),
-                      "timeout")
+            self.fail(self.timeout_error(reason), "timeout")
         elif reason == "body" or (reason == "shutdown" and not connection.answered):
             connection.keep = False
             self.fail(RequestError("the request body did not arrive in time", status=408)
