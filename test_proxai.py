@@ -2032,7 +2032,8 @@ def test_the_presets_are_listed(capsys):
     assert "  anthropic_messages      https://api.deepseek.com/anthropic/v1\n" in told
 
 
-LIMITS = ["providers.p.connect_timeout_secs", "providers.p.read_idle_timeout_secs",
+LIMITS = ["capture.max_files", "capture.max_total_bytes",
+          "providers.p.connect_timeout_secs", "providers.p.read_idle_timeout_secs",
           "providers.p.profile.max_tokens_cap",
           "server.max_request_body_bytes",
           "server.max_concurrent_requests", "server.max_request_line_bytes", "server.max_head_bytes",
@@ -18657,7 +18658,10 @@ def store(tmp_path):
 def do_work(store):
     """Have a store write what is queued."""
     store.queue.put(None)
-    store.work()
+    if not store.kept:
+        store.scan()
+    while store.write_some():
+        pass
 
 
 def capture_one(store, number=0, body=b"{}", end=True):
@@ -26422,9 +26426,9 @@ def test_mcp_streams_are_kept_alive_and_end_with_the_client_and_the_program(monk
     proxy: Any = types.SimpleNamespace(config=types.SimpleNamespace(mcp=proxai.McpConfig()), log=None)
 
     async def run() -> None:
-        control = proxai.Control(proxy)
+        control = proxai.Control(proxy, None)
         server = proxai.Server(proxai.ServerConfig(), control.serve, control.refuse)
-        port = await server.listen("127.0.0.1", 0)
+        port = await server.listen(proxai.bound_socket("127.0.0.1", 0))
         session = control.sessions.begin("2025-11-25", server.loop.time())
         streams = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
         for reader, writer in streams:
@@ -31381,7 +31385,9 @@ def definitions() -> Iterator[tuple[str, int]]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name, node.lineno
         elif isinstance(node, ast.Import | ast.ImportFrom):
-            yield from (((alias.asname or alias.name).split(".")[0], node.lineno) for alias in node.names)
+            roots = {(alias.asname or alias.name).split(".")[0]: node.lineno for alias in node.names
+                     if not alias.name.startswith("logging.")}  # beside `import logging`
+            yield from roots.items()
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             yield from ((n.id, node.lineno) for t in targets for n in ast.walk(t) if isinstance(n, ast.Name))
