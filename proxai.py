@@ -3119,9 +3119,11 @@ def pass_through_body(protocol: Protocol, request: ModelRequest, model: str) -> 
     try:
         for name, value in lifted.items():
             raw = put_member(raw, name, value)
+        return raw if model == request.body["model"] else replace_member(raw, "model", model)
     except ValueError as error:
         raise RequestError(f"the request body is {error}") from None
-    return raw if model == request.body["model"] else replace_member(raw, "model", model)
+    except RecursionError:
+        raise RequestError("the request body is nested too deeply") from None
 
 
 # -- where it goes and with which headers ------------------------------------

@@ -1610,8 +1610,14 @@ openai_chat_completions = " two "
 anthropic_messages = "two"
 [routing]
 force_model_prefix = true
+strategy = "weighted"
+session_affinity_secs = 0
+probe_interval_secs = 60
+max_attempts = 3
+retry_budget_secs = 7.5
 [[routing.routes]]
 name = " r1 "
+fallback = ["two", {provider = "one", upstream_model = "z"}]
 request_protocol = "anthropic_messages"
 match_kind = "regex"
 model_pattern = '^a(?<n>\\d+)$'
@@ -1746,7 +1752,10 @@ FULL_VALUES = {
     "routing.routes.1.provider": "two", "routing.routes.1.upstream_model": None,
     "providers.one.protocol": "openai_responses", "providers.one.base_url": "https://h.example/v1/",
     "providers.one.api_key": "k-1", "providers.one.connect_timeout_secs": 0.25,
-    "routing.force_model_prefix": True, "providers.one.prefix": "or",
+    "routing.force_model_prefix": True, "providers.one.prefix": "or", "routing.strategy": "weighted",
+    "routing.session_affinity_secs": 0, "routing.probe_interval_secs": 60, "routing.max_attempts": 3, "routing.retry_budget_secs": 7.5,
+    "routing.routes.0.fallback": (proxai.FallbackConfig(provider="two"), proxai.FallbackConfig(provider="one", upstream_model="z")),
+    "routing.routes.1.fallback": (),
     "providers.one.models": (proxai.ModelConfig(name="m-1"), proxai.ModelConfig(name="m-2", alias="m")),
     "providers.one.discover": False, "providers.one.excluded_models": ("*-old",), "providers.one.response_model": "upstream",
     "providers.one.preset": "openrouter", "providers.one.versionless": True, "providers.one.auth": "x-goog-api-key",
@@ -2014,8 +2023,8 @@ def test_a_preset_fills_in_where_a_protocol_goes_and_how_the_key_is_sent(lines, 
     (["[providers.x]", 'preset = "deepsek"', 'api_key = "k"'], "providers.x.preset: must be one of the names"),
     (["[providers.azure]", 'api_key = "k"'], "providers.azure.base_url: is missing; for this preset it has the form"
      " https://{resource}.openai.azure.com/openai/v1"),
-    (["[providers.x]", 'preset = "groq"'], "providers.x.api_key: is missing; give api_key, api_key_env or"
-     " api_key_file, or set GROQ_API_KEY in the environment"),
+    (["[providers.x]", 'preset = "groq"'], "providers.x.api_key: is missing; give one of api_key, api_key_env,"
+     " api_key_file, api_key_command, oauth, or set GROQ_API_KEY in the environment"),
     (["[providers.x]", 'preset = "gemini"', 'api_key = "k"', 'protocol = "anthropic_messages"'],
      "providers.x.protocol: the preset speaks openai_chat_completions"),
     (["[providers.groq]", 'base_url = "http://h"', 'api_key = "k"'], "providers.groq.protocol: is missing"),
@@ -2032,7 +2041,7 @@ def test_the_presets_are_listed(capsys):
     assert "  anthropic_messages      https://api.deepseek.com/anthropic/v1\n" in told
 
 
-LIMITS = ["capture.max_files", "capture.max_total_bytes",
+LIMITS = ["capture.max_files", "capture.max_total_bytes", "routing.max_attempts",
           "providers.p.connect_timeout_secs", "providers.p.read_idle_timeout_secs",
           "providers.p.profile.max_tokens_cap",
           "server.max_request_body_bytes",
@@ -2056,7 +2065,7 @@ def test_a_timeout_or_limit_that_is_not_positive_is_refused(path):
 
 def test_no_timeout_or_limit_is_missing_from_the_test_above():
     keys = {key.replace("<name>", "p"): wants for key, _, wants, _ in proxai.settings_rows()}
-    assert sorted(k for k, wants in keys.items() if k.endswith("_secs") and not k.endswith("_delay_secs") or (
+    assert sorted(k for k, wants in keys.items() if k.endswith("_secs") and "0 to a year" not in wants or (
         ".max_" in k and "number" in wants)) == sorted(LIMITS)
 
 
@@ -17127,7 +17136,7 @@ def test_the_record_of_a_request():
         "model": "asked", "upstream_model": "up-model", "status": 500, "outcome": "hdr-error", "error": "words",
         "error_type": "upstream_error", "stream": True, "ttfb_ms": 1200, "duration_ms": 2500, "bytes_in": 2000,
         "bytes_out": 4096, "input_tokens": 3, "output_tokens": 2, "cached_tokens": 0, "reasoning_tokens": 0,
-        "dropped": ["a", "b"], "captured": False}
+        "dropped": ["a", "b"], "captured": False, "credential": "", "attempts": []}
     nothing = proxai.request_record(proxai.Exchange(1, "-", "-", 5.0), "open", 10.0, 6.0)
     assert nothing["at"] == "1970-01-01T00:00:09.000Z" and nothing["duration_ms"] == 1000
     assert (nothing["protocol"], nothing["provider"], nothing["ttfb_ms"], nothing["translation"]) == (None, "", None, "")
@@ -25838,6 +25847,205 @@ def test_what_cannot_be_explained_is_told_in_a_line(explain, arguments, said):
 def test_explain_ends_with_1_where_the_client_would_get_an_error(explain):
     status, out, _ = explain("HERE/b.json", "--path", "/v1/responses")
     assert status == 1 and "the client would get: 400 invalid_request_error: " in out
+
+# -- several credentials and providers ---------------------------------------
+
+FLEET = """[logging]
+level = "debug"
+output_format = "json"
+[error_responses]
+format = "native"
+[routing]
+session_affinity_secs = {affinity}
+max_attempts = 3
+strategy = "{strategy}"
+[routing.default_provider_names]
+openai_chat_completions = "pool"
+anthropic_messages = "pool"
+[[routing.routes]]
+model_pattern = "*-fall"
+provider = "pool"
+fallback = ["other"]
+[[routing.routes]]
+model_pattern = "*-local"
+provider = "pool"
+fallback = [{{provider = "other", upstream_model = "*-mine"}}]
+[translation]
+extended_pairs = true
+[providers.pool]
+protocol = "openai_chat_completions"
+base_url = "{url}"
+credentials = [{{name = "one", api_key = "key-one"}}, {{name = "two", api_key = "key-two", headers = {{x-team = "b"}}}}]
+[providers.other]
+protocol = "anthropic_messages"
+base_url = "{url}"
+api_key = "key-other"
+read_idle_timeout_secs = 1
+"""
+
+
+@pytest.fixture
+def fleet(programs, upstream):
+    """The program in front of a provider with two keys, and of another one to fall back to."""
+    return programs(FLEET.format(url=upstream.url, affinity=0, strategy="fill-first"))
+
+
+def said_json(text: str) -> Script:
+    """A whole Chat answer."""
+    return answer_json({"id": "c", "object": "chat.completion", "choices": [
+        {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}]})
+
+
+def refused(status: int, *headers: str, message: str = "no", code: str | None = None) -> Script:
+    """A provider's error."""
+    return answer_json({"error": {"message": message, "code": code}}, status, *headers)
+
+
+def chat_events(*events: Any, end: bytes = b"data: [DONE]\n\n") -> bytes:
+    """Events of a Chat stream."""
+    return b"".join(b"data: %b\n\n" % json.dumps(e).encode() for e in events) + end
+
+
+ROLE_CHUNK = {"id": "c", "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
+TEXT_CHUNK = {"id": "c", "choices": [{"index": 0, "delta": {"content": "hello"}}]}
+STOP_CHUNK = {"id": "c", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+GOOD_CHUNKS = chat_events(ROLE_CHUNK, TEXT_CHUNK, STOP_CHUNK)
+OTHER_SAYS = {"id": "m", "type": "message", "role": "assistant", "model": "m", "content": [{"type": "text", "text": "other"}],
+              "stop_reason": "end_turn", "usage": {"input_tokens": 1, "output_tokens": 1}}
+
+
+def keys_asked(upstream: Upstream, model: str) -> list[str]:
+    """The keys that the requests for a model came with, in their order."""
+    return [(r.header("authorization") or r.header("x-api-key") or "").removeprefix("Bearer key-").removeprefix("key-")
+            for r in upstream.got(model)]
+
+
+@pytest.mark.parametrize("first, tries", [
+    (refused(429, "retry-after: 60"), ["one", "two"]), (refused(500), ["one", "two"]), (refused(401), ["one", "two"]),
+    (refused(402), ["one", "two"]), (refused(404), ["one", "two"]), (refused(503, message="overloaded"), ["one", "two"]),
+    (lambda peer, request: (peer.send(b"HTTP/1.1 "), peer.close()), ["one", "two"]),
+    (refused(400, code="invalid_value"), ["one"]), (refused(413), ["one"]),
+], ids=["429", "500", "401", "402", "404", "503", "closed", "400", "413"])
+def test_another_credential_is_tried_where_that_can_help(programs, upstream, model, first, tries):
+    fleet = programs(FLEET.format(url=upstream.url, affinity=0, strategy="fill-first"))
+    upstream.on(model, first, said_json("hello"))
+    reply = fleet.post("/v1/chat/completions", body_for(CHAT, model))
+    assert keys_asked(upstream, model) == tries
+    assert (reply.status == 200) == (len(tries) == 2)
+    end = fleet.events(reply.headers["x-proxai-request-id"])[-1]
+    assert [a["credential"] for a in end["attempts"]] == tries and end["attempts"][-1]["status"] == reply.status
+    if len(tries) == 2:
+        assert reply.json["choices"][0]["message"]["content"] == "hello"
+        assert upstream.got(model)[1].header("x-team") == "b" and upstream.got(model)[0].header("x-team") is None
+
+
+@pytest.mark.parametrize("stream, again", [
+    (chat_events({"error": {"message": "overloaded", "code": 529}}, end=b""), True),
+    (chat_events(ROLE_CHUNK, {"error": {"message": "slow down", "code": "rate_limit_exceeded"}}, end=b""), True),
+    (chat_events(ROLE_CHUNK, end=b""), True), (b"", True), (b"data: {nonsense\n\n", True),
+    (chat_events(ROLE_CHUNK, {"choices": [{"index": 0, "delta": {}, "finish_reason": "error"}]}), True),
+    ([chat_events(ROLE_CHUNK, TEXT_CHUNK, end=b""), chat_events({"error": {"message": "overloaded", "code": 529}}, end=b"")], False),
+    (chat_events(TEXT_CHUNK, end=b""), False), (chat_events(STOP_CHUNK), False),
+], ids=["error", "role, error", "cut at the role", "empty", "nonsense", "finish error", "error behind text", "cut behind text", "no text"])
+@pytest.mark.parametrize("inbound", [CHAT, MESSAGES], ids=["chat", "messages"])
+def test_a_stream_that_fails_before_anything_is_seen_is_begun_anew(fleet, upstream, model, stream, again, inbound):
+    def in_parts(peer: Peer, request: Received) -> None:
+        peer.send(SSE_HEAD + chunk(stream[0]))
+        fleet.wait_line(rf'"event":"hdr".*"model":"{model}"')  # the client has it
+        peer.send(chunk(stream[1]) + b"0\r\n\r\n")
+
+    upstream.on(model, in_parts if isinstance(stream, list) else answer_stream(stream), answer_stream(GOOD_CHUNKS))
+    reply = fleet.post(inbound.path, body_for(inbound, model, stream=True))
+    assert keys_asked(upstream, model) == (["one", "two"] if again else ["one"])
+    if again:
+        assert reply.status == 200 and not reply.broken and reply.body.count(b"hello") == 1
+        assert reply.body == GOOD_CHUNKS if inbound is CHAT else reply.body.count(b"event: message_start") == 1
+
+
+def test_a_fallback_of_another_protocol_takes_over_and_nothing_of_the_first_try_is_left(fleet, upstream, model):
+    name = f"{model}-fall"
+    upstream.on(name, refused(500), refused(429), answer_json(OTHER_SAYS))
+    reply = fleet.post("/v1/chat/completions", body_for(CHAT, name, logit_bias={"1": 1}))
+    assert reply.status == 200 and reply.json["choices"][0]["message"]["content"] == "other"
+    assert keys_asked(upstream, name) == ["one", "two", "other"] and upstream.got(name)[2].target == "/v1/messages"
+    assert "logit_bias" in reply.headers["x-proxai-dropped"]
+    lines = fleet.events(reply.headers["x-proxai-request-id"])
+    assert [line["provider"] for line in lines if line["event"] == "fwd"] == ["pool", "pool", "other"]
+    assert [(a["provider"], a["what"]) for a in lines[-1]["attempts"]] == [("pool", "transient"), ("pool", "capacity"), ("other", "ok")]
+
+
+def test_a_fallback_may_have_a_model_of_its_own(fleet, upstream, model):
+    name = f"{model}-local"
+    upstream.on(name, refused(500))
+    upstream.on("*-mine", answer_json(OTHER_SAYS))
+    assert fleet.post("/v1/messages", body_for(MESSAGES, name)).json["content"][0]["text"] == "other"
+    assert json.loads(upstream.got("*-mine")[-1].body)["model"] == "*-mine"
+
+
+def test_the_most_useful_of_the_errors_is_told(fleet, upstream, model):
+    name = f"{model}-fall"
+    upstream.on(name, refused(500, message="down"), refused(429, "retry-after: 900", message="quota of two is used up"),
+                refused(503, message="down too"))
+    reply = fleet.post("/v1/messages", body_for(MESSAGES, name))
+    assert reply.status == 429 and "quota of two is used up" in reply.json["error"]["message"]
+    assert reply.json["type"] == "error" and reply.headers["retry-after"] == "900"
+    end = fleet.events(reply.headers["x-proxai-request-id"])[-1]
+    assert (end["event"], end["provider"], [a["status"] for a in end["attempts"]]) == ("hdr-error", "pool", [500, 429, 503])
+
+
+def test_a_silent_provider_is_left_for_the_next_and_a_client_that_goes_ends_it_all(fleet, upstream, model):
+    name = f"{model}-fall"
+    gone = threading.Event()
+    upstream.on(name, refused(500), refused(500), lambda peer, request: gone.wait(PATIENCE))
+    reply = fleet.post("/v1/chat/completions", body_for(CHAT, name))  # `other` says nothing for its second
+    gone.set()
+    assert reply.status in (500, 502) and len(upstream.got(name)) == 3
+    upstream.on(model, refused(429, "retry-after: 4"), said_json("hello"))  # a short wait is waited, not 4 s here
+    with fleet.connect() as sock:
+        raw = json.dumps(body_for(CHAT, model)).encode()
+        sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(raw) + raw)
+        fleet.wait_line(rf'"event":"fwd".*"model":"{model}"')
+    found = fleet.wait_line(rf'"event":"closed".*"model":"{model}"')
+    assert json.loads(found.string)["attempts"][0]["what"] in ("capacity", "quota") and keys_asked(upstream, model) == ["one"]
+
+
+def test_all_at_rest_by_declaration_is_told_with_the_time(programs, upstream, model):
+    fleet = programs(FLEET.format(url=upstream.url, affinity=0, strategy="round-robin"))
+    upstream.on(model, refused(429, "retry-after: 600"), refused(429, "retry-after: 900"))
+    assert fleet.post("/v1/chat/completions", body_for(CHAT, model)).status == 429
+    reply = fleet.post("/v1/messages", body_for(MESSAGES, model))
+    assert len(upstream.got(model)) == 2  # nobody was asked again
+    assert reply.status == 429 and reply.headers["retry-after"] == "59" and "cooling down" in reply.json["error"]["message"]
+    reply = fleet.post("/v1/chat/completions", body_for(CHAT, model))
+    assert 590 <= int(reply.headers["retry-after"]) <= 600 and reply.json["error"]["code"] == "model_cooldown"
+
+
+def test_a_session_keeps_its_key_and_sessions_are_spread(programs, upstream, model):
+    fleet = programs(FLEET.format(url=upstream.url, affinity=3600, strategy="round-robin"))
+    upstream.on(model, said_json("hello"))
+    for session in "abab":
+        fleet.post("/v1/chat/completions", body_for(CHAT, model, prompt_cache_key=session))
+    first, second, *again = keys_asked(upstream, model)
+    assert {first, second} == {"one", "two"} and again == [first, second]
+
+
+@pytest.mark.parametrize("protocol, event, visible, fault", [
+    (CHAT, proxai.DONE, False, None), (CHAT, ROLE_CHUNK, False, None), (CHAT, TEXT_CHUNK, True, None), (CHAT, STOP_CHUNK, True, None),
+    (CHAT, {"choices": [], "usage": {}}, False, None), (CHAT, {"error": "busy"}, False, "busy"),
+    (CHAT, {"choices": [{"delta": {"reasoning_content": "r"}}]}, True, None),
+    (CHAT, {"choices": [{"delta": {"tool_calls": [{"index": 0}]}}]}, True, None),
+    (MESSAGES, {"type": "message_start"}, False, None), (MESSAGES, {"type": "ping"}, False, None),
+    (MESSAGES, {"type": "content_block_delta"}, True, None), (MESSAGES, {"type": "message_delta"}, True, None),
+    (MESSAGES, {"type": "error", "error": {"type": "overloaded_error", "message": "busy"}}, True, "busy"),
+    (RESPONSES, {"type": "response.created"}, False, None), (RESPONSES, {"type": "response.in_progress"}, False, None),
+    (RESPONSES, {"type": "response.output_text.delta"}, True, None), (RESPONSES, {"type": "response.completed"}, True, None),
+    (RESPONSES, {"type": "response.failed", "response": {"error": {"code": "server_error", "message": "busy"}}}, True, "busy"),
+    (RESPONSES, {"type": "error", "code": "rate_limit_exceeded", "message": "busy"}, True, "busy"),
+])
+def test_what_a_client_sees_of_a_stream_and_what_is_an_error(protocol, event, visible, fault):
+    error = proxai.stream_fault(protocol, event)
+    assert (error and error.message) == fault and (fault or proxai.is_visible(protocol, event) is visible)
+
 
 
 
