@@ -20,6 +20,7 @@ import datetime
 import dis
 import email.utils
 import functools
+import gc
 import gzip
 import hashlib
 import http.client
@@ -31,6 +32,7 @@ import logging
 import marshal
 import math
 import os
+import py_compile
 import random
 import re
 import select
@@ -41,6 +43,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tomllib
@@ -55,35 +58,55 @@ HERE = Path(__file__).resolve().parent
 PROGRAM = HERE / "proxai.py"
 
 PYTEST = ("-q", "-p", "no:cacheprovider", __file__)
-SHARD = re.compile(r"--shard=([0-9]+)/([0-9]+)")  # of a process that runs its part of the tests
+LEAN = ("--assert=plain", *(word for name in ("warnings", "logging", "threadexception", "unraisableexception")
+                            for word in ("-p", f"no:{name}")))  # what costs time in every test and finds no fault
 
 
 class Shard(NamedTuple):
     """The pytest plugin of one of several processes that share the tests."""
 
     number: int
-    of: int
+    claims: Path  # a folder with a file for each test function that a process has taken
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        """Leave every `of`-th test."""
-        items[:] = items[self.number::self.of]
+        """Go through the functions from the front or from the back, so that neighbours share what they start."""
+        groups = [list(group) for _, group in itertools.groupby(items, lambda item: item.function)]
+        items[:] = itertools.chain.from_iterable(reversed(groups) if self.number % 2 else groups)
+        gc.freeze()
+
+    def pytest_runtest_protocol(self, item: Any) -> bool | None:
+        """Skip what another process has taken."""
+        return None if self.takes(item.function.__name__) else True
+
+    @functools.cache
+    def takes(self, name: str) -> bool:
+        """Whether no other process was here before."""
+        try:
+            (self.claims / name).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+
+def run_shard(number: int, claims: str) -> int:
+    """Run what no other process takes of the tests."""
+    return pytest.main([*PYTEST, *LEAN], plugins=[Shard(number, Path(claims))])
 
 
 def run_tests(arguments: list[str]) -> int:
-    """Run the tests, in as many processes as there are processors where no argument says otherwise."""
-    workers = min(os.cpu_count() or 1, 4)
-    if arguments and (part := SHARD.fullmatch(arguments[0])):
-        import pytest
-
-        return pytest.main([*PYTEST, *arguments[1:]], plugins=[Shard(int(part[1]), int(part[2]))])
-    if arguments or workers == 1:
+    """Run the tests, in several processes where no argument says otherwise: one waits while others compute."""
+    if arguments:
         return subprocess.call([sys.executable, "-m", "pytest", *PYTEST, *arguments])
-    running = [subprocess.Popen([sys.executable, __file__, f"--shard={k}/{workers}"], stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT) for k in range(workers)]
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    workers = min((os.cpu_count() or 1) + 1, 4)
+    with tempfile.TemporaryDirectory() as claims, concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        running = [subprocess.Popen(
+            [sys.executable, "-c", f"import sys, test_proxai; sys.exit(test_proxai.run_shard({k}, {claims!r}))"],
+            cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for k in range(workers)]
         for output in pool.map(lambda process: process.communicate()[0], running):
             sys.stdout.buffer.write(output)
-    return max(process.returncode for process in running)
+    if failed := max(process.returncode for process in running):
+        print(f"A failed test shows the values it compared when run alone: python {Path(__file__).name} -k NAME")
+    return failed
 
 
 if __name__ == "__main__":  # the one command that works with only Python on the machine
@@ -304,6 +327,19 @@ class Reply(NamedTuple):
         return json.loads(self.body)
 
 
+@functools.cache
+def compiled() -> tempfile.TemporaryDirectory[str]:
+    """A folder with the program as bytecode: half the time of a start goes into compiling it."""
+    folder = tempfile.TemporaryDirectory()
+    py_compile.compile(str(PROGRAM), str(Path(folder.name) / "proxai.pyc"), doraise=True)
+    return folder
+
+
+def start_line(*arguments: str) -> list[str]:
+    """The words that start the program."""
+    return [sys.executable, str(Path(compiled().name) / "proxai.pyc"), *arguments]
+
+
 class Running:
     """The real program in a process of its own."""
 
@@ -316,7 +352,7 @@ class Running:
             arguments = (*arguments, "--mcp-port", "0")
         clean = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
         self.process = subprocess.Popen(
-            [sys.executable, str(PROGRAM), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_line(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL, text=True, encoding="utf-8", errors="replace",
             env={**clean, "HOME": str(home), "PYTHONUNBUFFERED": "1", "NO_COLOR": "1", **(env or {})})
         self.lines: list[str] = []
