@@ -22898,7 +22898,7 @@ def run_program(home: Path, *arguments: str, env: dict[str, str] | None = None) 
     """The program run to its end."""
     clean = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
     return subprocess.run(
-        [sys.executable, str(PROGRAM), *arguments], cwd=home, stdin=subprocess.DEVNULL,
+        start_line(*arguments), cwd=home, stdin=subprocess.DEVNULL,
         capture_output=True, text=True, encoding="utf-8", timeout=PATIENCE * 3,
         env={**clean, "HOME": str(home), "USERPROFILE": str(home), **(env or {})})
 
@@ -23099,7 +23099,7 @@ def test_flags_on_a_file_of_the_wrong_shape_end_with_faults(text, check):
     (["--log-level", "loud"], ["--log-level", "loud"]), (["--log-format", "xml"], ["--log-format", "xml"]),
 ], ids=" ".join)
 def test_a_bad_value_of_a_flag_is_told_in_the_demo_too(flags, said, tmp_path):
-    process = subprocess.Popen([sys.executable, str(PROGRAM), "--demo", "--port", "0", *flags], text=True,
+    process = subprocess.Popen(start_line("--demo", "--port", "0", *flags), text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
     try:
         _, err = process.communicate(timeout=PATIENCE)
@@ -23825,8 +23825,7 @@ def test_output_that_nobody_takes_holds_up_neither_requests_nor_the_end(reader, 
     (tmp_path / "c.toml").write_text(TWO_PROVIDERS, "utf-8")
     ours, theirs = os.pipe()
     process = subprocess.Popen(
-        [sys.executable, str(PROGRAM), "--config", "c.toml", "--port", "0", "--log-level", "debug",
-         "--log-format", "json"], cwd=tmp_path, stdout=theirs, stderr=subprocess.PIPE)
+        start_line("--config", "c.toml", "--port", "0", "--log-level", "debug", "--log-format", "json"), cwd=tmp_path, stdout=theirs, stderr=subprocess.PIPE)
     os.close(theirs)
     try:
         said = b""
@@ -23854,7 +23853,7 @@ def test_the_start_without_an_output_needs_no_traceback(redirection, tmp_path):
     (tmp_path / "c.toml").write_text(TWO_PROVIDERS, "utf-8")
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    command = shlex.join([sys.executable, str(PROGRAM), "--config", "c.toml", "--port", str(port)])
+    command = shlex.join(start_line("--config", "c.toml", "--port", str(port)))
     process = subprocess.Popen(["sh", "-c", f"exec {command} {redirection}"], cwd=tmp_path,
                                stderr=subprocess.PIPE)
     try:
