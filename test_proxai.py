@@ -13566,7 +13566,7 @@ def test_di_cut_anywhere(pair: Any, name: str) -> None:
     """The bytes may come in any pieces, and the lines may be spelled in any legal way."""
     row, data, rng = DI_ALL[name], di_bytes(DI_ALL[name][2]), random.Random(name)
     events, error = di_play(pair, row, [data])
-    places = range(1, len(data)) if len(data) < 1000 else rng.sample(range(1, len(data)), 60)
+    places = rng.sample(range(1, len(data)), 25)
     ways = [("cut", [data[:at], data[at:]]) for at in places]
     for spelling, spell in {"single bytes": lambda data: data, **DI_SPELLINGS}.items():
         spelled = spell(data) if b"[DO" in data or "cut" not in spelling else data
@@ -13637,7 +13637,7 @@ def test_di_sent_back(name: str) -> None:
 
 # -- what holds for every pair (translation-responses.md 6) ---------------------
 
-FUZZ = int(os.environ.get("PROXAI_FUZZ", "400"))  # swaps per pair and kind of payload; a large number tries all
+FUZZ = int(os.environ.get("PROXAI_FUZZ", "250"))  # swaps per pair and kind of payload; a large number tries all
 Json = dict[str, Any]
 Pair = tuple[str, str]
 Setup = tuple[Pair, str, str]  # pair, upstream model, provider's host
@@ -14847,7 +14847,7 @@ def p_words(steps: list[Step]) -> set[str]:
 @every_setup
 def test_a_longer_history_starts_with_the_shorter_one_and_loses_no_word(setup):
     (inbound, provider), _, host = setup
-    for seed in range(8):
+    for seed in range(5):
         rng = random.Random(seed)
         steps = p_conversation(rng, setup)
         with_tools = rng.random() < 0.7
@@ -14937,7 +14937,7 @@ def p_disturbed(rng: random.Random, inbound: str, history: list[Json]) -> list[J
 @every_setup
 def test_calls_and_results_stay_paired_in_disturbed_histories(setup):
     (inbound, provider), _, host = setup
-    for seed in range(40):
+    for seed in range(24):
         rng = random.Random(seed)
         history = p_disturbed(rng, inbound, p_flat(p_conversation(rng, setup)))
         try:
@@ -15231,7 +15231,7 @@ def test_a_damaged_carrier_is_dropped(setup, name):
         for key in path:
             value = value[key]
         text = str(value)
-        places = sorted({*range(min(40, len(text))), *range(0, len(text), max(1, len(text) // 40))})
+        places = sorted({*range(min(20, len(text))), *range(0, len(text), max(1, len(text) // 20))})
         damaged = [text[:n] + new + text[n + 1:] for n in places for new in ("A" if text[n] != "A" else "B", "²", ".")
                    if text[n] != new]
         damaged += [text[:n] for n in places] + [text + "A", text + "=", text + " ", text.upper(), "px1.....", "gAAAAA"]
@@ -15461,7 +15461,7 @@ def p_effort(run: Callable[[], Any]) -> int:
 @every_pair
 def test_thousands_of_entries(setup, history):
     inbound, provider = setup[0]
-    body = p_sent(setup, p_asking(inbound, [*history(inbound, 4000), {"role": "user", "content": "Last"}]))
+    body = p_sent(setup, p_asking(inbound, [*history(inbound, 2000), {"role": "user", "content": "Last"}]))
     P_CHECK[provider](body, setup[2])
     text = json.dumps(body)
     assert text.count("no result was recorded") == text.count("unknown tool call") == 0
@@ -15490,10 +15490,10 @@ def test_twice_the_fragments_are_twice_the_work(setup):
 @every_pair
 def test_thousands_of_fragments(setup):
     pair = setup[0]
-    body = p_answering(pair[1], 1, "Hm. " * 1000, "So. " * 1000,
-                     [(f"call_{k}", {"cmd": "x" * 3000}) for k in range(2)])
+    body = p_answering(pair[1], 1, "Hm. " * 500, "So. " * 500,
+                     [(f"call_{k}", {"cmd": "x" * 1500}) for k in range(2)])
     events = P_SPLIT[pair[1]](body, random.Random(9), 1)
-    assert len(events) > 12_000
+    assert len(events) > 6_000
     out, error = streamed(pair, p_begun(setup), events)
     assert error is None
     assert bare(P_READ[pair[0]](out)) == bare(proxai.PAIRS[pair].response(body, p_begun(setup)))
@@ -16102,10 +16102,12 @@ def test_a_tool_call_is_pending_from_its_first_argument_part_until_it_is_complet
     (MESSAGES, lambda n: {"type": "message_delta", "delta": {},
                           "usage": {"server_tool_use": {f"tool{n}_requests": 1}}}),
 ], ids=["pending items", "kinds", "chat calls", "blocks", "server tools"])
-def test_what_is_remembered_of_a_stream_is_bounded(protocol, make):
-    seen = watched(protocol, *map(make, range(6000))).seen
+def test_what_is_remembered_of_a_stream_is_bounded(protocol, make, monkeypatch):
+    assert proxai.OBSERVED_THINGS < 5000
+    monkeypatch.setattr(proxai, "OBSERVED_THINGS", 200)  # so many events that it matters are slow
+    seen = watched(protocol, *map(make, range(300))).seen
     for name in ("pending", "items", "calls", "sources", "finish"):
-        assert len(getattr(seen, name)) < 5000
+        assert len(getattr(seen, name)) < 250
 
 
 # -- bytes
@@ -19160,7 +19162,7 @@ def test_a_client_that_asks_on_and_on_and_never_reads_is_not_read_either(program
     before, accepted, data = resident(running), 0, asked * 1000
     with slow_reader(running) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32768)
-        sock.settimeout(1)
+        sock.settimeout(0.5)
         with contextlib.suppress(TimeoutError):
             while accepted < 48 << 20:
                 at = accepted % len(data)
@@ -21653,7 +21655,7 @@ def crossing(programs: Any, upstream: Upstream) -> Running:
     return programs(pairs_config(upstream.url))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def lively(programs: Any, upstream: Upstream) -> Running:
     """The same, quick to answer, to show signs of life, and to give a silent provider up."""
     return programs(pairs_config(upstream.url, "[tool_calls]\ntimeout_secs = 0.4", provider="read_idle_timeout_secs = 1",
@@ -22093,8 +22095,8 @@ def test_the_200_is_held_back_for_the_first_event(crossing, upstream, model, pai
     held.over.set()
 
 
-@EACH_PAIR
-def test_signs_of_life_cost_no_byte_of_the_stream(lively, upstream, model, pair):
+def signs_cost_no_byte(lively: Running, upstream: Upstream, model: str, pair: tuple[str, str]) -> None:
+    """What `test_signs_of_life_cost_no_byte_of_the_stream` says."""
     raw = b"".join(wire(pair[1], *events_of(pair[1])))
     sign = b"ping" if pair[0] == "messages" else b": keepalive\n\n"
     held = Held()
@@ -22121,8 +22123,8 @@ def test_signs_of_life_cost_no_byte_of_the_stream(lively, upstream, model, pair)
     assert text_got(pair[0], reply, True) == "Hello"
 
 
-@EACH_PAIR
-def test_signs_of_life_do_not_keep_a_silent_provider(lively, upstream, model, pair):
+def signs_keep_no_provider(lively: Running, upstream: Upstream, model: str, pair: tuple[str, str]) -> None:
+    """What `test_signs_of_life_do_not_keep_a_silent_provider` says."""
     held = Held()
     serve(upstream, pair, model, held)
     client = Client(lively, pair, model, stream=True)
@@ -22135,6 +22137,24 @@ def test_signs_of_life_do_not_keep_a_silent_provider(lively, upstream, model, pa
     assert last["error"]["type"] == ("timeout_error" if pair[0] == "messages" else "server_error")
     assert log_of(lively, reply)[-1]["event"] == "timeout"
     held.over.set()
+
+
+@pytest.fixture(scope="session")
+def signs(lively, upstream):
+    """What comes of both checks with each pair, all started at once: they wait for seconds."""
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        yield {(check, pair): pool.submit(check, lively, upstream, f"{pair[0]}-signs{n}", pair)
+               for n, check in enumerate((signs_cost_no_byte, signs_keep_no_provider)) for pair in proxai.PAIRS}
+
+
+@EACH_PAIR
+def test_signs_of_life_cost_no_byte_of_the_stream(signs, pair):
+    signs[signs_cost_no_byte, pair].result()
+
+
+@EACH_PAIR
+def test_signs_of_life_do_not_keep_a_silent_provider(signs, pair):
+    signs[signs_keep_no_provider, pair].result()
 
 
 def test_a_client_that_wants_one_piece_gets_no_signs(lively, upstream, model):
@@ -22165,29 +22185,26 @@ def test_a_client_has_its_end_before_the_provider_whose_connection_is_used_again
     assert first.connection == second.connection
 
 
-def test_a_provider_that_goes_on_after_the_end_is_left(crossing, upstream, model):
-    pair, held = ("chat", "messages"), Held()
-    serve(upstream, pair, model, held)
-    client = Client(crossing, pair, model, stream=True)
-    held.send(SSE_HEAD + chunk(b"".join(wire("messages", *events_of("messages")))))
-    client.read_until(b"\r\n0\r\n\r\n")
-    assert held.gone()  # AFTER_TERMINAL_SECS
-    assert text_got("chat", client.rest(), True) == "Hello"
-    held.over.set()
-
-
-def test_a_chat_provider_that_falls_silent_after_its_finish_reason_has_finished(crossing, upstream, model):
-    pair, held = ("responses", "chat"), Held()
-    serve(upstream, pair, model, held)
-    client = Client(crossing, pair, model, stream=True)
-    held.send(SSE_HEAD + chunk(b"".join(wire("chat", *events_of("chat")[:4]))))
+def test_after_the_end_of_an_answer_its_provider_is_left_to_itself(crossing, upstream, model):
+    """One that goes on is left; one that falls silent after its finish reason has finished (both at once)."""
+    talking, silent = Held(), Held()
+    serve(upstream, ("chat", "messages"), model, talking)
+    serve(upstream, ("responses", "chat"), model, silent)
+    clients = Client(crossing, ("chat", "messages"), model, stream=True), Client(
+        crossing, ("responses", "chat"), model, stream=True)
+    talking.send(SSE_HEAD + chunk(b"".join(wire("messages", *events_of("messages")))))
+    silent.send(SSE_HEAD + chunk(b"".join(wire("chat", *events_of("chat")[:4]))))
     began = time.monotonic()
-    reply = client.rest()
+    clients[0].read_until(b"\r\n0\r\n\r\n")
+    assert talking.gone()  # AFTER_TERMINAL_SECS
+    assert text_got("chat", clients[0].rest(), True) == "Hello"
+    reply = clients[1].rest()
     assert 4 < time.monotonic() - began < 9
     assert text_got("responses", reply, True) == "Hello"
     assert log_of(crossing, reply)[-1]["event"] == "end"
-    assert held.gone()
-    held.over.set()
+    assert silent.gone()
+    talking.over.set()
+    silent.over.set()
 
 
 @EACH_PAIR
@@ -26398,12 +26415,13 @@ OLD = {"responses-manual": Way("responses", "messages", "claude-sonnet-4-5"),
 @pytest.mark.parametrize("tools", [True, False], ids=["tools", "bare"])
 @pytest.mark.parametrize("way, case", [pytest.param(way, case, id=f"{name}-{case}")
                                        for name, way in {**WAYS, **OLD}.items() for case in ODD[way.client]])
-def test_over_a_pair_no_history_makes_a_vendor_refuse(sdks, upstream, model, way, case, tools):
+def test_over_a_pair_no_history_makes_a_vendor_refuse(pair_program, upstream, model, way, case, tools):
     name = way.name(model)
     upstream.on(name, *vendor_talk(way.provider, [VENDOR_HELLO[way.provider]]))
     more = SDK_THINK[way.client] if way.model not in ("closed-gpt", "gpt-4.1") else {}
     request = {**request_of(way.client, name, "", tools=tools), **more, HISTORY[way.client]: ODD[way.client][case]}
-    assert sdk_ask(sdks(way.client).client, way.client, False, request).text == SDK_TEXT
+    reply = pair_program.post(WORDS[way.client].path, request, f"authorization: Bearer {SDK_KEY}")
+    assert text_got(way.client, reply, False) == SDK_TEXT
 
 
 # -- other ends
@@ -26626,8 +26644,9 @@ def test_over_a_pair_a_stream_that_ends_early_is_never_a_complete_answer(sdks, u
         if count < done:
             seen, _ = until_it_breaks(sdk, way.client, request)
             assert no_end(way.client, seen), count
-            with pytest.raises(sdk.package.APIError):
-                sdk_ask(sdk.client, way.client, True, request)
+            if count % 3 == 0 or count == done - 1:  # the helper sees the same events
+                with pytest.raises(sdk.package.APIError):
+                    sdk_ask(sdk.client, way.client, True, request)
         elif end == "whole":
             assert not no_end(way.client, list(place_of(sdk.client, way.client).create(**request, stream=True)))
 
