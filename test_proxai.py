@@ -23848,7 +23848,8 @@ def test_output_that_nobody_takes_holds_up_neither_requests_nor_the_end(reader, 
     (tmp_path / "c.toml").write_text(TWO_PROVIDERS, "utf-8")
     ours, theirs = os.pipe()
     process = subprocess.Popen(
-        start_line("--config", "c.toml", "--port", "0", "--log-level", "debug", "--log-format", "json"), cwd=tmp_path, stdout=theirs, stderr=subprocess.PIPE)
+        start_line("--config", "c.toml", "--port", "0", "--mcp-port", "0", "--log-level", "debug", "--log-format",
+                   "json"), cwd=tmp_path, stdout=theirs, stderr=subprocess.PIPE)
     os.close(theirs)
     try:
         said = b""
@@ -23876,7 +23877,7 @@ def test_the_start_without_an_output_needs_no_traceback(redirection, tmp_path):
     (tmp_path / "c.toml").write_text(TWO_PROVIDERS, "utf-8")
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    command = shlex.join(start_line("--config", "c.toml", "--port", str(port)))
+    command = shlex.join(start_line("--config", "c.toml", "--port", str(port), "--mcp-port", "0"))
     process = subprocess.Popen(["sh", "-c", f"exec {command} {redirection}"], cwd=tmp_path,
                                stderr=subprocess.PIPE)
     try:
