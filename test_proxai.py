@@ -21,6 +21,7 @@ import dis
 import email.utils
 import errno
 import functools
+import gc
 import gzip
 import hashlib
 import http.client
@@ -33,6 +34,7 @@ import logging
 import marshal
 import math
 import os
+import py_compile
 import random
 import re
 import select
@@ -43,6 +45,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tomllib
@@ -57,35 +60,55 @@ HERE = Path(__file__).resolve().parent
 PROGRAM = HERE / "proxai.py"
 
 PYTEST = ("-q", "-p", "no:cacheprovider", __file__)
-SHARD = re.compile(r"--shard=([0-9]+)/([0-9]+)")  # of a process that runs its part of the tests
+LEAN = ("--assert=plain", *(word for name in ("warnings", "logging", "threadexception", "unraisableexception")
+                            for word in ("-p", f"no:{name}")))  # what costs time in every test and finds no fault
 
 
 class Shard(NamedTuple):
     """The pytest plugin of one of several processes that share the tests."""
 
     number: int
-    of: int
+    claims: Path  # a folder with a file for each test function that a process has taken
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        """Leave every `of`-th test."""
-        items[:] = items[self.number::self.of]
+        """Go through the functions from the front or from the back, so that neighbours share what they start."""
+        groups = [list(group) for _, group in itertools.groupby(items, lambda item: item.function)]
+        items[:] = itertools.chain.from_iterable(reversed(groups) if self.number % 2 else groups)
+        gc.freeze()
+
+    def pytest_runtest_protocol(self, item: Any) -> bool | None:
+        """Skip what another process has taken."""
+        return None if self.takes(item.function.__name__) else True
+
+    @functools.cache
+    def takes(self, name: str) -> bool:
+        """Whether no other process was here before."""
+        try:
+            (self.claims / name).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+
+def run_shard(number: int, claims: str) -> int:
+    """Run what no other process takes of the tests."""
+    return pytest.main([*PYTEST, *LEAN], plugins=[Shard(number, Path(claims))])
 
 
 def run_tests(arguments: list[str]) -> int:
-    """Run the tests, in as many processes as there are processors where no argument says otherwise."""
-    workers = min(os.cpu_count() or 1, 4)
-    if arguments and (part := SHARD.fullmatch(arguments[0])):
-        import pytest
-
-        return pytest.main([*PYTEST, *arguments[1:]], plugins=[Shard(int(part[1]), int(part[2]))])
-    if arguments or workers == 1:
+    """Run the tests, in several processes where no argument says otherwise: one waits while others compute."""
+    if arguments:
         return subprocess.call([sys.executable, "-m", "pytest", *PYTEST, *arguments])
-    running = [subprocess.Popen([sys.executable, __file__, f"--shard={k}/{workers}"], stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT) for k in range(workers)]
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    workers = min((os.cpu_count() or 1) + 1, 4)
+    with tempfile.TemporaryDirectory() as claims, concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        running = [subprocess.Popen(
+            [sys.executable, "-c", f"import sys, test_proxai; sys.exit(test_proxai.run_shard({k}, {claims!r}))"],
+            cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for k in range(workers)]
         for output in pool.map(lambda process: process.communicate()[0], running):
             sys.stdout.buffer.write(output)
-    return max(process.returncode for process in running)
+    if failed := max(process.returncode for process in running):
+        print(f"A failed test shows the values it compared when run alone: python {Path(__file__).name} -k NAME")
+    return failed
 
 
 if __name__ == "__main__":  # the one command that works with only Python on the machine
@@ -306,6 +329,19 @@ class Reply(NamedTuple):
         return json.loads(self.body)
 
 
+@functools.cache
+def compiled() -> tempfile.TemporaryDirectory[str]:
+    """A folder with the program as bytecode: half the time of a start goes into compiling it."""
+    folder = tempfile.TemporaryDirectory()
+    py_compile.compile(str(PROGRAM), str(Path(folder.name) / "proxai.pyc"), doraise=True)
+    return folder
+
+
+def start_line(*arguments: str) -> list[str]:
+    """The words that start the program."""
+    return [sys.executable, str(Path(compiled().name) / "proxai.pyc"), *arguments]
+
+
 class Running:
     """The real program in a process of its own."""
 
@@ -318,7 +354,7 @@ class Running:
             arguments = (*arguments, "--mcp-port", "0")
         clean = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
         self.process = subprocess.Popen(
-            [sys.executable, str(PROGRAM), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_line(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL, text=True, encoding="utf-8", errors="replace",
             env={**clean, "HOME": str(home), "PYTHONUNBUFFERED": "1", "NO_COLOR": "1", **(env or {})})
         self.lines: list[str] = []
@@ -13930,7 +13966,7 @@ def test_di_cut_anywhere(pair: Any, name: str) -> None:
     """The bytes may come in any pieces, and the lines may be spelled in any legal way."""
     row, data, rng = DI_ALL[name], di_bytes(DI_ALL[name][2]), random.Random(name)
     events, error = di_play(pair, row, [data])
-    places = range(1, len(data)) if len(data) < 1000 else rng.sample(range(1, len(data)), 60)
+    places = rng.sample(range(1, len(data)), 25)
     ways = [("cut", [data[:at], data[at:]]) for at in places]
     for spelling, spell in {"single bytes": lambda data: data, **DI_SPELLINGS}.items():
         spelled = spell(data) if b"[DO" in data or "cut" not in spelling else data
@@ -14001,7 +14037,7 @@ def test_di_sent_back(name: str) -> None:
 
 # -- what holds for every pair (translation-responses.md 6) ---------------------
 
-FUZZ = int(os.environ.get("PROXAI_FUZZ", "400"))  # swaps per pair and kind of payload; a large number tries all
+FUZZ = int(os.environ.get("PROXAI_FUZZ", "250"))  # swaps per pair and kind of payload; a large number tries all
 Json = dict[str, Any]
 Pair = tuple[str, str]
 Setup = tuple[Pair, str, str]  # pair, upstream model, provider's host
@@ -15211,7 +15247,7 @@ def p_words(steps: list[Step]) -> set[str]:
 @every_setup
 def test_a_longer_history_starts_with_the_shorter_one_and_loses_no_word(setup):
     (inbound, provider), _, host = setup
-    for seed in range(8):
+    for seed in range(5):
         rng = random.Random(seed)
         steps = p_conversation(rng, setup)
         with_tools = rng.random() < 0.7
@@ -15301,7 +15337,7 @@ def p_disturbed(rng: random.Random, inbound: str, history: list[Json]) -> list[J
 @every_setup
 def test_calls_and_results_stay_paired_in_disturbed_histories(setup):
     (inbound, provider), _, host = setup
-    for seed in range(40):
+    for seed in range(24):
         rng = random.Random(seed)
         history = p_disturbed(rng, inbound, p_flat(p_conversation(rng, setup)))
         try:
@@ -15595,7 +15631,7 @@ def test_a_damaged_carrier_is_dropped(setup, name):
         for key in path:
             value = value[key]
         text = str(value)
-        places = sorted({*range(min(40, len(text))), *range(0, len(text), max(1, len(text) // 40))})
+        places = sorted({*range(min(20, len(text))), *range(0, len(text), max(1, len(text) // 20))})
         damaged = [text[:n] + new + text[n + 1:] for n in places for new in ("A" if text[n] != "A" else "B", "²", ".")
                    if text[n] != new]
         damaged += [text[:n] for n in places] + [text + "A", text + "=", text + " ", text.upper(), "px1.....", "gAAAAA"]
@@ -15825,7 +15861,7 @@ def p_effort(run: Callable[[], Any]) -> int:
 @every_pair
 def test_thousands_of_entries(setup, history):
     inbound, provider = setup[0]
-    body = p_sent(setup, p_asking(inbound, [*history(inbound, 4000), {"role": "user", "content": "Last"}]))
+    body = p_sent(setup, p_asking(inbound, [*history(inbound, 2000), {"role": "user", "content": "Last"}]))
     P_CHECK[provider](body, setup[2])
     text = json.dumps(body)
     assert text.count("no result was recorded") == text.count("unknown tool call") == 0
@@ -15854,10 +15890,10 @@ def test_twice_the_fragments_are_twice_the_work(setup):
 @every_pair
 def test_thousands_of_fragments(setup):
     pair = setup[0]
-    body = p_answering(pair[1], 1, "Hm. " * 1000, "So. " * 1000,
-                     [(f"call_{k}", {"cmd": "x" * 3000}) for k in range(2)])
+    body = p_answering(pair[1], 1, "Hm. " * 500, "So. " * 500,
+                     [(f"call_{k}", {"cmd": "x" * 1500}) for k in range(2)])
     events = P_SPLIT[pair[1]](body, random.Random(9), 1)
-    assert len(events) > 12_000
+    assert len(events) > 6_000
     out, error = streamed(pair, p_begun(setup), events)
     assert error is None
     assert bare(P_READ[pair[0]](out)) == bare(proxai.PAIRS[pair].response(body, p_begun(setup)))
@@ -16466,10 +16502,12 @@ def test_a_tool_call_is_pending_from_its_first_argument_part_until_it_is_complet
     (MESSAGES, lambda n: {"type": "message_delta", "delta": {},
                           "usage": {"server_tool_use": {f"tool{n}_requests": 1}}}),
 ], ids=["pending items", "kinds", "chat calls", "blocks", "server tools"])
-def test_what_is_remembered_of_a_stream_is_bounded(protocol, make):
-    seen = watched(protocol, *map(make, range(6000))).seen
+def test_what_is_remembered_of_a_stream_is_bounded(protocol, make, monkeypatch):
+    assert proxai.OBSERVED_THINGS < 5000
+    monkeypatch.setattr(proxai, "OBSERVED_THINGS", 200)  # so many events that it matters are slow
+    seen = watched(protocol, *map(make, range(300))).seen
     for name in ("pending", "items", "calls", "sources", "finish"):
-        assert len(getattr(seen, name)) < 5000
+        assert len(getattr(seen, name)) < 250
 
 
 # -- bytes
@@ -24960,7 +24998,7 @@ def crossing(programs: Any, upstream: Upstream) -> Running:
     return programs(pairs_config(upstream.url))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def lively(programs: Any, upstream: Upstream) -> Running:
     """The same, quick to answer, to show signs of life, and to give a silent provider up."""
     return programs(pairs_config(upstream.url, "[tool_calls]\ntimeout_secs = 0.4", provider="read_idle_timeout_secs = 1",
@@ -25400,8 +25438,8 @@ def test_the_200_is_held_back_for_the_first_event(crossing, upstream, model, pai
     held.over.set()
 
 
-@EACH_PAIR
-def test_signs_of_life_cost_no_byte_of_the_stream(lively, upstream, model, pair):
+def signs_cost_no_byte(lively: Running, upstream: Upstream, model: str, pair: tuple[str, str]) -> None:
+    """What `test_signs_of_life_cost_no_byte_of_the_stream` says."""
     raw = b"".join(wire(pair[1], *events_of(pair[1])))
     sign = b"ping" if pair[0] == "messages" else b": keepalive\n\n"
     held = Held()
@@ -25428,8 +25466,8 @@ def test_signs_of_life_cost_no_byte_of_the_stream(lively, upstream, model, pair)
     assert text_got(pair[0], reply, True) == "Hello"
 
 
-@EACH_PAIR
-def test_signs_of_life_do_not_keep_a_silent_provider(lively, upstream, model, pair):
+def signs_keep_no_provider(lively: Running, upstream: Upstream, model: str, pair: tuple[str, str]) -> None:
+    """What `test_signs_of_life_do_not_keep_a_silent_provider` says."""
     held = Held()
     serve(upstream, pair, model, held)
     client = Client(lively, pair, model, stream=True)
@@ -25442,6 +25480,24 @@ def test_signs_of_life_do_not_keep_a_silent_provider(lively, upstream, model, pa
     assert last["error"]["type"] == ("timeout_error" if pair[0] == "messages" else "server_error")
     assert log_of(lively, reply)[-1]["event"] == "timeout"
     held.over.set()
+
+
+@pytest.fixture(scope="session")
+def signs(lively, upstream):
+    """What comes of both checks with each pair, all started at once: they wait for seconds."""
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        yield {(check, pair): pool.submit(check, lively, upstream, f"{pair[0]}-signs{n}", pair)
+               for n, check in enumerate((signs_cost_no_byte, signs_keep_no_provider)) for pair in proxai.PAIRS}
+
+
+@EACH_PAIR
+def test_signs_of_life_cost_no_byte_of_the_stream(signs, pair):
+    signs[signs_cost_no_byte, pair].result()
+
+
+@EACH_PAIR
+def test_signs_of_life_do_not_keep_a_silent_provider(signs, pair):
+    signs[signs_keep_no_provider, pair].result()
 
 
 def test_a_client_that_wants_one_piece_gets_no_signs(lively, upstream, model):
@@ -25472,29 +25528,26 @@ def test_a_client_has_its_end_before_the_provider_whose_connection_is_used_again
     assert first.connection == second.connection
 
 
-def test_a_provider_that_goes_on_after_the_end_is_left(crossing, upstream, model):
-    pair, held = ("chat", "messages"), Held()
-    serve(upstream, pair, model, held)
-    client = Client(crossing, pair, model, stream=True)
-    held.send(SSE_HEAD + chunk(b"".join(wire("messages", *events_of("messages")))))
-    client.read_until(b"\r\n0\r\n\r\n")
-    assert held.gone()  # AFTER_TERMINAL_SECS
-    assert text_got("chat", client.rest(), True) == "Hello"
-    held.over.set()
-
-
-def test_a_chat_provider_that_falls_silent_after_its_finish_reason_has_finished(crossing, upstream, model):
-    pair, held = ("responses", "chat"), Held()
-    serve(upstream, pair, model, held)
-    client = Client(crossing, pair, model, stream=True)
-    held.send(SSE_HEAD + chunk(b"".join(wire("chat", *events_of("chat")[:4]))))
+def test_after_the_end_of_an_answer_its_provider_is_left_to_itself(crossing, upstream, model):
+    """One that goes on is left; one that falls silent after its finish reason has finished (both at once)."""
+    talking, silent = Held(), Held()
+    serve(upstream, ("chat", "messages"), model, talking)
+    serve(upstream, ("responses", "chat"), model, silent)
+    clients = Client(crossing, ("chat", "messages"), model, stream=True), Client(
+        crossing, ("responses", "chat"), model, stream=True)
+    talking.send(SSE_HEAD + chunk(b"".join(wire("messages", *events_of("messages")))))
+    silent.send(SSE_HEAD + chunk(b"".join(wire("chat", *events_of("chat")[:4]))))
     began = time.monotonic()
-    reply = client.rest()
+    clients[0].read_until(b"\r\n0\r\n\r\n")
+    assert talking.gone()  # AFTER_TERMINAL_SECS
+    assert text_got("chat", clients[0].rest(), True) == "Hello"
+    reply = clients[1].rest()
     assert 4 < time.monotonic() - began < 9
     assert text_got("responses", reply, True) == "Hello"
     assert log_of(crossing, reply)[-1]["event"] == "end"
-    assert held.gone()
-    held.over.set()
+    assert silent.gone()
+    talking.over.set()
+    silent.over.set()
 
 
 @EACH_PAIR
@@ -27186,7 +27239,7 @@ def run_program(home: Path, *arguments: str, env: dict[str, str] | None = None) 
     """The program run to its end."""
     clean = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
     return subprocess.run(
-        [sys.executable, str(PROGRAM), *arguments], cwd=home, stdin=subprocess.DEVNULL,
+        start_line(*arguments), cwd=home, stdin=subprocess.DEVNULL,
         capture_output=True, text=True, encoding="utf-8", timeout=PATIENCE * 3,
         env={**clean, "HOME": str(home), "USERPROFILE": str(home), **(env or {})})
 
@@ -27387,7 +27440,7 @@ def test_flags_on_a_file_of_the_wrong_shape_end_with_faults(text, check):
     (["--log-level", "loud"], ["--log-level", "loud"]), (["--log-format", "xml"], ["--log-format", "xml"]),
 ], ids=" ".join)
 def test_a_bad_value_of_a_flag_is_told_in_the_demo_too(flags, said, tmp_path):
-    process = subprocess.Popen([sys.executable, str(PROGRAM), "--demo", "--port", "0", *flags], text=True,
+    process = subprocess.Popen(start_line("--demo", "--port", "0", *flags), text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
     try:
         _, err = process.communicate(timeout=PATIENCE)
@@ -27632,11 +27685,17 @@ def a_route(pattern: str) -> str:
 ], ids=["repetition", "parentheses", "digits", "socks proxy", "proxy with a path", "proxy with an odd port",
         "proxy without a port"])
 @pytest.mark.parametrize("command", [["check"], ["--port", "0"]], ids=["check", "start"])
-def test_what_no_reader_takes_is_one_fault(command, text, env, said, tmp_path):
-    (tmp_path / "c.toml").write_text(text, "utf-8")
-    done = run_program(tmp_path, *command, "--config", "c.toml", env=env)
-    assert (done.returncode, done.stdout) == (1, "")
-    fault, *rest = [line for line in done.stderr.splitlines() if not line.startswith("Hint: ")]
+def test_what_no_reader_takes_is_one_fault(command, text, env, said, tmp_path, check, monkeypatch):
+    if command == ["check"]:  # needs no process of its own
+        for pair in env.items():
+            monkeypatch.setenv(*pair)
+        status, out, err = check(text)
+    else:
+        (tmp_path / "c.toml").write_text(text, "utf-8")
+        done = run_program(tmp_path, *command, "--config", "c.toml", env=env)
+        status, out, err = done.returncode, done.stdout, done.stderr
+    assert (status, out) == (1, "")
+    fault, *rest = [line for line in err.splitlines() if not line.startswith("Hint: ")]
     assert fault.startswith("Error: ") and said in fault and rest == []
     assert "s3cr3t" not in fault
 
@@ -28106,8 +28165,8 @@ def test_output_that_nobody_takes_holds_up_neither_requests_nor_the_end(reader, 
     (tmp_path / "c.toml").write_text(TWO_PROVIDERS, "utf-8")
     ours, theirs = os.pipe()
     process = subprocess.Popen(
-        [sys.executable, str(PROGRAM), "--config", "c.toml", "--port", "0", "--log-level", "debug",
-         "--log-format", "json"], cwd=tmp_path, stdout=theirs, stderr=subprocess.PIPE)
+        start_line("--config", "c.toml", "--port", "0", "--mcp-port", "0", "--log-level", "debug", "--log-format",
+                   "json"), cwd=tmp_path, stdout=theirs, stderr=subprocess.PIPE)
     os.close(theirs)
     try:
         said = b""
@@ -28135,7 +28194,7 @@ def test_the_start_without_an_output_needs_no_traceback(redirection, tmp_path):
     (tmp_path / "c.toml").write_text(TWO_PROVIDERS, "utf-8")
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    command = shlex.join([sys.executable, str(PROGRAM), "--config", "c.toml", "--port", str(port)])
+    command = shlex.join(start_line("--config", "c.toml", "--port", str(port), "--mcp-port", "0"))
     process = subprocess.Popen(["sh", "-c", f"exec {command} {redirection}"], cwd=tmp_path,
                                stderr=subprocess.PIPE)
     try:
@@ -30680,12 +30739,13 @@ OLD = {"responses-manual": Way("responses", "messages", "claude-sonnet-4-5"),
 @pytest.mark.parametrize("tools", [True, False], ids=["tools", "bare"])
 @pytest.mark.parametrize("way, case", [pytest.param(way, case, id=f"{name}-{case}")
                                        for name, way in {**WAYS, **OLD}.items() for case in ODD[way.client]])
-def test_over_a_pair_no_history_makes_a_vendor_refuse(sdks, upstream, model, way, case, tools):
+def test_over_a_pair_no_history_makes_a_vendor_refuse(pair_program, upstream, model, way, case, tools):
     name = way.name(model)
     upstream.on(name, *vendor_talk(way.provider, [VENDOR_HELLO[way.provider]]))
     more = SDK_THINK[way.client] if way.model not in ("closed-gpt", "gpt-4.1") else {}
     request = {**request_of(way.client, name, "", tools=tools), **more, HISTORY[way.client]: ODD[way.client][case]}
-    assert sdk_ask(sdks(way.client).client, way.client, False, request).text == SDK_TEXT
+    reply = pair_program.post(WORDS[way.client].path, request, f"authorization: Bearer {SDK_KEY}")
+    assert text_got(way.client, reply, False) == SDK_TEXT
 
 
 # -- other ends
@@ -30908,8 +30968,9 @@ def test_over_a_pair_a_stream_that_ends_early_is_never_a_complete_answer(sdks, u
         if count < done:
             seen, _ = until_it_breaks(sdk, way.client, request)
             assert no_end(way.client, seen), count
-            with pytest.raises(sdk.package.APIError):
-                sdk_ask(sdk.client, way.client, True, request)
+            if count % 3 == 0 or count == done - 1:  # the helper sees the same events
+                with pytest.raises(sdk.package.APIError):
+                    sdk_ask(sdk.client, way.client, True, request)
         elif end == "whole":
             assert not no_end(way.client, list(place_of(sdk.client, way.client).create(**request, stream=True)))
 
