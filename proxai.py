@@ -68,6 +68,7 @@ import functools
 import gc
 import hashlib
 import hmac
+import http.client
 import ipaddress
 import itertools
 import json
@@ -2347,6 +2348,23 @@ def bootstrap(environ: Mapping[str, str]) -> tuple[Path, bool]:
     except OSError as error:
         raise ConfigError([f"cannot create the app directory {base}: {error.strerror}"]) from None
     return base, created
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Put data into a file of the app directory or of a folder in it, in one step, for its owner
+    alone."""
+    for folder in (path.parent.parent, path.parent):
+        folder.mkdir(mode=0o700, exist_ok=True)
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    fresh.unlink(missing_ok=True)
+    try:
+        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 
@@ -10849,6 +10867,15 @@ def why(state: Scheduler, candidates: Sequence[Candidate], now: float) -> list[J
     return rows
 
 
+def rests_of(state: Scheduler, provider: str, credential: str, now: float) -> list[Json]:
+    """What keeps a credential from being used, for each model; a model that is None is any."""
+    return [{"model": key[2], "kind": "declared" if window.declared else "guessed",
+             **{name: getattr(window, name) for name in ("reason", "source", "raw", "since",
+                                                         "until")}}
+            for key, window in state.rests.items()
+            if key[:2] == (provider, credential) and window.until > now]
+
+
 def reset_rests(state: Scheduler, name: str) -> int:
     """End the rests of a credential, named alone or with its provider (`provider/name`), or of
     "all"; gives how many there were."""
@@ -13295,18 +13322,7 @@ def write_token(path: Path, oauth: OAuthConfig, token: Token) -> None:
     """Put a token into its file, in one step, for its owner alone."""
     value = {"token_url": oauth.token_url, "client_id": oauth.client_id,
              **{name: said for name, said in token._asdict().items() if said not in (FOREVER, "")}}
-    for folder in (path.parent.parent, path.parent):
-        folder.mkdir(mode=0o700, exist_ok=True)
-    fresh = path.with_name(f"{path.name}.{os.getpid()}")
-    fresh.unlink(missing_ok=True)
-    try:
-        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(dump(value))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
+    write_private(path, dump(value))
 
 
 # -- keys while the program runs ---------------------------------------------
@@ -15747,11 +15763,72 @@ def status_view(proxy: Proxy, listen: str, now: float) -> Json:
                   **metrics.provider(name)} for name, provider in proxy.providers.items()]
     return {"version": __version__, "started_at": wall_text(metrics.started),
             "uptime_secs": int(now - metrics.started), "listen": listen,
-            "in_flight": len(metrics.open),
+            "in_flight": len(metrics.open), "credentials": credentials_view(proxy, now),
             "requests": {"total": metrics.ended_count, "errors": metrics.error_count},
             "providers": providers, "captures": proxy.captures.status(),
             "history": metrics.history(now), "models": metrics.models(),
             "recent": metrics.requests(0, 20)}
+
+
+def credentials_view(proxy: Proxy, now: float) -> list[Json]:
+    """Every credential in use, by its name, with what it rests from."""
+    return [{"provider": name, "credential": c.name, "priority": c.priority, "weight": c.weight,
+             "rests": rests_of(proxy.scheduler, name, c.name, now)}
+            for name, provider in proxy.providers.items() for c in provider.credentials]
+
+
+def why_view(proxy: Proxy, model: str, now: float) -> Json:
+    """For each protocol that clients speak: all that could serve a model, and what keeps it from
+    being used, or why nothing could."""
+    out: Json = {"model": model, "protocols": {}}
+    for protocol in PROTOCOLS.values():
+        try:
+            rows = why(proxy.scheduler, list(proxy.ways(protocol, model)), now)
+        except ProxyError as error:
+            out["protocols"][protocol.name] = {"error": error.message}
+        else:
+            out["protocols"][protocol.name] = {"candidates": rows}
+    return out
+
+
+async def control_why(control: Control, connection: Connection, head: RequestHead) -> None:
+    """GET /why?model=NAME: who could serve a model."""
+    model = parse_qs(head.query[1:]).get("model", [""])[0]
+    if not model:
+        raise RequestError("`model` is missing", param="model", fix="ask for /why?model=NAME")
+    write_value(connection, why_view(control.proxy, model, time.time()))
+
+
+async def control_credentials(control: Control, connection: Connection, head: RequestHead) -> None:
+    """GET /credentials: all credentials, and which of them rest."""
+    write_value(connection, {"credentials": credentials_view(control.proxy, time.time())})
+
+
+async def control_reset(control: Control, connection: Connection, head: RequestHead) -> None:
+    """POST /credentials/reset: end the rests of a credential, or of all."""
+    wanted = (await read_control_body(connection, head)).get("name")
+    proxy = control.proxy
+    known = {name for row in credentials_view(proxy, 0) for name in (
+        row["credential"], f"{row['provider']}/{row['credential']}")}
+    if wanted not in known | {"all"}:
+        raise RequestError(f"there is no credential {wanted if isinstance(wanted, str) else ''}",
+                           status=404, fix=f"there are {', '.join(sorted(known))}, all")
+    ended = reset_rests(proxy.scheduler, wanted)
+    proxy.log.event(logging.INFO, "credentials_reset", {"name": wanted, "ended": ended})
+    write_value(connection, {"reset": ended})
+
+
+async def read_control_body(connection: Connection, head: RequestHead) -> Json:
+    """The JSON object that a request to the control listener has; no page of another site can send
+    one unasked."""
+    content_type = head.values.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    if content_type != b"application/json":
+        raise RequestError("the body must be JSON", status=415,
+                           fix="send content-type: application/json")
+    try:
+        return mapping(load(await connection.read_body(CONTROL_BODY_BYTES)))
+    except ValueError as error:
+        raise RequestError(f"the body is not JSON: {error}") from None
 
 
 def write_value(connection: Connection, value: Json) -> None:
@@ -15887,6 +15964,16 @@ def tool_providers(proxy: Proxy, arguments: Json) -> str:
                     if (value := getattr(route, key))}
                    for route in routes if route.provider == name],
     } for name, provider in proxy.providers.items()])
+
+
+def tool_why(proxy: Proxy, arguments: Json) -> str:
+    """Who could serve a model, and what keeps them from it."""
+    return pretty(why_view(proxy, arguments["model"], time.time()))
+
+
+def tool_credentials(proxy: Proxy, arguments: Json) -> str:
+    """The credentials by name, never a key."""
+    return pretty(credentials_view(proxy, time.time()))
 
 
 def mcp_initialize(params: Json) -> Json:
@@ -16051,6 +16138,13 @@ MCP_TOOLS = {
     "providers": McpTool(
         "Providers", "The providers, with the routes that lead to them and the protocols they are"
         " the default of.", tool_providers, {}),
+    "why": McpTool(
+        "Why a model is or is not served", "Every provider and credential that could serve a model:"
+        " whether it is used now, and if not, why, who said so, and until when.", tool_why,
+        {"model": {"type": "string", "description": "As a client asks for it."}}, ("model",)),
+    "credentials": McpTool(
+        "Credentials", "The credentials of the providers, by name, and which of them rest.",
+        tool_credentials, {}),
 }
 
 # method -> params -> result
@@ -16202,14 +16296,7 @@ def mcp_lines() -> list[bytes]:
 async def control_capture(control: Control, connection: Connection, head: RequestHead) -> None:
     """POST /capture: override the switch of a phase, or of `all`, for requests that start from
     now on; null goes back to the configuration."""
-    content_type = head.values.get(b"content-type", b"").partition(b";")[0].strip().lower()
-    if content_type != b"application/json":
-        raise RequestError("the body must be JSON", status=415,
-                           fix="send content-type: application/json")
-    try:
-        wanted = mapping(load(await connection.read_body(CONTROL_BODY_BYTES)))
-    except ValueError as error:
-        raise RequestError(f"the body is not JSON: {error}") from None
+    wanted = await read_control_body(connection, head)
     phase, enabled = wanted.get("phase"), wanted.get("enabled", ABSENT)
     if phase not in (*PHASES, "all") or not (enabled is None or isinstance(enabled, bool)):
         raise RequestError('the body must be {"phase": PHASE, "enabled": true, false or null}',
@@ -16218,6 +16305,8 @@ async def control_capture(control: Control, connection: Connection, head: Reques
     captures.switches.override(phase, enabled)
     captures.log.event(logging.INFO, "capture_switch", {"phase": phase, "enabled": enabled})
     write_value(connection, captures.status())
+
+
 async def control_page(control: Control, connection: Connection, head: RequestHead) -> None:
     """GET /: the page for people, in one document."""
     body = PAGE.encode()
@@ -16249,6 +16338,9 @@ CONTROL_PATHS: dict[str, dict[str, ControlHandler]] = {
     "/metrics": {"GET": control_metrics},
     "/requests": {"GET": control_requests},
     "/status": {"GET": control_status},
+    "/why": {"GET": control_why},
+    "/credentials": {"GET": control_credentials},
+    "/credentials/reset": {"POST": control_reset},
     "/mcp": {"GET": control_mcp_stream, "POST": control_mcp, "DELETE": control_mcp_end},
     "/capture": {"POST": control_capture},
 }
@@ -17735,6 +17827,9 @@ async def serve(config: Config, log: Log, environ: Mapping[str, str], sockets: S
     settings = proxy.config.server
     await server.drain(settings.shutdown_grace_secs, hurry, settings.shutdown_delay_secs)
     await switchboard.drain(GOOD_BYE_SECS, hurry)
+    state = dump_state(proxy.scheduler, time.time())
+    if state["rests"]:
+        keep_state(state, cooldowns_path(environ), log)
     proxy.close()
 
 
@@ -17748,11 +17843,13 @@ FIXED_SETTINGS = ("server.host", "server.port", "server.workers", "mcp.", "loggi
 async def keep_current(proxy: Proxy, server: Server, file: ConfigFile | None,
                        stopped: asyncio.Event) -> None:
     """Put a changed configuration file in force, looking at it now and then, and at once after
-    SIGHUP. Ends a worker whose parent is gone."""
+    SIGHUP. Keeps what must survive a restart. Ends a worker whose parent is gone."""
     wanted, parent = asyncio.Event(), os.getppid()
     if file:
         on_signals(server.loop, ("SIGHUP",), wanted.set)
     seen = file_state(file)
+    recall(proxy)
+    kept = dump_state(proxy.scheduler, time.time())
     while True:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LOOK_SECS):
@@ -17765,6 +17862,10 @@ async def keep_current(proxy: Proxy, server: Server, file: ConfigFile | None,
             wanted.clear()
             seen = now
             reload(proxy, server, file)
+        state = dump_state(proxy.scheduler, time.time())
+        if state != kept:
+            kept = state
+            await asyncio.to_thread(keep_state, state, cooldowns_path(proxy.environ), proxy.log)
 
 
 def file_state(file: ConfigFile | None) -> tuple[int, int, int] | None:
@@ -17810,6 +17911,29 @@ def changed_settings(before: Config, after: Config) -> list[str]:
 
     old, new = (dict(leaves(dataclasses.asdict(c), "")) for c in (before, after))
     return sorted(key for key in {*old, *new} if old.get(key, ABSENT) != new.get(key, ABSENT))
+
+
+# -- what survives a restart -------------------------------------------------
+
+def cooldowns_path(environ: Mapping[str, str]) -> Path:
+    """Where is kept until when providers want no more requests."""
+    return app_directory(environ) / "cooldowns.json"
+
+
+def recall(proxy: Proxy) -> None:
+    """Take back what was kept of the last run, as far as it holds."""
+    with contextlib.suppress(OSError, ValueError):
+        kept = load(cooldowns_path(proxy.environ).read_bytes())
+        load_state(proxy.scheduler, kept, time.time())
+
+
+def keep_state(state: Json, path: Path, log: Log) -> None:
+    """Keep what must survive."""
+    try:
+        write_private(path, dump(state))
+    except OSError as error:
+        log.event(logging.WARNING, "cooldowns_failed",
+                  {"err": f"cannot write {path}: {error.strerror}"})
 
 
 # -- workers -----------------------------------------------------------------
@@ -18257,6 +18381,113 @@ def explain_command(args: Any, environ: Mapping[str, str]) -> int:
     return 1 if report["answer"] else 0
 
 
+# -- credentials of a proxy that runs ----------------------------------------
+
+def control_line(command: str, description: str) -> argparse.ArgumentParser:
+    """The parser of a command that asks a proxy that runs."""
+    parser = argparse.ArgumentParser(prog=f"proxai.py {command}", allow_abbrev=False,
+                                     description=description)
+    parser.add_argument("--config", metavar="PATH", help="configuration file of that proxy")
+    parser.add_argument("--mcp-port", type=port_number, metavar="N", help="its control port")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    return parser
+
+
+def why_line() -> argparse.ArgumentParser:
+    """The parser of `proxai.py why`."""
+    parser = control_line("why", "Ask the proxy that runs who could serve a model, and what keeps"
+                                 " them from it.")
+    parser.add_argument("model", metavar="MODEL", help="the model, as a client asks for it")
+    return parser
+
+
+def credentials_line() -> argparse.ArgumentParser:
+    """The parser of `proxai.py credentials`."""
+    parser = control_line("credentials", "List the credentials of the proxy that runs, or let one"
+                                         " be used again that rests.")
+    parser.add_argument("action", nargs="?", choices=["list", "reset"], default="list")
+    parser.add_argument("name", nargs="?", metavar="NAME",
+                        help="reset: a credential, provider/credential, or all")
+    return parser
+
+
+def ask_control(args: Any, environ: Mapping[str, str], path: str, body: Json | None = None) -> Json:
+    """What the control listener of the proxy that runs answers; ConfigError where none does."""
+    found = args.config or (app_directory(environ) / "config.toml").exists()
+    mcp = load_from(args.config, environ).mcp if found else McpConfig()
+    port = args.mcp_port if args.mcp_port is not None else mcp.port
+    link = http.client.HTTPConnection(mcp.host, port, timeout=10)
+    try:
+        link.request("GET" if body is None else "POST", path, dump(body) if body else None,
+                     {"content-type": "application/json", "host": "localhost"})
+        reply = link.getresponse()
+        value = mapping(load(reply.read()))
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise ConfigError([f"no proxy answers at {mcp.host}:{port}: {error}"],
+                          "start it, or name its control port with --mcp-port") from None
+    finally:
+        link.close()
+    if reply.status != 200:
+        raise ConfigError([text_of(mapping(value.get("error")).get("message"))
+                           or f"the proxy answered {reply.status}"])
+    return value
+
+
+def ask_why(args: Any, environ: Mapping[str, str]) -> int:
+    """Print who could serve a model."""
+    found = ask_control(args, environ, f"/why?model={quote(args.model, safe='')}")
+    print(pretty(found) if args.json else "\n".join(why_lines(found, time.time())))
+    return 0
+
+
+def why_lines(found: Json, now: float) -> list[str]:
+    """An answer of /why for people; protocols with the same answer stand together."""
+    lines: list[str] = []
+    answers: defaultdict[str, list[str]] = defaultdict(list)
+    for protocol, told in found["protocols"].items():
+        answers[json.dumps(told)].append(protocol)
+    for text, protocols in answers.items():
+        told = json.loads(text)
+        lines.append(f"{found['model']}, asked for by {', '.join(protocols)}:")
+        lines += [f"  nobody: {told['error']}"] if "error" in told else [
+            f"  {row['provider']}/{row['credential']} as {row['model']}: "
+            + ("ready" if row["eligible"] else f"rests, {rest_text(row, now)}")
+            + (f"; only when others fail ({row['tier']})" if row["tier"] else "")
+            for row in told["candidates"]]
+    return lines
+
+
+def rest_text(rest: Json, now: float) -> str:
+    """Why something rests, who said so, and until when."""
+    if "until" not in rest:
+        return str(rest["reason"])
+    until = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(rest["until"]))
+    said = f"{rest['source']}: {rest['raw']}" if rest["raw"] else rest["source"]
+    return (f"{rest['reason']}, {rest['kind']} ({said}), until {until}, in"
+            f" {math.ceil(max(rest['until'] - now, 0))} s")
+
+
+def credentials(args: Any, environ: Mapping[str, str]) -> int:
+    """Print the credentials of the proxy that runs, or end a rest."""
+    if args.action == "reset":
+        if not args.name:
+            raise ConfigError(["credentials reset needs the name of a credential, or all"],
+                              "`proxai.py credentials` lists them")
+        ended = ask_control(args, environ, "/credentials/reset", {"name": args.name})["reset"]
+        print(f"{ended} rest{'' if ended == 1 else 's'} ended")
+        return 0
+    rows = ask_control(args, environ, "/credentials")["credentials"]
+    if args.json:
+        print(pretty(rows))
+        return 0
+    for row in rows:
+        print(f"{row['provider']}/{row['credential']}: priority {row['priority']}, weight"
+              f" {row['weight']}{'' if row['rests'] else ', ready'}")
+        for rest in row["rests"]:
+            print(f"  rests for {rest['model'] or 'all models'}: {rest_text(rest, time.time())}")
+    return 0
+
+
 class Command(NamedTuple):
     """A subcommand: its parser, and what runs it and returns the exit status. A ConfigError of
     its is told in a line, with exit status 1."""
@@ -18294,6 +18525,8 @@ COMMANDS = {
     "login": Command(login_line, login),
     "logout": Command(logout_line, logout),
     "presets": Command(presets_line, list_presets),
+    "why": Command(why_line, ask_why),
+    "credentials": Command(credentials_line, credentials),
 }
 
 

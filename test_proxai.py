@@ -26328,7 +26328,7 @@ def test_the_lines_are_in_the_file_too(metered):
 # -- MCP: messages
 
 MCP_NAMES = ["capture_status", "capture_enable", "capture_disable", "capture_clear", "capture_show_latest", "capture_list",
-             "capture_read", "explain", "recent_requests", "providers"]
+             "capture_read", "explain", "recent_requests", "providers", "why", "credentials"]
 
 
 def rpc(method: str, params: Any = None, id: Any = 1, **more: Any) -> dict[str, Any]:
@@ -26722,7 +26722,8 @@ def test_mcp_with_the_official_client(mcp_program, monkeypatch, version):
     calls = {"capture_status": {}, "capture_enable": {"target": "inbound_request"}, "capture_disable": {}, "capture_clear": {},
              "capture_show_latest": {"target": "upstream_response"}, "capture_list": {"limit": 1}, "capture_read": {"id": "7"},
              "explain": {"path": "/v1/responses", "body": body_for(RESPONSES, "big-1"), "headers": {"x-a": "b"}},
-             "recent_requests": {"limit": 3}, "providers": {}}
+             "recent_requests": {"limit": 3}, "providers": {},
+             "why": {"model": "m"}, "credentials": {}}
     texts: dict[str, str] = {}
 
     async def run() -> None:
@@ -28386,6 +28387,57 @@ def test_workers_that_cannot_be(text, said):
     with pytest.raises(proxai.ConfigError) as failed:
         proxai.load_config(ONE_PROVIDER + text, "x")
     assert said in str(failed.value.faults)
+
+
+# -- credentials of a proxy that runs ----------------------------------------
+
+def test_why_tells_each_candidate_and_reset_ends_a_rest_which_survives_a_restart(tmp_path, upstream, model, capsys):
+    config = FLEET.format(url=upstream.url, affinity=0, strategy="fill-first")
+    upstream.on(f"{model}-fall", refused(429, "retry-after: 600"), said_json("hello"))
+
+    def told(*arguments: str) -> str:
+        status = proxai.main([*arguments, "--config", str(tmp_path / "config.toml"), "--mcp-port", str(program.control_port)])
+        out = capsys.readouterr()
+        return out.out if status == 0 else f"{status}: {out.err}"
+
+    program = Running(tmp_path, config=config)
+    try:
+        assert program.post("/v1/chat/completions", body_for(CHAT, f"{model}-fall")).status == 200
+        chat, messages = (told("why", f"{model}-fall").split(f"{model}-fall, asked for by ")[1:] * 2)[:2]
+        assert chat == messages and chat.startswith("openai_responses, openai_chat_completions, anthropic_messages:")
+        assert re.search(rf"pool/one as {model}-fall: rests, quota|capacity, declared \(header retry-after: 600\), until .* in (600|59\d) s", chat)
+        assert f"pool/two as {model}-fall: ready\n" in chat and f"other/other as {model}-fall: ready; only when others fail (1)" in chat
+        assert "nobody: no route takes" in told("why", "unheard-of")  # of Responses clients
+        rows = json.loads(told("credentials", "--json"))
+        assert [(row["provider"], row["credential"], len(row["rests"])) for row in rows] == [("pool", "one", 1), ("pool", "two", 0), ("other", "other", 0)]
+        assert "rests for" in told("credentials") and "key-" not in told("credentials", "--json")
+        status = json.loads(read_reply(program.control(b"GET /status HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")).body)
+        assert status["credentials"] == rows and [a["credential"] for a in status["recent"][0]["attempts"]] == ["one", "two"]
+        assert program.stop() == 0
+        kept = tmp_path / ".proxai" / "cooldowns.json"
+        assert json.loads(kept.read_bytes())["rests"] and (os.name == "nt" or kept.stat().st_mode & 0o777 == 0o600)
+        program = Running(tmp_path, config=config)
+        assert json.loads(told("credentials", "--json")) == rows
+        assert told("credentials", "reset", "nobody").startswith("1: Error: there is no credential nobody")
+        assert told("credentials", "reset").startswith("1: Error: credentials reset needs")
+        assert told("credentials", "reset", "pool/one") == "1 rest ended\n" and told("credentials", "reset", "all") == "0 rests ended\n"
+        assert "rests" not in told("why", f"{model}-fall")
+    finally:
+        assert program.stop() == 0
+    assert told("why", "x").startswith("1: Error: no proxy answers at 127.0.0.1:")
+    (tmp_path / ".proxai" / "cooldowns.json").write_text("{damaged")
+    program = Running(tmp_path, config=config)
+    assert program.stop() == 0
+
+
+@pytest.mark.parametrize("rest, said", [
+    ({"reason": "its weight is 0"}, "its weight is 0"),
+    ({"reason": "missing", "kind": "guessed", "source": "status 404", "raw": "", "until": 1090.2}, "missing, guessed (status 404), until"),
+    ({"reason": "quota", "kind": "declared", "source": "header retry-after", "raw": "90", "until": 900}, "in 0 s"),
+])
+def test_a_rest_in_words(rest, said):
+    assert said in proxai.rest_text(rest, 1000.0)
+
 
 
 
