@@ -17317,8 +17317,7 @@ def command_line() -> argparse.ArgumentParser:
         prog="proxai.py", allow_abbrev=False,
         description="A local LLM proxy: any client protocol, any provider.",
         epilog="Without --config the file in the app directory (~/.proxai/config.toml) is used,"
-               " and made if missing. `proxai.py translate --help` tells how to look at a"
-               " translation, `proxai.py login --help` how to log in to an OAuth server.")
+               " and made if missing. Commands with a --help of their own: " + ", ".join(COMMANDS))
     add = parser.add_argument
     add("command", nargs="?", choices=["check"],
         help="check: load the configuration, show what would run, and exit")
@@ -17552,16 +17551,17 @@ def capture_line() -> argparse.ArgumentParser:
     """The parser of `proxai.py capture`."""
     parser = argparse.ArgumentParser(
         prog="proxai.py capture", allow_abbrev=False,
-        description="Show or set which phases the configuration file captures. A proxy that runs"
-                    " keeps what it was started with.")
+        description="Show or set which phases the configuration file captures. A proxy that runs by"
+                    " that file follows within a second.")
     actions = parser.add_subparsers(dest="action", required=True, metavar="status|enable|disable")
     for name, does in (("status", "show the switches"), ("enable", "switch on"),
                        ("disable", "switch off")):
         action = actions.add_parser(name, help=does, allow_abbrev=False)
         action.add_argument("--config", metavar="PATH", help="configuration file")
         if name != "status":
-            action.add_argument("phase", nargs="?", choices=CAPTURE_STEMS.values(), metavar="PHASE",
-                                help=f"{', '.join(CAPTURE_STEMS.values())}; all without")
+            action.add_argument("phase", nargs="?", choices=[*CAPTURE_STEMS.values(), "all"],
+                                default="all", metavar="PHASE",
+                                help=f"{', '.join(CAPTURE_STEMS.values())}, or all (the default)")
     return parser
 
 
@@ -17573,10 +17573,10 @@ def capture(args: Any, environ: Mapping[str, str]) -> int:
         settings = load_config(read_file(path), str(path), environ=environ).capture
         rows = {f"{phase}_enabled": toml_value(on)
                 for phase, on in CaptureSwitches(settings).defaults.items()}
-        rows["captures_dir"] = str(directory / "captures")
+        rows["captures_dir"] = str(captures_directory(environ))
     else:
         value = args.action == "enable"
-        chosen = [phase for phase, stem in CAPTURE_STEMS.items() if args.phase in (None, stem)]
+        chosen = [phase for phase, stem in CAPTURE_STEMS.items() if args.phase in ("all", stem)]
         switch_captures(path, {f"{phase}_enabled": value for phase in chosen})
         rows = {f"{phase}_enabled": toml_value(value) if phase in chosen else "unchanged"
                 for phase in PHASES}
@@ -17648,7 +17648,7 @@ def banner(config: Config, ports: Sequence[tuple[int, int]], source: str, notes:
         ("read_idle_timeout_secs", f"{default.read_idle_timeout_secs:g}" if default else "none"),
         ("tool_calls.timeout_secs", f"{config.tool_calls.timeout_secs:g}"),
         *((f"capture.{phase}_enabled", toml_value(on)) for phase, on in switches.defaults.items()),
-        ("capture", base / "captures" if switches.active else "disabled"),
+        ("capture", captures_directory(environ) if switches.active else "disabled"),
     ]
     return "\n".join([f"ProxAI {__version__}", *(f"  {label}: {value}" for label, value in rows)])
 

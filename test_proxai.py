@@ -28844,7 +28844,7 @@ def test_a_path_that_is_not_there_is_not_found(oai, ant):
     with pytest.raises(oai.package.NotFoundError):
         oai.client.embeddings.create(model="demo", input="x")
     with pytest.raises(ant.package.NotFoundError):
-        ant.client.models.list()
+        ant.client.messages.batches.list()
     with pytest.raises(oai.package.APIStatusError) as raised:
         oai.client.responses.retrieve("resp_1")
     assert raised.value.status_code in (404, 405)
