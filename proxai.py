@@ -11282,6 +11282,9 @@ class HumanLines:
         calls = fields.get("calls")
         if calls:
             yield f"calls[{counts_text({TOOL_ALIASES.get(k, k): v for k, v in calls.items()})}]"
+        if tries := fields.get("attempts"):
+            yield "tries[" + ",".join(f"{one['provider']}/{one['credential']}:{one['what']}"
+                                      for one in tries) + "]"
 
 
 def counts_text(counts: Mapping[str, int]) -> str:
@@ -14514,6 +14517,9 @@ def write_json(connection: Connection, lines: list[bytes], value: Json) -> None:
     connection.write_head(200, [*lines, b"content-type: application/json"], len(body), body)
 
 
+Ways = dict[Candidate, tuple[Decision, Provider]]
+
+
 class Proxy:
     """Serves requests by one configuration; the handler of a `Server`."""
 
@@ -14546,15 +14552,16 @@ class Proxy:
         self.captures.configure(config.capture)
         self.catalogue.fresh_until = 0.0
 
-    def ways(self, inbound: Protocol, model: str) -> dict[Candidate, Decision]:
+    def ways(self, inbound: Protocol, model: str) -> Ways:
         """All that could serve a request for `model`, in the order of the configuration; a
-        ProxyError where nothing could."""
-        found: dict[Key, tuple[Candidate, Decision]] = {}
+        ProxyError where nothing could. A request keeps them when the configuration changes."""
+        found: dict[Key, tuple[Candidate, tuple[Decision, Provider]]] = {}
         for decision in choose_all(self.routes, self.defaults, inbound.name, model, self.names):
-            for c in self.providers[decision.provider].credentials:
+            provider = self.providers[decision.provider]
+            for c in provider.credentials:
                 way = Candidate(decision.provider, c.name, decision.model, c.priority, c.weight,
                                 decision.tier)
-                found.setdefault(way.key, (way, decision))
+                found.setdefault(way.key, (way, (decision, provider)))
         return dict(found.values())
 
     def close(self) -> None:
@@ -14693,7 +14700,7 @@ class Turn:
             await self.count(request.body, self.aim_ready(ways))
             return
         if len(ways) == 1:
-            self.aim(*ways.popitem())
+            self.aim(*ways.popitem()[1])
             await self.send(request.body, self.prepare(request), self.job and self.job.lines)
             self.note_head()
         elif not await self.try_each(ways, request):
@@ -14758,15 +14765,14 @@ class Turn:
         self.proxy.metrics.forget(self.exchange)
         self.log_end(logging.DEBUG, "end")
 
-    def aim(self, way: Candidate, decision: Decision) -> None:
-        """Choose a provider and one of its credentials."""
+    def aim(self, decision: Decision, first: Provider, credential: str = "") -> None:
+        """Choose a provider and one of its credentials, its first one if none is named."""
         exchange, connection = self.exchange, self.connection
-        first = self.proxy.providers[way.provider]
-        self.provider = provider = first.using(way.credential).speaking(self.inbound)
+        self.provider = provider = first.using(credential).speaking(self.inbound)
         self.decision, self.job = decision, None
         self.idle_secs = provider.settings.read_idle_timeout_secs
         exchange.provider, exchange.provider_protocol = provider.name, provider.protocol
-        exchange.credential = way.credential if first.others else ""
+        exchange.credential = provider.credential.name if first.others else ""
         exchange.route, exchange.upstream_model = decision.route, decision.model
         self.shown = shown_model(exchange.model, decision, provider.settings)
         if exchange.dropped:  # for another provider
@@ -14774,11 +14780,11 @@ class Turn:
             connection.extra = [line for line in connection.extra
                                 if not line.startswith(DROPPED_FIELD)]
 
-    def aim_ready(self, ways: Mapping[Candidate, Decision]) -> Pair | None:
+    def aim_ready(self, ways: Ways) -> Pair | None:
         """Choose what does not rest, for a request that tells nothing about that; the pair."""
         state, now = self.proxy.scheduler, time.time()
         way = next((way for way in ways if not resting(state, way, now)), next(iter(ways)))
-        self.aim(way, ways[way])
+        self.aim(*ways[way], way.credential)
         return ready_pair(self.inbound, self.provider, self.proxy.config)
 
     def prepare(self, request: ModelRequest) -> bytes:
@@ -14793,7 +14799,7 @@ class Turn:
 
     # -- several credentials or providers
 
-    async def try_each(self, ways: Mapping[Candidate, Decision], request: ModelRequest) -> bool:
+    async def try_each(self, ways: Ways, request: ModelRequest) -> bool:
         """Send the request to one after the other until one answers it; whether one did. Where none
         does, the client is told of the failure that helps it most."""
         state, exchange, candidates = self.proxy.scheduler, self.exchange, list(ways)
@@ -14805,7 +14811,7 @@ class Turn:
             raise unavailable(state, candidates, request.model, self.inbound, time.time())
         while way:
             tried.add(way.key)
-            self.aim(way, ways[way])
+            self.aim(*ways[way], way.credential)
             began = time.time()
             verdict, error = await self.attempt(request)
             now = time.time()
@@ -14830,7 +14836,7 @@ class Turn:
                                         tried)
         told = most_useful([(verdict, error) for _, verdict, error in failures])
         way = next(way for way, _, error in failures if error is told)
-        self.aim(way, ways[way])
+        self.aim(*ways[way], way.credential)
         self.fail(told, "hdr-error" if isinstance(told, UpstreamError) else "request-failed")
         return False
 

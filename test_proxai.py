@@ -18062,6 +18062,11 @@ ENDS = "200 lat[1.2s/5.5s] ↑2.0KB ↓4.0KB"
         CHAT, CHAT_STREAM[0], choice_of(finish="stop"), CHAT_STREAM[8], DONE)),
      f" INFO end  {ENDS} tok[↑60 ↓20 Σ120 $40 ?5] gpt-4.1 chat->minimax_chat/chat stream[16/256B]"
      " resp=...3456789a req=wn82ac"),
+    ("end", "info", lambda: exchange_of(MESSAGES, provider="anthropic", attempts=[
+        proxai.Attempt("anthropic", "one", 429, "quota", 12), proxai.Attempt("anthropic", "two", 200, "ok", 40)],
+        observed=seen_in(MESSAGES, *MESSAGES_STREAM)),
+     f" INFO end  {ENDS} tok[↑10 ↓20 Σ60 $r25 $w5] claude-x ant->anthropic/ant stream[16/256B]"
+     " resp=...89abcdef out[txt:1,tu:1] calls[get_weather:1] tries[anthropic/one:quota,anthropic/two:ok] req=wn82ac"),
     ("end", "info", lambda: exchange_of(MESSAGES, provider="anthropic",
                                         observed=seen_in(MESSAGES, *MESSAGES_STREAM)),
      f" INFO end  {ENDS} tok[↑10 ↓20 Σ60 $r25 $w5] claude-x ant->anthropic/ant stream[16/256B]"
