@@ -18103,7 +18103,7 @@ ENDS = "200 lat[1.2s/5.5s] ↑2.0KB ↓4.0KB"
      " calls[get_weather:1] req=wn82ac ended early"),
     ("hdr", "info", lambda: exchange_of(CHAT, sse=False, content_type=b"application/json", down=0, chunks=0),
      " INFO hdr  200 application/json req=wn82ac"),
-], ids=["responses", "responses, one message", "chat", "messages", "not a stream", "closed", "closed early",
+], ids=["responses", "responses, one message", "chat", "tries", "messages", "not a stream", "closed", "closed early",
         "responses error", "chat error", "messages error", "timeout", "unfinished tool", "hdr"])
 def test_the_line_that_ends_an_exchange(event, level, make, expected, half_past):
     assert human(event, proxai.end_fields(make()), level) == expected
