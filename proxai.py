@@ -11406,14 +11406,19 @@ class Line(NamedTuple):
     kept: str
 
 
+def has_color(stream: Any, settings: LoggingConfig, environ: Mapping[str, str]) -> bool:
+    """Whether what goes to `stream` may have colour."""
+    terminal = bool(getattr(stream, "isatty", bool)())
+    return settings.use_color and terminal and not environ.get("NO_COLOR")
+
+
 class LineWriter(logging.Handler):
     """Prints records, and writes them to a file, on a thread of its own; counts and drops lines
     while the reader does not read."""
 
     def __init__(self, stream: Any, settings: LoggingConfig, environ: Mapping[str, str]) -> None:
         super().__init__()
-        terminal = bool(getattr(stream, "isatty", bool)())
-        color = settings.use_color and terminal and not environ.get("NO_COLOR")
+        color = has_color(stream, settings, environ)
         self.render, self.plain = renderer(settings, color), renderer(settings, False)
         # `wait` lines overwrite one another on a terminal
         self.in_place = color and settings.output_format != "json"
@@ -13090,13 +13095,20 @@ class Fetched(NamedTuple):
 async def fetch(pool: Pool, origin: Origin, url: str, method: str = "GET",
                 lines: Sequence[bytes] = (), body: bytes = b"",
                 secs: float = FETCH_SECS) -> Fetched:
-    """The answer of `origin` to a request for `url`; UpstreamError where `secs` bring none."""
+    """The answer of `origin` to a request for `url`; see fetch_with()."""
     parts = urlsplit(url)
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     head = format_lines(
         first_line(origin, method, target) + b" HTTP/1.1", *way_lines(origin),
         b"user-agent: " + USER_AGENT, b"accept-encoding: identity", *lines,
         *([b"content-length: %d" % len(body)] if body else []))
+    return await fetch_with(pool, origin, head, body, secs)
+
+
+async def fetch_with(pool: Pool, origin: Origin, head: bytes, body: bytes, secs: float,
+                     tap: Callable[[bytes], None] | None = None) -> Fetched:
+    """The answer of `origin` to a request with this head; UpstreamError where `secs` bring none.
+    `tap` is given the payload as it comes."""
     # the limit for all of it is the only one
     watch = Watch(asyncio.get_running_loop(), lambda reason: None)
     link: Link | None = None
@@ -13105,6 +13117,7 @@ async def fetch(pool: Pool, origin: Origin, url: str, method: str = "GET",
             link, answer, rest = await pool.exchange(origin, head, body, watch, secs, secs,
                                                      lambda: None)
             payload, data = ResponseBody(link, answer, rest), bytearray()
+            payload.tap = tap
             while piece := await payload.read():
                 data += piece
                 if len(data) > FETCH_BYTES:
@@ -14216,13 +14229,8 @@ class Catalogue:
         proxy, credential, origin = self.proxy, provider.credential, provider.origin
         key = (await proxy.tokens.key(credential) if credential.dynamic
                else credential.source.api_key or "")
-        lines = [*provider.auth_lines(key), b"accept: application/json"]
-        pages = ""
-        if provider.protocol is MESSAGES:
-            lines.append(b"anthropic-version: " + ANTHROPIC_VERSION)
-            pages = "?limit=1000"  # else 20 at a time
-        answer = await fetch(proxy.pool, origin, provider.target_of(MODELS_PATHS[0]) + pages,
-                             lines=lines, secs=DISCOVERY_SECS)
+        target, lines = provider.list_request(key)
+        answer = await fetch(proxy.pool, origin, target, lines=lines, secs=DISCOVERY_SECS)
         if answer.status != 200:
             raise UpstreamError(f"it answered {answer.status}")
         return answer.body
@@ -14290,6 +14298,16 @@ class Provider:
         return format_lines(b"%b%b HTTP/1.1" % (first, query), *provider_lines(
             head, self.protocol, self.fixed if not key else [*self.way, *self.auth_lines(key)],
             length, translated, own))
+
+    def list_request(self, key: str) -> tuple[str, list[bytes]]:
+        """The target and the header lines to ask for its list of models."""
+        own = own_fields(self.credential.headers, EMPTY)
+        lines, pages = {b"accept": b"application/json"}, ""
+        if self.protocol is MESSAGES:
+            lines[b"anthropic-version"] = ANTHROPIC_VERSION
+            pages = "?limit=1000"  # else 20 at a time
+        return self.target_of(MODELS_PATHS[0]) + pages, [
+            *self.auth_lines(key), *(b"%b: %b" % field for field in {**lines, **own}.items())]
 
     def auth_lines(self, key: str) -> list[bytes]:
         """The header line with a key, where there is one."""
@@ -18279,12 +18297,18 @@ def replay_line() -> argparse.ArgumentParser:
     return parser
 
 
+def check_provider(config: Config, name: str) -> None:
+    """Raise a ConfigError unless there is a provider of that name."""
+    if name not in config.providers:
+        raise ConfigError([f"there is no provider {name!r} in the configuration"],
+                          "there are " + ", ".join(config.providers))
+
+
 def replay_config(config: Config, provider: str | None) -> Config:
     """A configuration for one request from this process: no captures, no key of ours asked for,
     and where `provider` is given nowhere else to go."""
-    if provider is not None and provider not in config.providers:
-        raise ConfigError([f"there is no provider {provider!r} in the configuration"],
-                          "there are " + ", ".join(config.providers))
+    if provider is not None:
+        check_provider(config, provider)
     routing = config.routing
     if provider is not None:
         names = DefaultsConfig(**dict.fromkeys(PROTOCOLS, provider))
@@ -18494,6 +18518,511 @@ def credentials(args: Any, environ: Mapping[str, str]) -> int:
     return 0
 
 
+# -- doctor ------------------------------------------------------------------
+
+DOCTOR_SECS = 20.0  # for each check
+DOCTOR_LINKS = 8  # credentials that are looked at side by side
+CERTIFICATE_DAYS = 14  # when it is time to renew one
+SAID_CHARS = 200  # of a provider's own words
+# The checks in their order, each with those that it cannot do without.
+CHECKS = {"dns": (), "tcp": ("dns",), "tls": ("tcp",), "key": (), "models": ("tls", "key"),
+          "chat": ("models",), "tool": ("chat",), "stream": ("chat",)}
+DOCTOR_NOTE = ("The doctor sends up to three tiny requests with each key. They may cost a fraction"
+               " of a cent.")
+
+
+class Probe(NamedTuple):
+    """A request of the doctor, in Chat form, and the limit of its answer in tokens."""
+
+    tokens: int
+    body: Json
+
+
+PROBE_TEXT = [{"role": "user", "content": "Reply with the word OK."}]
+PROBE_TOOL = {"type": "function", "function": {
+    "name": "say_word", "description": "Say a word.", "parameters": {
+        "type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]}}}
+PROBES = {
+    "chat": Probe(16, {"messages": PROBE_TEXT}),
+    "tool": Probe(512, {  # models that think do so before the call
+        "messages": [{"role": "user", "content": "Call the tool with the word OK."}],
+        "tools": [PROBE_TOOL], "tool_choice": "required"}),
+    "stream": Probe(16, {"messages": PROBE_TEXT, "stream": True}),
+}
+PROBE_HEAD = parse_request_head(b"POST %b HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type:"
+                                b" application/json" % CHAT.path.encode(), HeadLimits())
+# What a check comes to, and what is told of it, by a word for what went wrong: those of
+# `failure_of` for the way there, those of RULES, and a few more, for answers.
+ADVICE = {
+    "unresolved": ("fail", "the host name {host} cannot be found; check base_url and DNS, and"
+                   " HTTPS_PROXY where the network needs one"),
+    "refused": ("fail", "nothing listens at {place}; see that the server is running, and that"
+                " its port is right"),
+    "unreachable": ("fail", "{place} cannot be reached ({said}); is it running, is base_url right,"
+                    " does the network need HTTPS_PROXY?"),
+    "silent": ("fail", "{place} does not answer within {secs} seconds; see that base_url is right, and"
+               " whether the network needs HTTPS_PROXY"),
+    "timeout": ("fail", "no whole answer within {secs} seconds; try again, or a larger --timeout"),
+    "untrusted": ("fail", "the certificate of {origin} is not trusted ({said}); if your network"
+                  " re-signs TLS, set ca_file to its CA"),
+    "plain": ("fail", "base_url says https, but {origin} speaks plain http"),
+    "tls": ("fail", "the TLS handshake with {origin} failed ({said}); check the scheme and the port"
+            " in base_url"),
+    "broken": ("fail", "{said}"),
+    "template": ("fail", "{path}.api_key is still the template's; put your key there"),
+    "no model": ("skip", "no model is known; name one with --model, or in"
+                 " providers.{provider}.models"),
+    "auth": ("fail", "the key from {source} is refused; see that it is whole, valid, and"
+             " this provider's{quote}"),
+    "forbidden": ("fail", "the key from {source} may not do this{quote}"),
+    "missing": ("fail", "there is nothing at {url}; check the path in base_url, or try another"
+                " protocol ({others}){quote}"),
+    "unsupported": ("fail", "the provider does not know the model {model}{near}{quote}"),
+    "quota": ("warn", "the key works, but its quota or rate limit is used up{again}{quote}"),
+    "capacity": ("warn", "the key works, but the provider takes no more requests now{again}"
+                 "{quote}"),
+    "billing": ("fail", "the key works, but there is no credit left{again}{quote}"),
+    "challenge": ("fail", "the network in front of the provider asks for a browser; try another"
+                  " network, or proxy_url"),
+    "transient": ("fail", "the provider has a fault of its own (status {status}); try again"
+                  " later{quote}"),
+    "request": ("fail", "the provider refuses the request (status {status}){quote}"),
+    "unknown": ("fail", "the provider answered with status {status}{quote}"),
+    "limit": ("ok", "it works; the model thinks longer than this check allows"),
+    "page": ("fail", "{url} is a web page, not an API; check the path in base_url"),
+    "moved": ("fail", "{url} leads elsewhere (status {status}); put the address it leads to into"
+              " base_url{quote}"),
+    "shape": ("fail", "the answer is none of {protocol}; try another protocol ({others}){quote}"),
+    "cut": ("fail", "the stream ended before its last event{quote}"),
+    "whole": ("fail", "no stream came, but an answer in one piece"),
+}
+
+
+class Unwell(Exception):
+    """Why a check cannot go on: a word of ADVICE, and what its sentence tells."""
+
+    def __init__(self, what: str, **facts: Any) -> None:
+        super().__init__(what)
+        self.what, self.facts = what, facts
+
+
+def failure_of(error: Exception, check: str) -> Unwell:
+    """What ended a check."""
+    late = "silent" if check in ("dns", "tcp", "tls") else "timeout"
+    for kind, what in ((TimeoutError, late), (ssl.SSLCertVerificationError, "untrusted"),
+                       (ssl.SSLError, "tls"), (socket.gaierror, "unresolved"),
+                       (ConnectionRefusedError, "refused"), (OSError, "unreachable")):
+        if isinstance(error, kind):
+            said = getattr(error, "verify_message", "") or getattr(error, "reason", "") or (
+                error.strerror if isinstance(error, OSError) and error.strerror else "")
+            if what == "tls" and said in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
+                what = "plain"
+            return Unwell(what, said=said or "no reason given")
+    if isinstance(error, Unwell):
+        return error
+    return Unwell("broken", said=error.message if isinstance(error, ProxyError) else str(error))
+
+
+def advice(failure: Unwell, facts: Mapping[str, Any]) -> tuple[str, str]:
+    """What a check comes to, and a sentence on it. The provider's own words stand behind it."""
+    status, text = ADVICE[failure.what]
+    told = {"said": "", "near": "", "again": "", **facts, **failure.facts}
+    said = textwrap.shorten(str(told["said"]), SAID_CHARS, placeholder=" ...")
+    return status, text.format(**{**told, "said": said, "quote": f"; it says: {said}" if said else ""})
+
+
+def without_secrets(text: str, secrets: Iterable[str]) -> str:
+    """`text` without secrets, and without beginnings and ends of them, as errors quote them."""
+    for secret in secrets:
+        for size in range(len(secret), min(len(secret), 8) - 1, -1):
+            for piece in {secret[:size], secret[-size:]} if size > 3 else ():
+                text = text.replace(piece, REDACTED)
+    return text
+
+
+WEB_PAGE = re.compile(rb"\s*(?:<!doctype html|<html)", re.I)
+OUTPUT_LIMIT = re.compile(r"max_(?:completion_|output_)?tokens or model output limit", re.I)
+KEY_FAULT = re.compile(r"\bapi[ _-]?key\b.{0,40}\b(?:valid|invalid|expired|missing)\b"
+                       r"|\b(?:invalid|expired|missing)\b.{0,20}\bapi[ _-]?key\b", re.I)
+
+
+def judge(answer: Fetched, model: str, now: float) -> None:
+    """Raise what is wrong with an answer by its status; 200 with a web page is so too."""
+    status, page = answer.status, WEB_PAGE.match(answer.body)
+    if status < 300 and not page:
+        return
+    if status < 300:
+        raise Unwell("page")
+    if status < 400:
+        leads = answer.values.get(b"location", b"").decode("latin-1").partition("?")[0]
+        raise Unwell("moved", status=status, said=leads)
+    error = upstream_error(status, answer.body[:ERROR_BODY_BYTES])
+    try:
+        body = load(answer.body)
+    except ValueError:
+        body = None
+    verdict = classify(error, answer.values, body, now)
+    what, said = verdict.what, "" if page else error.message
+    if what == "missing" and model and model in said:
+        what = "unsupported"
+    elif what == "request" and OUTPUT_LIMIT.search(said):
+        what = "limit"
+    elif what == "request" and KEY_FAULT.search(said):  # Google answers 400 there
+        what = "auth"
+    again = f", for {verdict.until - now:.0f} seconds more" if verdict.until else ""
+    raise Unwell(what, status=status, said=said, again=again)
+
+
+# -- which model the doctor asks ---------------------------------------------
+
+NO_PLAIN_CHAT = re.compile(
+    r"image|audio|video|realtime|transcri|speech|sora|veo|guard|ocr|search|research|instruct"
+    r"|davinci|babbage|codex|computer|live|robotics|aqa", re.I)
+CHEAP = re.compile(r"(?:^|[-/.:_ ])(?:nano|mini|lite|flash|haiku|small|tiny|free)(?:$|[-/.:_ ])", re.I)
+
+
+def doctor_model(config: Config, provider: str, asked: str, listed: Sequence[str]) -> str:
+    """The provider's name of the model to ask: the one that was `asked` for, one of the
+    configuration, or of its own list one that can chat, rather a cheap one. "" for none."""
+    routes = [r.upstream_model or r.model_pattern for r in config.routing.routes
+              if r.provider == provider and "$" not in (r.upstream_model or "")
+              and (r.upstream_model or pattern_kind(r.match_kind, r.model_pattern) == "exact")]
+    configured = [model.name for model in config.providers[provider].models]
+    plain = [id for id in listed if not NO_PLAIN_CHAT.search(id)] or list(listed)
+    found = [*filter(None, [asked]), *configured, *routes, *filter(CHEAP.search, plain), *plain]
+    return split_thinking(found[0])[0] if found else ""
+
+
+def near_models(model: str, listed: Sequence[str]) -> str:
+    """What a sentence on an unknown model goes on with: names that are like it, else some."""
+    near = difflib.get_close_matches(model, listed, 5, 0.5)
+    some = near or listed[:5]
+    return f"; {'it has names like' if near else 'it has'} {', '.join(some)}" if some else ""
+
+
+# -- what the doctor's requests are answered ---------------------------------
+
+def check_chat(value: Any) -> tuple[str, str]:
+    """What a Chat answer to the first probe shows."""
+    choice, message = first_choice(value)
+    text = text_of(message.get("content")).strip()
+    if text:
+        return "ok", f"answered {textwrap.shorten(text, 40, placeholder='...')!r}"
+    if choice.get("finish_reason") == "length" or any(
+            message.get(name) for name in ("reasoning", "reasoning_content")):
+        return "ok", ADVICE["limit"][1]
+    raise Unwell("shape")
+
+
+def check_tool(value: Any) -> tuple[str, str]:
+    """What a Chat answer to the probe with a tool shows."""
+    choice, message = first_choice(value)
+    calls = listing(message.get("tool_calls"))
+    call = mapping(mapping(next(iter(calls), None)).get("function"))
+    if not call:
+        why = ("the model thinks longer than this check allows" if choice.get("finish_reason")
+               == "length" else "clients that need tools will not get far with it")
+        return "warn", f"it did not call the tool; {why}"
+    try:
+        mapping(load(text_of(call.get("arguments")).encode()))["word"]
+    except (ValueError, KeyError):
+        return "warn", "it called the tool, with arguments that do not fit it"
+    return "ok", f"called {text_of(call.get('name'))} as asked"
+
+
+def first_choice(value: Any) -> tuple[Json, Json]:
+    """The first choice of a Chat answer, and its message."""
+    choice = mapping(next(iter(listing(mapping(value).get("choices"))), None))
+    return choice, mapping(choice.get("message"))
+
+
+def check_stream(protocol: Protocol, raw: bytes, pair: Pair | None, ctx: Context) -> int:
+    """The number of events in a provider's stream, which must be whole and translatable."""
+    observer = StreamObserver(protocol, len(raw) + 1)
+    events = list(observer.payloads(raw + b"\n\n", 0.0))
+    if not events:
+        raise Unwell("whole")
+    if observer.seen.error_message or not observer.complete:
+        raise Unwell("cut", said=observer.seen.error_message or "")
+    if pair:
+        deque(pair_events(pair.stream(ctx), [*events, None]), 0)
+    return len(events)
+
+
+# -- the doctor's round ------------------------------------------------------
+
+class Check(NamedTuple):
+    """What a check came to: ok, warn, fail or skip, in a sentence, after so many milliseconds."""
+
+    check: str
+    status: str
+    ms: int | None
+    text: str
+
+
+class Examination:
+    """The checks of one provider with one of its credentials, one after another."""
+
+    def __init__(self, provider: Provider, config: Config, tokens: Tokens, asked: str,
+                 secs: float) -> None:
+        self.provider, self.config, self.tokens = provider, config, tokens
+        self.asked, self.secs, self.pool = asked, secs, tokens.pool
+        self.key, self.model, self.target = "", "", provider.target
+        self.listed: list[str] = []
+        origin = provider.origin
+        self.way = place(origin.proxy) if origin.proxy else origin
+        self.via = f" (of the forward proxy {self.way.authority})" if origin.proxy else ""
+        self.steps: dict[str, Callable[[], Awaitable[tuple[str, str]]]] = {
+            "dns": self.dns, "tcp": self.tcp, "tls": self.tls, "key": self.find_key,
+            "models": self.models, "chat": functools.partial(self.answered, "chat", check_chat),
+            "tool": functools.partial(self.answered, "tool", check_tool), "stream": self.stream}
+
+    async def run(self) -> Json:
+        """The report on them."""
+        checks: list[Check] = []
+        lost: dict[str, str] = {}  # a check -> the one that it failed by
+        for name, needs in CHECKS.items():
+            culprit = next((lost[need] for need in needs if need in lost), None)
+            if culprit:
+                lost[name] = culprit
+                checks.append(Check(name, "skip", None, f"needs {culprit}"))
+                continue
+            check, ended = await self.check(name)
+            checks.append(check)
+            if ended:
+                lost[name] = name
+        provider = self.provider
+        return {"provider": provider.name, "credential": provider.credential.name,
+                "protocol": provider.protocol.name, "url": self.url(provider.target),
+                "model": self.model or None, "checks": [check._asdict() for check in checks]}
+
+    async def check(self, name: str) -> tuple[Check, bool]:
+        """The outcome of a check, and whether those that need it are in vain."""
+        began, ended = time.perf_counter(), False
+        try:
+            async with asyncio.timeout(self.secs):
+                status, text = await self.steps[name]()
+        except (Unwell, ProxyError, OSError, ValueError) as error:
+            status, text = advice(failure_of(error, name), self.facts())
+            ended = True
+        text += self.via if name in ("dns", "tcp") else ""
+        text = printable(without_secrets(text, self.secrets()))
+        ms = None if status == "skip" else milliseconds(time.perf_counter() - began)
+        return Check(name, status, ms, text), ended
+
+    def facts(self) -> Json:
+        """What sentences of ADVICE may tell."""
+        provider = self.provider
+        return {"host": self.way.host, "place": f"{self.way.host}:{self.way.port}",
+                "origin": provider.origin.authority, "secs": f"{self.secs:g}",
+                "path": provider.credential.path, "provider": provider.name,
+                "source": source_report(provider.credential, self.tokens.environ),
+                "url": self.url(self.target), "model": self.model,
+                "near": near_models(self.model, self.listed), "protocol": provider.protocol.title,
+                "others": " or ".join(name for name, p in PROTOCOLS.items()
+                                      if p is not provider.protocol)}
+
+    def secrets(self) -> list[str]:
+        """What must not be printed, though an answer may repeat it."""
+        headers = self.provider.credential.headers.items()
+        return [self.key, *(value for name, value in headers if SECRET_HEADER.match(name))]
+
+    def url(self, target: str) -> str:
+        """A URL of the provider, without the query."""
+        origin = self.provider.origin
+        return f"{origin.scheme}://{origin.authority}{target.partition('?')[0]}"
+
+    async def dns(self) -> tuple[str, str]:
+        """Look up the host, the forward proxy's where there is one."""
+        with contextlib.suppress(ValueError):
+            ipaddress.ip_address(self.way.host)
+            return "skip", f"{self.way.host} is an address"
+        found = await asyncio.get_running_loop().getaddrinfo(
+            self.way.host, self.way.port, type=socket.SOCK_STREAM)
+        count = len({address[4][0] for address in found})
+        return "ok", f"{self.way.host} has {count} address{'es' * (count > 1)}"
+
+    async def tcp(self) -> tuple[str, str]:
+        """Connect, and no more."""
+        _, writer = await asyncio.open_connection(self.way.host, self.way.port,
+                                                  happy_eyeballs_delay=0.25)
+        writer.transport.abort()
+        return "ok", f"connected to port {self.way.port}"
+
+    async def tls(self) -> tuple[str, str]:
+        """Connect as requests do; they use the connection then."""
+        origin = self.provider.origin
+        if origin.scheme == "http":
+            return "skip", "plain http"
+        link = await open_link(origin, self.pool.contexts)
+        tls = link.writer.get_extra_info("ssl_object")
+        self.pool.give(link)
+        ends = ssl.cert_time_to_seconds(tls.getpeercert()["notAfter"])
+        days = int((ends - time.time()) // 86400)
+        return ("ok" if days >= CERTIFICATE_DAYS else "warn",
+                f"{tls.version()}; the certificate ends in {days} days")
+
+    async def find_key(self) -> tuple[str, str]:
+        """Get the key."""
+        provider = self.provider
+        if provider.settings.auth == "none":
+            return "skip", "the provider takes none"
+        if provider.template_key:
+            raise Unwell("template")
+        self.key = await self.tokens.key(provider.credential)
+        return "ok", f"from {source_report(provider.credential, self.tokens.environ)}"
+
+    async def models(self) -> tuple[str, str]:
+        """Ask for the list of models, and choose one of them."""
+        provider = self.provider
+        choose_model = functools.partial(doctor_model, self.config, provider.name, self.asked)
+        self.model = choose_model(())
+        if provider.settings.discover is False:
+            return "skip", "`discover` is off for this provider"
+        self.target, lines = provider.list_request(self.key)
+        # check() has the limit
+        answer = await fetch(self.pool, provider.origin, self.target, lines=lines, secs=FOREVER)
+        try:
+            judge(answer, "", time.time())
+        except Unwell as failure:
+            # keys may be good for chats only, and not all providers have a list
+            if failure.what not in ("forbidden", "missing") and answer.status not in (405, 501):
+                raise
+            return "warn", f"no list at {self.url(self.target)} (status {answer.status}); base_url" \
+                " may be wrong, or the provider has none for this key"
+        try:
+            self.listed = [model.id for model in read_models(answer.body, provider.name)]
+        except ValueError:
+            return "warn", f"what {self.url(self.target)} answers is no list of models"
+        self.model = choose_model(self.listed)
+        return "ok", f"{len(self.listed)} models"
+
+    async def send(self, probe: str, tap: Callable[[bytes], None] | None = None) -> tuple[
+            Fetched, Pair | None, Context]:
+        """The answer to a probe that was translated and sent as the proxy does it."""
+        provider = self.provider
+        self.target = provider.target
+        if not self.model:
+            raise Unwell("no model")
+        ctx = context_of(CHAT, provider, Decision(provider.name, self.model, None), "", "doctor")
+        tokens, body = PROBES[probe]
+        body = {"model": self.model, **body, ctx.caps.max_tokens_field or "max_tokens": tokens}
+        pair = pair_for(CHAT, provider.protocol, True)
+        raw, lines = dump(body), None
+        if pair:
+            raw, job = translated_request(pair, body, ctx)
+            lines = job.lines
+        head = provider.request_head(PROBE_HEAD, len(raw), lines, "", self.key)
+        answer = await fetch_with(self.pool, provider.origin, head, raw, FOREVER, tap)
+        judge(answer, self.model, time.time())
+        return answer, pair, ctx
+
+    async def answered(self, probe: str,
+                       look: Callable[[Any], tuple[str, str]]) -> tuple[str, str]:
+        """Send a probe, and look at its answer in Chat form."""
+        answer, pair, ctx = await self.send(probe)
+        try:
+            value = load(answer.body)
+            return look(pair.response(value, ctx) if pair else value)
+        except ValueError:
+            raise Unwell("shape") from None
+
+    async def stream(self) -> tuple[str, str]:
+        """Send a probe that is answered by a stream."""
+        began, pieces = time.perf_counter(), []
+        answer, pair, ctx = await self.send(
+            "stream", lambda piece: pieces.append(time.perf_counter()))
+        count = check_stream(self.provider.protocol, answer.body, pair, ctx)
+        return "ok", f"{count} events, the first after {milliseconds(pieces[0] - began)} ms"
+
+
+def seconds(text: str) -> float:
+    """A time limit as a flag gives it."""
+    try:
+        return float(SECONDS.read(float(text)))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+def doctor_line() -> argparse.ArgumentParser:
+    """The parser of `proxai.py doctor`."""
+    parser = argparse.ArgumentParser(
+        prog="proxai.py doctor", allow_abbrev=False,
+        description="Try each provider with each of its keys, from the name of its host to a"
+                    " streamed answer, and say in plain words what is wrong.", epilog=DOCTOR_NOTE)
+    add = parser.add_argument
+    add("providers", nargs="*", metavar="PROVIDER", help="names of providers; all without")
+    add("--config", metavar="PATH", help="configuration file")
+    add("--model", metavar="NAME", default="", help="the model to ask, as the provider names it")
+    add("--protocol", type=str.lower, choices=PROTOCOL_WORDS, metavar="P",
+        help="the one to try where a provider speaks several; without, its first")
+    add("--timeout", type=seconds, default=DOCTOR_SECS, metavar="SECS",
+        help=f"limit for each check ({DOCTOR_SECS:g})")
+    add("--json", action="store_true", help="print the reports as JSON")
+    return parser
+
+
+def doctor_lines(report: Json, paint: Callable[[str, str], str]) -> list[str]:
+    """The report on one credential for people."""
+    own = report["credential"] == report["provider"]
+    name = report["provider"] + ("" if own else f", {report['credential']}")
+    colors = {"ok": "green", "warn": "yellow", "fail": "red", "skip": "dim"}
+    lines = [f"{name}: {report['protocol']} at {report['url']}"
+             + (f", model {printable(report['model'])}" if report["model"] else "")]
+    for check in report["checks"]:
+        status, ms = check["status"], "" if check["ms"] is None else f"{check['ms']} ms"
+        said = paint(f"{'FAIL' if status == 'fail' else status:4}", colors[status])
+        lines.append(f"  {said}  {check['check']:6}  {ms:>8}  {check['text']}")
+    return lines
+
+
+async def examine(providers: Sequence[Provider], config: Config, args: Any,
+                  environ: Mapping[str, str], show: Callable[[Json], None]) -> list[Json]:
+    """The reports on these, some at a time, each one shown when it and those before it are
+    there."""
+    loop, pool, gate = asyncio.get_running_loop(), Pool(), asyncio.Semaphore(DOCTOR_LINKS)
+    loop.getaddrinfo = own_resolver(loop)  # type: ignore[method-assign]
+    # the report tells what its log would
+    tokens = Tokens(pool, Log(logging.Logger("doctor", logging.CRITICAL)), environ)
+
+    async def visit(provider: Provider) -> Json:
+        async with gate:
+            return await Examination(provider, config, tokens, args.model, args.timeout).run()
+
+    reports = []
+    try:
+        for task in [asyncio.create_task(visit(provider)) for provider in providers]:
+            reports.append(await task)
+            show(reports[-1])
+    finally:
+        pool.close()
+    return reports
+
+
+def doctor(args: Any, environ: Mapping[str, str]) -> int:
+    """Try providers with their keys; 1 where a check failed."""
+    config = load_from(args.config, environ)
+    names = list(dict.fromkeys(name.strip().lower() for name in args.providers))
+    for name in names:
+        check_provider(config, name)
+    print(DOCTOR_NOTE, file=sys.stderr)
+    paint = HumanLines(has_color(sys.stdout, config.logging, environ)).paint
+    providers = [each for name in names or config.providers
+                 for provider in [Provider(name, config.providers[name], environ)]
+                 for each in (provider, *provider.others.values())]
+    if args.protocol:
+        providers = [each.speaking(PROTOCOL_WORDS[args.protocol]) for each in providers]
+    reports = asyncio.run(examine(providers, config, args, environ, lambda report: None if args.json
+                                  else tell("\n" + "\n".join(doctor_lines(report, paint)))))
+    done = [check["status"] for report in reports for check in report["checks"]
+            if check["status"] != "skip"]
+    failed = done.count("fail")
+    print(pretty(reports) if args.json else f"\n{failed} of {len(done)} checks failed")
+    return 1 if failed else 0
+
+
+# -- subcommands -------------------------------------------------------------
+
 class Command(NamedTuple):
     """A subcommand: its parser, and what runs it and returns the exit status. A ConfigError of
     its is told in a line, with exit status 1."""
@@ -18533,6 +19062,7 @@ COMMANDS = {
     "presets": Command(presets_line, list_presets),
     "why": Command(why_line, ask_why),
     "credentials": Command(credentials_line, credentials),
+    "doctor": Command(doctor_line, doctor),
 }
 
 

@@ -227,7 +227,8 @@ Script = Callable[[Peer, Received], None]
 
 
 class Upstream:
-    """A scripted provider on loopback: what it answers is decided by the model a request asks for.
+    """A scripted provider on loopback: what it answers is decided by the model a request asks for, without a body
+    by its target.
 
     `on(model, *scripts)` sets what the first, second, ... request for `model` gets; the last repeats.
     """
@@ -269,7 +270,7 @@ class Upstream:
                 self.open.append(sock)
             peer = Peer(sock)
             while not peer.closed and (request := peer.read_request(number)):
-                model = json.loads(request.body)["model"]
+                model = json.loads(request.body)["model"] if request.body else request.target
                 before = self.requests.setdefault(model, [])
                 before.append(request)
                 scripts = self.scripts[model]
@@ -28275,6 +28276,280 @@ def test_env_takes_the_address_of_the_configuration(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         proxai.main(["env", "emacs"])
     assert ended.value.code == 2
+
+
+# -- doctor ------------------------------------------------------------------
+
+DOCTOR_KEY = "sk-doctor-0123456789abcdef"
+DOCTOR_CALL = {"name": "say_word", "arguments": '{"word": "OK"}'}
+
+
+def chat_answer(finish: str = "stop", **message: Any) -> Script:
+    """A script: a whole Chat answer."""
+    return answer_json({"choices": [{"message": {"role": "assistant", **message}, "finish_reason": finish}]})
+
+
+def said_no(status: int, message: str, *headers: str) -> Script:
+    """A script: an error as OpenAI writes it."""
+    return answer_json({"error": {"message": message, "type": "invalid_request_error"}}, status, *headers)
+
+
+def responses_answer(*output: Any) -> Script:
+    """A script: a whole Responses answer."""
+    return answer_json({"object": "response", "id": "r", "status": "completed", "output": list(output)})
+
+
+def messages_answer(*content: Any) -> Script:
+    """A script: a whole Messages answer."""
+    return answer_json({"type": "message", "id": "m", "role": "assistant", "content": list(content), "stop_reason": "end_turn"})
+
+
+PAGE_ANSWER = answer(200, b"\n<!DOCTYPE html><title>Hi</title>", "content-type: text/html")
+MODELS_ANSWER = answer_json({"data": [{"id": "text-embedding-3"}, {"id": "gpt-image-1"}, {"id": "big-1"}, {"id": "big-mini-1"}]})
+CHAT_OK = chat_answer(content="OK")
+CHAT_TOOL = chat_answer("tool_calls", tool_calls=[{"id": "c", "type": "function", "function": DOCTOR_CALL}])
+
+
+def whole_stream(word: str) -> Script:
+    """A script: a stream of a protocol from its first event to its last."""
+    protocol, events = STREAMS[word]
+    return answer_stream(sse(protocol, *events))
+
+
+# Of each provider: what its list and its model answer, and what is found: status and words by check.
+ALL_WELL = {"key": ("ok", "from api_key"), "chat": ("ok", "answered 'OK'"), "tool": ("ok", "called say_word"),
+            "stream": ("ok", "events, the first after")}
+DOCTOR_CASES: dict[str, tuple[str, Script, tuple[Script, ...], dict[str, tuple[str, str]]]] = {
+    "chat": ("chat", MODELS_ANSWER, (CHAT_OK, CHAT_TOOL, whole_stream("chat")),
+             {**ALL_WELL, "dns": ("skip", "127.0.0.1 is an address"), "tcp": ("ok", "connected to port"),
+              "tls": ("skip", "plain http"), "models": ("ok", "3 models")}),
+    "responses": ("responses", MODELS_ANSWER, (
+        responses_answer({"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "OK"}]}),
+        responses_answer({"type": "function_call", "call_id": "c", **DOCTOR_CALL}), whole_stream("responses")), ALL_WELL),
+    "messages": ("messages", said_no(404, "none"), (
+        messages_answer({"type": "text", "text": "OK"}),
+        messages_answer({"type": "tool_use", "id": "t", "name": "say_word", "input": {"word": "OK"}}),
+        whole_stream("messages")), {**ALL_WELL, "models": ("warn", "no list at http://127.0.0.1:")}),
+    "unkeyed": ("chat", said_no(401, f"Incorrect API key provided: {DOCTOR_KEY}, not {DOCTOR_KEY[:12]}"), (),
+                {"models": ("fail", "the key from api_key is refused"), "chat": ("skip", "needs models"), "stream": ("skip", "needs models")}),
+    "google": ("chat", said_no(400, "API key not valid. Please pass a valid API key."), (), {"models": ("fail", "is refused")}),
+    "scoped": ("chat", said_no(403, "Missing scopes"), (said_no(403, "no"),),
+               {"models": ("warn", "(status 403)"), "chat": ("fail", "may not do this; it says: no"), "tool": ("skip", "needs chat")}),
+    "astray": ("chat", answer(404, b"<html>not found</html>"), (answer(404, b"<html>not found</html>"),),
+               {"chat": ("fail", "/astray/v1/chat/completions; check the path in base_url, or try another protocol (openai_responses or")}),
+    "page": ("chat", PAGE_ANSWER, (), {"models": ("fail", "/page/v1/models is a web page, not an API")}),
+    "moved": ("chat", answer(301, b"", "location: https://b.example/v1?k=1"), (), {"models": ("fail", "says: https://b.example/v1")}),
+    "odd": ("chat", answer_json([1]), (answer_json({"text": "OK"}),),
+            {"models": ("ok", "0 models"), "chat": ("fail", "is none of OpenAI Chat Completions")}),
+    "unknown": ("chat", MODELS_ANSWER, (said_no(404, "The model doctor-unknown does not exist"),),
+                {"chat": ("fail", "does not know the model doctor-unknown; it has gpt-image-1, big-1, big-mini-1; it says: The")}),
+    "spent": ("chat", MODELS_ANSWER, (said_no(429, "slow down", "retry-after: 30", "x-ratelimit-remaining: 0"),),
+              {"chat": ("warn", "the key works, but its quota or rate limit is used up, for "), "tool": ("skip", "needs chat")}),
+    "ill": ("chat", MODELS_ANSWER, (answer_json({"error": "oh"}, 500),), {"chat": ("fail", "a fault of its own (status 500)")}),
+    "thinker": ("chat", MODELS_ANSWER, (chat_answer("length", content=""), chat_answer("length", content=""),
+                                        answer_stream(sse(CHAT, choice_of(content="O")))),
+                {"chat": ("ok", "thinks longer"), "tool": ("warn", "did not call"), "stream": ("fail", "before its last event")}),
+    "whole": ("chat", MODELS_ANSWER, (CHAT_OK, chat_answer("tool_calls", tool_calls=[{"function": {"arguments": "{"}}]), CHAT_OK),
+              {"tool": ("warn", "arguments that do not fit"), "stream": ("fail", "no stream came")}),
+}
+
+
+def doctor_provider(name: str, word: str, url: str, *more: str) -> str:
+    """The configuration of a provider for the doctor to look at."""
+    protocol = next(p.name for p in proxai.PROTOCOLS.values() if p.word == word)
+    return "\n".join([f"[providers.{name}]", f'protocol = "{protocol}"', f'base_url = "{url}"',
+                      f'api_key = "{DOCTOR_KEY}"', f'models = ["doctor-{name}(high)"]', *more, ""])
+
+
+def examined(capsys: Any, path: Path, text: str, *flags: str) -> tuple[int, dict[str, dict[str, Any]]]:
+    """The doctor's exit status and its checks, by the credential and the name of the check."""
+    path.write_text(text, "utf-8")
+    status = proxai.main(["doctor", "--config", str(path), "--json", *flags])
+    told = capsys.readouterr()
+    assert DOCTOR_KEY[:12] not in told.out + told.err and "tiny requests" in told.err
+    return status, {f"{r['provider']} {r['credential']}".replace(f"{r['provider']} {r['provider']}", r["provider"]):
+                    {c["check"]: c for c in r["checks"]} for r in json.loads(told.out)}
+
+
+def assert_found(checks: dict[str, Any], found: dict[str, tuple[str, str]]) -> None:
+    """The checks came to what is expected of them."""
+    for check, (status, words) in found.items():
+        assert checks[check]["status"] == status and words in checks[check]["text"], checks[check]
+        assert (checks[check]["ms"] is None) is (status == "skip")
+
+
+def test_the_doctor_finds_what_is_wrong_with_providers(upstream, tmp_path, capsys):
+    text = ""
+    for name, (word, models, scripts, _) in DOCTOR_CASES.items():
+        target = f"/{name}/v1/models" + "?limit=1000" * (word == "messages")
+        upstream.on(target, models)
+        upstream.on(f"doctor-{name}", *scripts)
+        text += doctor_provider(name, word, f"{upstream.url}/{name}", 'headers = {x-team = "tools"}')
+    status, found = examined(capsys, tmp_path / "c.toml", text)
+    assert status == 1 and list(found) == list(DOCTOR_CASES)
+    for name, (word, _, scripts, expected) in DOCTOR_CASES.items():
+        assert list(found[name]) == list(proxai.CHECKS)
+        assert_found(found[name], expected)
+        got = upstream.got(f"doctor-{name}")
+        assert len(got) == len(scripts) <= 3
+        for asked in got:
+            assert asked.header("x-team") == "tools" and DOCTOR_KEY in str(asked.headers)
+            assert asked.header("anthropic-version") == ("2023-06-01" if word == "messages" else None)
+    assert [r.json.get("tool_choice") for r in upstream.got("doctor-messages")] == [None, {"type": "any"}, None]
+    assert upstream.got("/chat/v1/models")[0].header("x-team") == "tools"
+
+
+def test_the_doctor_tells_who_is_not_there(upstream, tmp_path, capsys, monkeypatch):
+    def look_up(loop):
+        async def getaddrinfo(host, port, **hints):
+            if host == "two.example":
+                return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return getaddrinfo
+
+    monkeypatch.setattr(proxai, "own_resolver", look_up)
+    upstream.on("/slow/v1/models", lambda peer, request: peer.gone(5))
+    wire = Wire()
+    wire.handle = lambda peer: (peer.sock.recv(99999), peer.send(b"HTTP/1.1 400 Bad Request\r\n\r\n"))
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        nobody = f"127.0.0.1:{closed.getsockname()[1]}"
+        status, found = examined(
+            capsys, tmp_path / "c.toml",
+            doctor_provider("nowhere", "chat", "https://no-such-host.invalid/v1")
+            + doctor_provider("nobody", "chat", f"http://{nobody}/v1")
+            + doctor_provider("proxied", "chat", "https://two.example/v1", f'proxy_url = "http://u:p4ssw0rd@{nobody}"')
+            + doctor_provider("plain", "chat", wire.url.replace("http:", "https:"))
+            + doctor_provider("slow", "chat", f"http://two.example:{upstream.port}/slow")
+            + doctor_provider("template", "chat", upstream.url).replace(DOCTOR_KEY, "your-api-key"),
+            "--timeout", "0.3")
+    wire.close()
+    assert status == 1 and "p4ssw0rd" not in str(found)
+    for name, expected in {
+            "nowhere": {"dns": ("fail", "the host name no-such-host.invalid cannot be found"), "tls": ("skip", "needs dns"),
+                        "key": ("ok", "from api_key"), "chat": ("skip", "needs dns")},
+            "nobody": {"tcp": ("fail", f"nothing listens at {nobody};")},
+            "proxied": {"dns": ("skip", "127.0.0.1 is an address (of the forward proxy 127.0.0.1:"),
+                        "tcp": ("fail", f"nothing listens at {nobody};")},
+            "plain": {"tls": ("fail", "speaks plain http"), "models": ("skip", "needs tls")},
+            "slow": {"dns": ("ok", "two.example has 1 address"), "models": ("fail", "no whole answer within 0.3 seconds")},
+            "template": {"key": ("fail", "providers.template.api_key is still the template's")}}.items():
+        assert_found(found[name], expected)
+
+
+@needs_openssl
+def test_the_doctor_looks_at_certificates(ways, tmp_path, capsys):
+    config = tomllib.loads(Path(ways.program.process.args[3]).read_text("utf-8"))
+    ca_file = config["providers"]["secure"]["ca_file"]
+    for server in (ways.secure, ways.tunnel):
+        server.on("/v1/models", MODELS_ANSWER)
+        server.on("doctor-m", said_no(500, "oh"))
+    secure, trusted = f"https://localhost:{ways.secure.port}", f'ca_file = "{ca_file}"'
+    _, found = examined(
+        capsys, tmp_path / "c.toml",
+        doctor_provider("stranger", "chat", secure) + doctor_provider("good", "chat", secure, trusted)
+        + doctor_provider("tunnel", "chat", "https://proxied.test", f'proxy_url = "http://127.0.0.1:{ways.tunnel.port}"', trusted),
+        "--model", "doctor-m")
+    assert_found(found["stranger"], {"tls": ("fail", "is not trusted")})
+    for name in ("good", "tunnel"):  # the certificate is made for two days
+        assert_found(found[name], {"tls": ("warn", "TLSv1.3; the certificate ends in 1 days"), "models": ("ok", "3 models")})
+
+
+def test_the_doctor_tries_each_key_and_prints_a_table(upstream, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DOCTOR_KEY", DOCTOR_KEY)
+    upstream.on("/keys/v1/models", MODELS_ANSWER)
+    upstream.on("big-mini-1", CHAT_OK, CHAT_TOOL, whole_stream("chat"))
+    path = tmp_path / "c.toml"
+    path.write_text(f'[providers.keys]\nprotocol = "openai_chat_completions"\nbase_url = "{upstream.url}/keys"\n'
+                    'credentials = [{name = "one", api_key_env = "DOCTOR_KEY"}, {name = "two", api_key = "x", disabled = true},'
+                    ' {name = "three", api_key_command = ["false"]}]\n', "utf-8")
+    assert proxai.main(["doctor", "Keys ", "--config", str(path)]) == 1
+    table = capsys.readouterr().out
+    assert DOCTOR_KEY not in table and "two" not in table and "\x1b" not in table
+    shown = re.sub(r"\d+ ms|:\d+", "N", table).splitlines()
+    assert shown[1] == "keys, one: openai_chat_completions at http://127.0.0.1N/keys/v1/chat/completions, model big-mini-1"
+    assert re.fullmatch(r"  ok    key +N  from api_key_env", shown[5])
+    assert "keys, three: openai_chat_completions at " in table
+    assert re.search(r"\n  FAIL  key .*ended with status 1", table) and shown[-1] == "1 of 8 checks failed"
+
+
+def test_the_doctor_tries_another_protocol_of_a_provider(upstream, tmp_path, capsys):
+    upstream.on("/native/v1/models?limit=1000", MODELS_ANSWER)
+    upstream.on("doctor-native", *DOCTOR_CASES["messages"][2])
+    text = doctor_provider("native", "chat", "http://127.0.0.1:1", f'base_urls.anthropic_messages = "{upstream.url}/native"')
+    status, found = examined(capsys, tmp_path / "c.toml", text, "--protocol", "anthropic_messages")
+    assert status == 0
+    assert_found(found["native"], ALL_WELL)
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["nix"], "there is no provider 'nix' in the configuration\nHint: there are main, second."),
+    (["--timeout", "nan"], "must be a number of seconds"), (["--timeout", "x"], "'x'")])
+def test_the_doctor_refuses_what_it_cannot_do(tmp_path, capsys, flags, said):
+    (tmp_path / "c.toml").write_text(TWO_PROVIDERS, "utf-8")
+    try:
+        assert proxai.main(["doctor", "--config", str(tmp_path / "c.toml"), *flags]) == 1
+    except SystemExit as stop:
+        assert stop.code == 2
+    told = capsys.readouterr()
+    assert said in told.err and told.out == ""
+
+
+@pytest.mark.parametrize("more, asked, listed, model", [
+    ("", "m(high)", ["a"], "m"),
+    ('models = ["own(low)", "other"]', "", ["a-mini"], "own"),
+    ("", "", ["whisper-x", "gpt-4o-realtime", "gpt-4", "minimax-m1", "claude-haiku-4"], "claude-haiku-4"),
+    ("", "", ["gpt-image-1", "gpt-4", "minimax-m1"], "gpt-4"),
+    ("", "", ["gpt-image-1"], "gpt-image-1"),
+    ("", "", [], ""),
+    ('[[routing.routes]]\nmodel_pattern = "^a(.)$"\nprovider = "p"\nupstream_model = "x$1"\n'
+     '[[routing.routes]]\nmodel_pattern = "gpt-*"\nprovider = "p"', "", ["listed"], "listed"),
+    ('[[routing.routes]]\nmodel_pattern = "gpt-*"\nprovider = "p"\nupstream_model = "up"', "", ["listed"], "up"),
+    ('[[routing.routes]]\nmodel_pattern = "exact-one"\nprovider = "p"', "", ["listed"], "exact-one"),
+])
+def test_the_doctor_asks_a_model_that_can_chat(more, asked, listed, model):
+    text = f'[providers.p]\nprotocol = "openai_responses"\nbase_url = "http://x"\napi_key = "k"\n{more}'
+    assert proxai.doctor_model(proxai.load_config(text, "x.toml", environ={}), "p", asked, listed) == model
+
+
+@pytest.mark.parametrize("text, secrets, left", [
+    ("key sk-12345678 here", ["sk-12345678"], "key <redacted> here"),
+    ("sk-12345***, ***345678", ["sk-12345678"], "<redacted>***, ***345678"),
+    ("begins sk-12345 and ends 12345678", ["sk-12345678"], "begins <redacted> and ends <redacted>"),
+    ("a local one", ["one"], "a local one"), ("an ollama", ["", "ollama"], "an <redacted>")])
+def test_what_the_doctor_repeats_has_no_secrets(text, secrets, left):
+    assert proxai.without_secrets(text, secrets) == left
+
+
+def test_there_is_advice_on_all_that_can_happen():
+    words = {what for what in proxai.RULES if what not in ("ok", "client", "dropped", "network")}
+    assert words <= set(proxai.ADVICE)
+    facts = dict.fromkeys(("host place origin secs path provider source url model near protocol others said again"
+                           " status").split(), "{x}")
+    for what, (status, _) in proxai.ADVICE.items():
+        told, text = proxai.advice(proxai.Unwell(what), facts)
+        assert told == status in ("ok", "warn", "fail", "skip") and text and "\n" not in text
+    assert len(proxai.advice(proxai.Unwell("broken", said="word " * 999), facts)[1]) <= proxai.SAID_CHARS
+
+
+@pytest.mark.parametrize("error, what", [
+    (TimeoutError(), "silent"), (ssl.SSLError(1, "x"), "tls"), (ConnectionResetError(), "unreachable"),
+    (OSError("Multiple exceptions"), "unreachable"), (proxai.RequestError("no"), "broken"), (ValueError("no"), "broken"),
+    (ConnectionRefusedError(), "refused"), (proxai.Unwell("page"), "page"), (ssl.SSLCertVerificationError(1, "x"), "untrusted")])
+def test_each_failure_has_a_word(error, what):
+    assert proxai.failure_of(error, "tls").what == what
+    assert proxai.failure_of(TimeoutError(), "chat").what == "timeout"
+
+
+def test_the_doctors_words_have_colour_on_a_terminal_only(monkeypatch):
+    report = {"provider": "p", "credential": "c", "protocol": "x", "url": "http://u", "model": None, "checks": [
+        {"check": "tcp", "status": "fail", "ms": 12, "text": "no"}, {"check": "tls", "status": "skip", "ms": None, "text": "needs tcp"}]}
+    assert proxai.doctor_lines(report, proxai.HumanLines(True).paint) == [
+        "p, c: x at http://u", "  \x1b[31mFAIL\x1b[0m  tcp        12 ms  no", "  \x1b[2mskip\x1b[0m  tls               needs tcp"]
+    terminal, settings = types.SimpleNamespace(isatty=lambda: True), proxai.LoggingConfig()
+    assert proxai.has_color(terminal, settings, {}) and not proxai.has_color(io.StringIO(), settings, {})
+    assert not proxai.has_color(terminal, settings, {"NO_COLOR": "1"})
+    assert not proxai.has_color(terminal, dataclasses.replace(settings, use_color=False), {})
 
 
 # -- reload and workers ------------------------------------------------------
