@@ -21244,13 +21244,13 @@ def test_a_key_from_a_command_is_fetched_once_and_again_when_it_is_refused(comma
 def test_a_provider_that_refuses_the_new_key_too_is_told_to_the_client(commanded, upstream, model):
     upstream.on(model, answer_json({"error": {"message": "first"}}, 401),
                 answer_json({"error": {"message": "not you"}}, 401))
-    for sent in (2, 3):  # no renewal for each request
+    for sent in (3, 4):  # no renewal for each request, and a refused key rests
         reply = commanded.post(MESSAGES.path, body_for(MESSAGES, model))
         assert reply.status == 401 and b"not you" in reply.body
         assert len(upstream.got(model)) == sent
     got = upstream.got(model)
-    assert [r.header("x-api-key") for r in got] == ["key-1", "key-2", "key-2"]
-    assert [r.header("authorization") for r in got] == [r.header("x-user") for r in got] == [None] * 3
+    assert [r.header("x-api-key") for r in got] == ["key-1", "key-2", "low-1", "low-1"]
+    assert [r.header("authorization") for r in got] == [r.header("x-user") for r in got] == [None] * 4
     assert "anthropic-version" in {name for name, _ in got[0].headers}
 
 
