@@ -937,7 +937,8 @@ def choose_all(routes: Sequence[Route], defaults: Mapping[str, str], protocol: s
     if not default:
         raise SetupError(f"no route takes the model {model} and"
                          f" routing.default_provider_names.{protocol} is not set",
-                         fix="set that key to the name of a provider, or add a route")
+                         fix="set that key, or routing.default_provider, to the name of a provider,"
+                             " or add a route")
     return [Decision(default, base, None, thinking)]
 
 
@@ -1601,6 +1602,9 @@ class RoutingConfig:
 
     default_provider_names: DefaultsConfig = setting(
         Section(DefaultsConfig), "Used when no route takes a request.")
+    default_provider: str = setting(
+        NAME, "The provider of requests that no route takes, for protocols that have none of their"
+        " own in default_provider_names.", "")
     force_model_prefix: bool = setting(
         BOOLEAN, "Providers with a prefix take only requests that name it.", False)
     strategy: str = setting(
@@ -1892,8 +1896,10 @@ def cross_check(config: Config, faults: Faults, environ: Mapping[str, str]) -> C
     routes, defaults = config.routing.routes, config.routing.default_provider_names
     if not config.providers:
         faults.add("providers", "at least one provider is needed ([providers.<name>])")
-    named = [(f"routing.default_provider_names.{protocol}", getattr(defaults, protocol) or None)
-             for protocol in PROTOCOLS]
+    fallback = config.routing.default_provider
+    named = [("routing.default_provider", fallback or None)]
+    named += [(f"routing.default_provider_names.{protocol}", getattr(defaults, protocol) or None)
+              for protocol in PROTOCOLS]
     named += [(f"routing.routes[{i}].{place}", name) for i, r in enumerate(routes)
               for place, name in [("provider", r.provider), *(
                   ("fallback", f.provider) for f in r.fallback)]]
@@ -1914,7 +1920,9 @@ def cross_check(config: Config, faults: Faults, environ: Mapping[str, str]) -> C
     providers = {name: with_keys(with_preset(provider, name, faults, environ),
                                  f"providers.{name}", faults, environ)
                  for name, provider in config.providers.items()}
-    return dataclasses.replace(config, providers=providers)
+    names = DefaultsConfig(**{name: getattr(defaults, name) or fallback for name in PROTOCOLS})
+    return dataclasses.replace(config, providers=providers, routing=dataclasses.replace(
+        config.routing, default_provider_names=names))
 
 
 def check_listeners(config: Config, faults: Faults) -> None:
@@ -17552,7 +17560,8 @@ def flag_overrides(args: Any, tables: Json) -> list[Override]:
 
 def default_responses_provider(flag: str, tables: Json) -> str:
     """The key of the provider that --upstream and --api-key are about, as the file spells it."""
-    wanted = first_of(tables, f"/routing/default_provider_names/{RESPONSES.name}")
+    wanted = first_of(tables, f"/routing/default_provider_names/{RESPONSES.name}",
+                      "/routing/default_provider")
     for label in mapping(tables.get("providers")):
         if isinstance(wanted, str) and label.strip().lower() == wanted.strip().lower() != "":
             return str(label)
@@ -17686,10 +17695,14 @@ def tell(text: str) -> None:
 
 def start_notes(config: Config) -> list[str]:
     """What an operator should know before the first request."""
-    return [f"{credential.path}.api_key is still the template's; requests to it are refused"
-            for name, settings in config.providers.items()
-            for credential in credentials_of(name, settings)
-            if TEMPLATE_KEY.search(credential.source.api_key or "")]
+    notes = [f"{credential.path}.api_key is still the template's; requests to it are refused"
+             for name, settings in config.providers.items()
+             for credential in credentials_of(name, settings)
+             if TEMPLATE_KEY.search(credential.source.api_key or "")]
+    if not (config.routing.routes or any(default_providers(config).values())
+            or any(p.prefix or p.models for p in config.providers.values())):
+        notes.append("no request leads to a provider yet: set routing.default_provider")
+    return notes
 
 
 def check_report(config: Config, source: str, environ: Mapping[str, str]) -> str:

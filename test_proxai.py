@@ -1647,6 +1647,7 @@ openai_chat_completions = " two "
 anthropic_messages = "two"
 [routing]
 force_model_prefix = true
+default_provider = "TWO"
 strategy = "weighted"
 session_affinity_secs = 0
 probe_interval_secs = 60
@@ -1790,6 +1791,7 @@ FULL_VALUES = {
     "providers.one.protocol": "openai_responses", "providers.one.base_url": "https://h.example/v1/",
     "providers.one.api_key": "k-1", "providers.one.connect_timeout_secs": 0.25,
     "routing.force_model_prefix": True, "providers.one.prefix": "or", "routing.strategy": "weighted",
+    "routing.default_provider": "two",
     "routing.session_affinity_secs": 0, "routing.probe_interval_secs": 60, "routing.max_attempts": 3, "routing.retry_budget_secs": 7.5,
     "routing.routes.0.fallback": (proxai.FallbackConfig(provider="two"), proxai.FallbackConfig(provider="one", upstream_model="z")),
     "routing.routes.1.fallback": (),
@@ -2768,6 +2770,17 @@ def test_a_start_with_a_configuration_of_its_own_needs_no_app_directory(tmp_path
     program = Running(tmp_path, config=config_for(upstream.url), env={"USERPROFILE": str(tmp_path)})
     program.stop()
     assert [p.name for p in tmp_path.iterdir()] == ["config.toml"]
+
+def test_one_default_provider_is_enough_for_all_protocols():
+    text = '[providers.One]\nprotocol = "anthropic_messages"\nbase_url = "http://h"\napi_key = "k"\n[routing]\ndefault_provider = "one"\n'
+    names = load_text(text + f'[routing.default_provider_names]\n{CHAT.name} = ""\n').routing.default_provider_names
+    assert [getattr(names, name) for name in proxai.PROTOCOLS] == ["one"] * 3
+    (told,) = faults_of(text.replace('= "one"', '= "two"'))
+    assert "routing.default_provider: no provider is named two" in told
+    assert proxai.start_notes(load_text(text)) == []
+    (note,) = proxai.start_notes(load_text(text.partition("[routing]")[0]))
+    assert "routing.default_provider" in note
+
 
 
 
