@@ -14861,9 +14861,11 @@ class Turn:
                 way = choose_credential(state, candidates, request.model, session, time.time(),
                                         tried)
         told = most_useful([(verdict, error) for _, verdict, error in failures])
-        way = next(way for way, _, error in failures if error is told)
+        way, verdict = next((way, verdict) for way, verdict, error in failures if error is told)
         self.aim(*ways[way], way.credential)
-        self.fail(told, "hdr-error" if isinstance(told, UpstreamError) else "request-failed")
+        self.fail(told, "timeout" if verdict.source == TIME_LIMIT else
+                  "hdr-error" if verdict.source.startswith("status") or verdict.until
+                  else "request-failed")
         return False
 
     async def attempt(self, request: ModelRequest) -> tuple[Verdict, ProxyError | None]:
@@ -14884,7 +14886,7 @@ class Turn:
             reason = connection.take_reason()
             if reason not in TIMEOUTS:
                 raise Interrupted(reason) from None
-            return (Verdict("network" if reason == "connect" else "transient", source="time limit"),
+            return (Verdict("network" if reason == "connect" else "transient", source=TIME_LIMIT),
                     self.timeout_error(reason))
         self.note_head()
         if 200 <= exchange.status < 300:
@@ -15498,6 +15500,7 @@ class Turn:
         return logging.INFO, "closed", "the stream ended before its terminal event"
 
 
+TIME_LIMIT = "time limit"
 ENDED_BY = {"client_gone": "the client went away",
             "client_write": "the client took no bytes for write_timeout_secs",
             "shutdown": "the proxy shut down"}

@@ -26072,6 +26072,8 @@ def test_a_silent_provider_is_left_for_the_next_and_a_client_that_goes_ends_it_a
     reply = fleet.post("/v1/chat/completions", body_for(CHAT, name))  # `other` says nothing for its second
     gone.set()
     assert reply.status in (500, 502) and len(upstream.got(name)) == 3
+    end = fleet.events(reply.headers["x-proxai-request-id"])[-1]
+    assert end["event"] == ("timeout" if end["provider"] == "other" else "hdr-error")
     upstream.on(model, refused(429, "retry-after: 4"), said_json("hello"))  # a short wait is waited, not 4 s here
     with fleet.connect() as sock:
         raw = json.dumps(body_for(CHAT, model)).encode()
