@@ -16747,12 +16747,16 @@ function showStatus(data) {
     ["requests", count(data.requests.total)], ["errors", count(data.requests.errors)]]));
   past = data.history;
   Object.keys(CHARTS).forEach(draw);
-  fill($("providers"), JSON.stringify(data.providers), ...data.providers.map(provider));
+  fill($("providers"), JSON.stringify([data.providers, data.credentials]),
+    ...data.providers.map(p => provider(p, data.credentials)));
   showCaptures(data.captures);
   arrange();
 }
 
-function provider(p) {
+function provider(p, credentials) {
+  const rests = credentials.filter(c => c.provider === p.name).flatMap(c => c.rests.map(rest =>
+    `${c.credential} rests for ${rest.model ?? "all models"} until ${
+      clock(new Date(1000 * rest.until).toISOString())}: ${rest.reason}`));
   const last = p.last_at && [p.last_status, "at", clock(p.last_at, true)].filter(Boolean).join(" ");
   return el("li", {},
     el("div", { class: "bar" },
@@ -16761,7 +16765,8 @@ function provider(p) {
     el("small", { class: "mono" }, p.base_url),
     el("dl", {}, ...facts([["requests", count(p.requests)], ["errors", count(p.errors)],
       ["in flight", p.in_flight], ["first token", ms(p.ttfb_ms_p50)], ["last", last]])),
-    ...p.last_error ? [el("p", { class: p.health === "ok" ? "soft" : "bad" }, p.last_error)] : []);
+    ...p.last_error ? [el("p", { class: p.health === "ok" ? "soft" : "bad" }, p.last_error)] : [],
+    ...rests.map(text => el("p", { class: "warn" }, text)));
 }
 
 // -- capture switches
@@ -16955,7 +16960,8 @@ function showRecord(r) {
     ["request", `${r.method} ${r.path}`],
     ["model", r.model],
     ["model upstream", r.upstream_model === r.model ? "" : r.upstream_model],
-    ["provider", r.provider], ["route", r.route], ["protocols", pair(r)],
+    ["provider", r.provider], ["key", r.credential], ["route", r.route], ["protocols", pair(r)],
+    ["tries", (r.attempts || []).map(a => `${a.provider}/${a.credential}: ${a.what}`).join(", ")],
     ["answer", r.stream ? "stream" : "whole"], ["first token", ms(r.ttfb_ms)],
     ["duration", ms(lasted(r))], ["bytes in", count(r.bytes_in)], ["bytes out", count(r.bytes_out)],
     ...r.input_tokens || r.output_tokens ? tokens : []]));
