@@ -15954,6 +15954,7 @@ def tool_explain(proxy: Proxy, arguments: Json) -> str:
 
 def tool_recent_requests(proxy: Proxy, arguments: Json) -> str:
     """The records of the latest requests."""
+    proxy.metrics.count()
     return pretty(proxy.metrics.requests(0, arguments["limit"]))
 
 
