@@ -9166,15 +9166,25 @@ def pair_for(inbound: Protocol, provider: Protocol, extended: bool = False) -> P
 
 # -- one exchange ------------------------------------------------------------
 
-class Observed:
-    """What was seen of a provider's answer, whole or streamed."""
+class TokenCounts:
+    """The tokens that a provider has counted."""
 
-    __slots__ = ("cache_creation", "cached", "calls", "effort", "error_code", "error_message",
-                 "error_param", "failed", "finish", "incomplete_reason", "input", "items", "model",
-                 "output", "pending", "reasoning", "response_id", "seen", "sequence",
-                 "server_tools", "sources", "status", "terminal", "tier", "total")
+    __slots__ = ("cache_creation", "cached", "input", "output", "reasoning", "total")
 
     def __init__(self) -> None:
+        self.input = self.output = self.total = self.cached = self.cache_creation = \
+            self.reasoning = 0
+
+
+class Observed(TokenCounts):
+    """What was seen of a provider's answer, whole or streamed."""
+
+    __slots__ = ("calls", "effort", "error_code", "error_message", "error_param", "failed",
+                 "finish", "incomplete_reason", "items", "model", "pending", "response_id", "seen",
+                 "sequence", "server_tools", "sources", "status", "terminal", "tier")
+
+    def __init__(self) -> None:
+        super().__init__()
         self.response_id: str | None = None
         self.model: str | None = None
         self.tier: str | None = None
@@ -9185,8 +9195,6 @@ class Observed:
         self.error_message: str | None = None
         self.error_param: Any = None
         self.sequence: int | None = None
-        self.input = self.output = self.total = self.cached = self.cache_creation = \
-            self.reasoning = 0
         self.items: dict[str, int] = {}
         self.calls: dict[str, int] = {}
         self.sources: dict[str, int] = {}
@@ -9247,7 +9255,7 @@ class Exchange:
                  "dropped_paths", "encoding", "error", "error_type", "estimate", "head_at", "id",
                  "inbound", "inbound_bytes", "last_byte_at", "method", "model", "observed", "path",
                  "phase", "provider", "provider_bytes", "provider_protocol", "rates", "route",
-                 "sse", "started", "status", "upstream_model", "usage")
+                 "sse", "started", "status", "tokens", "upstream_model", "usage")
 
     def __init__(self, id: int, method: str, path: str, started: float) -> None:
         self.id, self.method, self.path, self.started = id, method, path, started
@@ -9271,6 +9279,7 @@ class Exchange:
         self.rates: Sequence[Field] = ()
         self.observed: Observed | None = None
         self.usage: Any = None  # of an answer that was not looked at yet
+        self.tokens: TokenCounts | None = None  # of one of which nothing else is told
         self.error: str | None = None
         self.error_type: str | None = None
         self.credential = ""  # the name of the key that was used, where there are several
@@ -9310,7 +9319,7 @@ class RequestIds:
 
 # -- answers -----------------------------------------------------------------
 
-def observe_openai_usage(seen: Observed, usage: Any) -> None:
+def observe_openai_usage(seen: TokenCounts, usage: Any) -> None:
     """Token counts of both OpenAI protocols; `input` is without what the cache gave."""
     if not isinstance(usage, dict):
         return
@@ -9324,7 +9333,7 @@ def observe_openai_usage(seen: Observed, usage: Any) -> None:
     seen.total = number(usage.get("total_tokens"))
 
 
-def observe_messages_usage(seen: Observed, usage: Any) -> None:
+def observe_messages_usage(seen: TokenCounts, usage: Any) -> None:
     """Token counts of Anthropic Messages; in streams later ones replace earlier ones."""
     for attribute, key in (("input", "input_tokens"), ("output", "output_tokens"),
                            ("cached", "cache_read_input_tokens"),
@@ -9332,6 +9341,8 @@ def observe_messages_usage(seen: Observed, usage: Any) -> None:
         value = mapping(usage).get(key)
         if value is not None:
             setattr(seen, attribute, number(value))
+    if not isinstance(seen, Observed):
+        return
     for key, count in list(mapping(mapping(usage).get("server_tool_use")).items())[:32]:
         if number(count) and len(seen.server_tools) < 64:
             seen.server_tools[key.removesuffix("_requests")[:OBSERVED_CHARS]] = number(count)
@@ -9875,7 +9886,8 @@ NO_ERRORS = ("end", "closed")  # a client that goes away is no error
 def request_record(exchange: Exchange, outcome: str, now_wall: float, clock: float) -> Json:
     """What is told of a request by the control listener and beside its captures. `now_wall` and
     `clock` are the same moment: the end, or now where the outcome is "open"."""
-    inbound, provider, seen = exchange.inbound, exchange.provider_protocol, exchange.observed
+    inbound, provider = exchange.inbound, exchange.provider_protocol
+    seen = exchange.observed or exchange.tokens
     return {
         "id": str(exchange.id), "at": wall_text(now_wall - (clock - exchange.started)),
         "method": exchange.method, "path": exchange.path[:OBSERVED_CHARS],
@@ -10028,7 +10040,7 @@ class Metrics:
         """Count what is over."""
         for exchange, outcome, clock in self.pending:
             if exchange.usage:
-                exchange.observed = seen = Observed()
+                exchange.tokens = seen = TokenCounts()
                 of_messages = exchange.provider_protocol is MESSAGES
                 (observe_messages_usage if of_messages else observe_openai_usage)(
                     seen, exchange.usage)
@@ -10039,7 +10051,8 @@ class Metrics:
 
     def count_one(self, exchange: Exchange, outcome: str, duration: float) -> None:
         """Count one request."""
-        seen, failed, status = exchange.observed, outcome not in NO_ERRORS, exchange.status
+        seen, failed = exchange.observed or exchange.tokens, outcome not in NO_ERRORS
+        status = exchange.status
         now = wall(exchange, exchange.started + duration)
         ttfb = exchange.head_at - exchange.started if exchange.head_at else None
         self.ended_count += 1
@@ -10068,7 +10081,8 @@ class Metrics:
             minute.input += seen.input
             minute.output += seen.output
             for kind in TOKEN_KINDS:
-                series.tokens[kind] += getattr(seen, kind)
+                if tokens := getattr(seen, kind):
+                    series.tokens[kind] += tokens
 
     def minute(self, now: float) -> Tally:
         """The tally of this minute; of the last one where the wall clock went back."""
@@ -12250,7 +12264,7 @@ def phase_lines(name: str, phase: CapturedPhase) -> list[str]:
 def capture_lines(capture: CapturedExchange) -> list[str]:
     """A stored exchange to read, phase by phase."""
     lines = [f"== exchange {capture.id} =="]
-    lines += [f"{key}: {printable(toml_value(value) if isinstance(value, list) else str(value))}"
+    lines += [f"{key}: {printable(toml_value(value) if isinstance(value, (list, bool)) else str(value))}"
               for key, value in (capture.record or {}).items() if value not in (None, "", [])]
     lines.append("")
     for name in PHASES:
@@ -13956,11 +13970,11 @@ def admit(head: RequestHead, settings: ServerConfig) -> tuple[Protocol | int, Cl
             and b"access-control-request-method" in head.values):
         return 204, None
     key = check_key(head.fields, client_keys(settings.api_keys, settings.keys), time.time())
-    if asked_model(head.path) is not None:
+    protocol = protocol_of(head.path)
+    if protocol is None and asked_model(head.path) is not None:
         if head.method not in (b"GET", b"HEAD"):
             raise method_error(b"GET, HEAD")
         return 200, key
-    protocol = protocol_of(head.path)
     if protocol is None:
         paths = (*MODEL_PATHS, *COUNT_PATHS, *MODELS_PATHS)
         raise RequestError("there is nothing at this path", status=404,
@@ -14757,6 +14771,7 @@ class Turn:
         self.exchange.status, self.exchange.down = 200, len(body)
         self.connection.write_head(200, [b"content-type: application/json", date_line()],
                                    len(body), body)
+        self.proxy.metrics.forget(self.exchange)
         self.log_end(logging.DEBUG, "end")
 
     def check_limits(self, key: ClientKey, model: str) -> None:
@@ -15983,6 +15998,7 @@ def tool_explain(proxy: Proxy, arguments: Json) -> str:
 
 def tool_recent_requests(proxy: Proxy, arguments: Json) -> str:
     """The records of the latest requests."""
+    proxy.metrics.count()
     return pretty(proxy.metrics.requests(0, arguments["limit"]))
 
 
@@ -16820,7 +16836,7 @@ async function capture(phase, enabled) {
 
 const COLUMNS = [  // class, heading, [main text, second text] of a record
   ["time", "Time", r => [clock(r.at, true), ""]],
-  ["model", "Model", r => [r.model || "–",
+  ["model", "Model", r => [r.model || r.path,
     r.upstream_model && r.upstream_model !== r.model ? `→ ${r.upstream_model}` : ""]],
   ["route", "Route", r => [r.provider || "–", pair(r)]],
   ["outcome", "Outcome", r => [verdict(r), r.error ?? ""]],

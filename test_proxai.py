@@ -26762,6 +26762,7 @@ def test_mcp_with_the_official_client(mcp_program, monkeypatch, version):
             with pytest.raises(Exception, match="there is no argument"):
                 await session.call_tool("providers", {"key": "please"})
 
+    assert mcp_program.post("/v1/responses", body_for(RESPONSES, "big-2")).status == 502
     with monkeypatch.context() as patch:
         patch.setenv("NO_PROXY", "127.0.0.1")
         asyncio.run(asyncio.wait_for(run(), PATIENCE))
@@ -26769,7 +26770,13 @@ def test_mcp_with_the_official_client(mcp_program, monkeypatch, version):
     assert "overrides.inbound_request_enabled: false" in texts["capture_disable"]
     assert texts["capture_clear"] == texts["capture_status"] and texts["capture_list"].startswith("request_id=8 ")
     assert '"older"' in texts["capture_read"] and "request_id: 7" in texts["capture_show_latest"]
-    assert isinstance(json.loads(texts["recent_requests"]), list) and isinstance(json.loads(texts["explain"]), dict)
+    told = json.loads(texts["explain"])
+    assert (told["provider"], told["upstream_model"], told["url"]) == ("claude", "claude-big", "http://127.0.0.1:9/v1/messages")
+    assert told["body"]["model"] == "claude-big" and "sk-very-secret" not in texts["explain"]
+    newest, *_ = json.loads(texts["recent_requests"])
+    assert {key: newest[key] for key in ("model", "upstream_model", "provider", "route", "status", "translation")} == {
+        "model": "big-2", "upstream_model": "claude-big", "provider": "claude", "route": "big", "status": 502,
+        "translation": "openai_responses->anthropic_messages"}
     assert json.loads(texts["providers"]) == [
         {"name": "main", "protocol": "openai_responses", "base_url": "https://secret.example.com:8443",
          "default_for": ["openai_responses"], "routes": []},
