@@ -9934,6 +9934,19 @@ def health_told(exchange: Exchange, outcome: str) -> str | None:
     return "failing"
 
 
+# What a try that failed tells of its provider's health, where it is not `failing`.
+HEALTH_AFTER = {"quota": "", "capacity": "", "dropped": "", "request": "ok", "unsupported": "ok",
+                "missing": "ok"}
+
+
+def other_tries(exchange: Exchange) -> list[Any]:
+    """The tries of a request but for the one that it is told to have ended with."""
+    tries = exchange.attempts
+    last = next((i for i in range(len(tries) - 1, -1, -1)
+                 if tries[i].provider == exchange.provider), 0)
+    return tries[:last] + tries[last + 1:]
+
+
 # -- counting ----------------------------------------------------------------
 
 class Histogram:
@@ -10061,6 +10074,11 @@ class Metrics:
         minute.add(failed, ttfb)
         minute.durations.append(duration)
         if exchange.provider:
+            for tried in other_tries(exchange):
+                tally = self.providers[tried.provider]
+                tally.add(True, None)
+                tally.last_at, tally.last_status, tally.last_error = now, tried.status, tried.what
+                tally.health = HEALTH_AFTER.get(tried.what, "failing") or tally.health
             tally = self.providers[exchange.provider]
             tally.add(failed, ttfb)
             tally.last_at, tally.last_status = now, status
@@ -10743,9 +10761,16 @@ def stream_fault(protocol: Protocol, event: Any) -> UpstreamError | None:
              for choice in map(mapping, listing(event.get("choices")))
              if choice.get("finish_reason") == "error"), None)
         return fault_of(told) if told else None
-    if event["type"] == "response.failed":
+    kind, told = event.get("type"), event.get("error")
+    if kind == "response.failed":
         return fault_of(mapping(event.get("response")).get("error") or event)
-    return fault_of(event.get("error") or event) if event["type"] == "error" else None
+    return fault_of(told or event) if kind == "error" or (told and kind is None) else None
+
+
+def answer_fault(value: Any) -> UpstreamError | None:
+    """The error that an answer in one piece is in spite of its status; None for other answers."""
+    told = mapping(value).get("error")
+    return fault_of(told) if told else None
 
 
 def is_visible(protocol: Protocol, event: Any) -> bool:
@@ -10754,7 +10779,7 @@ def is_visible(protocol: Protocol, event: Any) -> bool:
     if event == DONE:
         return False
     if protocol is not CHAT:
-        return event["type"] not in QUIET_EVENTS
+        return word(event.get("type")) not in QUIET_EVENTS
     return any(choice.get("finish_reason")
                or any(value for name, value in mapping(choice.get("delta")).items()
                       if name != "role")
@@ -13041,7 +13066,7 @@ def check_unfinished_answer(data: bytes, scanned: int) -> None:
 class ResponseBody:
     """The payload of an answer as it comes: chunks taken apart, compression undone."""
 
-    __slots__ = ("decoder", "held", "inflater", "link", "rest", "tap")
+    __slots__ = ("decoded", "decoder", "held", "inflater", "link", "rest", "tap")
 
     def __init__(self, link: Link, head: ResponseHead, rest: bytes) -> None:
         self.link, self.rest = link, rest
@@ -13050,7 +13075,8 @@ class ResponseBody:
         self.tap: Callable[[bytes], None] | None = None  # is given what is read
         self.inflater: Inflater | None = None
         coding = head.values.get(b"content-encoding", b"identity").lower()
-        if coding in INFLATABLE:
+        self.decoded = coding in INFLATABLE
+        if self.decoded:
             self.inflater = Inflater(coding)
         elif coding != b"identity":
             raise FramingError(f"the provider sent the content coding {coding.decode('latin-1')},"
@@ -14578,11 +14604,12 @@ class Proxy:
 
     def configure(self, config: Config) -> None:
         """Serve by `config` from the next request on; those on their way keep what they chose."""
+        # first what may fail, for then nothing is to change
+        self.providers = {name: Provider(name, settings, self.environ)
+                          for name, settings in config.providers.items()}
         self.config, self.style = config, config.error_responses.format
         self.routes = compile_routes(config.routing.routes)
         self.defaults = default_providers(config)
-        self.providers = {name: Provider(name, settings, self.environ)
-                          for name, settings in config.providers.items()}
         routing, state = config.routing, self.scheduler
         self.names = compile_names(config.providers, routing.force_model_prefix)
         state.strategy, state.affinity_secs, state.probe_secs = (
@@ -14700,8 +14727,7 @@ class Turn:
         finally:
             self.end_exchange()
             connection.watch.disarm()
-            if self.link:
-                self.link.abort()
+            self.cut_link()
             if self.capture:
                 connection.tap = None
                 self.capture.end()
@@ -14845,9 +14871,10 @@ class Turn:
         does, the client is told of the failure that helps it most."""
         state, exchange, candidates = self.proxy.scheduler, self.exchange, list(ways)
         session = session_keys(self.head.values, request.body)
+        model, _ = split_thinking(request.model)  # thinking more is no other session
         tried: set[Key] = set()
         failures: list[tuple[Candidate, Verdict, ProxyError]] = []
-        way = choose_credential(state, candidates, request.model, session, time.time())
+        way = choose_credential(state, candidates, model, session, time.time())
         if way is None:
             raise unavailable(state, candidates, request.model, self.inbound, time.time())
         while way:
@@ -14856,13 +14883,14 @@ class Turn:
             began = time.time()
             verdict, error = await self.attempt(request)
             now = time.time()
-            note_result(state, candidates, way, verdict, now, began=began, model=request.model,
+            note_result(state, candidates, way, verdict, now, began=began, model=model,
                         session=session)
             exchange.attempts.append(Attempt(way.provider, way.credential, exchange.status,
                                              verdict.what, milliseconds(now - began)))
             if error is None:
                 return True
             failures.append((way, verdict, error))
+            self.cut_link()
             step = next_step(state, candidates, tried, exchange.attempts, verdict,
                              time.perf_counter() - exchange.started, now,
                              budget=self.proxy.budget, jitter=random.random())
@@ -14873,8 +14901,7 @@ class Turn:
             if step.what == "round":
                 tried.clear()
             if step.what != "same":
-                way = choose_credential(state, candidates, request.model, session, time.time(),
-                                        tried)
+                way = choose_credential(state, candidates, model, session, time.time(), tried)
         told = most_useful([(verdict, error) for _, verdict, error in failures])
         way, verdict = next((way, verdict) for way, verdict, error in failures if error is told)
         self.aim(*ways[way], way.credential)
@@ -14887,9 +14914,18 @@ class Turn:
         """Send the request to the provider that was chosen. What came of it, and the error where no
         answer did; an answer's stream is read up to the first thing that a client would see."""
         exchange, connection = self.exchange, self.connection
-        exchange.status = 0
+        exchange.status, exchange.head_at, exchange.rates, exchange.sse = 0, 0.0, (), False
+        failed: ProxyError | None
+        value: Any = None
         try:
             await self.send(request.body, self.prepare(request), self.job and self.job.lines)
+            self.note_head()
+            if 200 <= exchange.status < 300:
+                failed = await (self.peek() if exchange.sse else self.check())
+            else:
+                failed, raw = await self.read_error()
+                with contextlib.suppress(ValueError):
+                    value = load(raw)
         except RequestError as error:  # this provider cannot be told; another may
             return Verdict("dropped", source="translation"), error
         except SetupError as error:
@@ -14903,18 +14939,19 @@ class Turn:
                 raise Interrupted(reason) from None
             return (Verdict("network" if reason == "connect" else "transient", source=TIME_LIMIT),
                     self.timeout_error(reason))
-        self.note_head()
-        if 200 <= exchange.status < 300:
-            failed = await self.peek() if exchange.sse else None
-            if failed is None:
-                return Verdict("ok"), None
-            self.release(False)
-            return classify(failed, self.answer.values, None, time.time()), failed
-        failed, raw = await self.read_error()
-        value: Any = None
-        with contextlib.suppress(ValueError):
-            value = load(raw)
+        if failed is None:
+            return Verdict("ok"), None
         return classify(failed, self.answer.values, value, time.time()), failed
+
+    async def check(self) -> ProxyError | None:
+        """Read an answer in one piece as far as it is held; the error that it is. What was read is
+        read again."""
+        raw, complete = await self.read_up_to(CHECKED_RESPONSE_BYTES)
+        self.body.held = [raw]
+        try:
+            return answer_fault(load_answer(raw, self.answer.status)[0]) if complete else None
+        except UpstreamError as error:
+            return error
 
     async def peek(self) -> ProxyError | None:
         """Read a stream until it shows something, or for as long as its head may be held back; the
@@ -14942,10 +14979,11 @@ class Turn:
                     break
         except asyncio.CancelledError:
             reason = connection.take_reason()
-            if reason != "peek":
-                raise Interrupted(reason) from None
+            if reason != "peek" or connection.gone:
+                raise Interrupted("client_gone" if connection.gone else reason) from None
         except UpstreamError as error:
-            return error
+            if self.job or not observer.splitter.oversize:  # who translates cannot hold it
+                return error
         except (FramingError, OSError) as error:
             return self.unreadable(error)
         body.held = held
@@ -15099,7 +15137,7 @@ class Turn:
         if self.log.info_on:
             self.log.event(logging.INFO, "hdr", end_fields(exchange))
         self.lines = (self.mapped(job) if job
-                      else client_lines(answer, decoded=self.body.inflater is not None))
+                      else client_lines(answer, decoded=self.body.decoded))
         if b"date" not in answer.values:
             self.lines.append(date_line())
         if job:
@@ -15186,7 +15224,7 @@ class Turn:
         """An answer beyond what is held for checking: its bytes pass as they come."""
         connection, length = self.connection, self.answer.length
         connection.write_head(self.answer.status, self.lines,
-                              length if length and length > 0 and not self.body.inflater else None)
+                              length if length and length > 0 and not self.body.decoded else None)
         try:
             while data:
                 connection.write_part(data)
@@ -15209,6 +15247,12 @@ class Turn:
             self.proxy.pool.give(link)
         else:
             link.abort()
+
+    def cut_link(self) -> None:
+        """End a connection that nobody was given."""
+        if self.link:
+            self.link.abort()
+            self.link = None
 
     # -- streams
 
