@@ -9166,15 +9166,25 @@ def pair_for(inbound: Protocol, provider: Protocol, extended: bool = False) -> P
 
 # -- one exchange ------------------------------------------------------------
 
-class Observed:
-    """What was seen of a provider's answer, whole or streamed."""
+class TokenCounts:
+    """The tokens that a provider has counted."""
 
-    __slots__ = ("cache_creation", "cached", "calls", "effort", "error_code", "error_message",
-                 "error_param", "failed", "finish", "incomplete_reason", "input", "items", "model",
-                 "output", "pending", "reasoning", "response_id", "seen", "sequence",
-                 "server_tools", "sources", "status", "terminal", "tier", "total")
+    __slots__ = ("cache_creation", "cached", "input", "output", "reasoning", "total")
 
     def __init__(self) -> None:
+        self.input = self.output = self.total = self.cached = self.cache_creation = \
+            self.reasoning = 0
+
+
+class Observed(TokenCounts):
+    """What was seen of a provider's answer, whole or streamed."""
+
+    __slots__ = ("calls", "effort", "error_code", "error_message", "error_param", "failed",
+                 "finish", "incomplete_reason", "items", "model", "pending", "response_id", "seen",
+                 "sequence", "server_tools", "sources", "status", "terminal", "tier")
+
+    def __init__(self) -> None:
+        super().__init__()
         self.response_id: str | None = None
         self.model: str | None = None
         self.tier: str | None = None
@@ -9185,8 +9195,6 @@ class Observed:
         self.error_message: str | None = None
         self.error_param: Any = None
         self.sequence: int | None = None
-        self.input = self.output = self.total = self.cached = self.cache_creation = \
-            self.reasoning = 0
         self.items: dict[str, int] = {}
         self.calls: dict[str, int] = {}
         self.sources: dict[str, int] = {}
@@ -9247,7 +9255,7 @@ class Exchange:
                  "dropped_paths", "encoding", "error", "error_type", "estimate", "head_at", "id",
                  "inbound", "inbound_bytes", "last_byte_at", "method", "model", "observed", "path",
                  "phase", "provider", "provider_bytes", "provider_protocol", "rates", "route",
-                 "sse", "started", "status", "upstream_model", "usage")
+                 "sse", "started", "status", "tokens", "upstream_model", "usage")
 
     def __init__(self, id: int, method: str, path: str, started: float) -> None:
         self.id, self.method, self.path, self.started = id, method, path, started
@@ -9271,6 +9279,7 @@ class Exchange:
         self.rates: Sequence[Field] = ()
         self.observed: Observed | None = None
         self.usage: Any = None  # of an answer that was not looked at yet
+        self.tokens: TokenCounts | None = None  # of one of which nothing else is told
         self.error: str | None = None
         self.error_type: str | None = None
         self.credential = ""  # the name of the key that was used, where there are several
@@ -9310,7 +9319,7 @@ class RequestIds:
 
 # -- answers -----------------------------------------------------------------
 
-def observe_openai_usage(seen: Observed, usage: Any) -> None:
+def observe_openai_usage(seen: TokenCounts, usage: Any) -> None:
     """Token counts of both OpenAI protocols; `input` is without what the cache gave."""
     if not isinstance(usage, dict):
         return
@@ -9324,7 +9333,7 @@ def observe_openai_usage(seen: Observed, usage: Any) -> None:
     seen.total = number(usage.get("total_tokens"))
 
 
-def observe_messages_usage(seen: Observed, usage: Any) -> None:
+def observe_messages_usage(seen: TokenCounts, usage: Any) -> None:
     """Token counts of Anthropic Messages; in streams later ones replace earlier ones."""
     for attribute, key in (("input", "input_tokens"), ("output", "output_tokens"),
                            ("cached", "cache_read_input_tokens"),
@@ -9332,6 +9341,8 @@ def observe_messages_usage(seen: Observed, usage: Any) -> None:
         value = mapping(usage).get(key)
         if value is not None:
             setattr(seen, attribute, number(value))
+    if not isinstance(seen, Observed):
+        return
     for key, count in list(mapping(mapping(usage).get("server_tool_use")).items())[:32]:
         if number(count) and len(seen.server_tools) < 64:
             seen.server_tools[key.removesuffix("_requests")[:OBSERVED_CHARS]] = number(count)
@@ -9875,7 +9886,8 @@ NO_ERRORS = ("end", "closed")  # a client that goes away is no error
 def request_record(exchange: Exchange, outcome: str, now_wall: float, clock: float) -> Json:
     """What is told of a request by the control listener and beside its captures. `now_wall` and
     `clock` are the same moment: the end, or now where the outcome is "open"."""
-    inbound, provider, seen = exchange.inbound, exchange.provider_protocol, exchange.observed
+    inbound, provider = exchange.inbound, exchange.provider_protocol
+    seen = exchange.observed or exchange.tokens
     return {
         "id": str(exchange.id), "at": wall_text(now_wall - (clock - exchange.started)),
         "method": exchange.method, "path": exchange.path[:OBSERVED_CHARS],
@@ -9920,6 +9932,19 @@ def health_told(exchange: Exchange, outcome: str) -> str | None:
     if outcome == "request-failed" and status not in (502, 504):
         return None  # a bug or the end of this proxy
     return "failing"
+
+
+# What a try that failed tells of its provider's health, where it is not `failing`.
+HEALTH_AFTER = {"quota": "", "capacity": "", "dropped": "", "request": "ok", "unsupported": "ok",
+                "missing": "ok"}
+
+
+def other_tries(exchange: Exchange) -> list[Any]:
+    """The tries of a request but for the one that it is told to have ended with."""
+    tries = exchange.attempts
+    last = next((i for i in range(len(tries) - 1, -1, -1)
+                 if tries[i].provider == exchange.provider), 0)
+    return tries[:last] + tries[last + 1:]
 
 
 # -- counting ----------------------------------------------------------------
@@ -10028,7 +10053,7 @@ class Metrics:
         """Count what is over."""
         for exchange, outcome, clock in self.pending:
             if exchange.usage:
-                exchange.observed = seen = Observed()
+                exchange.tokens = seen = TokenCounts()
                 of_messages = exchange.provider_protocol is MESSAGES
                 (observe_messages_usage if of_messages else observe_openai_usage)(
                     seen, exchange.usage)
@@ -10039,7 +10064,8 @@ class Metrics:
 
     def count_one(self, exchange: Exchange, outcome: str, duration: float) -> None:
         """Count one request."""
-        seen, failed, status = exchange.observed, outcome not in NO_ERRORS, exchange.status
+        seen, failed = exchange.observed or exchange.tokens, outcome not in NO_ERRORS
+        status = exchange.status
         now = wall(exchange, exchange.started + duration)
         ttfb = exchange.head_at - exchange.started if exchange.head_at else None
         self.ended_count += 1
@@ -10048,6 +10074,11 @@ class Metrics:
         minute.add(failed, ttfb)
         minute.durations.append(duration)
         if exchange.provider:
+            for tried in other_tries(exchange):
+                tally = self.providers[tried.provider]
+                tally.add(True, None)
+                tally.last_at, tally.last_status, tally.last_error = now, tried.status, tried.what
+                tally.health = HEALTH_AFTER.get(tried.what, "failing") or tally.health
             tally = self.providers[exchange.provider]
             tally.add(failed, ttfb)
             tally.last_at, tally.last_status = now, status
@@ -10068,7 +10099,8 @@ class Metrics:
             minute.input += seen.input
             minute.output += seen.output
             for kind in TOKEN_KINDS:
-                series.tokens[kind] += getattr(seen, kind)
+                if tokens := getattr(seen, kind):
+                    series.tokens[kind] += tokens
 
     def minute(self, now: float) -> Tally:
         """The tally of this minute; of the last one where the wall clock went back."""
@@ -10729,9 +10761,16 @@ def stream_fault(protocol: Protocol, event: Any) -> UpstreamError | None:
              for choice in map(mapping, listing(event.get("choices")))
              if choice.get("finish_reason") == "error"), None)
         return fault_of(told) if told else None
-    if event["type"] == "response.failed":
+    kind, told = event.get("type"), event.get("error")
+    if kind == "response.failed":
         return fault_of(mapping(event.get("response")).get("error") or event)
-    return fault_of(event.get("error") or event) if event["type"] == "error" else None
+    return fault_of(told or event) if kind == "error" or (told and kind is None) else None
+
+
+def answer_fault(value: Any) -> UpstreamError | None:
+    """The error that an answer in one piece is in spite of its status; None for other answers."""
+    told = mapping(value).get("error")
+    return fault_of(told) if told else None
 
 
 def is_visible(protocol: Protocol, event: Any) -> bool:
@@ -10740,7 +10779,7 @@ def is_visible(protocol: Protocol, event: Any) -> bool:
     if event == DONE:
         return False
     if protocol is not CHAT:
-        return event["type"] not in QUIET_EVENTS
+        return word(event.get("type")) not in QUIET_EVENTS
     return any(choice.get("finish_reason")
                or any(value for name, value in mapping(choice.get("delta")).items()
                       if name != "role")
@@ -12250,7 +12289,7 @@ def phase_lines(name: str, phase: CapturedPhase) -> list[str]:
 def capture_lines(capture: CapturedExchange) -> list[str]:
     """A stored exchange to read, phase by phase."""
     lines = [f"== exchange {capture.id} =="]
-    lines += [f"{key}: {printable(toml_value(value) if isinstance(value, list) else str(value))}"
+    lines += [f"{key}: {printable(toml_value(value) if isinstance(value, (list, bool)) else str(value))}"
               for key, value in (capture.record or {}).items() if value not in (None, "", [])]
     lines.append("")
     for name in PHASES:
@@ -13027,7 +13066,7 @@ def check_unfinished_answer(data: bytes, scanned: int) -> None:
 class ResponseBody:
     """The payload of an answer as it comes: chunks taken apart, compression undone."""
 
-    __slots__ = ("decoder", "held", "inflater", "link", "rest", "tap")
+    __slots__ = ("decoded", "decoder", "held", "inflater", "link", "rest", "tap")
 
     def __init__(self, link: Link, head: ResponseHead, rest: bytes) -> None:
         self.link, self.rest = link, rest
@@ -13036,7 +13075,8 @@ class ResponseBody:
         self.tap: Callable[[bytes], None] | None = None  # is given what is read
         self.inflater: Inflater | None = None
         coding = head.values.get(b"content-encoding", b"identity").lower()
-        if coding in INFLATABLE:
+        self.decoded = coding in INFLATABLE
+        if self.decoded:
             self.inflater = Inflater(coding)
         elif coding != b"identity":
             raise FramingError(f"the provider sent the content coding {coding.decode('latin-1')},"
@@ -13956,11 +13996,11 @@ def admit(head: RequestHead, settings: ServerConfig) -> tuple[Protocol | int, Cl
             and b"access-control-request-method" in head.values):
         return 204, None
     key = check_key(head.fields, client_keys(settings.api_keys, settings.keys), time.time())
-    if asked_model(head.path) is not None:
+    protocol = protocol_of(head.path)
+    if protocol is None and asked_model(head.path) is not None:
         if head.method not in (b"GET", b"HEAD"):
             raise method_error(b"GET, HEAD")
         return 200, key
-    protocol = protocol_of(head.path)
     if protocol is None:
         paths = (*MODEL_PATHS, *COUNT_PATHS, *MODELS_PATHS)
         raise RequestError("there is nothing at this path", status=404,
@@ -14564,11 +14604,12 @@ class Proxy:
 
     def configure(self, config: Config) -> None:
         """Serve by `config` from the next request on; those on their way keep what they chose."""
+        # first what may fail, for then nothing is to change
+        self.providers = {name: Provider(name, settings, self.environ)
+                          for name, settings in config.providers.items()}
         self.config, self.style = config, config.error_responses.format
         self.routes = compile_routes(config.routing.routes)
         self.defaults = default_providers(config)
-        self.providers = {name: Provider(name, settings, self.environ)
-                          for name, settings in config.providers.items()}
         routing, state = config.routing, self.scheduler
         self.names = compile_names(config.providers, routing.force_model_prefix)
         state.strategy, state.affinity_secs, state.probe_secs = (
@@ -14686,8 +14727,7 @@ class Turn:
         finally:
             self.end_exchange()
             connection.watch.disarm()
-            if self.link:
-                self.link.abort()
+            self.cut_link()
             if self.capture:
                 connection.tap = None
                 self.capture.end()
@@ -14757,6 +14797,7 @@ class Turn:
         self.exchange.status, self.exchange.down = 200, len(body)
         self.connection.write_head(200, [b"content-type: application/json", date_line()],
                                    len(body), body)
+        self.proxy.metrics.forget(self.exchange)
         self.log_end(logging.DEBUG, "end")
 
     def check_limits(self, key: ClientKey, model: str) -> None:
@@ -14830,9 +14871,10 @@ class Turn:
         does, the client is told of the failure that helps it most."""
         state, exchange, candidates = self.proxy.scheduler, self.exchange, list(ways)
         session = session_keys(self.head.values, request.body)
+        model, _ = split_thinking(request.model)  # thinking more is no other session
         tried: set[Key] = set()
         failures: list[tuple[Candidate, Verdict, ProxyError]] = []
-        way = choose_credential(state, candidates, request.model, session, time.time())
+        way = choose_credential(state, candidates, model, session, time.time())
         if way is None:
             raise unavailable(state, candidates, request.model, self.inbound, time.time())
         while way:
@@ -14841,13 +14883,14 @@ class Turn:
             began = time.time()
             verdict, error = await self.attempt(request)
             now = time.time()
-            note_result(state, candidates, way, verdict, now, began=began, model=request.model,
+            note_result(state, candidates, way, verdict, now, began=began, model=model,
                         session=session)
             exchange.attempts.append(Attempt(way.provider, way.credential, exchange.status,
                                              verdict.what, milliseconds(now - began)))
             if error is None:
                 return True
             failures.append((way, verdict, error))
+            self.cut_link()
             step = next_step(state, candidates, tried, exchange.attempts, verdict,
                              time.perf_counter() - exchange.started, now,
                              budget=self.proxy.budget, jitter=random.random())
@@ -14858,8 +14901,7 @@ class Turn:
             if step.what == "round":
                 tried.clear()
             if step.what != "same":
-                way = choose_credential(state, candidates, request.model, session, time.time(),
-                                        tried)
+                way = choose_credential(state, candidates, model, session, time.time(), tried)
         told = most_useful([(verdict, error) for _, verdict, error in failures])
         way, verdict = next((way, verdict) for way, verdict, error in failures if error is told)
         self.aim(*ways[way], way.credential)
@@ -14872,9 +14914,18 @@ class Turn:
         """Send the request to the provider that was chosen. What came of it, and the error where no
         answer did; an answer's stream is read up to the first thing that a client would see."""
         exchange, connection = self.exchange, self.connection
-        exchange.status = 0
+        exchange.status, exchange.head_at, exchange.rates, exchange.sse = 0, 0.0, (), False
+        failed: ProxyError | None
+        value: Any = None
         try:
             await self.send(request.body, self.prepare(request), self.job and self.job.lines)
+            self.note_head()
+            if 200 <= exchange.status < 300:
+                failed = await (self.peek() if exchange.sse else self.check())
+            else:
+                failed, raw = await self.read_error()
+                with contextlib.suppress(ValueError):
+                    value = load(raw)
         except RequestError as error:  # this provider cannot be told; another may
             return Verdict("dropped", source="translation"), error
         except SetupError as error:
@@ -14888,18 +14939,19 @@ class Turn:
                 raise Interrupted(reason) from None
             return (Verdict("network" if reason == "connect" else "transient", source=TIME_LIMIT),
                     self.timeout_error(reason))
-        self.note_head()
-        if 200 <= exchange.status < 300:
-            failed = await self.peek() if exchange.sse else None
-            if failed is None:
-                return Verdict("ok"), None
-            self.release(False)
-            return classify(failed, self.answer.values, None, time.time()), failed
-        failed, raw = await self.read_error()
-        value: Any = None
-        with contextlib.suppress(ValueError):
-            value = load(raw)
+        if failed is None:
+            return Verdict("ok"), None
         return classify(failed, self.answer.values, value, time.time()), failed
+
+    async def check(self) -> ProxyError | None:
+        """Read an answer in one piece as far as it is held; the error that it is. What was read is
+        read again."""
+        raw, complete = await self.read_up_to(CHECKED_RESPONSE_BYTES)
+        self.body.held = [raw]
+        try:
+            return answer_fault(load_answer(raw, self.answer.status)[0]) if complete else None
+        except UpstreamError as error:
+            return error
 
     async def peek(self) -> ProxyError | None:
         """Read a stream until it shows something, or for as long as its head may be held back; the
@@ -14927,10 +14979,11 @@ class Turn:
                     break
         except asyncio.CancelledError:
             reason = connection.take_reason()
-            if reason != "peek":
-                raise Interrupted(reason) from None
+            if reason != "peek" or connection.gone:
+                raise Interrupted("client_gone" if connection.gone else reason) from None
         except UpstreamError as error:
-            return error
+            if self.job or not observer.splitter.oversize:  # who translates cannot hold it
+                return error
         except (FramingError, OSError) as error:
             return self.unreadable(error)
         body.held = held
@@ -15084,7 +15137,7 @@ class Turn:
         if self.log.info_on:
             self.log.event(logging.INFO, "hdr", end_fields(exchange))
         self.lines = (self.mapped(job) if job
-                      else client_lines(answer, decoded=self.body.inflater is not None))
+                      else client_lines(answer, decoded=self.body.decoded))
         if b"date" not in answer.values:
             self.lines.append(date_line())
         if job:
@@ -15171,7 +15224,7 @@ class Turn:
         """An answer beyond what is held for checking: its bytes pass as they come."""
         connection, length = self.connection, self.answer.length
         connection.write_head(self.answer.status, self.lines,
-                              length if length and length > 0 and not self.body.inflater else None)
+                              length if length and length > 0 and not self.body.decoded else None)
         try:
             while data:
                 connection.write_part(data)
@@ -15194,6 +15247,12 @@ class Turn:
             self.proxy.pool.give(link)
         else:
             link.abort()
+
+    def cut_link(self) -> None:
+        """End a connection that nobody was given."""
+        if self.link:
+            self.link.abort()
+            self.link = None
 
     # -- streams
 
@@ -15983,6 +16042,7 @@ def tool_explain(proxy: Proxy, arguments: Json) -> str:
 
 def tool_recent_requests(proxy: Proxy, arguments: Json) -> str:
     """The records of the latest requests."""
+    proxy.metrics.count()
     return pretty(proxy.metrics.requests(0, arguments["limit"]))
 
 
@@ -16825,7 +16885,7 @@ async function capture(phase, enabled) {
 
 const COLUMNS = [  // class, heading, [main text, second text] of a record
   ["time", "Time", r => [clock(r.at, true), ""]],
-  ["model", "Model", r => [r.model || "–",
+  ["model", "Model", r => [r.model || r.path,
     r.upstream_model && r.upstream_model !== r.model ? `→ ${r.upstream_model}` : ""]],
   ["route", "Route", r => [r.provider || "–", pair(r)]],
   ["outcome", "Outcome", r => [verdict(r), r.error ?? ""]],

@@ -26094,11 +26094,63 @@ def test_all_at_rest_by_declaration_is_told_with_the_time(programs, upstream, mo
     assert 590 <= int(reply.headers["retry-after"]) <= 600 and reply.json["error"]["code"] == "model_cooldown"
 
 
+CUT_ERROR = b"HTTP/1.1 500 X\r\ncontent-length: 100\r\n\r\nabc"
+
+
+@pytest.mark.parametrize("first", [
+    lambda peer, request: (peer.send(CUT_ERROR), peer.close()),
+    lambda peer, request: (peer.send(CUT_ERROR.replace(b"500", b"200")), peer.close()),
+    answer_json({"error": {"message": "overloaded", "code": 529}}), answer(200, b"", "content-type: application/json"),
+    answer(200, b"<html>", "content-type: text/html"), answer(500, b"xx", "content-encoding: br"),
+], ids=["error cut", "answer cut", "error in 200", "empty", "not JSON", "unknown coding"])
+@pytest.mark.parametrize("inbound", [CHAT, MESSAGES], ids=["chat", "messages"])
+def test_an_answer_that_is_none_is_asked_for_elsewhere(fleet, upstream, model, first, inbound):
+    upstream.on(model, first, said_json("hello"))
+    reply = fleet.post(inbound.path, body_for(inbound, model))
+    assert keys_asked(upstream, model) == ["one", "two"] and reply.status == 200 and b"hello" in reply.body
+
+
+def test_a_connection_whose_answer_is_of_no_use_is_closed(fleet, upstream, model):
+    closed = threading.Event()
+    upstream.on(model, lambda peer, request: (answer(200, b"xx", "content-encoding: br")(peer, request), peer.gone() and closed.set()),
+                lambda peer, request: (closed.wait(2), said_json("hello")(peer, request)))
+    assert fleet.post("/v1/chat/completions", body_for(CHAT, model)).status == 200 and closed.is_set()
+
+
+@pytest.mark.parametrize("coding, size", [("identity", 10), ("gzip", 10), ("identity", 9 << 20)], ids=["plain", "gzip", "more than is held"])
+def test_an_answer_that_was_looked_at_is_given_as_it_is(fleet, upstream, model, coding, size):
+    raw = json.dumps({"id": "c", "choices": [], "pad": "x" * size}).encode()
+    sent = gzip.compress(raw) if coding == "gzip" else raw
+    upstream.on(model, answer(200, sent, "content-type: application/json", f"content-encoding: {coding}"))
+    reply = fleet.post("/v1/chat/completions", body_for(CHAT, model))
+    assert reply.body == raw and reply.headers.get("content-encoding") in (None, "identity")
+
+
+def test_a_first_event_too_large_to_look_at_reaches_a_client_of_the_same_protocol(fleet, upstream, model):
+    large = chat_events({"choices": [{"delta": {"content": "x" * (17 << 20)}}]}, STOP_CHUNK)
+    upstream.on(model, answer_stream(large))
+    reply = fleet.post("/v1/chat/completions", body_for(CHAT, model, stream=True))
+    assert reply.body == large and keys_asked(upstream, model) == ["one"]
+
+
+def test_tries_that_failed_count_for_their_providers():
+    metrics, exchange = proxai.Metrics(NOW), proxai.Exchange(1, "POST", "/", 0.0)
+    metrics.began(exchange)
+    exchange.provider, exchange.status, exchange.head_at, exchange.phase = "b", 200, 1.0, proxai.PHASES[3]
+    exchange.attempts = [proxai.Attempt("a", "one", 500, "transient", 5), proxai.Attempt("b", "x", 429, "quota", 5),
+                         proxai.Attempt("b", "y", 200, "ok", 5)]
+    metrics.ended(exchange, "end", 2.0)
+    metrics.count()
+    a, b = metrics.provider("a"), metrics.provider("b")
+    assert (a["requests"], a["errors"], a["health"], a["last_status"], a["last_error"]) == (1, 1, "failing", 500, "transient")
+    assert (b["requests"], b["errors"], b["health"], b["last_status"]) == (2, 1, "ok", 200)
+
+
 def test_a_session_keeps_its_key_and_sessions_are_spread(programs, upstream, model):
     fleet = programs(FLEET.format(url=upstream.url, affinity=3600, strategy="round-robin"))
     upstream.on(model, said_json("hello"))
-    for session in "abab":
-        fleet.post("/v1/chat/completions", body_for(CHAT, model, prompt_cache_key=session))
+    for session, wish in zip("abab", ("", "", "(high)", "(low)"), strict=True):  # thinking more is no other session
+        fleet.post("/v1/chat/completions", body_for(CHAT, f"{model}{wish}", prompt_cache_key=session))
     first, second, *again = keys_asked(upstream, model)
     assert {first, second} == {"one", "two"} and again == [first, second]
 
@@ -26115,6 +26167,8 @@ def test_a_session_keeps_its_key_and_sessions_are_spread(programs, upstream, mod
     (RESPONSES, {"type": "response.output_text.delta"}, True, None), (RESPONSES, {"type": "response.completed"}, True, None),
     (RESPONSES, {"type": "response.failed", "response": {"error": {"code": "server_error", "message": "busy"}}}, True, "busy"),
     (RESPONSES, {"type": "error", "code": "rate_limit_exceeded", "message": "busy"}, True, "busy"),
+    (RESPONSES, {"error": {"message": "busy"}}, True, "busy"), (MESSAGES, {"no": "type"}, True, None),
+    (MESSAGES, {"type": ["odd"]}, True, None),
 ])
 def test_what_a_client_sees_of_a_stream_and_what_is_an_error(protocol, event, visible, fault):
     error = proxai.stream_fault(protocol, event)
@@ -26762,6 +26816,7 @@ def test_mcp_with_the_official_client(mcp_program, monkeypatch, version):
             with pytest.raises(Exception, match="there is no argument"):
                 await session.call_tool("providers", {"key": "please"})
 
+    assert mcp_program.post("/v1/responses", body_for(RESPONSES, "big-2")).status == 502
     with monkeypatch.context() as patch:
         patch.setenv("NO_PROXY", "127.0.0.1")
         asyncio.run(asyncio.wait_for(run(), PATIENCE))
@@ -26769,7 +26824,13 @@ def test_mcp_with_the_official_client(mcp_program, monkeypatch, version):
     assert "overrides.inbound_request_enabled: false" in texts["capture_disable"]
     assert texts["capture_clear"] == texts["capture_status"] and texts["capture_list"].startswith("request_id=8 ")
     assert '"older"' in texts["capture_read"] and "request_id: 7" in texts["capture_show_latest"]
-    assert isinstance(json.loads(texts["recent_requests"]), list) and isinstance(json.loads(texts["explain"]), dict)
+    told = json.loads(texts["explain"])
+    assert (told["provider"], told["upstream_model"], told["url"]) == ("claude", "claude-big", "http://127.0.0.1:9/v1/messages")
+    assert told["body"]["model"] == "claude-big" and "sk-very-secret" not in texts["explain"]
+    newest, *_ = json.loads(texts["recent_requests"])
+    assert {key: newest[key] for key in ("model", "upstream_model", "provider", "route", "status", "translation")} == {
+        "model": "big-2", "upstream_model": "claude-big", "provider": "claude", "route": "big", "status": 502,
+        "translation": "openai_responses->anthropic_messages"}
     assert json.loads(texts["providers"]) == [
         {"name": "main", "protocol": "openai_responses", "base_url": "https://secret.example.com:8443",
          "default_for": ["openai_responses"], "routes": []},
