@@ -1737,7 +1737,8 @@ class LoggingConfig:
         BOOLEAN, "Colour for human lines on a terminal, unless NO_COLOR is set.", True)
     file: str | None = setting(
         TEXT, "File for the same lines without colour: a path, or a name within the app"
-        " directory's logs. Each proxy needs a file of its own.", None, example="proxai.log")
+        " directory's logs. Each proxy needs a file of its own; further workers add their"
+        " number.", None, example="proxai.log")
     file_max_bytes: int = setting(
         whole(1024), "Size at which the file becomes FILE.1 and a new one is begun.", 10485760)
     file_backups: int = setting(
@@ -18047,6 +18048,16 @@ def keep_state(state: Json, path: Path, log: Log) -> None:
 RESTART_SECS = 1.0  # before a worker that ended by itself is started again
 
 
+def of_worker(config: Config, index: int) -> Config:
+    """The configuration of one worker: the first has the log file as it is named, each of the
+    others its own, for two processes cannot turn one file over."""
+    if not index or not config.logging.file:
+        return config
+    name, suffix = os.path.splitext(config.logging.file)
+    return dataclasses.replace(config, logging=dataclasses.replace(
+        config.logging, file=f"{name}.{index}{suffix}"))
+
+
 def run_workers(sockets: Sequence[Sockets], work: Callable[[int], int]) -> int:
     """Run `work` in a process for each of `sockets`, start those anew that end by themselves, and
     hand signals on to them; returns when all have ended after one."""
@@ -19215,12 +19226,13 @@ def run(args: Any, environ: Mapping[str, str]) -> int:
             if index == 0:
                 tell(told)
 
-        now = config
+        own = file._replace(load=lambda: of_worker(file.load(), index))
+        now = of_worker(config, index)
         if len(sockets) > 1:  # one that is started anew begins with today's file
             with contextlib.suppress(ConfigError):
-                now = file.load()
+                now = own.load()
         log, writer = start_log(now.logging, sys.stdout, environ)
-        return run_logged(serve(now, log, environ, sockets[index], started, file), writer)
+        return run_logged(serve(now, log, environ, sockets[index], started, own), writer)
 
     return work(0) if len(sockets) == 1 else run_workers(sockets, work)
 

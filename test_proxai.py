@@ -28713,6 +28713,12 @@ def test_workers_share_a_socket_are_replaced_and_end_together(tmp_path, upstream
         assert program.stop() == 0
 
 
+def test_each_worker_has_a_log_file_of_its_own():
+    config = proxai.load_config(ONE_PROVIDER + 'file = "own.log"\n', "x")
+    assert [proxai.of_worker(config, index).logging.file for index in range(3)] == ["own.log", "own.1.log", "own.2.log"]
+    assert proxai.of_worker(proxai.load_config(ONE_PROVIDER, "x"), 1).logging.file is None
+
+
 def test_a_shutdown_is_announced_before_requests_are_refused(tmp_path, upstream, model):
     upstream.on(model, answer_json({"id": "x"}))
     program = Running(tmp_path, config=config_for(upstream.url, server="shutdown_delay_secs = 600"))
