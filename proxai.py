@@ -1097,7 +1097,7 @@ def is_endpoint(text: str) -> bool:
 # what is ours to write: framing, the way there, the key
 OWN_FIELD = re.compile(r"(?i)host|connection|content-length|transfer-encoding|te|trailer|upgrade"
                        r"|expect|keep-alive|proxy-.*|accept|accept-encoding|content-encoding"
-                       r"|authorization|x-api-key")
+                       r"|authorization|x-api-key|x-goog-api-key")
 FIELD_NAME = re.compile(r"[A-Za-z0-9!#%&'*+.^_`|~-]+")
 
 
@@ -1106,7 +1106,23 @@ def is_headers(value: Any) -> bool:
     return isinstance(value, dict) and all(
         FIELD_NAME.fullmatch(name) and not OWN_FIELD.fullmatch(name) and isinstance(text, str)
         and text.strip() and text.isascii() and text.isprintable()
-        and (text[0] != "$" or FIELD_NAME.fullmatch(text[1:])) for name, text in value.items())
+        and (text.strip()[0] != "$" or is_copied(text.strip()[1:])) for name, text in value.items())
+
+
+def is_copied(name: str) -> bool:
+    """Whether a client's header may go to a provider under another name; its key may not."""
+    return bool(FIELD_NAME.fullmatch(name) and not OWN_FIELD.fullmatch(name))
+
+
+HASHED_KEY = "sha256:"
+
+
+def key_digest(key: str) -> bytes:
+    """The hash of a client's key, which the configuration holds plain or hashed."""
+    return (bytes.fromhex(key.removeprefix(HASHED_KEY)) if key.startswith(HASHED_KEY)
+            else hashlib.sha256(key.encode("ascii")).digest())
+
+
 def expiry_time(value: datetime.date) -> float:
     """When a date in a configuration is over, in seconds since 1970."""
     if not isinstance(value, datetime.datetime):
@@ -1125,7 +1141,6 @@ TEXT = text_of_kind("a non-empty string")
 # as it is; an empty one takes no model
 PATTERN = kind_of("a string", lambda value: isinstance(value, str))
 SECRET = text_of_kind("a non-empty string of printable ASCII without blanks", plain)
-HASHED_KEY = "sha256:"
 CLIENT_KEY = text_of_kind(
     f"a key of printable ASCII without blanks, or {HASHED_KEY} and the 64 hex digits of its hash",
     lambda text: plain(text) and (not text.startswith(HASHED_KEY)
@@ -1157,8 +1172,8 @@ ENDPOINT = text_of_kind("an https URL, or an http one of this machine", is_endpo
 COMMAND = kind_of("an array of strings: a program and its arguments",
                   lambda value: isinstance(value, list) and value and value[0]
                   and all(isinstance(item, str) and "\0" not in item for item in value), tuple)
-HEADERS = kind_of("a table of header names with values of printable ASCII; those that carry the"
-                  " key or frame the request cannot be set", is_headers,
+HEADERS = kind_of("a table of header names with values of printable ASCII; those that carry a"
+                  " key or frame the request can be neither set nor copied", is_headers,
                   lambda value: {name.lower(): text.strip() for name, text in value.items()})
 TEXTS = kind_of("a table of strings", lambda value: isinstance(value, dict)
                 and all(isinstance(item, str) for item in value.values()))
@@ -1941,6 +1956,11 @@ def check_listeners(config: Config, faults: Faults) -> None:
         faults.add("server.keys", "still holds a template key; replace it")
     if len({key.name for key in server.keys}) < len(server.keys):
         faults.add("server.keys", "two keys have the same name; names must be unique")
+    digests = [key_digest(key) for key in (*dict.fromkeys(server.api_keys), *(
+        key.key for key in server.keys if key.key))]
+    if len(set(digests)) < len(digests):
+        faults.add("server.keys", "a key is there twice, or in server.api_keys too, and only the"
+                                  " limits of the first one would hold")
     if not is_loopback(config.mcp.host):
         faults.add("mcp.host", f"must be a loopback address, is {config.mcp.host}")
     if server.workers > 1 and not hasattr(os, "fork"):
@@ -6770,7 +6790,11 @@ def reasoning_fields(ask: Ask, level: str | None, tools: bool, ctx: Context) -> 
         if tools and not off and re.match(r"gpt-5[.-]([4-9]|\d\d)", model):
             ctx.drop("reasoning.effort", "this model takes no effort beside tools here")
             return {}
-        if off and not re.match(r"gpt-5[.-][1-9]|gpt-[6-9]", model):
+        if re.match(r"gpt-[34]", model):
+            ctx.drop("reasoning.effort", "this model does not reason")
+            return {}
+        if (off and not re.match(r"gpt-5[.-][1-9]|gpt-[6-9]", model)
+                and not (ctx.thinking and REASONING_MODEL.match(model))):
             return {}
         known = openai_efforts(model) if model.startswith("gpt") else EFFORTS[2:5]
         return {"reasoning_effort": clamp_effort(level, known)}
@@ -7132,8 +7156,9 @@ def with_thinking(body: Json, ctx: Context) -> Json:
         if ctx.caps.reasoning and (kept or "reasoning" in out):
             out["reasoning"] = mapping(out.get("reasoning")) | kept
         return out
-    if config := mapping(out.pop("output_config", None)):
-        out["output_config"] = {name: v for name, v in config.items() if name != "effort"}
+    config = mapping(out.pop("output_config", None))
+    if kept := {name: value for name, value in config.items() if name != "effort"}:
+        out["output_config"] = kept
     choice = mapping(body.get("tool_choice"))
     ask_for_thinking(ask, ctx, out, choice if "type" in choice else None)
     fit_tokens(ask, ctx, out)
@@ -13147,9 +13172,11 @@ async def fetch(pool: Pool, origin: Origin, url: str, method: str = "GET",
     """The answer of `origin` to a request for `url`; see fetch_with()."""
     parts = urlsplit(url)
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    if not any(line.startswith(b"user-agent:") for line in lines):
+        lines = [b"user-agent: " + USER_AGENT, *lines]
     head = format_lines(
         first_line(origin, method, target) + b" HTTP/1.1", *way_lines(origin),
-        b"user-agent: " + USER_AGENT, b"accept-encoding: identity", *lines,
+        b"accept-encoding: identity", *lines,
         *([b"content-length: %d" % len(body)] if body else []))
     return await fetch_with(pool, origin, head, body, secs)
 
@@ -13241,6 +13268,8 @@ def expiry_of(value: Json, now: float) -> float:
 def printed_token(output: bytes, now: float) -> Token:
     """The token that a command printed, plain or in a JSON object; ValueError says why there is
     none."""
+    if len(output) >= COMMAND_BYTES:
+        raise ValueError(f"that is {COMMAND_BYTES} bytes or more")
     text = output.decode("utf-8-sig").strip()
     return token_of(load(text.encode()), now) if text.startswith("{") else token_of(
         {"token": text}, now)
@@ -13348,13 +13377,13 @@ def device_code_of(label: str, value: Json) -> DeviceCode:
     if not (code and user_code and url):
         raise UpstreamError(f"the OAuth server of {label} gave no device code")
     return DeviceCode(code, user_code, url, complete_url,
-                      max(secs_of(value.get("interval"), 5.0), 0.1),
+                      min(max(secs_of(value.get("interval"), 5.0), 0.1), 600.0),
                       min(secs_of(value.get("expires_in"), 600.0), 3600.0))
 
 
 def secs_of(value: Any, unsaid: float) -> float:
     """A time that an answer tells, else what goes `unsaid`."""
-    return float(value) if type(value) in (int, float) and value >= 0 else unsaid
+    return float(min(value, 1e9)) if type(value) in (int, float) and value >= 0 else unsaid
 
 
 def next_poll(code: str | None, interval: float) -> float | None:
@@ -13524,7 +13553,7 @@ class Tokens:
             kept = await asyncio.to_thread(read_token, path, oauth)
             if kept and kept.key != (stale and stale.key) and time.time() < kept.due:
                 return kept
-            known = (kept.refresh_token if kept else "", oauth.refresh_token or "")
+            known = (*(t.refresh_token for t in (kept, stale) if t), oauth.refresh_token or "")
             refresh = next((r for r in known if r and r not in used), "")
             if not refresh and oauth.flow != "client_credentials":
                 raise self.logged_out(credential)
@@ -13555,8 +13584,11 @@ class Tokens:
         try:
             await asyncio.to_thread(write_token, path, oauth, token)
         except OSError as error:
-            if token.refresh_token:  # without it the next start would need a login
-                raise SetupError(f"cannot write {path}: {error.strerror}") from None
+            fault = f"cannot write {path}: {error.strerror}"
+            if "device_code" in members:  # a login for nothing
+                raise SetupError(fault) from None
+            self.log.event(logging.WARNING, "token-failed", {
+                "provider": credential.provider, "credential": credential.name, "error": fault})
         return token
 
     async def post(self, credential: Credential, url: str, members: Mapping[str, str]) -> Json:
@@ -14062,12 +14094,8 @@ class ClientKey(NamedTuple):
 @functools.lru_cache(maxsize=16)
 def client_keys(plain_keys: tuple[str, ...], keys: tuple[ClientKeyConfig, ...]) -> tuple[ClientKey, ...]:
     """The configured keys, ready to compare."""
-    def digest(key: str) -> bytes:
-        return (bytes.fromhex(key.removeprefix(HASHED_KEY)) if key.startswith(HASHED_KEY)
-                else hashlib.sha256(key.encode("ascii")).digest())
-
-    return (*(ClientKey(digest(key)) for key in plain_keys), *(
-        ClientKey(digest(k.key), k.name, [compile_pattern("glob", glob) for glob in k.models],
+    return (*(ClientKey(key_digest(key)) for key in plain_keys), *(
+        ClientKey(key_digest(k.key), k.name, [compile_pattern("glob", glob) for glob in k.models],
                   k.requests_per_minute, FOREVER if k.expires is None else k.expires)
         for k in keys))
 
@@ -18268,9 +18296,9 @@ def env(args: Any, environ: Mapping[str, str]) -> int:
     if ipaddress.ip_address(host).is_unspecified:
         host = "127.0.0.1" if ":" not in host else "::1"
     base = f"http://[{host}]:{server.port}" if ":" in host else f"http://{host}:{server.port}"
-    print(client_settings(CLIENTS[args.client], base,
-                          "a-key-of-server.api_keys" if server.api_keys else "any",
-                          args.model, os.name == "nt"))
+    key = ("a-key-of-server.api_keys" if server.api_keys else
+           "a-key-of-server.keys" if server.keys else "any")
+    print(client_settings(CLIENTS[args.client], base, key, args.model, os.name == "nt"))
     return 0
 
 

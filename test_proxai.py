@@ -54,7 +54,7 @@ import zlib
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from unittest.mock import ANY
+from unittest.mock import ANY, Mock
 
 HERE = Path(__file__).resolve().parent
 PROGRAM = HERE / "proxai.py"
@@ -1984,6 +1984,9 @@ def test_at_least_one_provider_is_needed(text, path):
     ('keys = [{name = "a", key = "k", requests_per_minute = 0}]', "server.keys: item 0.requests_per_minute"),
     ('keys = [{name = "a", key = "k", expires = "soon"}]', "server.keys: item 0.expires: must be a date"),
     ('keys = [{name = "a", key = "k"}, {name = "a", key = "l"}]', "server.keys: two keys have the same name"),
+    ('keys = [{name = "a", key = "k"}, {name = "b", key = "k"}]', "server.keys: a key is there twice"),
+    (f'api_keys = ["k", "k"]\nkeys = [{{name = "b", key = "sha256:{hashlib.sha256(b"k").hexdigest()}"}}]',
+     "server.keys: a key is there twice, or in server.api_keys too"),
     ('keys = [{name = "a", key = "your-api-key-1"}]', "server.keys: still holds a template key"),
     ('api_keys = ["<your-key>"]', "server.api_keys: still holds a template key"),
     ('api_keys = ["sha256:zz"]', "server.api_keys: item 0 must be a key"),
@@ -2286,6 +2289,8 @@ client_id = "c"
     ('api_key = "k"\nheaders = { "a b" = "1" }', ["headers"]), ('api_key = "k"\nheaders = { a = "$" }', ["headers"]),
     ('api_key = "k"\nheaders = { a = "1\\r\\nb: 2" }', ["headers"]), ('api_key = "k"\nheaders = [1]', ["headers"]),
     ('api_key = "k"\nheaders = { Authorization = "Bearer x" }', ["headers"]),
+    *((f'api_key = "k"\nheaders = {{ x-user = "{text}" }}', ["headers"]) for text in (
+        "$Authorization", " $authorization", "$x-api-key", "$x-goog-api-key", "$connection", " $")),
     ('api_key = "k"\n[[providers.p.credentials]]\nname = "a"\napi_key = "b"', ["api_key"]),
     ('[[providers.p.credentials]]\nname = "a"', ["credentials[0].api_key"]),
     ('[[providers.p.credentials]]\napi_key = "b"', ["credentials[0].name"]),
@@ -5324,6 +5329,10 @@ def r_rs(*texts: str, **more: Any) -> Any:
     (RESPONSES, "", "gpt-4.1", "high", {"reasoning": {"effort": "low"}, "x": 1}, {"x": 1}),
     (CHAT, "api.openai.com", "gpt-5", "xhigh", {"reasoning_effort": "low", "temperature": 1},
      {"reasoning_effort": "high", "temperature": 1}),
+    *[(CHAT, "api.openai.com", model, "none", {"reasoning_effort": "high"}, expected) for model, expected in (
+        ("gpt-5.5", {"reasoning_effort": "none"}), ("gpt-5", {"reasoning_effort": "minimal"}),
+        ("o3", {"reasoning_effort": "low"}), ("gpt-4.1", {}), ("another", {}))],
+    (CHAT, "api.openai.com", "gpt-4o", "high", {"reasoning_effort": "low"}, {}),
     (CHAT, "openrouter.ai", "a/b", "500", {"reasoning": {"effort": "low"}}, {"reasoning": {"max_tokens": 500}}),
     (CHAT, "api.deepseek.com", "deepseek-x", "none", {"thinking": {"type": "enabled"}},
      {"thinking": {"type": "disabled"}}),
@@ -5332,6 +5341,8 @@ def r_rs(*texts: str, **more: Any) -> Any:
      {"max_tokens": 8000, "thinking": {"type": "enabled", "budget_tokens": 2000}}),
     (MESSAGES, "api.anthropic.com", "claude-opus-4-7", "xhigh", {"max_tokens": 9, "output_config": {"effort": "low"}},
      {"max_tokens": 9, "thinking": {"type": "adaptive", "display": "summarized"}, "output_config": {"effort": "xhigh"}}),
+    (MESSAGES, "api.anthropic.com", "claude-opus-4-7", "none", {"max_tokens": 9, "output_config": {"effort": "low"}},
+     {"max_tokens": 9, "thinking": {"type": "disabled"}}),
     (MESSAGES, "api.anthropic.com", "claude-opus-4-7", "none", {"max_tokens": 9, "thinking": {"type": "adaptive"}},
      {"max_tokens": 9, "thinking": {"type": "disabled"}}),
 ])
@@ -20817,6 +20828,7 @@ def test_a_command_prints_its_key_plain_or_as_json(output, key):
 @pytest.mark.parametrize("output", [
     b"", b"\n", b"two\nlines\n", b"two words", b"\xff", "schlüssel".encode(), b"{", b"{}", b'{"token": ""}',
     b'{"token": 5}', b'{"token": "a b"}', b'{"token": "a", "expires_at": "soon"}', b'{"other": "a"}',
+    b"a" * proxai.COMMAND_BYTES,
 ])
 def test_what_a_command_prints_may_be_no_key(output):
     with pytest.raises(ValueError):
@@ -20870,7 +20882,7 @@ DEVICE_ANSWER = {"device_code": "d", "user_code": "U-1", "verification_uri": "ht
 
 @pytest.mark.parametrize("more, interval, expires_in", [
     ({}, 5, 600), ({"interval": 2, "expires_in": 30}, 2, 30), ({"interval": 0, "expires_in": 10 ** 9}, 0.1, 3600),
-    ({"interval": "x", "expires_in": None}, 5, 600), ({"interval": -1, "expires_in": -1}, 5, 600),
+    ({"interval": 10 ** 400, "expires_in": 10 ** 400}, 600, 3600), ({"interval": "x", "expires_in": None}, 5, 600), ({"interval": -1, "expires_in": -1}, 5, 600),
 ])
 def test_a_device_code_has_its_times(more, interval, expires_in):
     code = proxai.device_code_of("p", {**DEVICE_ANSWER, **more})
@@ -21174,6 +21186,24 @@ def test_a_refresh_token_of_the_configuration_stands_in_for_a_stored_one(tmp_pat
     server.store("k1", "r1")
     assert server.key() == "k9"
     assert [form["refresh_token"] for form in server.asked] == ["r1", "r-given"]
+
+
+def test_a_token_that_cannot_be_stored_is_used_and_renewed_all_the_same(tmp_path, monkeypatch):
+    server = Granting(tmp_path, lambda form: granted(f"k{len(server.asked)}", refresh_token=f"r{len(server.asked)}"))
+    server.store("k0", "r0")
+    monkeypatch.setattr(proxai, "write_private", Mock(side_effect=OSError(28, "No space left on device")))
+    assert server.key() == "k1"
+    source = server.tokens.source(server.credential)
+    source.token = source.token._replace(due=0.0, expires_at=0.0)
+    server.tokens.post_before = server.tokens.post
+
+    async def post(credential: Any, url: str, members: dict[str, str]) -> Any:
+        if members["refresh_token"] == "r0":  # good for one use
+            return proxai.oauth_answer("p", *INVALID_GRANT)
+        return await server.tokens.post_before(credential, url, members)
+
+    server.tokens.post = post
+    assert server.key() == "k2" and server.asked[-1]["refresh_token"] == "r1"
 
 
 @pytest.mark.parametrize("answer, words", [
@@ -22797,6 +22827,7 @@ protocol = "anthropic_messages"
 base_url = "%s"
 api_key = "list-key"
 prefix = "l"
+headers = {x-team = "lists", user-agent = "own/1", anthropic-version = "own", x-copy = "$x-from"}
 [providers.gone]
 protocol = "openai_responses"
 base_url = "http://127.0.0.1:1"
@@ -22894,6 +22925,9 @@ def test_models_are_listed_for_each_client_and_found_by_id(named):
     assert [m["id"] for m in get("/v1/models").json["data"]] == ["P/mine", "mine", "P/ant", "ant", "l/vendor/a", "l/b"]
     (path, headers) = ListOfModels.seen[0]
     assert path == "/v1/models?limit=1000" and headers["x-api-key"] == "list-key"
+    assert {name.lower(): value for name, value in headers.items() if name not in ("host", "x-api-key")} == {
+        "x-team": "lists", "user-agent": "own/1", "anthropic-version": "own", "accept": "application/json",
+        "accept-encoding": "identity"}
     named.wait_line(r'"event":"models".*"provider":"gone"')
     assert get("/models/l/vendor/a").json == {"id": "l/vendor/a", "object": "model", "created": 0, "owned_by": "lists"}
     told = get("/v1/models", "anthropic-version: 2023-06-01").json
@@ -28348,6 +28382,10 @@ def test_env_takes_the_address_of_the_configuration(tmp_path, capsys):
     assert proxai.main(["env", "claude", "--config", str(config)]) == 0
     told = capsys.readouterr().out
     assert "http://127.0.0.1:4321" in told and "k1-of-mine" not in told
+    assert "a-key-of-server.api_keys" in told
+    config.write_text(ONE_PROVIDER + '[[server.keys]]\nname = "me"\nkey = "k2-of-mine"\n')
+    assert proxai.main(["env", "claude", "--config", str(config)]) == 0
+    assert "a-key-of-server.keys" in capsys.readouterr().out
     assert proxai.main(["env", "claude", "--config", str(tmp_path / "none.toml")]) == 1
     with pytest.raises(SystemExit) as ended:
         proxai.main(["env", "emacs"])
