@@ -18095,7 +18095,7 @@ def run_workers(sockets: Sequence[Sockets], work: Callable[[int], int]) -> int:
 
     def start(index: int) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, names)  # none may come while it is half begun
-        pid = os.fork()
+        pid = None if stopping else os.fork()
         if pid == 0:
             status = 1
             try:
@@ -18107,7 +18107,8 @@ def run_workers(sockets: Sequence[Sockets], work: Callable[[int], int]) -> int:
                 sys.excepthook(*sys.exc_info())
             finally:
                 os._exit(status)
-        children[pid] = index
+        if pid:
+            children[pid] = index
         signal.pthread_sigmask(signal.SIG_UNBLOCK, names)
 
     def hand_on(number_: int, frame: Any) -> None:
@@ -18125,11 +18126,10 @@ def run_workers(sockets: Sequence[Sockets], work: Callable[[int], int]) -> int:
     for index in range(len(sockets)):
         start(index)
     while children:
-        index = children.pop(os.wait()[0])
-        if not stopping:
+        ended = children.pop(os.wait()[0], None)  # None: an orphan that a container gave to us
+        if ended is not None and not stopping:
             time.sleep(RESTART_SECS)
-        if not stopping:
-            start(index)
+            start(ended)
     return 0
 
 

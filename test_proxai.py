@@ -28757,6 +28757,36 @@ def test_each_worker_has_a_log_file_of_its_own():
     assert proxai.of_worker(proxai.load_config(ONE_PROVIDER, "x"), 1).logging.file is None
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_the_first_process_of_a_container_reaps_more_than_its_workers():
+    code = """import os, signal, socket, sys, time
+sys.path.insert(0, sys.argv[1])
+import proxai
+parent = os.getpid()
+if os.fork() == 0:
+    os._exit(0)
+def work(index):
+    time.sleep(0.2)
+    os.kill(parent, signal.SIGTERM)
+    time.sleep(5)
+pair = proxai.Sockets(socket.socket(), socket.socket())
+sys.exit(proxai.run_workers([pair, pair], work))"""
+    done = subprocess.run([sys.executable, "-c", code, compiled().name], capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_configuration_that_fails_late_changes_nothing(tmp_path, upstream, model):
+    upstream.on(model, answer_json({"id": "x"}))
+    program = Running(tmp_path, config=config_for(upstream.url), env={"HTTP_PROXY": "gopher://p"})
+    try:
+        broken = config_for("http://api.invalid").replace("_default", "_other")
+        (tmp_path / "config.toml").write_text(broken, "utf-8")
+        program.wait_line(r'"event":"reload-failed".*HTTP_PROXY')
+        assert program.post("/v1/responses", body_for(RESPONSES, model)).status == 200
+    finally:
+        program.stop()
+
+
 def test_a_shutdown_is_announced_before_requests_are_refused(tmp_path, upstream, model):
     upstream.on(model, answer_json({"id": "x"}))
     program = Running(tmp_path, config=config_for(upstream.url, server="shutdown_delay_secs = 600"))
