@@ -13859,8 +13859,11 @@ def bound_socket(host: str, port: int,
     """A socket bound to an address. ConfigError names one that cannot be taken."""
     try:
         # on Windows this option would let two programs share a port
-        return socket.create_server((host, port), backlog=BACKLOG, reuse_port=False,
+        made = socket.create_server((host, port), backlog=BACKLOG, reuse_port=False,
                                     family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        # asyncio turns Nagle's algorithm off only where the protocol is named; each event of a
+        # stream would wait for the client's acknowledgement, which takes 40 ms
+        return socket.socket(made.family, made.type, socket.IPPROTO_TCP, fileno=made.detach())
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise ConfigError([f"cannot listen on {host}:{port}: {reason}"], hint) from None
