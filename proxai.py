@@ -11642,7 +11642,10 @@ CAPTURE_HEADS = {phase: f"{stem}.{'metadata' if phase.endswith('request') else '
                  for phase, stem in CAPTURE_STEMS.items()}
 CAPTURE_RECORD = "exchange.json"
 CAPTURE_JSON = json.JSONEncoder(separators=(",\n", ": "))  # a line for each member
-CAPTURE_NAME = re.compile(r"([0-9]+-[0-9]+)-((?:inbound|provider|upstream|outbound|exchange)\b.*)")
+CAPTURE_FILE = re.compile(
+    r"([0-9]{9,10})-([0-9A-Za-z]{1,40})-"
+    rf"(?:exchange\.json|({'|'.join(PHASES).replace('_', '-')})"
+    r"\.(?:metadata\.json|headers\.json|body\.(?:json|sse|bin)))")
 # limits that providers tell in tokens are no secrets
 SECRET_HEADER = re.compile(r"(?!.*(?:ratelimit|token-count))"
                            r".*(?:auth|cookie|credential|key|passw|secret|token)", re.IGNORECASE)
@@ -11899,8 +11902,10 @@ class CaptureStore:
         """Learn what is in the folder."""
         with contextlib.suppress(OSError):
             for entry in sorted(os.scandir(self.directory), key=lambda entry: entry.name):
-                if found := CAPTURE_NAME.fullmatch(entry.name):
-                    self.count(found[1], found[2], entry.stat(follow_symlinks=False).st_size)
+                if found := CAPTURE_FILE.fullmatch(entry.name):
+                    end = found.end(2)
+                    self.count(entry.name[:end], entry.name[end + 1:],
+                               entry.stat(follow_symlinks=False).st_size)
 
     def count(self, prefix: str, name: str, size: int) -> None:
         """A file is there, or has grown."""
@@ -12095,10 +12100,6 @@ def replace_file(path: Path, text: str) -> None:
 CAPTURE_READ_BYTES = 64 << 20  # of one file; a request body is at most 50 MiB by default
 SHOWN_LINES, SHOWN_CHARS = 20_000, 2 << 20  # of one body that is shown
 DIFF_LINES, DIFF_PAIRS = 4000, 10_000  # on each side, and equal ones: difflib gets slow with both
-CAPTURE_FILE = re.compile(
-    r"([0-9]{9,10})-([0-9A-Za-z]{1,40})-"
-    rf"(?:exchange\.json|({'|'.join(PHASES).replace('_', '-')})"
-    r"\.(?:metadata\.json|headers\.json|body\.(?:json|sse|bin)))")
 
 
 class StoredCapture(NamedTuple):
@@ -13939,8 +13940,11 @@ def bound_socket(host: str, port: int,
     """A socket bound to an address. ConfigError names one that cannot be taken."""
     try:
         # on Windows this option would let two programs share a port
-        return socket.create_server((host, port), backlog=BACKLOG, reuse_port=False,
+        made = socket.create_server((host, port), backlog=BACKLOG, reuse_port=False,
                                     family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        # asyncio turns Nagle's algorithm off only where the protocol is named; each event of a
+        # stream would wait for the client's acknowledgement, which takes 40 ms
+        return socket.socket(made.family, made.type, socket.IPPROTO_TCP, fileno=made.detach())
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise ConfigError([f"cannot listen on {host}:{port}: {reason}"], hint) from None
@@ -18288,10 +18292,8 @@ def env_line() -> argparse.ArgumentParser:
 
 def env(args: Any, environ: Mapping[str, str]) -> int:
     """Print how a client is pointed at the proxy of a configuration."""
-    path = Path(args.config) if args.config else app_directory(environ) / "config.toml"
-    server = ServerConfig()
-    if args.config or path.exists():
-        server = load_config(read_file(path), str(path), environ=environ).server
+    there = args.config or (app_directory(environ) / "config.toml").exists()
+    server = load_from(args.config, environ).server if there else ServerConfig()
     host = server.host
     if ipaddress.ip_address(host).is_unspecified:
         host = "127.0.0.1" if ":" not in host else "::1"

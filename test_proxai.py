@@ -22452,6 +22452,27 @@ def test_a_cut_ends_the_connection_although_its_socket_takes_no_option(raw):
     assert (transport.aborted, connection.keep) == (1, False)
 
 
+def test_small_parts_of_an_answer_are_sent_at_once():
+    async def run() -> int:
+        seen = asyncio.get_running_loop().create_future()
+
+        async def answer(connection: Any, head: Any) -> None:
+            seen.set_result(connection.transport.get_extra_info("socket").getsockopt(
+                socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            connection.cut()
+
+        server = proxai.Server(proxai.ServerConfig(), answer, answer)
+        port = await server.listen(proxai.bound_socket("127.0.0.1", 0))
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        nodelay = await seen
+        await server.drain(0.0, asyncio.Event())
+        writer.close()
+        return nodelay
+
+    assert asyncio.run(asyncio.wait_for(run(), PATIENCE))
+
+
 # -- the end
 
 def drained(running: Running) -> int:
