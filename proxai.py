@@ -15655,7 +15655,7 @@ def explain(config: Config, path: str, lines: Sequence[bytes], raw: bytes,
         "path": path, "protocol": None, "model": None, "routes": [], "route": None,
         "provider": None, "provider_protocol": None, "translation": "", "upstream_model": None,
         "url": None, "headers": [], "body": None, "changes": [], "dropped": {}, "note": "",
-        "answer": None}
+        "candidates": [], "named": False, "answer": None}
     try:
         block = b"\r\n".join([b"POST %b HTTP/1.1" % path.encode("utf-8", "replace"),
                              b"host: 127.0.0.1", *lines])
@@ -15684,8 +15684,13 @@ def explain_request(report: Json, config: Config, head: RequestHead, raw: bytes,
     report["routes"] = [
         {**tried, "pattern": f"{pattern_kind(r.match_kind, r.model_pattern)} {r.model_pattern}"}
         for tried, r in zip(tries, config.routing.routes, strict=False)]
-    decision = choose(routes, default_providers(config), protocol.name, request.model,
-                      compile_names(config.providers, config.routing.force_model_prefix))
+    decisions = choose_all(routes, default_providers(config), protocol.name, request.model,
+                           compile_names(config.providers, config.routing.force_model_prefix))
+    report["candidates"] = [
+        {"provider": d.provider, "credential": c.name, "model": d.model, "tier": d.tier}
+        for d in decisions for c in credentials_of(d.provider, config.providers[d.provider])]
+    decision = decisions[0]
+    report["named"] = decision.named
     provider = Provider(decision.provider, config.providers[decision.provider],
                         environ).speaking(protocol)
     report.update(provider=provider.name, provider_protocol=provider.protocol.name,
@@ -15736,7 +15741,12 @@ def explain_lines(report: Json) -> list[str]:
     if report["provider"]:
         lines.append(f"provider: {report['provider']}, "
                      + ("by that route" if report["routes"] and report["routes"][-1]["takes"]
+                        else "by its names" if report["named"]
                         else f"the default of {report['protocol']}"))
+        if len(report["candidates"]) > 1:
+            lines.append("candidates: " + ", ".join(
+                f"{c['provider']}/{c['credential']}{' when others fail' if c['tier'] else ''}"
+                for c in report["candidates"]) + "; `why` tells which are ready")
         lines.append(f"protocol: {report['translation'] or report['provider_protocol']}")
         lines.append(f"model: {printable(report['upstream_model'])}")
     if report["url"]:

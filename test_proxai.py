@@ -25963,6 +25963,28 @@ def test_explain_takes_a_file_standard_input_or_a_capture(explain, captures):
     assert status == 0 and "user-agent: me" in json.loads(out)["headers"]
 
 
+def test_explain_names_every_candidate():
+    config = load_text("""[providers.a]
+protocol = "openai_chat_completions"
+base_url = "http://h"
+credentials = [{name = "one", api_key = "k1"}, {name = "two", api_key = "k2"}]
+[providers.b]
+protocol = "anthropic_messages"
+base_url = "http://h"
+api_key = "k3"
+models = ["named"]
+[[routing.routes]]
+model_pattern = "m-*"
+provider = "a"
+fallback = ["b"]
+""")
+    body = {"model": "m-1", "messages": [{"role": "user", "content": "hi"}]}
+    lines = proxai.explain_lines(proxai.explain(config, CHAT.path, [], json.dumps(body).encode(), {}))
+    assert "candidates: a/one, a/two, b/b when others fail; `why` tells which are ready" in lines
+    report = proxai.explain(config, CHAT.path, [], json.dumps({**body, "model": "named"}).encode(), {})
+    assert "provider: b, by its names" in proxai.explain_lines(report) and len(report["candidates"]) == 1
+
+
 @pytest.mark.parametrize(("arguments", "said"), [
     (("HERE/b.json",), "Error: --path is needed"), (("HERE/none.json", "--path", "/v1/messages"), "Error: cannot read"), (("9999",), "Error: there is no capture with the id 9999"),
 ])
