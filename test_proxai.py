@@ -18964,7 +18964,7 @@ def test_the_command_shows_and_sets_switches(capture_command, tmp_path):
     assert [each.name for each in path.parent.glob("*.tmp")] == []
 
 
-@pytest.mark.parametrize("arguments", [(), ("enable", "inbound_request"), ("enable", "all"), ("on",), ("status", "x"),
+@pytest.mark.parametrize("arguments", [(), ("enable", "inbound_request"), ("on",), ("status", "x"),
                                        ("enable", "--nope")])
 def test_other_words_for_the_command_are_a_usage_error(capture_command, arguments):
     assert capture_command(*arguments)[0] == 2
