@@ -18984,7 +18984,7 @@ def test_the_command_shows_and_sets_switches(capture_command, tmp_path):
     assert "  provider_request_enabled: true" in capture_command("status")[1]
     assert capture_command("enable")[1].count(": true") == 4
     assert path.read_text() == proxai.set_capture_keys(proxai.example_toml(), ALL_PHASES)
-    assert capture_command("disable")[1].count(": false") == 4
+    assert capture_command("disable", "all")[1].count(": false") == 4
     assert path.read_text() == proxai.example_toml()
     assert [each.name for each in path.parent.glob("*.tmp")] == []
 
