@@ -18984,12 +18984,12 @@ def test_the_command_shows_and_sets_switches(capture_command, tmp_path):
     assert "  provider_request_enabled: true" in capture_command("status")[1]
     assert capture_command("enable")[1].count(": true") == 4
     assert path.read_text() == proxai.set_capture_keys(proxai.example_toml(), ALL_PHASES)
-    assert capture_command("disable")[1].count(": false") == 4
+    assert capture_command("disable", "all")[1].count(": false") == 4
     assert path.read_text() == proxai.example_toml()
     assert [each.name for each in path.parent.glob("*.tmp")] == []
 
 
-@pytest.mark.parametrize("arguments", [(), ("enable", "inbound_request"), ("enable", "all"), ("on",), ("status", "x"),
+@pytest.mark.parametrize("arguments", [(), ("enable", "inbound_request"), ("on",), ("status", "x"),
                                        ("enable", "--nope")])
 def test_other_words_for_the_command_are_a_usage_error(capture_command, arguments):
     assert capture_command(*arguments)[0] == 2
