@@ -14798,15 +14798,18 @@ class Turn:
         if head.path in COUNT_PATHS:
             await self.count(request.body, self.aim_ready(ways))
             return
+        way: Candidate | None = None
         if len(ways) == 1:
             self.aim(*ways.popitem()[1])
             await self.send(request.body, self.prepare(request), self.job and self.job.lines)
             self.note_head()
-        elif not await self.try_each(ways, request):
+        elif (way := await self.try_each(ways, request)) is None:
             return
         del raw, request  # a stream may take hours, and bodies megabytes
         exchange.body = None
         await self.respond()
+        if way:
+            self.note_late(list(ways), way)
 
     def begin_capture(self) -> None:
         """Capture the request in the phases that are on now."""
@@ -14899,8 +14902,8 @@ class Turn:
 
     # -- several credentials or providers
 
-    async def try_each(self, ways: Ways, request: ModelRequest) -> bool:
-        """Send the request to one after the other until one answers it; whether one did. Where none
+    async def try_each(self, ways: Ways, request: ModelRequest) -> Candidate | None:
+        """Send the request to one after the other until one answers it; which one did. Where none
         does, the client is told of the failure that helps it most."""
         state, exchange, candidates = self.proxy.scheduler, self.exchange, list(ways)
         session = session_keys(self.head.values, request.body)
@@ -14921,7 +14924,7 @@ class Turn:
             exchange.attempts.append(Attempt(way.provider, way.credential, exchange.status,
                                              verdict.what, milliseconds(now - began)))
             if error is None:
-                return True
+                return way
             failures.append((way, verdict, error))
             self.cut_link()
             step = next_step(state, candidates, tried, exchange.attempts, verdict,
@@ -14941,7 +14944,15 @@ class Turn:
         self.fail(told, "timeout" if verdict.source == TIME_LIMIT else
                   "hdr-error" if verdict.source.startswith("status") or verdict.until
                   else "request-failed")
-        return False
+        return None
+
+    def note_late(self, candidates: Sequence[Candidate], way: Candidate) -> None:
+        """Learn from an error inside of a stream that had begun: the next request goes elsewhere."""
+        seen, now = self.exchange.observed, time.time()
+        if seen and seen.failed:
+            error = fault_of({"code": seen.error_code, "message": seen.error_message})
+            note_result(self.proxy.scheduler, candidates, way,
+                        classify(error, self.answer.values, None, now), now, began=now)
 
     async def attempt(self, request: ModelRequest) -> tuple[Verdict, ProxyError | None]:
         """Send the request to the provider that was chosen. What came of it, and the error where no

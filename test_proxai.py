@@ -26210,6 +26210,19 @@ def test_a_first_event_too_large_to_look_at_reaches_a_client_of_the_same_protoco
     assert reply.body == large and keys_asked(upstream, model) == ["one"]
 
 
+@pytest.mark.parametrize("inbound", [CHAT, MESSAGES], ids=["chat", "messages"])
+def test_an_error_late_in_a_stream_sends_the_next_request_elsewhere(fleet, upstream, model, inbound):
+    def late(peer: Peer, request: Received) -> None:
+        peer.send(SSE_HEAD + chunk(chat_events(ROLE_CHUNK, TEXT_CHUNK, end=b"")))
+        fleet.wait_line(rf'"event":"hdr".*"model":"{model}"')  # the client has it
+        peer.send(chunk(chat_events({"error": {"message": "slow down", "code": "rate_limit_exceeded"}}, end=b"")) + b"0\r\n\r\n")
+
+    upstream.on(model, late, said_json("hello"))
+    assert b"slow down" in fleet.post(inbound.path, body_for(inbound, model, stream=True)).body
+    fleet.wait_line(rf'"event":"stream-error".*"model":"{model}"')
+    assert fleet.post(inbound.path, body_for(inbound, model)).status == 200 and keys_asked(upstream, model) == ["one", "two"]
+
+
 def test_tries_that_failed_count_for_their_providers():
     metrics, exchange = proxai.Metrics(NOW), proxai.Exchange(1, "POST", "/", 0.0)
     metrics.began(exchange)
