@@ -13428,7 +13428,7 @@ class Tokens:
 
     def __init__(self, pool: Pool, log: Log, environ: Mapping[str, str]) -> None:
         self.pool, self.log, self.environ = pool, log, environ
-        self.sources: dict[tuple[str, str], KeySource] = {}
+        self.sources: dict[tuple[str, str], tuple[Credential, KeySource]] = {}
 
     async def key(self, credential: Credential) -> str:
         """The key for a request now; ProxyError says why there is none."""
@@ -13442,11 +13442,12 @@ class Tokens:
         return credential.dynamic and await self.source(credential).refused(key)
 
     def source(self, credential: Credential) -> KeySource:
-        """Where the key of a credential comes from."""
+        """Where the key of a credential comes from; another place when the configuration
+        changes."""
         name = (credential.provider, credential.name)
-        if name not in self.sources:
-            self.sources[name] = KeySource(functools.partial(self.renew, credential))
-        return self.sources[name]
+        if name not in self.sources or self.sources[name][0] != credential:
+            self.sources[name] = credential, KeySource(functools.partial(self.renew, credential))
+        return self.sources[name][1]
 
     async def renew(self, credential: Credential, stale: Token | None) -> Token:
         """The token that follows `stale`, told in the log."""
@@ -14221,14 +14222,16 @@ class Catalogue:
     async def refresh(self) -> None:
         """Ask all providers whose models are not configured; a list that cannot be had leaves the
         one before it in place."""
-        proxy = self.proxy
+        proxy, config = self.proxy, self.proxy.config
         asked = [provider for name, provider in proxy.providers.items()
                  if leads_of(proxy.config, proxy.names, name)
                  and provider.settings.discover is not False and not provider.template_key]
         try:
             await asyncio.gather(*map(self.ask, asked))
         finally:
-            self.fresh_until, self.task = time.monotonic() + DISCOVERY_FRESH_SECS, None
+            self.task = None
+            if proxy.config is config:  # else others are to be asked
+                self.fresh_until = time.monotonic() + DISCOVERY_FRESH_SECS
 
     async def ask(self, provider: Provider) -> None:
         """Take over one provider's list; why that is impossible goes to the log."""

@@ -21092,6 +21092,17 @@ def test_a_static_key_is_no_token():
     assert not asyncio.run(tokens.refused(credential, "k-1")) and not tokens.sources
 
 
+def test_a_credential_that_the_configuration_changes_gets_its_key_anew():
+    tokens = proxai.Tokens(proxai.Pool(), proxai.Log(logging.getLogger("tokens-test")), {})
+
+    def source(word: str) -> Any:
+        return tokens.source(dynamic_credential(api_key_command=("echo", word)))
+
+    first = source("one")
+    assert source("one") is first and asyncio.run(first.key()) == "one"
+    assert asyncio.run(source("two").key()) == "two" and len(tokens.sources) == 1
+
+
 # -- OAuth, with a scripted server -------------------------------------------
 
 class Granting:
@@ -22820,6 +22831,21 @@ base_url = "http://127.0.0.1:1"
 auth = "none"
 prefix = "g"
 """
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_lists_that_were_asked_for_by_an_older_configuration_are_not_fresh(changed):
+    config = load_text(MINIMAL + 'prefix = "x"\n')
+    proxy = types.SimpleNamespace(config=config, names=proxai.compile_names(config.providers, False),
+                                  providers={"p": proxai.Provider("p", config.providers["p"], {})})
+    catalogue = proxai.Catalogue(proxy)
+
+    async def ask(provider: Any) -> None:
+        proxy.config = load_text(MINIMAL) if changed else config
+
+    catalogue.ask = ask
+    asyncio.run(catalogue.refresh())
+    assert (catalogue.fresh_until == 0) is changed and catalogue.task is None
 
 
 class ListOfModels(http.server.BaseHTTPRequestHandler):
