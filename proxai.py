@@ -882,7 +882,7 @@ def resolve_names(names: Names, model: str) -> list[Decision]:
     if base.lower() == "auto" and "auto" not in names.published:
         base = next(iter(names.listed), base)
     for name, wish in dict.fromkeys([(base, thinking), (model, "")]):
-        prefix = next((p for p in names.prefixes if name.startswith(p)), "")
+        prefix = max((p for p in names.prefixes if name.startswith(p)), key=len, default="")
         found = names.published.get(prefix + name[len(prefix):].lower()) or [
             (provider, name[len(prefix):]) for prefix, provider in names.open
             if name.startswith(prefix) and name != prefix
@@ -14709,6 +14709,8 @@ class Turn:
         exchange.inbound = protocol_of(head.path)
         if exchange.inbound and head.method == b"POST":
             self.begin_capture()
+        if asked_model(head.path) is not None:
+            exchange.inbound = MESSAGES if models_shape(head) == "messages" else CHAT
         connection.extra += check_origin(head, settings)
         protocol, key = admit(head, settings)
         exchange.client = key.name if key else ""
@@ -14751,7 +14753,6 @@ class Turn:
     async def answer_models(self, key: ClientKey | None) -> None:
         """Tell which models there are, or of one of them, as the client's vendor would."""
         shape, wanted = models_shape(self.head), asked_model(self.head.path)
-        self.exchange.inbound = MESSAGES if shape == "messages" else CHAT
         models = {id: model for id, model in (await self.proxy.catalogue.models()).items()
                   if key is None or key.allows(id)}
         if wanted and wanted not in models:
