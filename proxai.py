@@ -882,7 +882,7 @@ def resolve_names(names: Names, model: str) -> list[Decision]:
     if base.lower() == "auto" and "auto" not in names.published:
         base = next(iter(names.listed), base)
     for name, wish in dict.fromkeys([(base, thinking), (model, "")]):
-        prefix = next((p for p in names.prefixes if name.startswith(p)), "")
+        prefix = max((p for p in names.prefixes if name.startswith(p)), key=len, default="")
         found = names.published.get(prefix + name[len(prefix):].lower()) or [
             (provider, name[len(prefix):]) for prefix, provider in names.open
             if name.startswith(prefix) and name != prefix
@@ -13491,7 +13491,7 @@ class Tokens:
 
     def __init__(self, pool: Pool, log: Log, environ: Mapping[str, str]) -> None:
         self.pool, self.log, self.environ = pool, log, environ
-        self.sources: dict[tuple[str, str], KeySource] = {}
+        self.sources: dict[tuple[str, str], tuple[Credential, KeySource]] = {}
 
     async def key(self, credential: Credential) -> str:
         """The key for a request now; ProxyError says why there is none."""
@@ -13505,11 +13505,12 @@ class Tokens:
         return credential.dynamic and await self.source(credential).refused(key)
 
     def source(self, credential: Credential) -> KeySource:
-        """Where the key of a credential comes from."""
+        """Where the key of a credential comes from; another place when the configuration
+        changes."""
         name = (credential.provider, credential.name)
-        if name not in self.sources:
-            self.sources[name] = KeySource(functools.partial(self.renew, credential))
-        return self.sources[name]
+        if name not in self.sources or self.sources[name][0] != credential:
+            self.sources[name] = credential, KeySource(functools.partial(self.renew, credential))
+        return self.sources[name][1]
 
     async def renew(self, credential: Credential, stale: Token | None) -> Token:
         """The token that follows `stale`, told in the log."""
@@ -14287,14 +14288,16 @@ class Catalogue:
     async def refresh(self) -> None:
         """Ask all providers whose models are not configured; a list that cannot be had leaves the
         one before it in place."""
-        proxy = self.proxy
+        proxy, config = self.proxy, self.proxy.config
         asked = [provider for name, provider in proxy.providers.items()
                  if leads_of(proxy.config, proxy.names, name)
                  and provider.settings.discover is not False and not provider.template_key]
         try:
             await asyncio.gather(*map(self.ask, asked))
         finally:
-            self.fresh_until, self.task = time.monotonic() + DISCOVERY_FRESH_SECS, None
+            self.task = None
+            if proxy.config is config:  # else others are to be asked
+                self.fresh_until = time.monotonic() + DISCOVERY_FRESH_SECS
 
     async def ask(self, provider: Provider) -> None:
         """Take over one provider's list; why that is impossible goes to the log."""
@@ -14776,6 +14779,8 @@ class Turn:
         exchange.inbound = protocol_of(head.path)
         if exchange.inbound and head.method == b"POST":
             self.begin_capture()
+        if asked_model(head.path) is not None:
+            exchange.inbound = MESSAGES if models_shape(head) == "messages" else CHAT
         connection.extra += check_origin(head, settings)
         protocol, key = admit(head, settings)
         exchange.client = key.name if key else ""
@@ -14821,7 +14826,6 @@ class Turn:
     async def answer_models(self, key: ClientKey | None) -> None:
         """Tell which models there are, or of one of them, as the client's vendor would."""
         shape, wanted = models_shape(self.head), asked_model(self.head.path)
-        self.exchange.inbound = MESSAGES if shape == "messages" else CHAT
         models = {id: model for id, model in (await self.proxy.catalogue.models()).items()
                   if key is None or key.allows(id)}
         if wanted and wanted not in models:

@@ -1523,6 +1523,12 @@ def test_a_name_is_resolved_to_all_providers_that_go_by_it(forced, model, expect
     assert all(d.named and d.route is None for d in found)
 
 
+def test_the_longest_prefix_of_a_name_counts():
+    names = names_of(short={"prefix": "a"}, long={"prefix": "a/B", "models": ["M"]})
+    for model, provider in (("a/B/m", "long"), ("auto", "long"), ("a/x", "short")):
+        assert [found.provider for found in proxai.resolve_names(names, model)] == [provider]
+
+
 def test_names_are_listed_by_alias_with_the_prefix_and_without():
     assert list(names_of(**POOL).listed.items()) == [
         ("A/m", "a"), ("m", "a"), ("A/x", "a"), ("x", "a"), ("deep", "b")]
@@ -21106,6 +21112,17 @@ def test_a_static_key_is_no_token():
     assert not asyncio.run(tokens.refused(credential, "k-1")) and not tokens.sources
 
 
+def test_a_credential_that_the_configuration_changes_gets_its_key_anew():
+    tokens = proxai.Tokens(proxai.Pool(), proxai.Log(logging.getLogger("tokens-test")), {})
+
+    def source(word: str) -> Any:
+        return tokens.source(dynamic_credential(api_key_command=("echo", word)))
+
+    first = source("one")
+    assert source("one") is first and asyncio.run(first.key()) == "one"
+    assert asyncio.run(source("two").key()) == "two" and len(tokens.sources) == 1
+
+
 # -- OAuth, with a scripted server -------------------------------------------
 
 class Granting:
@@ -22857,6 +22874,21 @@ prefix = "g"
 """
 
 
+@pytest.mark.parametrize("changed", [False, True])
+def test_lists_that_were_asked_for_by_an_older_configuration_are_not_fresh(changed):
+    config = load_text(MINIMAL + 'prefix = "x"\n')
+    proxy = types.SimpleNamespace(config=config, names=proxai.compile_names(config.providers, False),
+                                  providers={"p": proxai.Provider("p", config.providers["p"], {})})
+    catalogue = proxai.Catalogue(proxy)
+
+    async def ask(provider: Any) -> None:
+        proxy.config = load_text(MINIMAL) if changed else config
+
+    catalogue.ask = ask
+    asyncio.run(catalogue.refresh())
+    assert (catalogue.fresh_until == 0) is changed and catalogue.task is None
+
+
 class ListOfModels(http.server.BaseHTTPRequestHandler):
     """A provider that has a list of models and nothing else."""
 
@@ -22956,7 +22988,9 @@ def test_models_are_listed_for_each_client_and_found_by_id(named):
     assert get("/v1/models?client_version=1.0").json["models"][0]["slug"] == "P/mine"
     assert (get("/v1/models", method="HEAD").status, get("/v1/models/none").status) == (200, 404)
     assert get("/v1/models/none", "anthropic-version: 1").json["error"]["type"] == "not_found_error"
-    assert named.post("/v1/models", b"", method="GET").status == 401
+    for line, shape in (("x: y", None), ("anthropic-version: 1", "error")):
+        refused = named.post("/v1/models", b"", line, method="GET")
+        assert (refused.status, refused.json.get("type")) == (401, shape)
     of_ci = named.post("/v1/models", b"", "x-api-key: ci-key", method="GET").json["data"]
     assert [m["id"] for m in of_ci] == ["P/mine", "P/ant"] and len(ListOfModels.seen) == 1
 
