@@ -12316,7 +12316,7 @@ def phase_lines(name: str, phase: CapturedPhase) -> list[str]:
 def capture_lines(capture: CapturedExchange) -> list[str]:
     """A stored exchange to read, phase by phase."""
     lines = [f"== exchange {capture.id} =="]
-    lines += [f"{key}: {printable(toml_value(value) if isinstance(value, (list, bool)) else str(value))}"
+    lines += [f"{key}: {printable(value if isinstance(value, str) else toml_value(value))}"
               for key, value in (capture.record or {}).items() if value not in (None, "", [])]
     lines.append("")
     for name in PHASES:
