@@ -14620,6 +14620,7 @@ def write_json(connection: Connection, lines: list[bytes], value: Json) -> None:
 
 
 Ways = dict[Candidate, tuple[Decision, Provider]]
+KNOWN_WAYS = 1024  # models whose ways are remembered
 
 
 class Proxy:
@@ -14647,6 +14648,7 @@ class Proxy:
         self.routes = compile_routes(config.routing.routes)
         self.defaults = default_providers(config)
         routing, state = config.routing, self.scheduler
+        self.known_ways: dict[tuple[str, str], Ways] = {}
         self.names = compile_names(config.providers, routing.force_model_prefix)
         state.strategy, state.affinity_secs, state.probe_secs = (
             routing.strategy, routing.session_affinity_secs, routing.probe_interval_secs)
@@ -14658,6 +14660,9 @@ class Proxy:
     def ways(self, inbound: Protocol, model: str) -> Ways:
         """All that could serve a request for `model`, in the order of the configuration; a
         ProxyError where nothing could. A request keeps them when the configuration changes."""
+        known = self.known_ways.get((inbound.name, model))
+        if known is not None:
+            return known
         found: dict[Key, tuple[Candidate, tuple[Decision, Provider]]] = {}
         for decision in choose_all(self.routes, self.defaults, inbound.name, model, self.names):
             provider = self.providers[decision.provider]
@@ -14665,7 +14670,12 @@ class Proxy:
                 way = Candidate(decision.provider, c.name, decision.model, c.priority, c.weight,
                                 decision.tier)
                 found.setdefault(way.key, (way, (decision, provider)))
-        return dict(found.values())
+        known = dict(found.values())
+        if len(model) <= OBSERVED_CHARS:
+            if len(self.known_ways) >= KNOWN_WAYS:
+                self.known_ways.clear()
+            self.known_ways[inbound.name, model] = known
+        return known
 
     def close(self) -> None:
         """Let go of connections and timers."""
@@ -14779,7 +14789,7 @@ class Turn:
         exchange.inbound = protocol_of(head.path)
         if exchange.inbound and head.method == b"POST":
             self.begin_capture()
-        if asked_model(head.path) is not None:
+        if exchange.inbound is None and asked_model(head.path) is not None:
             exchange.inbound = MESSAGES if models_shape(head) == "messages" else CHAT
         connection.extra += check_origin(head, settings)
         protocol, key = admit(head, settings)
@@ -14805,7 +14815,7 @@ class Turn:
             return
         way: Candidate | None = None
         if len(ways) == 1:
-            self.aim(*ways.popitem()[1])
+            self.aim(*next(iter(ways.values())))
             await self.send(request.body, self.prepare(request), self.job and self.job.lines)
             self.note_head()
         elif (way := await self.try_each(ways, request)) is None:
