@@ -9922,9 +9922,9 @@ HEALTH_AFTER = {"quota": "", "capacity": "", "dropped": "", "request": "ok", "un
 def other_tries(exchange: Exchange) -> list[Any]:
     """The tries of a request but for the one that it is told to have ended with."""
     tries = exchange.attempts
-    last = next((i for i in range(len(tries) - 1, -1, -1)
-                 if tries[i].provider == exchange.provider), 0)
-    return tries[:last] + tries[last + 1:]
+    told = max((i for i, tried in enumerate(tries) if tried.provider == exchange.provider
+                and exchange.credential in ("", tried.credential)), default=0)
+    return tries[:told] + tries[told + 1:]
 
 
 # -- counting ----------------------------------------------------------------
@@ -10056,7 +10056,8 @@ class Metrics:
             for tried in other_tries(exchange):
                 tally = self.providers[tried.provider]
                 tally.add(True, None)
-                tally.last_at, tally.last_status, tally.last_error = now, tried.status, tried.what
+                tally.last_at, tally.last_error = now, tried.what
+                tally.last_status = tried.status or None
                 tally.health = HEALTH_AFTER.get(tried.what, "failing") or tally.health
             tally = self.providers[exchange.provider]
             tally.add(failed, ttfb)

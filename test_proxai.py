@@ -26141,6 +26141,8 @@ def test_tries_that_failed_count_for_their_providers():
     a, b = metrics.provider("a"), metrics.provider("b")
     assert (a["requests"], a["errors"], a["health"], a["last_status"], a["last_error"]) == (1, 1, "failing", 500, "transient")
     assert (b["requests"], b["errors"], b["health"], b["last_status"]) == (2, 1, "ok", 200)
+    exchange.credential = "x"  # the failure that was told was not the last
+    assert [tried.credential for tried in proxai.other_tries(exchange)] == ["one", "y"]
 
 
 def test_a_session_keeps_its_key_and_sessions_are_spread(programs, upstream, model):
