@@ -28461,6 +28461,23 @@ def test_a_configuration_that_fails_late_changes_nothing(tmp_path, upstream, mod
         program.stop()
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
+def test_a_credential_whose_key_was_mended_rests_no_more(tmp_path, upstream, model):
+    config = FLEET.format(url=upstream.url, affinity=0, strategy="fill-first")
+    upstream.on(model, refused(401), said_json("hello"))
+    program = Running(tmp_path, config=config)
+    try:
+        for text in (config, f"{config}# the same\n", config.replace("key-one", "key-new")):
+            (tmp_path / "config.toml").write_text(text, "utf-8")
+            program.process.send_signal(signal.SIGHUP)
+            seen = [r'"changed":\[\]', r'"changed":\["providers.pool.credentials.0'][text.count("key-new")]
+            program.wait_line(rf'"event":"reload".*{seen}')
+            assert program.post("/v1/chat/completions", body_for(CHAT, model)).status == 200
+        assert keys_asked(upstream, model) == ["one", "two", "two", "new"]
+    finally:
+        program.stop()
+
+
 def test_a_shutdown_is_announced_before_requests_are_refused(tmp_path, upstream, model):
     upstream.on(model, answer_json({"id": "x"}))
     program = Running(tmp_path, config=config_for(upstream.url, server="shutdown_delay_secs = 600"))
