@@ -9968,9 +9968,9 @@ HEALTH_AFTER = {"quota": "", "capacity": "", "dropped": "", "request": "ok", "un
 def other_tries(exchange: Exchange) -> list[Any]:
     """The tries of a request but for the one that it is told to have ended with."""
     tries = exchange.attempts
-    last = next((i for i in range(len(tries) - 1, -1, -1)
-                 if tries[i].provider == exchange.provider), 0)
-    return tries[:last] + tries[last + 1:]
+    told = max((i for i, tried in enumerate(tries) if tried.provider == exchange.provider
+                and exchange.credential in ("", tried.credential)), default=0)
+    return tries[:told] + tries[told + 1:]
 
 
 # -- counting ----------------------------------------------------------------
@@ -10103,7 +10103,8 @@ class Metrics:
             for tried in other_tries(exchange):
                 tally = self.providers[tried.provider]
                 tally.add(True, None)
-                tally.last_at, tally.last_status, tally.last_error = now, tried.status, tried.what
+                tally.last_at, tally.last_error = now, tried.what
+                tally.last_status = tried.status or None
                 tally.health = HEALTH_AFTER.get(tried.what, "failing") or tally.health
             tally = self.providers[exchange.provider]
             tally.add(failed, ttfb)
@@ -14634,6 +14635,7 @@ class Proxy:
         self.catalogue = Catalogue(self)
         self.turns: dict[str, list[float]] = {}  # times of the last minute, by the key's name
         self.scheduler = Scheduler()
+        self.providers: dict[str, Provider] = {}
         self.configure(config)
         self.streams: set[Exchange] = set()
         self.drains: set[asyncio.Task[None]] = set()
@@ -14642,8 +14644,13 @@ class Proxy:
     def configure(self, config: Config) -> None:
         """Serve by `config` from the next request on; those on their way keep what they chose."""
         # first what may fail, for then nothing is to change
-        self.providers = {name: Provider(name, settings, self.environ)
-                          for name, settings in config.providers.items()}
+        providers = {name: Provider(name, settings, self.environ)
+                     for name, settings in config.providers.items()}
+        for name in providers.keys() & self.providers.keys():
+            for c in providers[name].credentials:
+                if c not in self.providers[name].credentials:  # its key was mended
+                    reset_rests(self.scheduler, f"{name}/{c.name}")
+        self.providers = providers
         self.config, self.style = config, config.error_responses.format
         self.routes = compile_routes(config.routing.routes)
         self.defaults = default_providers(config)
@@ -17970,10 +17977,12 @@ def bind(config: Config) -> list[Sockets]:
 
 
 class ConfigFile(NamedTuple):
-    """Where the configuration comes from, and what reads it, flags included."""
+    """Where the configuration comes from, what reads it, flags included, and its state before it
+    was read first."""
 
     path: Path
     load: Callable[[], Config]
+    state: tuple[int, int, int] | None
 
 
 async def serve(config: Config, log: Log, environ: Mapping[str, str], sockets: Sockets,
@@ -17987,13 +17996,15 @@ async def serve(config: Config, log: Log, environ: Mapping[str, str], sockets: S
                          control.serve, control.refuse)
     await server.listen(sockets.proxy)
     await switchboard.listen(sockets.control)
-    stopped, hurry = asyncio.Event(), asyncio.Event()
+    stopped, hurry, wanted = asyncio.Event(), asyncio.Event(), asyncio.Event()
     server.loop.getaddrinfo = own_resolver(server.loop)  # type: ignore[method-assign]
     on_signals(server.loop, ("SIGINT", "SIGTERM", "SIGBREAK"),
                lambda: hurry.set() if stopped.is_set() else stopped.set())
+    if file:
+        on_signals(server.loop, ("SIGHUP",), wanted.set)
     tune_process()
     await started()
-    upkeep = asyncio.create_task(keep_current(proxy, server, file, stopped))
+    upkeep = asyncio.create_task(keep_current(proxy, server, file, stopped, wanted))
     await stopped.wait()
     upkeep.cancel()
     log.event(logging.INFO, "shutdown",
@@ -18015,13 +18026,10 @@ FIXED_SETTINGS = ("server.host", "server.port", "server.workers", "mcp.", "loggi
 
 
 async def keep_current(proxy: Proxy, server: Server, file: ConfigFile | None,
-                       stopped: asyncio.Event) -> None:
-    """Put a changed configuration file in force, looking at it now and then, and at once after
-    SIGHUP. Keeps what must survive a restart. Ends a worker whose parent is gone."""
-    wanted, parent = asyncio.Event(), os.getppid()
-    if file:
-        on_signals(server.loop, ("SIGHUP",), wanted.set)
-    seen = file_state(file)
+                       stopped: asyncio.Event, wanted: asyncio.Event) -> None:
+    """Put a changed configuration file in force, looking at it now and then, and at once where that
+    is `wanted`. Keeps what must survive a restart. Ends a worker whose parent is gone."""
+    parent, seen = os.getppid(), file and file.state
     recall(proxy)
     kept = dump_state(proxy.scheduler, time.time())
     while True:
@@ -18030,7 +18038,7 @@ async def keep_current(proxy: Proxy, server: Server, file: ConfigFile | None,
                 await wanted.wait()
         if proxy.config.server.workers > 1 and os.getppid() != parent:
             stopped.set()
-        now = file_state(file)
+        now = file_state(file.path) if file else None
         # an editor that still writes changes the file again, and it is read again
         if file and (wanted.is_set() or now not in (seen, None)):
             wanted.clear()
@@ -18042,13 +18050,13 @@ async def keep_current(proxy: Proxy, server: Server, file: ConfigFile | None,
             await asyncio.to_thread(keep_state, state, cooldowns_path(proxy.environ), proxy.log)
 
 
-def file_state(file: ConfigFile | None) -> tuple[int, int, int] | None:
-    """What changes when the file does; None while there is nothing in it to read."""
+def file_state(path: Path) -> tuple[int, int, int] | None:
+    """What changes when a file does; None while there is nothing in it to read."""
     try:
-        found = file.path.stat() if file else None
+        found = path.stat()
     except OSError:
         return None
-    return (found.st_mtime_ns, found.st_size, found.st_ino) if found and found.st_size else None
+    return (found.st_mtime_ns, found.st_size, found.st_ino) if found.st_size else None
 
 
 def reload(proxy: Proxy, server: Server, file: ConfigFile) -> None:
@@ -19277,7 +19285,7 @@ def run(args: Any, environ: Mapping[str, str]) -> int:
             notes.append(f"{path} was just created; put your keys there")
     file = ConfigFile(path, lambda: load_config(
         read_file(path), str(path), environ=environ,
-        overrides=lambda tables: flag_overrides(args, tables)))
+        overrides=lambda tables: flag_overrides(args, tables)), file_state(path))
     config = file.load()
     if args.command == "check":
         print(check_report(config, str(path), environ))

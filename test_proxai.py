@@ -26271,6 +26271,8 @@ def test_tries_that_failed_count_for_their_providers():
     a, b = metrics.provider("a"), metrics.provider("b")
     assert (a["requests"], a["errors"], a["health"], a["last_status"], a["last_error"]) == (1, 1, "failing", 500, "transient")
     assert (b["requests"], b["errors"], b["health"], b["last_status"]) == (2, 1, "ok", 200)
+    exchange.credential = "x"  # the failure that was told was not the last
+    assert [tried.credential for tried in proxai.other_tries(exchange)] == ["one", "y"]
 
 
 def test_a_session_keeps_its_key_and_sessions_are_spread(programs, upstream, model):
@@ -28876,6 +28878,23 @@ def test_a_configuration_that_fails_late_changes_nothing(tmp_path, upstream, mod
         (tmp_path / "config.toml").write_text(broken, "utf-8")
         program.wait_line(r'"event":"reload-failed".*HTTP_PROXY')
         assert program.post("/v1/responses", body_for(RESPONSES, model)).status == 200
+    finally:
+        program.stop()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
+def test_a_credential_whose_key_was_mended_rests_no_more(tmp_path, upstream, model):
+    config = FLEET.format(url=upstream.url, affinity=0, strategy="fill-first")
+    upstream.on(model, refused(401), said_json("hello"))
+    program = Running(tmp_path, config=config)
+    try:
+        for text in (config, f"{config}# the same\n", config.replace("key-one", "key-new")):
+            (tmp_path / "config.toml").write_text(text, "utf-8")
+            program.process.send_signal(signal.SIGHUP)
+            seen = [r'"changed":\[\]', r'"changed":\["providers.pool.credentials.0'][text.count("key-new")]
+            program.wait_line(rf'"event":"reload".*{seen}')
+            assert program.post("/v1/chat/completions", body_for(CHAT, model)).status == 200
+        assert keys_asked(upstream, model) == ["one", "two", "two", "new"]
     finally:
         program.stop()
 
