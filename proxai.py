@@ -17701,10 +17701,15 @@ def tell(text: str) -> None:
 
 def start_notes(config: Config) -> list[str]:
     """What an operator should know before the first request."""
-    return [f"{credential.path}.api_key is still the template's; requests to it are refused"
-            for name, settings in config.providers.items()
-            for credential in credentials_of(name, settings)
-            if TEMPLATE_KEY.search(credential.source.api_key or "")]
+    notes = [f"{credential.path}.api_key is still the template's; requests to it are refused"
+             for name, settings in config.providers.items()
+             for credential in credentials_of(name, settings)
+             if TEMPLATE_KEY.search(credential.source.api_key or "")]
+    return notes + [f"providers.{name} is {preset.note}"
+                    for name, settings in config.providers.items()
+                    if (preset := PRESETS.get(settings.preset or name))
+                    and preset.note.startswith("discontinued")
+                    and settings.base_url.startswith(preset.root)]
 
 
 def check_report(config: Config, source: str, environ: Mapping[str, str]) -> str:
@@ -17719,9 +17724,8 @@ def check_report(config: Config, source: str, environ: Mapping[str, str]) -> str
             proxy = place(origin.proxy)
             via = f", through the forward proxy {proxy.host}:{proxy.port}"
         keys = [("" if c.name == name else f"{c.name} ") + f"from {source_report(c, environ)}"
-                for c in provider.credentials]
-        key = ("no key" if settings.auth == "none" else
-               f"key{'s' if len(keys) > 1 else ''} {', '.join(keys)}")
+                for c in provider.credentials if settings.auth != "none"]
+        key = f"key{'s' if len(keys) > 1 else ''} {', '.join(keys)}" if keys else "no key"
         lines += [f"  {name}: {each.protocol.name} at {each.origin.scheme}://"
                   f"{each.origin.authority}{each.target}, {key}{via}"
                   for each in (provider, *provider.natives.values())]
@@ -17751,6 +17755,8 @@ def source_report(credential: Credential, environ: Mapping[str, str]) -> str:
         return source
     stored = "" if read_token(token_path(credential, environ), oauth) else ", not logged in"
     return f"oauth ({oauth.flow}{stored if oauth.flow == 'device' else ''})"
+
+
 def names_report(names: Names) -> list[str]:
     """The names that providers go by, and which of them several do."""
     lines = []

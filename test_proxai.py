@@ -27671,6 +27671,13 @@ def test_check_tells_of_template_keys(key, check):
     assert status == 0 and "providers.main.api_key" in out and "providers.second.api_key" not in out
 
 
+def test_check_tells_of_presets_without_a_key_and_of_those_that_ended():
+    report = proxai.check_report(load_text('[providers.ollama]\n[providers.roo]\napi_key = "k-1"\n'), "here", {})
+    assert "ollama: openai_chat_completions at http://localhost:11434/v1/chat/completions, no key\n" in report
+    assert report.endswith("note: providers.roo is discontinued: the service ended in May 2026")
+    assert proxai.start_notes(load_text('[providers.roo]\npreset = "roo"\nbase_url = "http://localhost/v1"\napi_key = "k-1"\n')) == []
+
+
 def test_check_without_a_file_ends_with_1_and_creates_nothing(tmp_path):
     done = run_program(tmp_path, "check")
     assert (done.returncode, done.stdout) == (1, "")
