@@ -6760,7 +6760,8 @@ def search_fields(options: Json, ctx: Context, out: Json) -> None:
 def chat_sampling(ask: Ask, level: str | None, ctx: Context, out: Json) -> None:
     """temperature, top_p, top_k, stop; models that reason take none of the first two."""
     name = ctx.model.lower().rsplit("/", 1)[-1]
-    fixed = bool(FIXED_SAMPLING_MODEL.match(name)) and "-chat" not in name and level != "none"
+    fixed = (bool(FIXED_SAMPLING_MODEL.match(name)) and "-chat" not in name
+             and not (level == "none" and "none" in openai_efforts(name)))
     thinks = ctx.caps.reasoning_control == "deepseek" and level not in (None, "none")
     why = NO_SAMPLING if fixed or thinks else None
     put_sampling(ask, ctx, out, temperature=why, top_p=why, top_k=None if ctx.caps.top_k else "")

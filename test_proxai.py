@@ -5344,6 +5344,16 @@ def test_a_thinking_suffix_takes_the_place_of_what_the_body_asks_for(protocol, h
     assert proxai.with_thinking({"model": "as asked", **body}, ctx) == {"model": model, **expected}
 
 
+@pytest.mark.parametrize("model, thinking, temperature", [
+    ("gpt-5.5", "none", 0.5), ("gpt-5.5", "high", None), ("gpt-5", "none", None), ("o3", "none", None),
+    ("gpt-4.1", "none", 0.5)])
+def test_only_a_model_that_can_be_without_reasoning_takes_a_temperature_then(model, thinking, temperature):
+    ctx = proxai.Context("messages", "chat", model, host="api.openai.com")
+    ctx.thinking = thinking
+    body = {"model": "x", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}], "temperature": 0.5}
+    assert proxai.PAIRS["messages", "chat"].request(body, ctx).get("temperature") == temperature
+
+
 @pytest.mark.parametrize("thinking, expected", [
     ("high", {"type": "enabled", "budget_tokens": 16384}), ("3000", {"type": "enabled", "budget_tokens": 3000}),
     ("auto", {"type": "enabled", "budget_tokens": 4096}), ("none", None)])
