@@ -937,7 +937,8 @@ def choose_all(routes: Sequence[Route], defaults: Mapping[str, str], protocol: s
     if not default:
         raise SetupError(f"no route takes the model {model} and"
                          f" routing.default_provider_names.{protocol} is not set",
-                         fix="set that key to the name of a provider, or add a route")
+                         fix="set that key, or routing.default_provider, to the name of a provider,"
+                             " or add a route")
     return [Decision(default, base, None, thinking)]
 
 
@@ -1616,6 +1617,9 @@ class RoutingConfig:
 
     default_provider_names: DefaultsConfig = setting(
         Section(DefaultsConfig), "Used when no route takes a request.")
+    default_provider: str = setting(
+        NAME, "The provider of requests that no route takes, for protocols that have none of their"
+        " own in default_provider_names.", "")
     force_model_prefix: bool = setting(
         BOOLEAN, "Providers with a prefix take only requests that name it.", False)
     strategy: str = setting(
@@ -1748,7 +1752,8 @@ class LoggingConfig:
         BOOLEAN, "Colour for human lines on a terminal, unless NO_COLOR is set.", True)
     file: str | None = setting(
         TEXT, "File for the same lines without colour: a path, or a name within the app"
-        " directory's logs. Each proxy needs a file of its own.", None, example="proxai.log")
+        " directory's logs. Each proxy needs a file of its own; further workers add their"
+        " number.", None, example="proxai.log")
     file_max_bytes: int = setting(
         whole(1024), "Size at which the file becomes FILE.1 and a new one is begun.", 10485760)
     file_backups: int = setting(
@@ -1907,8 +1912,10 @@ def cross_check(config: Config, faults: Faults, environ: Mapping[str, str]) -> C
     routes, defaults = config.routing.routes, config.routing.default_provider_names
     if not config.providers:
         faults.add("providers", "at least one provider is needed ([providers.<name>])")
-    named = [(f"routing.default_provider_names.{protocol}", getattr(defaults, protocol) or None)
-             for protocol in PROTOCOLS]
+    fallback = config.routing.default_provider
+    named = [("routing.default_provider", fallback or None)]
+    named += [(f"routing.default_provider_names.{protocol}", getattr(defaults, protocol) or None)
+              for protocol in PROTOCOLS]
     named += [(f"routing.routes[{i}].{place}", name) for i, r in enumerate(routes)
               for place, name in [("provider", r.provider), *(
                   ("fallback", f.provider) for f in r.fallback)]]
@@ -1929,7 +1936,9 @@ def cross_check(config: Config, faults: Faults, environ: Mapping[str, str]) -> C
     providers = {name: with_keys(with_preset(provider, name, faults, environ),
                                  f"providers.{name}", faults, environ)
                  for name, provider in config.providers.items()}
-    return dataclasses.replace(config, providers=providers)
+    names = DefaultsConfig(**{name: getattr(defaults, name) or fallback for name in PROTOCOLS})
+    return dataclasses.replace(config, providers=providers, routing=dataclasses.replace(
+        config.routing, default_provider_names=names))
 
 
 def check_listeners(config: Config, faults: Faults) -> None:
@@ -9184,15 +9193,25 @@ def pair_for(inbound: Protocol, provider: Protocol, extended: bool = False) -> P
 
 # -- one exchange ------------------------------------------------------------
 
-class Observed:
-    """What was seen of a provider's answer, whole or streamed."""
+class TokenCounts:
+    """The tokens that a provider has counted."""
 
-    __slots__ = ("cache_creation", "cached", "calls", "effort", "error_code", "error_message",
-                 "error_param", "failed", "finish", "incomplete_reason", "input", "items", "model",
-                 "output", "pending", "reasoning", "response_id", "seen", "sequence",
-                 "server_tools", "sources", "status", "terminal", "tier", "total")
+    __slots__ = ("cache_creation", "cached", "input", "output", "reasoning", "total")
 
     def __init__(self) -> None:
+        self.input = self.output = self.total = self.cached = self.cache_creation = \
+            self.reasoning = 0
+
+
+class Observed(TokenCounts):
+    """What was seen of a provider's answer, whole or streamed."""
+
+    __slots__ = ("calls", "effort", "error_code", "error_message", "error_param", "failed",
+                 "finish", "incomplete_reason", "items", "model", "pending", "response_id", "seen",
+                 "sequence", "server_tools", "sources", "status", "terminal", "tier")
+
+    def __init__(self) -> None:
+        super().__init__()
         self.response_id: str | None = None
         self.model: str | None = None
         self.tier: str | None = None
@@ -9203,8 +9222,6 @@ class Observed:
         self.error_message: str | None = None
         self.error_param: Any = None
         self.sequence: int | None = None
-        self.input = self.output = self.total = self.cached = self.cache_creation = \
-            self.reasoning = 0
         self.items: dict[str, int] = {}
         self.calls: dict[str, int] = {}
         self.sources: dict[str, int] = {}
@@ -9265,7 +9282,7 @@ class Exchange:
                  "dropped_paths", "encoding", "error", "error_type", "estimate", "head_at", "id",
                  "inbound", "inbound_bytes", "last_byte_at", "method", "model", "observed", "path",
                  "phase", "provider", "provider_bytes", "provider_protocol", "rates", "route",
-                 "sse", "started", "status", "upstream_model", "usage")
+                 "sse", "started", "status", "tokens", "upstream_model", "usage")
 
     def __init__(self, id: int, method: str, path: str, started: float) -> None:
         self.id, self.method, self.path, self.started = id, method, path, started
@@ -9289,6 +9306,7 @@ class Exchange:
         self.rates: Sequence[Field] = ()
         self.observed: Observed | None = None
         self.usage: Any = None  # of an answer that was not looked at yet
+        self.tokens: TokenCounts | None = None  # of one of which nothing else is told
         self.error: str | None = None
         self.error_type: str | None = None
         self.credential = ""  # the name of the key that was used, where there are several
@@ -9328,7 +9346,7 @@ class RequestIds:
 
 # -- answers -----------------------------------------------------------------
 
-def observe_openai_usage(seen: Observed, usage: Any) -> None:
+def observe_openai_usage(seen: TokenCounts, usage: Any) -> None:
     """Token counts of both OpenAI protocols; `input` is without what the cache gave."""
     if not isinstance(usage, dict):
         return
@@ -9342,7 +9360,7 @@ def observe_openai_usage(seen: Observed, usage: Any) -> None:
     seen.total = number(usage.get("total_tokens"))
 
 
-def observe_messages_usage(seen: Observed, usage: Any) -> None:
+def observe_messages_usage(seen: TokenCounts, usage: Any) -> None:
     """Token counts of Anthropic Messages; in streams later ones replace earlier ones."""
     for attribute, key in (("input", "input_tokens"), ("output", "output_tokens"),
                            ("cached", "cache_read_input_tokens"),
@@ -9350,6 +9368,8 @@ def observe_messages_usage(seen: Observed, usage: Any) -> None:
         value = mapping(usage).get(key)
         if value is not None:
             setattr(seen, attribute, number(value))
+    if not isinstance(seen, Observed):
+        return
     for key, count in list(mapping(mapping(usage).get("server_tool_use")).items())[:32]:
         if number(count) and len(seen.server_tools) < 64:
             seen.server_tools[key.removesuffix("_requests")[:OBSERVED_CHARS]] = number(count)
@@ -9893,7 +9913,8 @@ NO_ERRORS = ("end", "closed")  # a client that goes away is no error
 def request_record(exchange: Exchange, outcome: str, now_wall: float, clock: float) -> Json:
     """What is told of a request by the control listener and beside its captures. `now_wall` and
     `clock` are the same moment: the end, or now where the outcome is "open"."""
-    inbound, provider, seen = exchange.inbound, exchange.provider_protocol, exchange.observed
+    inbound, provider = exchange.inbound, exchange.provider_protocol
+    seen = exchange.observed or exchange.tokens
     return {
         "id": str(exchange.id), "at": wall_text(now_wall - (clock - exchange.started)),
         "method": exchange.method, "path": exchange.path[:OBSERVED_CHARS],
@@ -9938,6 +9959,19 @@ def health_told(exchange: Exchange, outcome: str) -> str | None:
     if outcome == "request-failed" and status not in (502, 504):
         return None  # a bug or the end of this proxy
     return "failing"
+
+
+# What a try that failed tells of its provider's health, where it is not `failing`.
+HEALTH_AFTER = {"quota": "", "capacity": "", "dropped": "", "request": "ok", "unsupported": "ok",
+                "missing": "ok"}
+
+
+def other_tries(exchange: Exchange) -> list[Any]:
+    """The tries of a request but for the one that it is told to have ended with."""
+    tries = exchange.attempts
+    last = next((i for i in range(len(tries) - 1, -1, -1)
+                 if tries[i].provider == exchange.provider), 0)
+    return tries[:last] + tries[last + 1:]
 
 
 # -- counting ----------------------------------------------------------------
@@ -10046,7 +10080,7 @@ class Metrics:
         """Count what is over."""
         for exchange, outcome, clock in self.pending:
             if exchange.usage:
-                exchange.observed = seen = Observed()
+                exchange.tokens = seen = TokenCounts()
                 of_messages = exchange.provider_protocol is MESSAGES
                 (observe_messages_usage if of_messages else observe_openai_usage)(
                     seen, exchange.usage)
@@ -10057,7 +10091,8 @@ class Metrics:
 
     def count_one(self, exchange: Exchange, outcome: str, duration: float) -> None:
         """Count one request."""
-        seen, failed, status = exchange.observed, outcome not in NO_ERRORS, exchange.status
+        seen, failed = exchange.observed or exchange.tokens, outcome not in NO_ERRORS
+        status = exchange.status
         now = wall(exchange, exchange.started + duration)
         ttfb = exchange.head_at - exchange.started if exchange.head_at else None
         self.ended_count += 1
@@ -10066,6 +10101,11 @@ class Metrics:
         minute.add(failed, ttfb)
         minute.durations.append(duration)
         if exchange.provider:
+            for tried in other_tries(exchange):
+                tally = self.providers[tried.provider]
+                tally.add(True, None)
+                tally.last_at, tally.last_status, tally.last_error = now, tried.status, tried.what
+                tally.health = HEALTH_AFTER.get(tried.what, "failing") or tally.health
             tally = self.providers[exchange.provider]
             tally.add(failed, ttfb)
             tally.last_at, tally.last_status = now, status
@@ -10086,7 +10126,8 @@ class Metrics:
             minute.input += seen.input
             minute.output += seen.output
             for kind in TOKEN_KINDS:
-                series.tokens[kind] += getattr(seen, kind)
+                if tokens := getattr(seen, kind):
+                    series.tokens[kind] += tokens
 
     def minute(self, now: float) -> Tally:
         """The tally of this minute; of the last one where the wall clock went back."""
@@ -10747,9 +10788,16 @@ def stream_fault(protocol: Protocol, event: Any) -> UpstreamError | None:
              for choice in map(mapping, listing(event.get("choices")))
              if choice.get("finish_reason") == "error"), None)
         return fault_of(told) if told else None
-    if event["type"] == "response.failed":
+    kind, told = event.get("type"), event.get("error")
+    if kind == "response.failed":
         return fault_of(mapping(event.get("response")).get("error") or event)
-    return fault_of(event.get("error") or event) if event["type"] == "error" else None
+    return fault_of(told or event) if kind == "error" or (told and kind is None) else None
+
+
+def answer_fault(value: Any) -> UpstreamError | None:
+    """The error that an answer in one piece is in spite of its status; None for other answers."""
+    told = mapping(value).get("error")
+    return fault_of(told) if told else None
 
 
 def is_visible(protocol: Protocol, event: Any) -> bool:
@@ -10758,7 +10806,7 @@ def is_visible(protocol: Protocol, event: Any) -> bool:
     if event == DONE:
         return False
     if protocol is not CHAT:
-        return event["type"] not in QUIET_EVENTS
+        return word(event.get("type")) not in QUIET_EVENTS
     return any(choice.get("finish_reason")
                or any(value for name, value in mapping(choice.get("delta")).items()
                       if name != "role")
@@ -11432,14 +11480,19 @@ class Line(NamedTuple):
     kept: str
 
 
+def has_color(stream: Any, settings: LoggingConfig, environ: Mapping[str, str]) -> bool:
+    """Whether what goes to `stream` may have colour."""
+    terminal = bool(getattr(stream, "isatty", bool)())
+    return settings.use_color and terminal and not environ.get("NO_COLOR")
+
+
 class LineWriter(logging.Handler):
     """Prints records, and writes them to a file, on a thread of its own; counts and drops lines
     while the reader does not read."""
 
     def __init__(self, stream: Any, settings: LoggingConfig, environ: Mapping[str, str]) -> None:
         super().__init__()
-        terminal = bool(getattr(stream, "isatty", bool)())
-        color = settings.use_color and terminal and not environ.get("NO_COLOR")
+        color = has_color(stream, settings, environ)
         self.render, self.plain = renderer(settings, color), renderer(settings, False)
         # `wait` lines overwrite one another on a terminal
         self.in_place = color and settings.output_format != "json"
@@ -11590,7 +11643,10 @@ CAPTURE_HEADS = {phase: f"{stem}.{'metadata' if phase.endswith('request') else '
                  for phase, stem in CAPTURE_STEMS.items()}
 CAPTURE_RECORD = "exchange.json"
 CAPTURE_JSON = json.JSONEncoder(separators=(",\n", ": "))  # a line for each member
-CAPTURE_NAME = re.compile(r"([0-9]+-[0-9]+)-((?:inbound|provider|upstream|outbound|exchange)\b.*)")
+CAPTURE_FILE = re.compile(
+    r"([0-9]{9,10})-([0-9A-Za-z]{1,40})-"
+    rf"(?:exchange\.json|({'|'.join(PHASES).replace('_', '-')})"
+    r"\.(?:metadata\.json|headers\.json|body\.(?:json|sse|bin)))")
 # limits that providers tell in tokens are no secrets
 SECRET_HEADER = re.compile(r"(?!.*(?:ratelimit|token-count))"
                            r".*(?:auth|cookie|credential|key|passw|secret|token)", re.IGNORECASE)
@@ -11847,8 +11903,10 @@ class CaptureStore:
         """Learn what is in the folder."""
         with contextlib.suppress(OSError):
             for entry in sorted(os.scandir(self.directory), key=lambda entry: entry.name):
-                if found := CAPTURE_NAME.fullmatch(entry.name):
-                    self.count(found[1], found[2], entry.stat(follow_symlinks=False).st_size)
+                if found := CAPTURE_FILE.fullmatch(entry.name):
+                    end = found.end(2)
+                    self.count(entry.name[:end], entry.name[end + 1:],
+                               entry.stat(follow_symlinks=False).st_size)
 
     def count(self, prefix: str, name: str, size: int) -> None:
         """A file is there, or has grown."""
@@ -12043,10 +12101,6 @@ def replace_file(path: Path, text: str) -> None:
 CAPTURE_READ_BYTES = 64 << 20  # of one file; a request body is at most 50 MiB by default
 SHOWN_LINES, SHOWN_CHARS = 20_000, 2 << 20  # of one body that is shown
 DIFF_LINES, DIFF_PAIRS = 4000, 10_000  # on each side, and equal ones: difflib gets slow with both
-CAPTURE_FILE = re.compile(
-    r"([0-9]{9,10})-([0-9A-Za-z]{1,40})-"
-    rf"(?:exchange\.json|({'|'.join(PHASES).replace('_', '-')})"
-    r"\.(?:metadata\.json|headers\.json|body\.(?:json|sse|bin)))")
 
 
 class StoredCapture(NamedTuple):
@@ -12263,7 +12317,7 @@ def phase_lines(name: str, phase: CapturedPhase) -> list[str]:
 def capture_lines(capture: CapturedExchange) -> list[str]:
     """A stored exchange to read, phase by phase."""
     lines = [f"== exchange {capture.id} =="]
-    lines += [f"{key}: {printable(toml_value(value) if isinstance(value, list) else str(value))}"
+    lines += [f"{key}: {printable(value if isinstance(value, str) else toml_value(value))}"
               for key, value in (capture.record or {}).items() if value not in (None, "", [])]
     lines.append("")
     for name in PHASES:
@@ -13040,7 +13094,7 @@ def check_unfinished_answer(data: bytes, scanned: int) -> None:
 class ResponseBody:
     """The payload of an answer as it comes: chunks taken apart, compression undone."""
 
-    __slots__ = ("decoder", "held", "inflater", "link", "rest", "tap")
+    __slots__ = ("decoded", "decoder", "held", "inflater", "link", "rest", "tap")
 
     def __init__(self, link: Link, head: ResponseHead, rest: bytes) -> None:
         self.link, self.rest = link, rest
@@ -13049,7 +13103,8 @@ class ResponseBody:
         self.tap: Callable[[bytes], None] | None = None  # is given what is read
         self.inflater: Inflater | None = None
         coding = head.values.get(b"content-encoding", b"identity").lower()
-        if coding in INFLATABLE:
+        self.decoded = coding in INFLATABLE
+        if self.decoded:
             self.inflater = Inflater(coding)
         elif coding != b"identity":
             raise FramingError(f"the provider sent the content coding {coding.decode('latin-1')},"
@@ -13116,7 +13171,7 @@ class Fetched(NamedTuple):
 async def fetch(pool: Pool, origin: Origin, url: str, method: str = "GET",
                 lines: Sequence[bytes] = (), body: bytes = b"",
                 secs: float = FETCH_SECS) -> Fetched:
-    """The answer of `origin` to a request for `url`; UpstreamError where `secs` bring none."""
+    """The answer of `origin` to a request for `url`; see fetch_with()."""
     parts = urlsplit(url)
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     if not any(line.startswith(b"user-agent:") for line in lines):
@@ -13125,6 +13180,13 @@ async def fetch(pool: Pool, origin: Origin, url: str, method: str = "GET",
         first_line(origin, method, target) + b" HTTP/1.1", *way_lines(origin),
         b"accept-encoding: identity", *lines,
         *([b"content-length: %d" % len(body)] if body else []))
+    return await fetch_with(pool, origin, head, body, secs)
+
+
+async def fetch_with(pool: Pool, origin: Origin, head: bytes, body: bytes, secs: float,
+                     tap: Callable[[bytes], None] | None = None) -> Fetched:
+    """The answer of `origin` to a request with this head; UpstreamError where `secs` bring none.
+    `tap` is given the payload as it comes."""
     # the limit for all of it is the only one
     watch = Watch(asyncio.get_running_loop(), lambda reason: None)
     link: Link | None = None
@@ -13133,6 +13195,7 @@ async def fetch(pool: Pool, origin: Origin, url: str, method: str = "GET",
             link, answer, rest = await pool.exchange(origin, head, body, watch, secs, secs,
                                                      lambda: None)
             payload, data = ResponseBody(link, answer, rest), bytearray()
+            payload.tap = tap
             while piece := await payload.read():
                 data += piece
                 if len(data) > FETCH_BYTES:
@@ -13879,8 +13942,11 @@ def bound_socket(host: str, port: int,
     """A socket bound to an address. ConfigError names one that cannot be taken."""
     try:
         # on Windows this option would let two programs share a port
-        return socket.create_server((host, port), backlog=BACKLOG, reuse_port=False,
+        made = socket.create_server((host, port), backlog=BACKLOG, reuse_port=False,
                                     family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        # asyncio turns Nagle's algorithm off only where the protocol is named; each event of a
+        # stream would wait for the client's acknowledgement, which takes 40 ms
+        return socket.socket(made.family, made.type, socket.IPPROTO_TCP, fileno=made.detach())
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise ConfigError([f"cannot listen on {host}:{port}: {reason}"], hint) from None
@@ -13969,11 +14035,11 @@ def admit(head: RequestHead, settings: ServerConfig) -> tuple[Protocol | int, Cl
             and b"access-control-request-method" in head.values):
         return 204, None
     key = check_key(head.fields, client_keys(settings.api_keys, settings.keys), time.time())
-    if asked_model(head.path) is not None:
+    protocol = protocol_of(head.path)
+    if protocol is None and asked_model(head.path) is not None:
         if head.method not in (b"GET", b"HEAD"):
             raise method_error(b"GET, HEAD")
         return 200, key
-    protocol = protocol_of(head.path)
     if protocol is None:
         paths = (*MODEL_PATHS, *COUNT_PATHS, *MODELS_PATHS)
         raise RequestError("there is nothing at this path", status=404,
@@ -14248,14 +14314,8 @@ class Catalogue:
         proxy, credential, origin = self.proxy, provider.credential, provider.origin
         key = (await proxy.tokens.key(credential) if credential.dynamic
                else credential.source.api_key or "")
-        own = {b"accept": b"application/json", **own_fields(credential.headers, EMPTY)}
-        pages = ""
-        if provider.protocol is MESSAGES:
-            own.setdefault(b"anthropic-version", ANTHROPIC_VERSION)
-            pages = "?limit=1000"  # else 20 at a time
-        lines = [*provider.auth_lines(key), *(b"%b: %b" % field for field in own.items())]
-        answer = await fetch(proxy.pool, origin, provider.target_of(MODELS_PATHS[0]) + pages,
-                             lines=lines, secs=DISCOVERY_SECS)
+        target, lines = provider.list_request(key)
+        answer = await fetch(proxy.pool, origin, target, lines=lines, secs=DISCOVERY_SECS)
         if answer.status != 200:
             raise UpstreamError(f"it answered {answer.status}")
         return answer.body
@@ -14323,6 +14383,16 @@ class Provider:
         return format_lines(b"%b%b HTTP/1.1" % (first, query), *provider_lines(
             head, self.protocol, self.fixed if not key else [*self.way, *self.auth_lines(key)],
             length, translated, own))
+
+    def list_request(self, key: str) -> tuple[str, list[bytes]]:
+        """The target and the header lines to ask for its list of models."""
+        own = own_fields(self.credential.headers, EMPTY)
+        lines, pages = {b"accept": b"application/json"}, ""
+        if self.protocol is MESSAGES:
+            lines[b"anthropic-version"] = ANTHROPIC_VERSION
+            pages = "?limit=1000"  # else 20 at a time
+        return self.target_of(MODELS_PATHS[0]) + pages, [
+            *self.auth_lines(key), *(b"%b: %b" % field for field in {**lines, **own}.items())]
 
     def auth_lines(self, key: str) -> list[bytes]:
         """The header line with a key, where there is one."""
@@ -14571,11 +14641,12 @@ class Proxy:
 
     def configure(self, config: Config) -> None:
         """Serve by `config` from the next request on; those on their way keep what they chose."""
+        # first what may fail, for then nothing is to change
+        self.providers = {name: Provider(name, settings, self.environ)
+                          for name, settings in config.providers.items()}
         self.config, self.style = config, config.error_responses.format
         self.routes = compile_routes(config.routing.routes)
         self.defaults = default_providers(config)
-        self.providers = {name: Provider(name, settings, self.environ)
-                          for name, settings in config.providers.items()}
         routing, state = config.routing, self.scheduler
         self.names = compile_names(config.providers, routing.force_model_prefix)
         state.strategy, state.affinity_secs, state.probe_secs = (
@@ -14693,8 +14764,7 @@ class Turn:
         finally:
             self.end_exchange()
             connection.watch.disarm()
-            if self.link:
-                self.link.abort()
+            self.cut_link()
             if self.capture:
                 connection.tap = None
                 self.capture.end()
@@ -14734,15 +14804,18 @@ class Turn:
         if head.path in COUNT_PATHS:
             await self.count(request.body, self.aim_ready(ways))
             return
+        way: Candidate | None = None
         if len(ways) == 1:
             self.aim(*ways.popitem()[1])
             await self.send(request.body, self.prepare(request), self.job and self.job.lines)
             self.note_head()
-        elif not await self.try_each(ways, request):
+        elif (way := await self.try_each(ways, request)) is None:
             return
         del raw, request  # a stream may take hours, and bodies megabytes
         exchange.body = None
         await self.respond()
+        if way:
+            self.note_late(list(ways), way)
 
     def begin_capture(self) -> None:
         """Capture the request in the phases that are on now."""
@@ -14765,6 +14838,7 @@ class Turn:
         self.exchange.status, self.exchange.down = 200, len(body)
         self.connection.write_head(200, [b"content-type: application/json", date_line()],
                                    len(body), body)
+        self.proxy.metrics.forget(self.exchange)
         self.log_end(logging.DEBUG, "end")
 
     def check_limits(self, key: ClientKey, model: str) -> None:
@@ -14833,14 +14907,15 @@ class Turn:
 
     # -- several credentials or providers
 
-    async def try_each(self, ways: Ways, request: ModelRequest) -> bool:
-        """Send the request to one after the other until one answers it; whether one did. Where none
+    async def try_each(self, ways: Ways, request: ModelRequest) -> Candidate | None:
+        """Send the request to one after the other until one answers it; which one did. Where none
         does, the client is told of the failure that helps it most."""
         state, exchange, candidates = self.proxy.scheduler, self.exchange, list(ways)
         session = session_keys(self.head.values, request.body)
+        model, _ = split_thinking(request.model)  # thinking more is no other session
         tried: set[Key] = set()
         failures: list[tuple[Candidate, Verdict, ProxyError]] = []
-        way = choose_credential(state, candidates, request.model, session, time.time())
+        way = choose_credential(state, candidates, model, session, time.time())
         if way is None:
             raise unavailable(state, candidates, request.model, self.inbound, time.time())
         while way:
@@ -14849,13 +14924,14 @@ class Turn:
             began = time.time()
             verdict, error = await self.attempt(request)
             now = time.time()
-            note_result(state, candidates, way, verdict, now, began=began, model=request.model,
+            note_result(state, candidates, way, verdict, now, began=began, model=model,
                         session=session)
             exchange.attempts.append(Attempt(way.provider, way.credential, exchange.status,
                                              verdict.what, milliseconds(now - began)))
             if error is None:
-                return True
+                return way
             failures.append((way, verdict, error))
+            self.cut_link()
             step = next_step(state, candidates, tried, exchange.attempts, verdict,
                              time.perf_counter() - exchange.started, now,
                              budget=self.proxy.budget, jitter=random.random())
@@ -14866,21 +14942,39 @@ class Turn:
             if step.what == "round":
                 tried.clear()
             if step.what != "same":
-                way = choose_credential(state, candidates, request.model, session, time.time(),
-                                        tried)
+                way = choose_credential(state, candidates, model, session, time.time(), tried)
         told = most_useful([(verdict, error) for _, verdict, error in failures])
-        way = next(way for way, _, error in failures if error is told)
+        way, verdict = next((way, verdict) for way, verdict, error in failures if error is told)
         self.aim(*ways[way], way.credential)
-        self.fail(told, "hdr-error" if isinstance(told, UpstreamError) else "request-failed")
-        return False
+        self.fail(told, "timeout" if verdict.source == TIME_LIMIT else
+                  "hdr-error" if verdict.source.startswith("status") or verdict.until
+                  else "request-failed")
+        return None
+
+    def note_late(self, candidates: Sequence[Candidate], way: Candidate) -> None:
+        """Learn from an error inside of a stream that had begun: the next request goes elsewhere."""
+        seen, now = self.exchange.observed, time.time()
+        if seen and seen.failed:
+            error = fault_of({"code": seen.error_code, "message": seen.error_message})
+            note_result(self.proxy.scheduler, candidates, way,
+                        classify(error, self.answer.values, None, now), now, began=now)
 
     async def attempt(self, request: ModelRequest) -> tuple[Verdict, ProxyError | None]:
         """Send the request to the provider that was chosen. What came of it, and the error where no
         answer did; an answer's stream is read up to the first thing that a client would see."""
         exchange, connection = self.exchange, self.connection
-        exchange.status = 0
+        exchange.status, exchange.head_at, exchange.rates, exchange.sse = 0, 0.0, (), False
+        failed: ProxyError | None
+        value: Any = None
         try:
             await self.send(request.body, self.prepare(request), self.job and self.job.lines)
+            self.note_head()
+            if 200 <= exchange.status < 300:
+                failed = await (self.peek() if exchange.sse else self.check())
+            else:
+                failed, raw = await self.read_error()
+                with contextlib.suppress(ValueError):
+                    value = load(raw)
         except RequestError as error:  # this provider cannot be told; another may
             return Verdict("dropped", source="translation"), error
         except SetupError as error:
@@ -14892,20 +14986,21 @@ class Turn:
             reason = connection.take_reason()
             if reason not in TIMEOUTS:
                 raise Interrupted(reason) from None
-            return (Verdict("network" if reason == "connect" else "transient", source="time limit"),
+            return (Verdict("network" if reason == "connect" else "transient", source=TIME_LIMIT),
                     self.timeout_error(reason))
-        self.note_head()
-        if 200 <= exchange.status < 300:
-            failed = await self.peek() if exchange.sse else None
-            if failed is None:
-                return Verdict("ok"), None
-            self.release(False)
-            return classify(failed, self.answer.values, None, time.time()), failed
-        failed, raw = await self.read_error()
-        value: Any = None
-        with contextlib.suppress(ValueError):
-            value = load(raw)
+        if failed is None:
+            return Verdict("ok"), None
         return classify(failed, self.answer.values, value, time.time()), failed
+
+    async def check(self) -> ProxyError | None:
+        """Read an answer in one piece as far as it is held; the error that it is. What was read is
+        read again."""
+        raw, complete = await self.read_up_to(CHECKED_RESPONSE_BYTES)
+        self.body.held = [raw]
+        try:
+            return answer_fault(load_answer(raw, self.answer.status)[0]) if complete else None
+        except UpstreamError as error:
+            return error
 
     async def peek(self) -> ProxyError | None:
         """Read a stream until it shows something, or for as long as its head may be held back; the
@@ -14933,10 +15028,11 @@ class Turn:
                     break
         except asyncio.CancelledError:
             reason = connection.take_reason()
-            if reason != "peek":
-                raise Interrupted(reason) from None
+            if reason != "peek" or connection.gone:
+                raise Interrupted("client_gone" if connection.gone else reason) from None
         except UpstreamError as error:
-            return error
+            if self.job or not observer.splitter.oversize:  # who translates cannot hold it
+                return error
         except (FramingError, OSError) as error:
             return self.unreadable(error)
         body.held = held
@@ -15090,7 +15186,7 @@ class Turn:
         if self.log.info_on:
             self.log.event(logging.INFO, "hdr", end_fields(exchange))
         self.lines = (self.mapped(job) if job
-                      else client_lines(answer, decoded=self.body.inflater is not None))
+                      else client_lines(answer, decoded=self.body.decoded))
         if b"date" not in answer.values:
             self.lines.append(date_line())
         if job:
@@ -15177,7 +15273,7 @@ class Turn:
         """An answer beyond what is held for checking: its bytes pass as they come."""
         connection, length = self.connection, self.answer.length
         connection.write_head(self.answer.status, self.lines,
-                              length if length and length > 0 and not self.body.inflater else None)
+                              length if length and length > 0 and not self.body.decoded else None)
         try:
             while data:
                 connection.write_part(data)
@@ -15200,6 +15296,12 @@ class Turn:
             self.proxy.pool.give(link)
         else:
             link.abort()
+
+    def cut_link(self) -> None:
+        """End a connection that nobody was given."""
+        if self.link:
+            self.link.abort()
+            self.link = None
 
     # -- streams
 
@@ -15506,6 +15608,7 @@ class Turn:
         return logging.INFO, "closed", "the stream ended before its terminal event"
 
 
+TIME_LIMIT = "time limit"
 ENDED_BY = {"client_gone": "the client went away",
             "client_write": "the client took no bytes for write_timeout_secs",
             "shutdown": "the proxy shut down"}
@@ -15568,7 +15671,7 @@ def explain(config: Config, path: str, lines: Sequence[bytes], raw: bytes,
         "path": path, "protocol": None, "model": None, "routes": [], "route": None,
         "provider": None, "provider_protocol": None, "translation": "", "upstream_model": None,
         "url": None, "headers": [], "body": None, "changes": [], "dropped": {}, "note": "",
-        "answer": None}
+        "candidates": [], "named": False, "answer": None}
     try:
         block = b"\r\n".join([b"POST %b HTTP/1.1" % path.encode("utf-8", "replace"),
                              b"host: 127.0.0.1", *lines])
@@ -15597,8 +15700,13 @@ def explain_request(report: Json, config: Config, head: RequestHead, raw: bytes,
     report["routes"] = [
         {**tried, "pattern": f"{pattern_kind(r.match_kind, r.model_pattern)} {r.model_pattern}"}
         for tried, r in zip(tries, config.routing.routes, strict=False)]
-    decision = choose(routes, default_providers(config), protocol.name, request.model,
-                      compile_names(config.providers, config.routing.force_model_prefix))
+    decisions = choose_all(routes, default_providers(config), protocol.name, request.model,
+                           compile_names(config.providers, config.routing.force_model_prefix))
+    report["candidates"] = [
+        {"provider": d.provider, "credential": c.name, "model": d.model, "tier": d.tier}
+        for d in decisions for c in credentials_of(d.provider, config.providers[d.provider])]
+    decision = decisions[0]
+    report["named"] = decision.named
     provider = Provider(decision.provider, config.providers[decision.provider],
                         environ).speaking(protocol)
     report.update(provider=provider.name, provider_protocol=provider.protocol.name,
@@ -15649,7 +15757,12 @@ def explain_lines(report: Json) -> list[str]:
     if report["provider"]:
         lines.append(f"provider: {report['provider']}, "
                      + ("by that route" if report["routes"] and report["routes"][-1]["takes"]
+                        else "by its names" if report["named"]
                         else f"the default of {report['protocol']}"))
+        if len(report["candidates"]) > 1:
+            lines.append("candidates: " + ", ".join(
+                f"{c['provider']}/{c['credential']}{' when others fail' if c['tier'] else ''}"
+                for c in report["candidates"]) + "; `why` tells which are ready")
         lines.append(f"protocol: {report['translation'] or report['provider_protocol']}")
         lines.append(f"model: {printable(report['upstream_model'])}")
     if report["url"]:
@@ -15988,6 +16101,7 @@ def tool_explain(proxy: Proxy, arguments: Json) -> str:
 
 def tool_recent_requests(proxy: Proxy, arguments: Json) -> str:
     """The records of the latest requests."""
+    proxy.metrics.count()
     return pretty(proxy.metrics.requests(0, arguments["limit"]))
 
 
@@ -16752,12 +16866,16 @@ function showStatus(data) {
     ["requests", count(data.requests.total)], ["errors", count(data.requests.errors)]]));
   past = data.history;
   Object.keys(CHARTS).forEach(draw);
-  fill($("providers"), JSON.stringify(data.providers), ...data.providers.map(provider));
+  fill($("providers"), JSON.stringify([data.providers, data.credentials]),
+    ...data.providers.map(p => provider(p, data.credentials)));
   showCaptures(data.captures);
   arrange();
 }
 
-function provider(p) {
+function provider(p, credentials) {
+  const rests = credentials.filter(c => c.provider === p.name).flatMap(c => c.rests.map(rest =>
+    `${c.credential} rests for ${rest.model ?? "all models"} until ${
+      clock(new Date(1000 * rest.until).toISOString())}: ${rest.reason}`));
   const last = p.last_at && [p.last_status, "at", clock(p.last_at, true)].filter(Boolean).join(" ");
   return el("li", {},
     el("div", { class: "bar" },
@@ -16766,7 +16884,8 @@ function provider(p) {
     el("small", { class: "mono" }, p.base_url),
     el("dl", {}, ...facts([["requests", count(p.requests)], ["errors", count(p.errors)],
       ["in flight", p.in_flight], ["first token", ms(p.ttfb_ms_p50)], ["last", last]])),
-    ...p.last_error ? [el("p", { class: p.health === "ok" ? "soft" : "bad" }, p.last_error)] : []);
+    ...p.last_error ? [el("p", { class: p.health === "ok" ? "soft" : "bad" }, p.last_error)] : [],
+    ...rests.map(text => el("p", { class: "warn" }, text)));
 }
 
 // -- capture switches
@@ -16825,7 +16944,7 @@ async function capture(phase, enabled) {
 
 const COLUMNS = [  // class, heading, [main text, second text] of a record
   ["time", "Time", r => [clock(r.at, true), ""]],
-  ["model", "Model", r => [r.model || "–",
+  ["model", "Model", r => [r.model || r.path,
     r.upstream_model && r.upstream_model !== r.model ? `→ ${r.upstream_model}` : ""]],
   ["route", "Route", r => [r.provider || "–", pair(r)]],
   ["outcome", "Outcome", r => [verdict(r), r.error ?? ""]],
@@ -16960,7 +17079,8 @@ function showRecord(r) {
     ["request", `${r.method} ${r.path}`],
     ["model", r.model],
     ["model upstream", r.upstream_model === r.model ? "" : r.upstream_model],
-    ["provider", r.provider], ["route", r.route], ["protocols", pair(r)],
+    ["provider", r.provider], ["key", r.credential], ["route", r.route], ["protocols", pair(r)],
+    ["tries", (r.attempts || []).map(a => `${a.provider}/${a.credential}: ${a.what}`).join(", ")],
     ["answer", r.stream ? "stream" : "whole"], ["first token", ms(r.ttfb_ms)],
     ["duration", ms(lasted(r))], ["bytes in", count(r.bytes_in)], ["bytes out", count(r.bytes_out)],
     ...r.input_tokens || r.output_tokens ? tokens : []]));
@@ -17568,7 +17688,8 @@ def flag_overrides(args: Any, tables: Json) -> list[Override]:
 
 def default_responses_provider(flag: str, tables: Json) -> str:
     """The key of the provider that --upstream and --api-key are about, as the file spells it."""
-    wanted = first_of(tables, f"/routing/default_provider_names/{RESPONSES.name}")
+    wanted = first_of(tables, f"/routing/default_provider_names/{RESPONSES.name}",
+                      "/routing/default_provider")
     for label in mapping(tables.get("providers")):
         if isinstance(wanted, str) and label.strip().lower() == wanted.strip().lower() != "":
             return str(label)
@@ -17706,11 +17827,14 @@ def start_notes(config: Config) -> list[str]:
              for name, settings in config.providers.items()
              for credential in credentials_of(name, settings)
              if TEMPLATE_KEY.search(credential.source.api_key or "")]
-    return notes + [f"providers.{name} is {preset.note}"
-                    for name, settings in config.providers.items()
-                    if (preset := PRESETS.get(settings.preset or name))
-                    and preset.note.startswith("discontinued")
-                    and settings.base_url.startswith(preset.root)]
+    notes += [f"providers.{name} is {preset.note}" for name, settings in config.providers.items()
+              if (preset := PRESETS.get(settings.preset or name))
+              and preset.note.startswith("discontinued")
+              and settings.base_url.startswith(preset.root)]
+    if not (config.routing.routes or any(default_providers(config).values())
+            or any(p.prefix or p.models for p in config.providers.values())):
+        notes.append("no request leads to a provider yet: set routing.default_provider")
+    return notes
 
 
 def check_report(config: Config, source: str, environ: Mapping[str, str]) -> str:
@@ -17987,6 +18111,16 @@ def keep_state(state: Json, path: Path, log: Log) -> None:
 RESTART_SECS = 1.0  # before a worker that ended by itself is started again
 
 
+def of_worker(config: Config, index: int) -> Config:
+    """The configuration of one worker: the first has the log file as it is named, each of the
+    others its own, for two processes cannot turn one file over."""
+    if not index or not config.logging.file:
+        return config
+    name, suffix = os.path.splitext(config.logging.file)
+    return dataclasses.replace(config, logging=dataclasses.replace(
+        config.logging, file=f"{name}.{index}{suffix}"))
+
+
 def run_workers(sockets: Sequence[Sockets], work: Callable[[int], int]) -> int:
     """Run `work` in a process for each of `sockets`, start those anew that end by themselves, and
     hand signals on to them; returns when all have ended after one."""
@@ -17996,7 +18130,7 @@ def run_workers(sockets: Sequence[Sockets], work: Callable[[int], int]) -> int:
 
     def start(index: int) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, names)  # none may come while it is half begun
-        pid = os.fork()
+        pid = None if stopping else os.fork()
         if pid == 0:
             status = 1
             try:
@@ -18008,7 +18142,8 @@ def run_workers(sockets: Sequence[Sockets], work: Callable[[int], int]) -> int:
                 sys.excepthook(*sys.exc_info())
             finally:
                 os._exit(status)
-        children[pid] = index
+        if pid:
+            children[pid] = index
         signal.pthread_sigmask(signal.SIG_UNBLOCK, names)
 
     def hand_on(number_: int, frame: Any) -> None:
@@ -18026,11 +18161,10 @@ def run_workers(sockets: Sequence[Sockets], work: Callable[[int], int]) -> int:
     for index in range(len(sockets)):
         start(index)
     while children:
-        index = children.pop(os.wait()[0])
-        if not stopping:
+        ended = children.pop(os.wait()[0], None)  # None: an orphan that a container gave to us
+        if ended is not None and not stopping:
             time.sleep(RESTART_SECS)
-        if not stopping:
-            start(index)
+            start(ended)
     return 0
 
 
@@ -18189,10 +18323,8 @@ def env_line() -> argparse.ArgumentParser:
 
 def env(args: Any, environ: Mapping[str, str]) -> int:
     """Print how a client is pointed at the proxy of a configuration."""
-    path = Path(args.config) if args.config else app_directory(environ) / "config.toml"
-    server = ServerConfig()
-    if args.config or path.exists():
-        server = load_config(read_file(path), str(path), environ=environ).server
+    there = args.config or (app_directory(environ) / "config.toml").exists()
+    server = load_from(args.config, environ).server if there else ServerConfig()
     host = server.host
     if ipaddress.ip_address(host).is_unspecified:
         host = "127.0.0.1" if ":" not in host else "::1"
@@ -18319,12 +18451,18 @@ def replay_line() -> argparse.ArgumentParser:
     return parser
 
 
+def check_provider(config: Config, name: str) -> None:
+    """Raise a ConfigError unless there is a provider of that name."""
+    if name not in config.providers:
+        raise ConfigError([f"there is no provider {name!r} in the configuration"],
+                          "there are " + ", ".join(config.providers))
+
+
 def replay_config(config: Config, provider: str | None) -> Config:
     """A configuration for one request from this process: no captures, no key of ours asked for,
     and where `provider` is given nowhere else to go."""
-    if provider is not None and provider not in config.providers:
-        raise ConfigError([f"there is no provider {provider!r} in the configuration"],
-                          "there are " + ", ".join(config.providers))
+    if provider is not None:
+        check_provider(config, provider)
     routing = config.routing
     if provider is not None:
         names = DefaultsConfig(**dict.fromkeys(PROTOCOLS, provider))
@@ -18534,6 +18672,511 @@ def credentials(args: Any, environ: Mapping[str, str]) -> int:
     return 0
 
 
+# -- doctor ------------------------------------------------------------------
+
+DOCTOR_SECS = 20.0  # for each check
+DOCTOR_LINKS = 8  # credentials that are looked at side by side
+CERTIFICATE_DAYS = 14  # when it is time to renew one
+SAID_CHARS = 200  # of a provider's own words
+# The checks in their order, each with those that it cannot do without.
+CHECKS = {"dns": (), "tcp": ("dns",), "tls": ("tcp",), "key": (), "models": ("tls", "key"),
+          "chat": ("models",), "tool": ("chat",), "stream": ("chat",)}
+DOCTOR_NOTE = ("The doctor sends up to three tiny requests with each key. They may cost a fraction"
+               " of a cent.")
+
+
+class Probe(NamedTuple):
+    """A request of the doctor, in Chat form, and the limit of its answer in tokens."""
+
+    tokens: int
+    body: Json
+
+
+PROBE_TEXT = [{"role": "user", "content": "Reply with the word OK."}]
+PROBE_TOOL = {"type": "function", "function": {
+    "name": "say_word", "description": "Say a word.", "parameters": {
+        "type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]}}}
+PROBES = {
+    "chat": Probe(16, {"messages": PROBE_TEXT}),
+    "tool": Probe(512, {  # models that think do so before the call
+        "messages": [{"role": "user", "content": "Call the tool with the word OK."}],
+        "tools": [PROBE_TOOL], "tool_choice": "required"}),
+    "stream": Probe(16, {"messages": PROBE_TEXT, "stream": True}),
+}
+PROBE_HEAD = parse_request_head(b"POST %b HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type:"
+                                b" application/json" % CHAT.path.encode(), HeadLimits())
+# What a check comes to, and what is told of it, by a word for what went wrong: those of
+# `failure_of` for the way there, those of RULES, and a few more, for answers.
+ADVICE = {
+    "unresolved": ("fail", "the host name {host} cannot be found; check base_url and DNS, and"
+                   " HTTPS_PROXY where the network needs one"),
+    "refused": ("fail", "nothing listens at {place}; see that the server is running, and that"
+                " its port is right"),
+    "unreachable": ("fail", "{place} cannot be reached ({said}); is it running, is base_url right,"
+                    " does the network need HTTPS_PROXY?"),
+    "silent": ("fail", "{place} does not answer within {secs} seconds; see that base_url is right, and"
+               " whether the network needs HTTPS_PROXY"),
+    "timeout": ("fail", "no whole answer within {secs} seconds; try again, or a larger --timeout"),
+    "untrusted": ("fail", "the certificate of {origin} is not trusted ({said}); if your network"
+                  " re-signs TLS, set ca_file to its CA"),
+    "plain": ("fail", "base_url says https, but {origin} speaks plain http"),
+    "tls": ("fail", "the TLS handshake with {origin} failed ({said}); check the scheme and the port"
+            " in base_url"),
+    "broken": ("fail", "{said}"),
+    "template": ("fail", "{path}.api_key is still the template's; put your key there"),
+    "no model": ("skip", "no model is known; name one with --model, or in"
+                 " providers.{provider}.models"),
+    "auth": ("fail", "the key from {source} is refused; see that it is whole, valid, and"
+             " this provider's{quote}"),
+    "forbidden": ("fail", "the key from {source} may not do this{quote}"),
+    "missing": ("fail", "there is nothing at {url}; check the path in base_url, or try another"
+                " protocol ({others}){quote}"),
+    "unsupported": ("fail", "the provider does not know the model {model}{near}{quote}"),
+    "quota": ("warn", "the key works, but its quota or rate limit is used up{again}{quote}"),
+    "capacity": ("warn", "the key works, but the provider takes no more requests now{again}"
+                 "{quote}"),
+    "billing": ("fail", "the key works, but there is no credit left{again}{quote}"),
+    "challenge": ("fail", "the network in front of the provider asks for a browser; try another"
+                  " network, or proxy_url"),
+    "transient": ("fail", "the provider has a fault of its own (status {status}); try again"
+                  " later{quote}"),
+    "request": ("fail", "the provider refuses the request (status {status}){quote}"),
+    "unknown": ("fail", "the provider answered with status {status}{quote}"),
+    "limit": ("ok", "it works; the model thinks longer than this check allows"),
+    "page": ("fail", "{url} is a web page, not an API; check the path in base_url"),
+    "moved": ("fail", "{url} leads elsewhere (status {status}); put the address it leads to into"
+              " base_url{quote}"),
+    "shape": ("fail", "the answer is none of {protocol}; try another protocol ({others}){quote}"),
+    "cut": ("fail", "the stream ended before its last event{quote}"),
+    "whole": ("fail", "no stream came, but an answer in one piece"),
+}
+
+
+class Unwell(Exception):
+    """Why a check cannot go on: a word of ADVICE, and what its sentence tells."""
+
+    def __init__(self, what: str, **facts: Any) -> None:
+        super().__init__(what)
+        self.what, self.facts = what, facts
+
+
+def failure_of(error: Exception, check: str) -> Unwell:
+    """What ended a check."""
+    late = "silent" if check in ("dns", "tcp", "tls") else "timeout"
+    for kind, what in ((TimeoutError, late), (ssl.SSLCertVerificationError, "untrusted"),
+                       (ssl.SSLError, "tls"), (socket.gaierror, "unresolved"),
+                       (ConnectionRefusedError, "refused"), (OSError, "unreachable")):
+        if isinstance(error, kind):
+            said = getattr(error, "verify_message", "") or getattr(error, "reason", "") or (
+                error.strerror if isinstance(error, OSError) and error.strerror else "")
+            if what == "tls" and said in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
+                what = "plain"
+            return Unwell(what, said=said or "no reason given")
+    if isinstance(error, Unwell):
+        return error
+    return Unwell("broken", said=error.message if isinstance(error, ProxyError) else str(error))
+
+
+def advice(failure: Unwell, facts: Mapping[str, Any]) -> tuple[str, str]:
+    """What a check comes to, and a sentence on it. The provider's own words stand behind it."""
+    status, text = ADVICE[failure.what]
+    told = {"said": "", "near": "", "again": "", **facts, **failure.facts}
+    said = textwrap.shorten(str(told["said"]), SAID_CHARS, placeholder=" ...")
+    return status, text.format(**{**told, "said": said, "quote": f"; it says: {said}" if said else ""})
+
+
+def without_secrets(text: str, secrets: Iterable[str]) -> str:
+    """`text` without secrets, and without beginnings and ends of them, as errors quote them."""
+    for secret in secrets:
+        for size in range(len(secret), min(len(secret), 8) - 1, -1):
+            for piece in {secret[:size], secret[-size:]} if size > 3 else ():
+                text = text.replace(piece, REDACTED)
+    return text
+
+
+WEB_PAGE = re.compile(rb"\s*(?:<!doctype html|<html)", re.I)
+OUTPUT_LIMIT = re.compile(r"max_(?:completion_|output_)?tokens or model output limit", re.I)
+KEY_FAULT = re.compile(r"\bapi[ _-]?key\b.{0,40}\b(?:valid|invalid|expired|missing)\b"
+                       r"|\b(?:invalid|expired|missing)\b.{0,20}\bapi[ _-]?key\b", re.I)
+
+
+def judge(answer: Fetched, model: str, now: float) -> None:
+    """Raise what is wrong with an answer by its status; 200 with a web page is so too."""
+    status, page = answer.status, WEB_PAGE.match(answer.body)
+    if status < 300 and not page:
+        return
+    if status < 300:
+        raise Unwell("page")
+    if status < 400:
+        leads = answer.values.get(b"location", b"").decode("latin-1").partition("?")[0]
+        raise Unwell("moved", status=status, said=leads)
+    error = upstream_error(status, answer.body[:ERROR_BODY_BYTES])
+    try:
+        body = load(answer.body)
+    except ValueError:
+        body = None
+    verdict = classify(error, answer.values, body, now)
+    what, said = verdict.what, "" if page else error.message
+    if what == "missing" and model and model in said:
+        what = "unsupported"
+    elif what == "request" and OUTPUT_LIMIT.search(said):
+        what = "limit"
+    elif what == "request" and KEY_FAULT.search(said):  # Google answers 400 there
+        what = "auth"
+    again = f", for {verdict.until - now:.0f} seconds more" if verdict.until else ""
+    raise Unwell(what, status=status, said=said, again=again)
+
+
+# -- which model the doctor asks ---------------------------------------------
+
+NO_PLAIN_CHAT = re.compile(
+    r"image|audio|video|realtime|transcri|speech|sora|veo|guard|ocr|search|research|instruct"
+    r"|davinci|babbage|codex|computer|live|robotics|aqa", re.I)
+CHEAP = re.compile(r"(?:^|[-/.:_ ])(?:nano|mini|lite|flash|haiku|small|tiny|free)(?:$|[-/.:_ ])", re.I)
+
+
+def doctor_model(config: Config, provider: str, asked: str, listed: Sequence[str]) -> str:
+    """The provider's name of the model to ask: the one that was `asked` for, one of the
+    configuration, or of its own list one that can chat, rather a cheap one. "" for none."""
+    routes = [r.upstream_model or r.model_pattern for r in config.routing.routes
+              if r.provider == provider and "$" not in (r.upstream_model or "")
+              and (r.upstream_model or pattern_kind(r.match_kind, r.model_pattern) == "exact")]
+    configured = [model.name for model in config.providers[provider].models]
+    plain = [id for id in listed if not NO_PLAIN_CHAT.search(id)] or list(listed)
+    found = [*filter(None, [asked]), *configured, *routes, *filter(CHEAP.search, plain), *plain]
+    return split_thinking(found[0])[0] if found else ""
+
+
+def near_models(model: str, listed: Sequence[str]) -> str:
+    """What a sentence on an unknown model goes on with: names that are like it, else some."""
+    near = difflib.get_close_matches(model, listed, 5, 0.5)
+    some = near or listed[:5]
+    return f"; {'it has names like' if near else 'it has'} {', '.join(some)}" if some else ""
+
+
+# -- what the doctor's requests are answered ---------------------------------
+
+def check_chat(value: Any) -> tuple[str, str]:
+    """What a Chat answer to the first probe shows."""
+    choice, message = first_choice(value)
+    text = text_of(message.get("content")).strip()
+    if text:
+        return "ok", f"answered {textwrap.shorten(text, 40, placeholder='...')!r}"
+    if choice.get("finish_reason") == "length" or any(
+            message.get(name) for name in ("reasoning", "reasoning_content")):
+        return "ok", ADVICE["limit"][1]
+    raise Unwell("shape")
+
+
+def check_tool(value: Any) -> tuple[str, str]:
+    """What a Chat answer to the probe with a tool shows."""
+    choice, message = first_choice(value)
+    calls = listing(message.get("tool_calls"))
+    call = mapping(mapping(next(iter(calls), None)).get("function"))
+    if not call:
+        why = ("the model thinks longer than this check allows" if choice.get("finish_reason")
+               == "length" else "clients that need tools will not get far with it")
+        return "warn", f"it did not call the tool; {why}"
+    try:
+        mapping(load(text_of(call.get("arguments")).encode()))["word"]
+    except (ValueError, KeyError):
+        return "warn", "it called the tool, with arguments that do not fit it"
+    return "ok", f"called {text_of(call.get('name'))} as asked"
+
+
+def first_choice(value: Any) -> tuple[Json, Json]:
+    """The first choice of a Chat answer, and its message."""
+    choice = mapping(next(iter(listing(mapping(value).get("choices"))), None))
+    return choice, mapping(choice.get("message"))
+
+
+def check_stream(protocol: Protocol, raw: bytes, pair: Pair | None, ctx: Context) -> int:
+    """The number of events in a provider's stream, which must be whole and translatable."""
+    observer = StreamObserver(protocol, len(raw) + 1)
+    events = list(observer.payloads(raw + b"\n\n", 0.0))
+    if not events:
+        raise Unwell("whole")
+    if observer.seen.error_message or not observer.complete:
+        raise Unwell("cut", said=observer.seen.error_message or "")
+    if pair:
+        deque(pair_events(pair.stream(ctx), [*events, None]), 0)
+    return len(events)
+
+
+# -- the doctor's round ------------------------------------------------------
+
+class Check(NamedTuple):
+    """What a check came to: ok, warn, fail or skip, in a sentence, after so many milliseconds."""
+
+    check: str
+    status: str
+    ms: int | None
+    text: str
+
+
+class Examination:
+    """The checks of one provider with one of its credentials, one after another."""
+
+    def __init__(self, provider: Provider, config: Config, tokens: Tokens, asked: str,
+                 secs: float) -> None:
+        self.provider, self.config, self.tokens = provider, config, tokens
+        self.asked, self.secs, self.pool = asked, secs, tokens.pool
+        self.key, self.model, self.target = "", "", provider.target
+        self.listed: list[str] = []
+        origin = provider.origin
+        self.way = place(origin.proxy) if origin.proxy else origin
+        self.via = f" (of the forward proxy {self.way.authority})" if origin.proxy else ""
+        self.steps: dict[str, Callable[[], Awaitable[tuple[str, str]]]] = {
+            "dns": self.dns, "tcp": self.tcp, "tls": self.tls, "key": self.find_key,
+            "models": self.models, "chat": functools.partial(self.answered, "chat", check_chat),
+            "tool": functools.partial(self.answered, "tool", check_tool), "stream": self.stream}
+
+    async def run(self) -> Json:
+        """The report on them."""
+        checks: list[Check] = []
+        lost: dict[str, str] = {}  # a check -> the one that it failed by
+        for name, needs in CHECKS.items():
+            culprit = next((lost[need] for need in needs if need in lost), None)
+            if culprit:
+                lost[name] = culprit
+                checks.append(Check(name, "skip", None, f"needs {culprit}"))
+                continue
+            check, ended = await self.check(name)
+            checks.append(check)
+            if ended:
+                lost[name] = name
+        provider = self.provider
+        return {"provider": provider.name, "credential": provider.credential.name,
+                "protocol": provider.protocol.name, "url": self.url(provider.target),
+                "model": self.model or None, "checks": [check._asdict() for check in checks]}
+
+    async def check(self, name: str) -> tuple[Check, bool]:
+        """The outcome of a check, and whether those that need it are in vain."""
+        began, ended = time.perf_counter(), False
+        try:
+            async with asyncio.timeout(self.secs):
+                status, text = await self.steps[name]()
+        except (Unwell, ProxyError, OSError, ValueError) as error:
+            status, text = advice(failure_of(error, name), self.facts())
+            ended = True
+        text += self.via if name in ("dns", "tcp") else ""
+        text = printable(without_secrets(text, self.secrets()))
+        ms = None if status == "skip" else milliseconds(time.perf_counter() - began)
+        return Check(name, status, ms, text), ended
+
+    def facts(self) -> Json:
+        """What sentences of ADVICE may tell."""
+        provider = self.provider
+        return {"host": self.way.host, "place": f"{self.way.host}:{self.way.port}",
+                "origin": provider.origin.authority, "secs": f"{self.secs:g}",
+                "path": provider.credential.path, "provider": provider.name,
+                "source": source_report(provider.credential, self.tokens.environ),
+                "url": self.url(self.target), "model": self.model,
+                "near": near_models(self.model, self.listed), "protocol": provider.protocol.title,
+                "others": " or ".join(name for name, p in PROTOCOLS.items()
+                                      if p is not provider.protocol)}
+
+    def secrets(self) -> list[str]:
+        """What must not be printed, though an answer may repeat it."""
+        headers = self.provider.credential.headers.items()
+        return [self.key, *(value for name, value in headers if SECRET_HEADER.match(name))]
+
+    def url(self, target: str) -> str:
+        """A URL of the provider, without the query."""
+        origin = self.provider.origin
+        return f"{origin.scheme}://{origin.authority}{target.partition('?')[0]}"
+
+    async def dns(self) -> tuple[str, str]:
+        """Look up the host, the forward proxy's where there is one."""
+        with contextlib.suppress(ValueError):
+            ipaddress.ip_address(self.way.host)
+            return "skip", f"{self.way.host} is an address"
+        found = await asyncio.get_running_loop().getaddrinfo(
+            self.way.host, self.way.port, type=socket.SOCK_STREAM)
+        count = len({address[4][0] for address in found})
+        return "ok", f"{self.way.host} has {count} address{'es' * (count > 1)}"
+
+    async def tcp(self) -> tuple[str, str]:
+        """Connect, and no more."""
+        _, writer = await asyncio.open_connection(self.way.host, self.way.port,
+                                                  happy_eyeballs_delay=0.25)
+        writer.transport.abort()
+        return "ok", f"connected to port {self.way.port}"
+
+    async def tls(self) -> tuple[str, str]:
+        """Connect as requests do; they use the connection then."""
+        origin = self.provider.origin
+        if origin.scheme == "http":
+            return "skip", "plain http"
+        link = await open_link(origin, self.pool.contexts)
+        tls = link.writer.get_extra_info("ssl_object")
+        self.pool.give(link)
+        ends = ssl.cert_time_to_seconds(tls.getpeercert()["notAfter"])
+        days = int((ends - time.time()) // 86400)
+        return ("ok" if days >= CERTIFICATE_DAYS else "warn",
+                f"{tls.version()}; the certificate ends in {days} days")
+
+    async def find_key(self) -> tuple[str, str]:
+        """Get the key."""
+        provider = self.provider
+        if provider.settings.auth == "none":
+            return "skip", "the provider takes none"
+        if provider.template_key:
+            raise Unwell("template")
+        self.key = await self.tokens.key(provider.credential)
+        return "ok", f"from {source_report(provider.credential, self.tokens.environ)}"
+
+    async def models(self) -> tuple[str, str]:
+        """Ask for the list of models, and choose one of them."""
+        provider = self.provider
+        choose_model = functools.partial(doctor_model, self.config, provider.name, self.asked)
+        self.model = choose_model(())
+        if provider.settings.discover is False:
+            return "skip", "`discover` is off for this provider"
+        self.target, lines = provider.list_request(self.key)
+        # check() has the limit
+        answer = await fetch(self.pool, provider.origin, self.target, lines=lines, secs=FOREVER)
+        try:
+            judge(answer, "", time.time())
+        except Unwell as failure:
+            # keys may be good for chats only, and not all providers have a list
+            if failure.what not in ("forbidden", "missing") and answer.status not in (405, 501):
+                raise
+            return "warn", f"no list at {self.url(self.target)} (status {answer.status}); base_url" \
+                " may be wrong, or the provider has none for this key"
+        try:
+            self.listed = [model.id for model in read_models(answer.body, provider.name)]
+        except ValueError:
+            return "warn", f"what {self.url(self.target)} answers is no list of models"
+        self.model = choose_model(self.listed)
+        return "ok", f"{len(self.listed)} models"
+
+    async def send(self, probe: str, tap: Callable[[bytes], None] | None = None) -> tuple[
+            Fetched, Pair | None, Context]:
+        """The answer to a probe that was translated and sent as the proxy does it."""
+        provider = self.provider
+        self.target = provider.target
+        if not self.model:
+            raise Unwell("no model")
+        ctx = context_of(CHAT, provider, Decision(provider.name, self.model, None), "", "doctor")
+        tokens, body = PROBES[probe]
+        body = {"model": self.model, **body, ctx.caps.max_tokens_field or "max_tokens": tokens}
+        pair = pair_for(CHAT, provider.protocol, True)
+        raw, lines = dump(body), None
+        if pair:
+            raw, job = translated_request(pair, body, ctx)
+            lines = job.lines
+        head = provider.request_head(PROBE_HEAD, len(raw), lines, "", self.key)
+        answer = await fetch_with(self.pool, provider.origin, head, raw, FOREVER, tap)
+        judge(answer, self.model, time.time())
+        return answer, pair, ctx
+
+    async def answered(self, probe: str,
+                       look: Callable[[Any], tuple[str, str]]) -> tuple[str, str]:
+        """Send a probe, and look at its answer in Chat form."""
+        answer, pair, ctx = await self.send(probe)
+        try:
+            value = load(answer.body)
+            return look(pair.response(value, ctx) if pair else value)
+        except ValueError:
+            raise Unwell("shape") from None
+
+    async def stream(self) -> tuple[str, str]:
+        """Send a probe that is answered by a stream."""
+        began, pieces = time.perf_counter(), []
+        answer, pair, ctx = await self.send(
+            "stream", lambda piece: pieces.append(time.perf_counter()))
+        count = check_stream(self.provider.protocol, answer.body, pair, ctx)
+        return "ok", f"{count} events, the first after {milliseconds(pieces[0] - began)} ms"
+
+
+def seconds(text: str) -> float:
+    """A time limit as a flag gives it."""
+    try:
+        return float(SECONDS.read(float(text)))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+def doctor_line() -> argparse.ArgumentParser:
+    """The parser of `proxai.py doctor`."""
+    parser = argparse.ArgumentParser(
+        prog="proxai.py doctor", allow_abbrev=False,
+        description="Try each provider with each of its keys, from the name of its host to a"
+                    " streamed answer, and say in plain words what is wrong.", epilog=DOCTOR_NOTE)
+    add = parser.add_argument
+    add("providers", nargs="*", metavar="PROVIDER", help="names of providers; all without")
+    add("--config", metavar="PATH", help="configuration file")
+    add("--model", metavar="NAME", default="", help="the model to ask, as the provider names it")
+    add("--protocol", type=str.lower, choices=PROTOCOL_WORDS, metavar="P",
+        help="the one to try where a provider speaks several; without, its first")
+    add("--timeout", type=seconds, default=DOCTOR_SECS, metavar="SECS",
+        help=f"limit for each check ({DOCTOR_SECS:g})")
+    add("--json", action="store_true", help="print the reports as JSON")
+    return parser
+
+
+def doctor_lines(report: Json, paint: Callable[[str, str], str]) -> list[str]:
+    """The report on one credential for people."""
+    own = report["credential"] == report["provider"]
+    name = report["provider"] + ("" if own else f", {report['credential']}")
+    colors = {"ok": "green", "warn": "yellow", "fail": "red", "skip": "dim"}
+    lines = [f"{name}: {report['protocol']} at {report['url']}"
+             + (f", model {printable(report['model'])}" if report["model"] else "")]
+    for check in report["checks"]:
+        status, ms = check["status"], "" if check["ms"] is None else f"{check['ms']} ms"
+        said = paint(f"{'FAIL' if status == 'fail' else status:4}", colors[status])
+        lines.append(f"  {said}  {check['check']:6}  {ms:>8}  {check['text']}")
+    return lines
+
+
+async def examine(providers: Sequence[Provider], config: Config, args: Any,
+                  environ: Mapping[str, str], show: Callable[[Json], None]) -> list[Json]:
+    """The reports on these, some at a time, each one shown when it and those before it are
+    there."""
+    loop, pool, gate = asyncio.get_running_loop(), Pool(), asyncio.Semaphore(DOCTOR_LINKS)
+    loop.getaddrinfo = own_resolver(loop)  # type: ignore[method-assign]
+    # the report tells what its log would
+    tokens = Tokens(pool, Log(logging.Logger("doctor", logging.CRITICAL)), environ)
+
+    async def visit(provider: Provider) -> Json:
+        async with gate:
+            return await Examination(provider, config, tokens, args.model, args.timeout).run()
+
+    reports = []
+    try:
+        for task in [asyncio.create_task(visit(provider)) for provider in providers]:
+            reports.append(await task)
+            show(reports[-1])
+    finally:
+        pool.close()
+    return reports
+
+
+def doctor(args: Any, environ: Mapping[str, str]) -> int:
+    """Try providers with their keys; 1 where a check failed."""
+    config = load_from(args.config, environ)
+    names = list(dict.fromkeys(name.strip().lower() for name in args.providers))
+    for name in names:
+        check_provider(config, name)
+    print(DOCTOR_NOTE, file=sys.stderr)
+    paint = HumanLines(has_color(sys.stdout, config.logging, environ)).paint
+    providers = [each for name in names or config.providers
+                 for provider in [Provider(name, config.providers[name], environ)]
+                 for each in (provider, *provider.others.values())]
+    if args.protocol:
+        providers = [each.speaking(PROTOCOL_WORDS[args.protocol]) for each in providers]
+    reports = asyncio.run(examine(providers, config, args, environ, lambda report: None if args.json
+                                  else tell("\n" + "\n".join(doctor_lines(report, paint)))))
+    done = [check["status"] for report in reports for check in report["checks"]
+            if check["status"] != "skip"]
+    failed = done.count("fail")
+    print(pretty(reports) if args.json else f"\n{failed} of {len(done)} checks failed")
+    return 1 if failed else 0
+
+
+# -- subcommands -------------------------------------------------------------
+
 class Command(NamedTuple):
     """A subcommand: its parser, and what runs it and returns the exit status. A ConfigError of
     its is told in a line, with exit status 1."""
@@ -18573,6 +19216,7 @@ COMMANDS = {
     "presets": Command(presets_line, list_presets),
     "why": Command(why_line, ask_why),
     "credentials": Command(credentials_line, credentials),
+    "doctor": Command(doctor_line, doctor),
 }
 
 
@@ -18643,12 +19287,13 @@ def run(args: Any, environ: Mapping[str, str]) -> int:
             if index == 0:
                 tell(told)
 
-        now = config
+        own = file._replace(load=lambda: of_worker(file.load(), index))
+        now = of_worker(config, index)
         if len(sockets) > 1:  # one that is started anew begins with today's file
             with contextlib.suppress(ConfigError):
-                now = file.load()
+                now = own.load()
         log, writer = start_log(now.logging, sys.stdout, environ)
-        return run_logged(serve(now, log, environ, sockets[index], started, file), writer)
+        return run_logged(serve(now, log, environ, sockets[index], started, own), writer)
 
     return work(0) if len(sockets) == 1 else run_workers(sockets, work)
 

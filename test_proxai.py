@@ -227,7 +227,8 @@ Script = Callable[[Peer, Received], None]
 
 
 class Upstream:
-    """A scripted provider on loopback: what it answers is decided by the model a request asks for.
+    """A scripted provider on loopback: what it answers is decided by the model a request asks for, without a body
+    by its target.
 
     `on(model, *scripts)` sets what the first, second, ... request for `model` gets; the last repeats.
     """
@@ -269,7 +270,7 @@ class Upstream:
                 self.open.append(sock)
             peer = Peer(sock)
             while not peer.closed and (request := peer.read_request(number)):
-                model = json.loads(request.body)["model"]
+                model = json.loads(request.body)["model"] if request.body else request.target
                 before = self.requests.setdefault(model, [])
                 before.append(request)
                 scripts = self.scripts[model]
@@ -1652,6 +1653,7 @@ openai_chat_completions = " two "
 anthropic_messages = "two"
 [routing]
 force_model_prefix = true
+default_provider = "TWO"
 strategy = "weighted"
 session_affinity_secs = 0
 probe_interval_secs = 60
@@ -1795,6 +1797,7 @@ FULL_VALUES = {
     "providers.one.protocol": "openai_responses", "providers.one.base_url": "https://h.example/v1/",
     "providers.one.api_key": "k-1", "providers.one.connect_timeout_secs": 0.25,
     "routing.force_model_prefix": True, "providers.one.prefix": "or", "routing.strategy": "weighted",
+    "routing.default_provider": "two",
     "routing.session_affinity_secs": 0, "routing.probe_interval_secs": 60, "routing.max_attempts": 3, "routing.retry_budget_secs": 7.5,
     "routing.routes.0.fallback": (proxai.FallbackConfig(provider="two"), proxai.FallbackConfig(provider="one", upstream_model="z")),
     "routing.routes.1.fallback": (),
@@ -2778,6 +2781,17 @@ def test_a_start_with_a_configuration_of_its_own_needs_no_app_directory(tmp_path
     program = Running(tmp_path, config=config_for(upstream.url), env={"USERPROFILE": str(tmp_path)})
     program.stop()
     assert [p.name for p in tmp_path.iterdir()] == ["config.toml"]
+
+def test_one_default_provider_is_enough_for_all_protocols():
+    text = '[providers.One]\nprotocol = "anthropic_messages"\nbase_url = "http://h"\napi_key = "k"\n[routing]\ndefault_provider = "one"\n'
+    names = load_text(text + f'[routing.default_provider_names]\n{CHAT.name} = ""\n').routing.default_provider_names
+    assert [getattr(names, name) for name in proxai.PROTOCOLS] == ["one"] * 3
+    (told,) = faults_of(text.replace('= "one"', '= "two"'))
+    assert "routing.default_provider: no provider is named two" in told
+    assert proxai.start_notes(load_text(text)) == []
+    (note,) = proxai.start_notes(load_text(text.partition("[routing]")[0]))
+    assert "routing.default_provider" in note
+
 
 
 
@@ -18986,12 +19000,12 @@ def test_the_command_shows_and_sets_switches(capture_command, tmp_path):
     assert "  provider_request_enabled: true" in capture_command("status")[1]
     assert capture_command("enable")[1].count(": true") == 4
     assert path.read_text() == proxai.set_capture_keys(proxai.example_toml(), ALL_PHASES)
-    assert capture_command("disable")[1].count(": false") == 4
+    assert capture_command("disable", "all")[1].count(": false") == 4
     assert path.read_text() == proxai.example_toml()
     assert [each.name for each in path.parent.glob("*.tmp")] == []
 
 
-@pytest.mark.parametrize("arguments", [(), ("enable", "inbound_request"), ("enable", "all"), ("on",), ("status", "x"),
+@pytest.mark.parametrize("arguments", [(), ("enable", "inbound_request"), ("on",), ("status", "x"),
                                        ("enable", "--nope")])
 def test_other_words_for_the_command_are_a_usage_error(capture_command, arguments):
     assert capture_command(*arguments)[0] == 2
@@ -19201,9 +19215,12 @@ def test_captures_change_no_byte(capturing, programs, upstream, model, path, pro
     whole = {"id": "c", "model": model, "choices": [{"index": 0, "finish_reason": "stop",
                                                      "message": {"role": "assistant", "content": "a"}}]}
     upstream.on(model, answer_stream(*chat_frames(model, "a", "b")) if stream else answer_json(whole))
-    bodies = [each.talk(request_bytes(path, body_for(protocol, model, stream=stream))) for each in (plain, capturing)]
-    own = re.compile(rb"(x-proxai-request-id|date): [^\r]*|(msg_|chatcmpl-)\w+|\"created\":\d+")
-    assert own.sub(b"", bodies[0]) == own.sub(b"", bodies[1]) and b"200 OK" in bodies[0]
+    replies = [read_reply(each.talk(request_bytes(path, body_for(protocol, model, stream=stream))))
+               for each in (plain, capturing)]  # how it is cut into chunks is a matter of time
+    own = re.compile(rb"(msg_|chatcmpl-)\w+|\"created\":\d+")
+    assert own.sub(b"", replies[0].body) == own.sub(b"", replies[1].body) and replies[0].status == 200
+    heads = [{**each.headers, "x-proxai-request-id": "", "date": ""} for each in replies]
+    assert heads[0] == heads[1]
     first, second = upstream.got(model)
     assert first[:4] == second[:4]
 
@@ -21300,13 +21317,13 @@ def test_a_key_from_a_command_is_fetched_once_and_again_when_it_is_refused(comma
 def test_a_provider_that_refuses_the_new_key_too_is_told_to_the_client(commanded, upstream, model):
     upstream.on(model, answer_json({"error": {"message": "first"}}, 401),
                 answer_json({"error": {"message": "not you"}}, 401))
-    for sent in (2, 3):  # no renewal for each request
+    for sent in (3, 4):  # no renewal for each request, and a refused key rests
         reply = commanded.post(MESSAGES.path, body_for(MESSAGES, model))
         assert reply.status == 401 and b"not you" in reply.body
         assert len(upstream.got(model)) == sent
     got = upstream.got(model)
-    assert [r.header("x-api-key") for r in got] == ["key-1", "key-2", "key-2"]
-    assert [r.header("authorization") for r in got] == [r.header("x-user") for r in got] == [None] * 3
+    assert [r.header("x-api-key") for r in got] == ["key-1", "key-2", "low-1", "low-1"]
+    assert [r.header("authorization") for r in got] == [r.header("x-user") for r in got] == [None] * 4
     assert "anthropic-version" in {name for name, _ in got[0].headers}
 
 
@@ -22463,6 +22480,27 @@ def test_a_cut_ends_the_connection_although_its_socket_takes_no_option(raw):
     connection.transport = transport = Torn(raw)
     connection.cut()
     assert (transport.aborted, connection.keep) == (1, False)
+
+
+def test_small_parts_of_an_answer_are_sent_at_once():
+    async def run() -> int:
+        seen = asyncio.get_running_loop().create_future()
+
+        async def answer(connection: Any, head: Any) -> None:
+            seen.set_result(connection.transport.get_extra_info("socket").getsockopt(
+                socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            connection.cut()
+
+        server = proxai.Server(proxai.ServerConfig(), answer, answer)
+        port = await server.listen(proxai.bound_socket("127.0.0.1", 0))
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        nodelay = await seen
+        await server.drain(0.0, asyncio.Event())
+        writer.close()
+        return nodelay
+
+    assert asyncio.run(asyncio.wait_for(run(), PATIENCE))
 
 
 # -- the end
@@ -25972,6 +26010,28 @@ def test_explain_takes_a_file_standard_input_or_a_capture(explain, captures):
     assert status == 0 and "user-agent: me" in json.loads(out)["headers"]
 
 
+def test_explain_names_every_candidate():
+    config = load_text("""[providers.a]
+protocol = "openai_chat_completions"
+base_url = "http://h"
+credentials = [{name = "one", api_key = "k1"}, {name = "two", api_key = "k2"}]
+[providers.b]
+protocol = "anthropic_messages"
+base_url = "http://h"
+api_key = "k3"
+models = ["named"]
+[[routing.routes]]
+model_pattern = "m-*"
+provider = "a"
+fallback = ["b"]
+""")
+    body = {"model": "m-1", "messages": [{"role": "user", "content": "hi"}]}
+    lines = proxai.explain_lines(proxai.explain(config, CHAT.path, [], json.dumps(body).encode(), {}))
+    assert "candidates: a/one, a/two, b/b when others fail; `why` tells which are ready" in lines
+    report = proxai.explain(config, CHAT.path, [], json.dumps({**body, "model": "named"}).encode(), {})
+    assert "provider: b, by its names" in proxai.explain_lines(report) and len(report["candidates"]) == 1
+
+
 @pytest.mark.parametrize(("arguments", "said"), [
     (("HERE/b.json",), "Error: --path is needed"), (("HERE/none.json", "--path", "/v1/messages"), "Error: cannot read"), (("9999",), "Error: there is no capture with the id 9999"),
 ])
@@ -26136,6 +26196,8 @@ def test_a_silent_provider_is_left_for_the_next_and_a_client_that_goes_ends_it_a
     reply = fleet.post("/v1/chat/completions", body_for(CHAT, name))  # `other` says nothing for its second
     gone.set()
     assert reply.status in (500, 502) and len(upstream.got(name)) == 3
+    end = fleet.events(reply.headers["x-proxai-request-id"])[-1]
+    assert end["event"] == ("timeout" if end["provider"] == "other" else "hdr-error")
     upstream.on(model, refused(429, "retry-after: 4"), said_json("hello"))  # a short wait is waited, not 4 s here
     with fleet.connect() as sock:
         raw = json.dumps(body_for(CHAT, model)).encode()
@@ -26156,11 +26218,76 @@ def test_all_at_rest_by_declaration_is_told_with_the_time(programs, upstream, mo
     assert 590 <= int(reply.headers["retry-after"]) <= 600 and reply.json["error"]["code"] == "model_cooldown"
 
 
+CUT_ERROR = b"HTTP/1.1 500 X\r\ncontent-length: 100\r\n\r\nabc"
+
+
+@pytest.mark.parametrize("first", [
+    lambda peer, request: (peer.send(CUT_ERROR), peer.close()),
+    lambda peer, request: (peer.send(CUT_ERROR.replace(b"500", b"200")), peer.close()),
+    answer_json({"error": {"message": "overloaded", "code": 529}}), answer(200, b"", "content-type: application/json"),
+    answer(200, b"<html>", "content-type: text/html"), answer(500, b"xx", "content-encoding: br"),
+], ids=["error cut", "answer cut", "error in 200", "empty", "not JSON", "unknown coding"])
+@pytest.mark.parametrize("inbound", [CHAT, MESSAGES], ids=["chat", "messages"])
+def test_an_answer_that_is_none_is_asked_for_elsewhere(fleet, upstream, model, first, inbound):
+    upstream.on(model, first, said_json("hello"))
+    reply = fleet.post(inbound.path, body_for(inbound, model))
+    assert keys_asked(upstream, model) == ["one", "two"] and reply.status == 200 and b"hello" in reply.body
+
+
+def test_a_connection_whose_answer_is_of_no_use_is_closed(fleet, upstream, model):
+    closed = threading.Event()
+    upstream.on(model, lambda peer, request: (answer(200, b"xx", "content-encoding: br")(peer, request), peer.gone() and closed.set()),
+                lambda peer, request: (closed.wait(2), said_json("hello")(peer, request)))
+    assert fleet.post("/v1/chat/completions", body_for(CHAT, model)).status == 200 and closed.is_set()
+
+
+@pytest.mark.parametrize("coding, size", [("identity", 10), ("gzip", 10), ("identity", 9 << 20)], ids=["plain", "gzip", "more than is held"])
+def test_an_answer_that_was_looked_at_is_given_as_it_is(fleet, upstream, model, coding, size):
+    raw = json.dumps({"id": "c", "choices": [], "pad": "x" * size}).encode()
+    sent = gzip.compress(raw) if coding == "gzip" else raw
+    upstream.on(model, answer(200, sent, "content-type: application/json", f"content-encoding: {coding}"))
+    reply = fleet.post("/v1/chat/completions", body_for(CHAT, model))
+    assert reply.body == raw and reply.headers.get("content-encoding") in (None, "identity")
+
+
+def test_a_first_event_too_large_to_look_at_reaches_a_client_of_the_same_protocol(fleet, upstream, model):
+    large = chat_events({"choices": [{"delta": {"content": "x" * (17 << 20)}}]}, STOP_CHUNK)
+    upstream.on(model, answer_stream(large))
+    reply = fleet.post("/v1/chat/completions", body_for(CHAT, model, stream=True))
+    assert reply.body == large and keys_asked(upstream, model) == ["one"]
+
+
+@pytest.mark.parametrize("inbound", [CHAT, MESSAGES], ids=["chat", "messages"])
+def test_an_error_late_in_a_stream_sends_the_next_request_elsewhere(fleet, upstream, model, inbound):
+    def late(peer: Peer, request: Received) -> None:
+        peer.send(SSE_HEAD + chunk(chat_events(ROLE_CHUNK, TEXT_CHUNK, end=b"")))
+        fleet.wait_line(rf'"event":"hdr".*"model":"{model}"')  # the client has it
+        peer.send(chunk(chat_events({"error": {"message": "slow down", "code": "rate_limit_exceeded"}}, end=b"")) + b"0\r\n\r\n")
+
+    upstream.on(model, late, said_json("hello"))
+    assert b"slow down" in fleet.post(inbound.path, body_for(inbound, model, stream=True)).body
+    fleet.wait_line(rf'"event":"stream-error".*"model":"{model}"')
+    assert fleet.post(inbound.path, body_for(inbound, model)).status == 200 and keys_asked(upstream, model) == ["one", "two"]
+
+
+def test_tries_that_failed_count_for_their_providers():
+    metrics, exchange = proxai.Metrics(NOW), proxai.Exchange(1, "POST", "/", 0.0)
+    metrics.began(exchange)
+    exchange.provider, exchange.status, exchange.head_at, exchange.phase = "b", 200, 1.0, proxai.PHASES[3]
+    exchange.attempts = [proxai.Attempt("a", "one", 500, "transient", 5), proxai.Attempt("b", "x", 429, "quota", 5),
+                         proxai.Attempt("b", "y", 200, "ok", 5)]
+    metrics.ended(exchange, "end", 2.0)
+    metrics.count()
+    a, b = metrics.provider("a"), metrics.provider("b")
+    assert (a["requests"], a["errors"], a["health"], a["last_status"], a["last_error"]) == (1, 1, "failing", 500, "transient")
+    assert (b["requests"], b["errors"], b["health"], b["last_status"]) == (2, 1, "ok", 200)
+
+
 def test_a_session_keeps_its_key_and_sessions_are_spread(programs, upstream, model):
     fleet = programs(FLEET.format(url=upstream.url, affinity=3600, strategy="round-robin"))
     upstream.on(model, said_json("hello"))
-    for session in "abab":
-        fleet.post("/v1/chat/completions", body_for(CHAT, model, prompt_cache_key=session))
+    for session, wish in zip("abab", ("", "", "(high)", "(low)"), strict=True):  # thinking more is no other session
+        fleet.post("/v1/chat/completions", body_for(CHAT, f"{model}{wish}", prompt_cache_key=session))
     first, second, *again = keys_asked(upstream, model)
     assert {first, second} == {"one", "two"} and again == [first, second]
 
@@ -26177,6 +26304,8 @@ def test_a_session_keeps_its_key_and_sessions_are_spread(programs, upstream, mod
     (RESPONSES, {"type": "response.output_text.delta"}, True, None), (RESPONSES, {"type": "response.completed"}, True, None),
     (RESPONSES, {"type": "response.failed", "response": {"error": {"code": "server_error", "message": "busy"}}}, True, "busy"),
     (RESPONSES, {"type": "error", "code": "rate_limit_exceeded", "message": "busy"}, True, "busy"),
+    (RESPONSES, {"error": {"message": "busy"}}, True, "busy"), (MESSAGES, {"no": "type"}, True, None),
+    (MESSAGES, {"type": ["odd"]}, True, None),
 ])
 def test_what_a_client_sees_of_a_stream_and_what_is_an_error(protocol, event, visible, fault):
     error = proxai.stream_fault(protocol, event)
@@ -26824,6 +26953,7 @@ def test_mcp_with_the_official_client(mcp_program, monkeypatch, version):
             with pytest.raises(Exception, match="there is no argument"):
                 await session.call_tool("providers", {"key": "please"})
 
+    assert mcp_program.post("/v1/responses", body_for(RESPONSES, "big-2")).status == 502
     with monkeypatch.context() as patch:
         patch.setenv("NO_PROXY", "127.0.0.1")
         asyncio.run(asyncio.wait_for(run(), PATIENCE))
@@ -26831,7 +26961,13 @@ def test_mcp_with_the_official_client(mcp_program, monkeypatch, version):
     assert "overrides.inbound_request_enabled: false" in texts["capture_disable"]
     assert texts["capture_clear"] == texts["capture_status"] and texts["capture_list"].startswith("request_id=8 ")
     assert '"older"' in texts["capture_read"] and "request_id: 7" in texts["capture_show_latest"]
-    assert isinstance(json.loads(texts["recent_requests"]), list) and isinstance(json.loads(texts["explain"]), dict)
+    told = json.loads(texts["explain"])
+    assert (told["provider"], told["upstream_model"], told["url"]) == ("claude", "claude-big", "http://127.0.0.1:9/v1/messages")
+    assert told["body"]["model"] == "claude-big" and "sk-very-secret" not in texts["explain"]
+    newest, *_ = json.loads(texts["recent_requests"])
+    assert {key: newest[key] for key in ("model", "upstream_model", "provider", "route", "status", "translation")} == {
+        "model": "big-2", "upstream_model": "claude-big", "provider": "claude", "route": "big", "status": 502,
+        "translation": "openai_responses->anthropic_messages"}
     assert json.loads(texts["providers"]) == [
         {"name": "main", "protocol": "openai_responses", "base_url": "https://secret.example.com:8443",
          "default_for": ["openai_responses"], "routes": []},
@@ -27684,8 +27820,9 @@ def test_check_tells_of_template_keys(key, check):
 def test_check_tells_of_presets_without_a_key_and_of_those_that_ended():
     report = proxai.check_report(load_text('[providers.ollama]\n[providers.roo]\napi_key = "k-1"\n'), "here", {})
     assert "ollama: openai_chat_completions at http://localhost:11434/v1/chat/completions, no key\n" in report
-    assert report.endswith("note: providers.roo is discontinued: the service ended in May 2026")
-    assert proxai.start_notes(load_text('[providers.roo]\npreset = "roo"\nbase_url = "http://localhost/v1"\napi_key = "k-1"\n')) == []
+    assert "note: providers.roo is discontinued: the service ended in May 2026" in report
+    notes = proxai.start_notes(load_text('[providers.roo]\npreset = "roo"\nbase_url = "http://localhost/v1"\napi_key = "k-1"\n'))
+    assert "discontinued" not in "".join(notes)
 
 
 def test_check_without_a_file_ends_with_1_and_creates_nothing(tmp_path):
@@ -28366,6 +28503,280 @@ def test_env_takes_the_address_of_the_configuration(tmp_path, capsys):
     assert ended.value.code == 2
 
 
+# -- doctor ------------------------------------------------------------------
+
+DOCTOR_KEY = "sk-doctor-0123456789abcdef"
+DOCTOR_CALL = {"name": "say_word", "arguments": '{"word": "OK"}'}
+
+
+def chat_answer(finish: str = "stop", **message: Any) -> Script:
+    """A script: a whole Chat answer."""
+    return answer_json({"choices": [{"message": {"role": "assistant", **message}, "finish_reason": finish}]})
+
+
+def said_no(status: int, message: str, *headers: str) -> Script:
+    """A script: an error as OpenAI writes it."""
+    return answer_json({"error": {"message": message, "type": "invalid_request_error"}}, status, *headers)
+
+
+def responses_answer(*output: Any) -> Script:
+    """A script: a whole Responses answer."""
+    return answer_json({"object": "response", "id": "r", "status": "completed", "output": list(output)})
+
+
+def messages_answer(*content: Any) -> Script:
+    """A script: a whole Messages answer."""
+    return answer_json({"type": "message", "id": "m", "role": "assistant", "content": list(content), "stop_reason": "end_turn"})
+
+
+PAGE_ANSWER = answer(200, b"\n<!DOCTYPE html><title>Hi</title>", "content-type: text/html")
+MODELS_ANSWER = answer_json({"data": [{"id": "text-embedding-3"}, {"id": "gpt-image-1"}, {"id": "big-1"}, {"id": "big-mini-1"}]})
+CHAT_OK = chat_answer(content="OK")
+CHAT_TOOL = chat_answer("tool_calls", tool_calls=[{"id": "c", "type": "function", "function": DOCTOR_CALL}])
+
+
+def whole_stream(word: str) -> Script:
+    """A script: a stream of a protocol from its first event to its last."""
+    protocol, events = STREAMS[word]
+    return answer_stream(sse(protocol, *events))
+
+
+# Of each provider: what its list and its model answer, and what is found: status and words by check.
+ALL_WELL = {"key": ("ok", "from api_key"), "chat": ("ok", "answered 'OK'"), "tool": ("ok", "called say_word"),
+            "stream": ("ok", "events, the first after")}
+DOCTOR_CASES: dict[str, tuple[str, Script, tuple[Script, ...], dict[str, tuple[str, str]]]] = {
+    "chat": ("chat", MODELS_ANSWER, (CHAT_OK, CHAT_TOOL, whole_stream("chat")),
+             {**ALL_WELL, "dns": ("skip", "127.0.0.1 is an address"), "tcp": ("ok", "connected to port"),
+              "tls": ("skip", "plain http"), "models": ("ok", "3 models")}),
+    "responses": ("responses", MODELS_ANSWER, (
+        responses_answer({"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "OK"}]}),
+        responses_answer({"type": "function_call", "call_id": "c", **DOCTOR_CALL}), whole_stream("responses")), ALL_WELL),
+    "messages": ("messages", said_no(404, "none"), (
+        messages_answer({"type": "text", "text": "OK"}),
+        messages_answer({"type": "tool_use", "id": "t", "name": "say_word", "input": {"word": "OK"}}),
+        whole_stream("messages")), {**ALL_WELL, "models": ("warn", "no list at http://127.0.0.1:")}),
+    "unkeyed": ("chat", said_no(401, f"Incorrect API key provided: {DOCTOR_KEY}, not {DOCTOR_KEY[:12]}"), (),
+                {"models": ("fail", "the key from api_key is refused"), "chat": ("skip", "needs models"), "stream": ("skip", "needs models")}),
+    "google": ("chat", said_no(400, "API key not valid. Please pass a valid API key."), (), {"models": ("fail", "is refused")}),
+    "scoped": ("chat", said_no(403, "Missing scopes"), (said_no(403, "no"),),
+               {"models": ("warn", "(status 403)"), "chat": ("fail", "may not do this; it says: no"), "tool": ("skip", "needs chat")}),
+    "astray": ("chat", answer(404, b"<html>not found</html>"), (answer(404, b"<html>not found</html>"),),
+               {"chat": ("fail", "/astray/v1/chat/completions; check the path in base_url, or try another protocol (openai_responses or")}),
+    "page": ("chat", PAGE_ANSWER, (), {"models": ("fail", "/page/v1/models is a web page, not an API")}),
+    "moved": ("chat", answer(301, b"", "location: https://b.example/v1?k=1"), (), {"models": ("fail", "says: https://b.example/v1")}),
+    "odd": ("chat", answer_json([1]), (answer_json({"text": "OK"}),),
+            {"models": ("ok", "0 models"), "chat": ("fail", "is none of OpenAI Chat Completions")}),
+    "unknown": ("chat", MODELS_ANSWER, (said_no(404, "The model doctor-unknown does not exist"),),
+                {"chat": ("fail", "does not know the model doctor-unknown; it has gpt-image-1, big-1, big-mini-1; it says: The")}),
+    "spent": ("chat", MODELS_ANSWER, (said_no(429, "slow down", "retry-after: 30", "x-ratelimit-remaining: 0"),),
+              {"chat": ("warn", "the key works, but its quota or rate limit is used up, for "), "tool": ("skip", "needs chat")}),
+    "ill": ("chat", MODELS_ANSWER, (answer_json({"error": "oh"}, 500),), {"chat": ("fail", "a fault of its own (status 500)")}),
+    "thinker": ("chat", MODELS_ANSWER, (chat_answer("length", content=""), chat_answer("length", content=""),
+                                        answer_stream(sse(CHAT, choice_of(content="O")))),
+                {"chat": ("ok", "thinks longer"), "tool": ("warn", "did not call"), "stream": ("fail", "before its last event")}),
+    "whole": ("chat", MODELS_ANSWER, (CHAT_OK, chat_answer("tool_calls", tool_calls=[{"function": {"arguments": "{"}}]), CHAT_OK),
+              {"tool": ("warn", "arguments that do not fit"), "stream": ("fail", "no stream came")}),
+}
+
+
+def doctor_provider(name: str, word: str, url: str, *more: str) -> str:
+    """The configuration of a provider for the doctor to look at."""
+    protocol = next(p.name for p in proxai.PROTOCOLS.values() if p.word == word)
+    return "\n".join([f"[providers.{name}]", f'protocol = "{protocol}"', f'base_url = "{url}"',
+                      f'api_key = "{DOCTOR_KEY}"', f'models = ["doctor-{name}(high)"]', *more, ""])
+
+
+def examined(capsys: Any, path: Path, text: str, *flags: str) -> tuple[int, dict[str, dict[str, Any]]]:
+    """The doctor's exit status and its checks, by the credential and the name of the check."""
+    path.write_text(text, "utf-8")
+    status = proxai.main(["doctor", "--config", str(path), "--json", *flags])
+    told = capsys.readouterr()
+    assert DOCTOR_KEY[:12] not in told.out + told.err and "tiny requests" in told.err
+    return status, {f"{r['provider']} {r['credential']}".replace(f"{r['provider']} {r['provider']}", r["provider"]):
+                    {c["check"]: c for c in r["checks"]} for r in json.loads(told.out)}
+
+
+def assert_found(checks: dict[str, Any], found: dict[str, tuple[str, str]]) -> None:
+    """The checks came to what is expected of them."""
+    for check, (status, words) in found.items():
+        assert checks[check]["status"] == status and words in checks[check]["text"], checks[check]
+        assert (checks[check]["ms"] is None) is (status == "skip")
+
+
+def test_the_doctor_finds_what_is_wrong_with_providers(upstream, tmp_path, capsys):
+    text = ""
+    for name, (word, models, scripts, _) in DOCTOR_CASES.items():
+        target = f"/{name}/v1/models" + "?limit=1000" * (word == "messages")
+        upstream.on(target, models)
+        upstream.on(f"doctor-{name}", *scripts)
+        text += doctor_provider(name, word, f"{upstream.url}/{name}", 'headers = {x-team = "tools"}')
+    status, found = examined(capsys, tmp_path / "c.toml", text)
+    assert status == 1 and list(found) == list(DOCTOR_CASES)
+    for name, (word, _, scripts, expected) in DOCTOR_CASES.items():
+        assert list(found[name]) == list(proxai.CHECKS)
+        assert_found(found[name], expected)
+        got = upstream.got(f"doctor-{name}")
+        assert len(got) == len(scripts) <= 3
+        for asked in got:
+            assert asked.header("x-team") == "tools" and DOCTOR_KEY in str(asked.headers)
+            assert asked.header("anthropic-version") == ("2023-06-01" if word == "messages" else None)
+    assert [r.json.get("tool_choice") for r in upstream.got("doctor-messages")] == [None, {"type": "any"}, None]
+    assert upstream.got("/chat/v1/models")[0].header("x-team") == "tools"
+
+
+def test_the_doctor_tells_who_is_not_there(upstream, tmp_path, capsys, monkeypatch):
+    def look_up(loop):
+        async def getaddrinfo(host, port, **hints):
+            if host == "two.example":
+                return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return getaddrinfo
+
+    monkeypatch.setattr(proxai, "own_resolver", look_up)
+    upstream.on("/slow/v1/models", lambda peer, request: peer.gone(5))
+    wire = Wire()
+    wire.handle = lambda peer: (peer.sock.recv(99999), peer.send(b"HTTP/1.1 400 Bad Request\r\n\r\n"))
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        nobody = f"127.0.0.1:{closed.getsockname()[1]}"
+        status, found = examined(
+            capsys, tmp_path / "c.toml",
+            doctor_provider("nowhere", "chat", "https://no-such-host.invalid/v1")
+            + doctor_provider("nobody", "chat", f"http://{nobody}/v1")
+            + doctor_provider("proxied", "chat", "https://two.example/v1", f'proxy_url = "http://u:p4ssw0rd@{nobody}"')
+            + doctor_provider("plain", "chat", wire.url.replace("http:", "https:"))
+            + doctor_provider("slow", "chat", f"http://two.example:{upstream.port}/slow")
+            + doctor_provider("template", "chat", upstream.url).replace(DOCTOR_KEY, "your-api-key"),
+            "--timeout", "0.3")
+    wire.close()
+    assert status == 1 and "p4ssw0rd" not in str(found)
+    for name, expected in {
+            "nowhere": {"dns": ("fail", "the host name no-such-host.invalid cannot be found"), "tls": ("skip", "needs dns"),
+                        "key": ("ok", "from api_key"), "chat": ("skip", "needs dns")},
+            "nobody": {"tcp": ("fail", f"nothing listens at {nobody};")},
+            "proxied": {"dns": ("skip", "127.0.0.1 is an address (of the forward proxy 127.0.0.1:"),
+                        "tcp": ("fail", f"nothing listens at {nobody};")},
+            "plain": {"tls": ("fail", "speaks plain http"), "models": ("skip", "needs tls")},
+            "slow": {"dns": ("ok", "two.example has 1 address"), "models": ("fail", "no whole answer within 0.3 seconds")},
+            "template": {"key": ("fail", "providers.template.api_key is still the template's")}}.items():
+        assert_found(found[name], expected)
+
+
+@needs_openssl
+def test_the_doctor_looks_at_certificates(ways, tmp_path, capsys):
+    config = tomllib.loads(Path(ways.program.process.args[3]).read_text("utf-8"))
+    ca_file = config["providers"]["secure"]["ca_file"]
+    for server in (ways.secure, ways.tunnel):
+        server.on("/v1/models", MODELS_ANSWER)
+        server.on("doctor-m", said_no(500, "oh"))
+    secure, trusted = f"https://localhost:{ways.secure.port}", f'ca_file = "{ca_file}"'
+    _, found = examined(
+        capsys, tmp_path / "c.toml",
+        doctor_provider("stranger", "chat", secure) + doctor_provider("good", "chat", secure, trusted)
+        + doctor_provider("tunnel", "chat", "https://proxied.test", f'proxy_url = "http://127.0.0.1:{ways.tunnel.port}"', trusted),
+        "--model", "doctor-m")
+    assert_found(found["stranger"], {"tls": ("fail", "is not trusted")})
+    for name in ("good", "tunnel"):  # the certificate is made for two days
+        assert_found(found[name], {"tls": ("warn", "TLSv1.3; the certificate ends in 1 days"), "models": ("ok", "3 models")})
+
+
+def test_the_doctor_tries_each_key_and_prints_a_table(upstream, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DOCTOR_KEY", DOCTOR_KEY)
+    upstream.on("/keys/v1/models", MODELS_ANSWER)
+    upstream.on("big-mini-1", CHAT_OK, CHAT_TOOL, whole_stream("chat"))
+    path = tmp_path / "c.toml"
+    path.write_text(f'[providers.keys]\nprotocol = "openai_chat_completions"\nbase_url = "{upstream.url}/keys"\n'
+                    'credentials = [{name = "one", api_key_env = "DOCTOR_KEY"}, {name = "two", api_key = "x", disabled = true},'
+                    ' {name = "three", api_key_command = ["false"]}]\n', "utf-8")
+    assert proxai.main(["doctor", "Keys ", "--config", str(path)]) == 1
+    table = capsys.readouterr().out
+    assert DOCTOR_KEY not in table and "two" not in table and "\x1b" not in table
+    shown = re.sub(r"\d+ ms|:\d+", "N", table).splitlines()
+    assert shown[1] == "keys, one: openai_chat_completions at http://127.0.0.1N/keys/v1/chat/completions, model big-mini-1"
+    assert re.fullmatch(r"  ok    key +N  from api_key_env", shown[5])
+    assert "keys, three: openai_chat_completions at " in table
+    assert re.search(r"\n  FAIL  key .*ended with status 1", table) and shown[-1] == "1 of 8 checks failed"
+
+
+def test_the_doctor_tries_another_protocol_of_a_provider(upstream, tmp_path, capsys):
+    upstream.on("/native/v1/models?limit=1000", MODELS_ANSWER)
+    upstream.on("doctor-native", *DOCTOR_CASES["messages"][2])
+    text = doctor_provider("native", "chat", "http://127.0.0.1:1", f'base_urls.anthropic_messages = "{upstream.url}/native"')
+    status, found = examined(capsys, tmp_path / "c.toml", text, "--protocol", "anthropic_messages")
+    assert status == 0
+    assert_found(found["native"], ALL_WELL)
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["nix"], "there is no provider 'nix' in the configuration\nHint: there are main, second."),
+    (["--timeout", "nan"], "must be a number of seconds"), (["--timeout", "x"], "'x'")])
+def test_the_doctor_refuses_what_it_cannot_do(tmp_path, capsys, flags, said):
+    (tmp_path / "c.toml").write_text(TWO_PROVIDERS, "utf-8")
+    try:
+        assert proxai.main(["doctor", "--config", str(tmp_path / "c.toml"), *flags]) == 1
+    except SystemExit as stop:
+        assert stop.code == 2
+    told = capsys.readouterr()
+    assert said in told.err and told.out == ""
+
+
+@pytest.mark.parametrize("more, asked, listed, model", [
+    ("", "m(high)", ["a"], "m"),
+    ('models = ["own(low)", "other"]', "", ["a-mini"], "own"),
+    ("", "", ["whisper-x", "gpt-4o-realtime", "gpt-4", "minimax-m1", "claude-haiku-4"], "claude-haiku-4"),
+    ("", "", ["gpt-image-1", "gpt-4", "minimax-m1"], "gpt-4"),
+    ("", "", ["gpt-image-1"], "gpt-image-1"),
+    ("", "", [], ""),
+    ('[[routing.routes]]\nmodel_pattern = "^a(.)$"\nprovider = "p"\nupstream_model = "x$1"\n'
+     '[[routing.routes]]\nmodel_pattern = "gpt-*"\nprovider = "p"', "", ["listed"], "listed"),
+    ('[[routing.routes]]\nmodel_pattern = "gpt-*"\nprovider = "p"\nupstream_model = "up"', "", ["listed"], "up"),
+    ('[[routing.routes]]\nmodel_pattern = "exact-one"\nprovider = "p"', "", ["listed"], "exact-one"),
+])
+def test_the_doctor_asks_a_model_that_can_chat(more, asked, listed, model):
+    text = f'[providers.p]\nprotocol = "openai_responses"\nbase_url = "http://x"\napi_key = "k"\n{more}'
+    assert proxai.doctor_model(proxai.load_config(text, "x.toml", environ={}), "p", asked, listed) == model
+
+
+@pytest.mark.parametrize("text, secrets, left", [
+    ("key sk-12345678 here", ["sk-12345678"], "key <redacted> here"),
+    ("sk-12345***, ***345678", ["sk-12345678"], "<redacted>***, ***345678"),
+    ("begins sk-12345 and ends 12345678", ["sk-12345678"], "begins <redacted> and ends <redacted>"),
+    ("a local one", ["one"], "a local one"), ("an ollama", ["", "ollama"], "an <redacted>")])
+def test_what_the_doctor_repeats_has_no_secrets(text, secrets, left):
+    assert proxai.without_secrets(text, secrets) == left
+
+
+def test_there_is_advice_on_all_that_can_happen():
+    words = {what for what in proxai.RULES if what not in ("ok", "client", "dropped", "network")}
+    assert words <= set(proxai.ADVICE)
+    facts = dict.fromkeys(("host place origin secs path provider source url model near protocol others said again"
+                           " status").split(), "{x}")
+    for what, (status, _) in proxai.ADVICE.items():
+        told, text = proxai.advice(proxai.Unwell(what), facts)
+        assert told == status in ("ok", "warn", "fail", "skip") and text and "\n" not in text
+    assert len(proxai.advice(proxai.Unwell("broken", said="word " * 999), facts)[1]) <= proxai.SAID_CHARS
+
+
+@pytest.mark.parametrize("error, what", [
+    (TimeoutError(), "silent"), (ssl.SSLError(1, "x"), "tls"), (ConnectionResetError(), "unreachable"),
+    (OSError("Multiple exceptions"), "unreachable"), (proxai.RequestError("no"), "broken"), (ValueError("no"), "broken"),
+    (ConnectionRefusedError(), "refused"), (proxai.Unwell("page"), "page"), (ssl.SSLCertVerificationError(1, "x"), "untrusted")])
+def test_each_failure_has_a_word(error, what):
+    assert proxai.failure_of(error, "tls").what == what
+    assert proxai.failure_of(TimeoutError(), "chat").what == "timeout"
+
+
+def test_the_doctors_words_have_colour_on_a_terminal_only(monkeypatch):
+    report = {"provider": "p", "credential": "c", "protocol": "x", "url": "http://u", "model": None, "checks": [
+        {"check": "tcp", "status": "fail", "ms": 12, "text": "no"}, {"check": "tls", "status": "skip", "ms": None, "text": "needs tcp"}]}
+    assert proxai.doctor_lines(report, proxai.HumanLines(True).paint) == [
+        "p, c: x at http://u", "  \x1b[31mFAIL\x1b[0m  tcp        12 ms  no", "  \x1b[2mskip\x1b[0m  tls               needs tcp"]
+    terminal, settings = types.SimpleNamespace(isatty=lambda: True), proxai.LoggingConfig()
+    assert proxai.has_color(terminal, settings, {}) and not proxai.has_color(io.StringIO(), settings, {})
+    assert not proxai.has_color(terminal, settings, {"NO_COLOR": "1"})
+    assert not proxai.has_color(terminal, dataclasses.replace(settings, use_color=False), {})
+
+
 # -- reload and workers ------------------------------------------------------
 
 ONE_PROVIDER = '''[providers.p]
@@ -28449,6 +28860,42 @@ def test_workers_share_a_socket_are_replaced_and_end_together(tmp_path, upstream
         assert program.post("/v1/responses", body_for(RESPONSES, model)).status == 200
     finally:
         assert program.stop() == 0
+
+
+def test_each_worker_has_a_log_file_of_its_own():
+    config = proxai.load_config(ONE_PROVIDER + 'file = "own.log"\n', "x")
+    assert [proxai.of_worker(config, index).logging.file for index in range(3)] == ["own.log", "own.1.log", "own.2.log"]
+    assert proxai.of_worker(proxai.load_config(ONE_PROVIDER, "x"), 1).logging.file is None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_the_first_process_of_a_container_reaps_more_than_its_workers():
+    code = """import os, signal, socket, sys, time
+sys.path.insert(0, sys.argv[1])
+import proxai
+parent = os.getpid()
+if os.fork() == 0:
+    os._exit(0)
+def work(index):
+    time.sleep(0.2)
+    os.kill(parent, signal.SIGTERM)
+    time.sleep(5)
+pair = proxai.Sockets(socket.socket(), socket.socket())
+sys.exit(proxai.run_workers([pair, pair], work))"""
+    done = subprocess.run([sys.executable, "-c", code, compiled().name], capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_configuration_that_fails_late_changes_nothing(tmp_path, upstream, model):
+    upstream.on(model, answer_json({"id": "x"}))
+    program = Running(tmp_path, config=config_for(upstream.url), env={"HTTP_PROXY": "gopher://p"})
+    try:
+        broken = config_for("http://api.invalid").replace("_default", "_other")
+        (tmp_path / "config.toml").write_text(broken, "utf-8")
+        program.wait_line(r'"event":"reload-failed".*HTTP_PROXY')
+        assert program.post("/v1/responses", body_for(RESPONSES, model)).status == 200
+    finally:
+        program.stop()
 
 
 def test_a_shutdown_is_announced_before_requests_are_refused(tmp_path, upstream, model):

@@ -1444,6 +1444,7 @@ def log(text: str) -> None:
 def parse_arguments() -> Any:
     """The command line; exits where it makes no sense."""
     import argparse
+    import shlex
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenarios", default=",".join(SCENARIOS), metavar="A,B", help="all by default")
     parser.add_argument("--pairs", default=",".join(PAIRS), metavar="A-B,C-D",
@@ -1452,9 +1453,15 @@ def parse_arguments() -> Any:
     parser.add_argument("--quick", action="store_true", help="a fifth of the time per sample")
     parser.add_argument("--proxai-cmd", action="append", default=[], metavar="NAME=CMD",
                         help="one more proxai.py; may be repeated")
+    parser.add_argument("--captures", action="store_true",
+                        help="one more target: proxai.py that captures all phases, as far as its disk follows")
     parser.add_argument("--json", metavar="FILE", help="write all samples there")
     parser.add_argument("--list", action="store_true", help="list scenarios and goals")
     options = parser.parse_args()
+    if options.captures:
+        phases = "inbound-request", "provider-request", "upstream-response", "outbound-response"
+        flags = " ".join(f"--capture-{phase}" for phase in phases)
+        options.proxai_cmd.append(f"captures=python3 {shlex.quote(str(PROXAI))} --config {{config}} {flags}")
     options.names = options.scenarios.split(",")
     options.pairs = [each.split("-") for each in options.pairs.split(",")]
     options.rounds = options.rounds or (2 if options.quick else 3)
