@@ -6769,7 +6769,8 @@ def search_fields(options: Json, ctx: Context, out: Json) -> None:
 def chat_sampling(ask: Ask, level: str | None, ctx: Context, out: Json) -> None:
     """temperature, top_p, top_k, stop; models that reason take none of the first two."""
     name = ctx.model.lower().rsplit("/", 1)[-1]
-    fixed = bool(FIXED_SAMPLING_MODEL.match(name)) and "-chat" not in name and level != "none"
+    fixed = (bool(FIXED_SAMPLING_MODEL.match(name)) and "-chat" not in name
+             and not (level == "none" and "none" in openai_efforts(name)))
     thinks = ctx.caps.reasoning_control == "deepseek" and level not in (None, "none")
     why = NO_SAMPLING if fixed or thinks else None
     put_sampling(ask, ctx, out, temperature=why, top_p=why, top_k=None if ctx.caps.top_k else "")
@@ -17843,6 +17844,10 @@ def start_notes(config: Config) -> list[str]:
              for name, settings in config.providers.items()
              for credential in credentials_of(name, settings)
              if TEMPLATE_KEY.search(credential.source.api_key or "")]
+    notes += [f"providers.{name} is {preset.note}" for name, settings in config.providers.items()
+              if (preset := PRESETS.get(settings.preset or name))
+              and preset.note.startswith("discontinued")
+              and settings.base_url.startswith(preset.root)]
     if not (config.routing.routes or any(default_providers(config).values())
             or any(p.prefix or p.models for p in config.providers.values())):
         notes.append("no request leads to a provider yet: set routing.default_provider")
@@ -17861,9 +17866,8 @@ def check_report(config: Config, source: str, environ: Mapping[str, str]) -> str
             proxy = place(origin.proxy)
             via = f", through the forward proxy {proxy.host}:{proxy.port}"
         keys = [("" if c.name == name else f"{c.name} ") + f"from {source_report(c, environ)}"
-                for c in provider.credentials]
-        key = ("no key" if settings.auth == "none" else
-               f"key{'s' if len(keys) > 1 else ''} {', '.join(keys)}")
+                for c in provider.credentials if settings.auth != "none"]
+        key = f"key{'s' if len(keys) > 1 else ''} {', '.join(keys)}" if keys else "no key"
         lines += [f"  {name}: {each.protocol.name} at {each.origin.scheme}://"
                   f"{each.origin.authority}{each.target}, {key}{via}"
                   for each in (provider, *provider.natives.values())]
@@ -17893,6 +17897,8 @@ def source_report(credential: Credential, environ: Mapping[str, str]) -> str:
         return source
     stored = "" if read_token(token_path(credential, environ), oauth) else ", not logged in"
     return f"oauth ({oauth.flow}{stored if oauth.flow == 'device' else ''})"
+
+
 def names_report(names: Names) -> list[str]:
     """The names that providers go by, and which of them several do."""
     lines = []

@@ -5358,6 +5358,16 @@ def test_a_thinking_suffix_takes_the_place_of_what_the_body_asks_for(protocol, h
     assert proxai.with_thinking({"model": "as asked", **body}, ctx) == {"model": model, **expected}
 
 
+@pytest.mark.parametrize("model, thinking, temperature", [
+    ("gpt-5.5", "none", 0.5), ("gpt-5.5", "high", None), ("gpt-5", "none", None), ("o3", "none", None),
+    ("gpt-4.1", "none", 0.5)])
+def test_only_a_model_that_can_be_without_reasoning_takes_a_temperature_then(model, thinking, temperature):
+    ctx = proxai.Context("messages", "chat", model, host="api.openai.com")
+    ctx.thinking = thinking
+    body = {"model": "x", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}], "temperature": 0.5}
+    assert proxai.PAIRS["messages", "chat"].request(body, ctx).get("temperature") == temperature
+
+
 @pytest.mark.parametrize("thinking, expected", [
     ("high", {"type": "enabled", "budget_tokens": 16384}), ("3000", {"type": "enabled", "budget_tokens": 3000}),
     ("auto", {"type": "enabled", "budget_tokens": 4096}), ("none", None)])
@@ -27807,6 +27817,14 @@ def test_check_tells_which_protocols_a_route_cannot_serve(provider, guard, check
 def test_check_tells_of_template_keys(key, check):
     status, out, _ = check(TWO_PROVIDERS.replace("sk-main-key", key))
     assert status == 0 and "providers.main.api_key" in out and "providers.second.api_key" not in out
+
+
+def test_check_tells_of_presets_without_a_key_and_of_those_that_ended():
+    report = proxai.check_report(load_text('[providers.ollama]\n[providers.roo]\napi_key = "k-1"\n'), "here", {})
+    assert "ollama: openai_chat_completions at http://localhost:11434/v1/chat/completions, no key\n" in report
+    assert "note: providers.roo is discontinued: the service ended in May 2026" in report
+    notes = proxai.start_notes(load_text('[providers.roo]\npreset = "roo"\nbase_url = "http://localhost/v1"\napi_key = "k-1"\n'))
+    assert "discontinued" not in "".join(notes)
 
 
 def test_check_without_a_file_ends_with_1_and_creates_nothing(tmp_path):
