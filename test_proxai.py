@@ -19173,7 +19173,7 @@ def test_captures_change_no_byte(capturing, programs, upstream, model, path, pro
     model = f"claude-{model}"
     whole = {"id": "c", "model": model, "choices": [{"index": 0, "finish_reason": "stop",
                                                      "message": {"role": "assistant", "content": "a"}}]}
-    upstream.on(model, answer_stream(*chat_frames(model, "a", "b")) if stream else answer_json(whole))
+    upstream.on(model, answer_stream(b"".join(chat_frames(model, "a", "b"))) if stream else answer_json(whole))
     bodies = [each.talk(request_bytes(path, body_for(protocol, model, stream=stream))) for each in (plain, capturing)]
     own = re.compile(rb"(x-proxai-request-id|date): [^\r]*|(msg_|chatcmpl-)\w+|\"created\":\d+")
     assert own.sub(b"", bodies[0]) == own.sub(b"", bodies[1]) and b"200 OK" in bodies[0]
