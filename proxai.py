@@ -3290,6 +3290,12 @@ def client_lines(head: ResponseHead, decoded: bool) -> list[bytes]:
     return [line for name, _, line in head.fields if name not in dropped]
 
 
+def without_key(raw: bytes, key: str) -> bytes:
+    """A provider's error without its key, which some repeat and no client is to see; what is
+    shorter than a key may stand anywhere."""
+    return raw.replace(key.encode("ascii"), b"<redacted>") if len(key) >= 8 else raw
+
+
 def error_lines(fields: Iterable[Field]) -> list[bytes]:
     """The header lines of a provider's error that the client gets:
     when to retry, ids, rate limits."""
@@ -13501,6 +13507,13 @@ class Tokens:
             return credential.source.api_key or ""
         return await self.source(credential).key()
 
+    def last(self, credential: Credential) -> str:
+        """The key of the latest request; "" where there is none."""
+        if not credential.dynamic:
+            return credential.source.api_key or ""
+        token = self.source(credential).token
+        return token.key if token else ""
+
     async def refused(self, credential: Credential, key: str) -> bool:
         """Note that a provider refused `key` with 401; whether another try, with a new key, is
         worth it."""
@@ -15253,6 +15266,7 @@ class Turn:
         """A provider's own error, and its body, which the client gets as it is where it knows its
         shape."""
         raw, complete = await self.read_up_to(ERROR_BODY_BYTES)
+        raw = without_key(raw, self.proxy.tokens.last(self.provider.credential))
         lines = self.mapped(self.job) if self.job else error_lines(self.answer.fields)
         error = upstream_error(self.answer.status, raw, lines)
         self.release(complete)

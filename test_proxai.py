@@ -23549,6 +23549,16 @@ def test_a_deep_event_whose_gaps_cannot_be_filled_passes_as_it_is():
     assert {filled(depth) for depth in depths} == {True, False}
 
 
+@pytest.mark.parametrize("path", [CHAT.path, MESSAGES.path])
+def test_a_provider_that_repeats_its_key_in_an_error_tells_it_to_no_client_and_no_log(program, upstream, model, path):
+    key = "test-upstream-key"
+    upstream.on(model, answer_json({"error": {"message": f"the key {key} is bad"}}, 401))
+    reply = program.post(path, body_for(CHAT if path == CHAT.path else MESSAGES, model))
+    assert reply.status == 401 and b"the key <redacted> is bad" in reply.body
+    assert key in str(upstream.got(model)[0].headers) and not any(key in line for line in program.lines)
+    assert proxai.without_key(b"an x in a text", "x") == b"an x in a text"
+
+
 @pytest.mark.parametrize("protocol, ours, theirs", [
     (RESPONSES, ("authorization", f"Bearer {KEY}"), "x-api-key"),
     (CHAT, ("authorization", f"Bearer {KEY}"), "x-api-key"),
