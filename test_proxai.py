@@ -26508,7 +26508,8 @@ def test_the_metrics_are_told_to_prometheus(metered):
     assert counts["proxai_time_to_first_byte_seconds_count", "metered", None] == 1
 
 
-def test_a_request_in_flight_is_told(metered, upstream, model):
+def test_a_request_in_flight_is_told(programs, upstream, model):
+    watched = programs(config_for(upstream.url, server='allowed_hosts = ["a", "in-flight"]'))
     asked, gate = threading.Event(), threading.Event()
 
     def script(peer, request):
@@ -26517,21 +26518,21 @@ def test_a_request_in_flight_is_told(metered, upstream, model):
         answer_json({"choices": []})(peer, request)
 
     upstream.on(model, script)
-    with metered.connect() as sock:
+    with watched.connect() as sock:
         raw = json.dumps(body_for(CHAT, model)).encode()
         sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b"
                      % (len(raw), raw))
         try:
             assert asked.wait(PATIENCE)
-            record, = control_get(metered, "/requests?limit=1").json["open"]
+            record, = control_get(watched, "/requests?limit=1").json["open"]
             assert (record["seq"], record["outcome"], record["model"], record["provider"]) == (0, "open", model, "chat_default")
-            status = control_get(metered, "/status").json
+            status = control_get(watched, "/status").json
             assert status["in_flight"] == sum(p["in_flight"] for p in status["providers"]) == 1
-            assert b'proxai_requests_in_flight{provider="chat_default"} 1\n' in control_get(metered, "/metrics").body
+            assert b'proxai_requests_in_flight{provider="chat_default"} 1\n' in control_get(watched, "/metrics").body
         finally:
             gate.set()
         assert read_reply(read_all(sock)).status == 200
-    assert control_get(metered, "/status").json["in_flight"] == 0
+    assert control_get(watched, "/status").json["in_flight"] == 0
 
 
 def test_tokens_are_counted_where_no_line_tells_them(upstream, model, tmp_path):
