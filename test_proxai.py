@@ -19085,7 +19085,7 @@ def capture_of(program, reply_or_id, whole=True):
     """The captured files of a request, by what follows the prefix, when its last one is there."""
     request = getattr(reply_or_id, "headers", {}).get("x-proxai-request-id") or reply_or_id
     deadline = time.monotonic() + PATIENCE
-    while whole and not list(program.captures.glob(f"*-{request}-exchange.json")):
+    while whole and not any(path.stat().st_size for path in program.captures.glob(f"*-{request}-exchange.json")):
         assert time.monotonic() < deadline, "no capture"
         time.sleep(0.005)
     return {path.name.split("-", 2)[2]: path.read_bytes() for path in program.captures.glob(f"*-{request}-*")}
@@ -19147,6 +19147,7 @@ def test_a_stream_is_captured_while_it_runs(capturing, upstream, model):
     replies = []
     caller = threading.Thread(target=lambda: replies.append(
         capturing.post("/v1/chat/completions", body_for(CHAT, model, stream=True))))
+    capturing.captures.mkdir(mode=0o700, parents=True, exist_ok=True)
     before = set(capturing.captures.iterdir())
     caller.start()
     deadline = time.monotonic() + PATIENCE
