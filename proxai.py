@@ -728,10 +728,8 @@ def pattern_kind(kind: str, pattern: str) -> str:
 
 
 def compile_pattern(kind: str, pattern: str) -> re.Pattern[str]:
-    """The regular expression for a route's pattern; re.error says what is wrong with it.
-
-    Exact and glob match whole names, regex searches; none minds case.
-    """
+    """A pattern as a regular expression (re.error: what is wrong with it); exact and glob match
+    whole names, regex searches; none minds case."""
     kind = pattern_kind(kind, pattern)
     if kind == "regex":
         source = FOREIGN_REGEX.sub(lambda m: FOREIGN_SPELLINGS.get(m[0], m[0]), pattern)
@@ -766,11 +764,8 @@ def expand_braces(pattern: str) -> list[list[str]]:
 
 
 def glob_source(tokens: list[str]) -> str:
-    """A glob as a regular expression: * ? [a-z] [!a-z]; a backslash is only itself.
-
-    What stands behind a * is looked for at its first place only (an atomic group), so that many
-    stars do not multiply the time.
-    """
+    """A glob as a regular expression: * ? [a-z] [!a-z]; a backslash is only itself. A * takes the
+    first place that fits (an atomic group), so that many of them do not multiply the time."""
     parts = [""]  # between the stars
     for i, token in enumerate(tokens):
         if token == "*":
@@ -813,8 +808,7 @@ def compile_routes(routes: Iterable[Any]) -> list[Route]:
 
 
 def rewrite_model(route: Route, match: re.Match[str], model: str) -> str:
-    """The name to send for `model`: a template replaces the span that a regex matched
-    (contract 5.3)."""
+    """The name to send for `model`: a regex replaces only what it matched (contract 5.3)."""
     if route.upstream_model is None or not route.regex:
         return route.upstream_model or model
     return (model[:match.start()] + expand_template(route.upstream_model, match)
@@ -833,11 +827,7 @@ def matched(route: Route, protocol: str, model: str) -> tuple[re.Match[str] | No
 
 def split_thinking(model: str) -> tuple[str, str]:
     """A model's name without its thinking suffix, and what that asks for: an effort level, none,
-    auto, or a number of tokens (gateway 1.6).
-
-    >>> split_thinking("gpt-5.5(High)"), split_thinking("gpt-5.5(new)")
-    (('gpt-5.5', 'high'), ('gpt-5.5(new)', ''))
-    """
+    auto, or a number of tokens (gateway 1.6); "gpt-5.5(High)" gives ("gpt-5.5", "high")."""
     match = THINKING_SUFFIX.fullmatch(model) if model.endswith(")") else None
     if match is None:
         return model, ""
@@ -847,8 +837,7 @@ def split_thinking(model: str) -> tuple[str, str]:
 
 
 def compile_names(providers: Mapping[str, Any], forced: bool) -> Names:
-    """The names of the configured providers (see ProviderConfig); where the prefix is `forced`,
-    a provider that has one takes nothing without it."""
+    """The names of the providers; with `forced`, one with a prefix takes nothing without it."""
     published: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
     also: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)  # names behind an alias
     listed: dict[str, str] = {}
@@ -876,8 +865,7 @@ def compile_names(providers: Mapping[str, Any], forced: bool) -> Names:
 
 
 def resolve_names(names: Names, model: str) -> list[Decision]:
-    """All that a model may mean by the names of providers, the first choice first; none where no
-    provider goes by it (gateway 1.2)."""
+    """All that a model may mean by the providers' names, the first choice first (gateway 1.2)."""
     base, thinking = split_thinking(model)
     if base.lower() == "auto" and "auto" not in names.published:
         base = next(iter(names.listed), base)
@@ -908,12 +896,8 @@ def choose(routes: Sequence[Route], defaults: Mapping[str, str], protocol: str,
 def choose_all(routes: Sequence[Route], defaults: Mapping[str, str], protocol: str,
                model: str, names: Names = NO_NAMES) -> list[Decision]:
     """Where a request may go: by the first route that fits, with its fallbacks, else to the
-    providers that go by the name, else to the protocol's default provider; a ProxyError if there
-    is none.
-
-    A route whose pattern matches but whose guard does not is passed over, and named if nothing else
-    takes the request.
-    """
+    providers that go by the name, else to the protocol's default provider; else a ProxyError, which
+    names a route whose pattern fits and whose protocol does not."""
     mismatch = None
     for route in routes:
         match, taken, wish = matched(route, protocol, model)
@@ -943,8 +927,7 @@ def choose_all(routes: Sequence[Route], defaults: Mapping[str, str], protocol: s
 
 
 def route_decisions(route: Route, match: re.Match[str], wish: str) -> list[Decision]:
-    """Where a route that fits leads: to its provider, then to its fallbacks, which are asked for
-    the same model unless they have their own."""
+    """Where a route that fits leads: to its provider, then to its fallbacks."""
     sent, own = rewrite_model(route, match, match.string), ""
     if route.upstream_model:
         sent, own = split_thinking(sent)
@@ -982,8 +965,7 @@ REQUIRED: Any = dataclasses.MISSING
 
 
 class Kind(NamedTuple):
-    """How a TOML value is checked: `read` returns what is kept,
-    or raises ValueError with what it must be."""
+    """How a TOML value is checked: `read` gives what is kept; ValueError says what it must be."""
 
     wants: str
     read: Callable[[Any], Any]
@@ -991,8 +973,7 @@ class Kind(NamedTuple):
 
 def kind_of(wants: str, good: Callable[[Any], Any],
             keep: Callable[[Any], Any] = lambda value: value) -> Kind:
-    """The kind of the values that `good` accepts; `keep` makes of one what is kept. A ValueError of
-    theirs is a no, too."""
+    """The kind of the values that `good` accepts without an error, kept as `keep` makes them."""
     def read(value: Any) -> Any:
         with contextlib.suppress(ValueError):
             if good(value):
@@ -1199,8 +1180,7 @@ class Section(NamedTuple):
 
 def setting(kind: Kind | Section, doc: str, default: Any = REQUIRED, *, example: Any = None,
             secret: bool = False) -> Any:
-    """A field of the schema: kind, description, default,
-    and a value for the example file if that differs."""
+    """A field of the schema, with a value for the example file if that is not the default."""
     given: Json = {"default": default}
     if isinstance(kind, Section):
         given = {"default_factory": {"one": kind.of, "maybe": type(None), "list": tuple,
@@ -1311,11 +1291,8 @@ PRESETS: dict[str, Preset] = {name: preset for preset in (
 
 
 def preset_bases(preset: Preset, given: str | None) -> dict[str, str]:
-    """The base URL for each protocol (by name) of a preset, the first one first.
-
-    With a base URL that is `given`, the others move along where it has the preset's layout; else
-    it is only for those that share it.
-    """
+    """The base URL for each protocol (by name) of a preset, the first one first; with one that
+    is `given` the others move along where it has the preset's layout, else they are not there."""
     words = {p.word: name for name, p in PROTOCOLS.items()}
     paths = {words[word]: path for part in preset.paths.split(", ")
              for *each, path in [part.split()] for word in each}
@@ -1390,17 +1367,14 @@ class ProfileConfig:
         "chat: <think> at the start of a text is reasoning.", "auto", choice("auto", "off"))
     deferred_tools: str | None = fact(
         "Which deferred tools are sent.", "referenced", choice("referenced", "all"))
-    count_native: bool | None = fact(
-        "chat, responses: the provider counts tokens itself.", False)
+    count_native: bool | None = fact("chat, responses: the provider counts tokens itself.", False)
     custom_tools: bool | None = fact("Custom (free text) tools are taken.", False)
     allowed_tools: bool | None = fact("chat: tool_choice allowed_tools is taken.", False)
     model_class: str | None = fact(
         "messages: class of Claude models, from K0 (3.5 and older) to K5 (newest); X is another"
         " model.", "K4", choice("K0", "K1", "K2", "K3", "K4", "K5", "X"))
-    lenient_thinking: bool | None = fact(
-        "messages: thinking without a signature is taken.", False)
-    native_system: bool | None = fact(
-        "messages: role system within messages is taken.", False)
+    lenient_thinking: bool | None = fact("messages: thinking without a signature is taken.", False)
+    native_system: bool | None = fact("messages: role system within messages is taken.", False)
     thinking_binding: bool | None = fact("messages: thinking is bound to its prefix.", False)
     reasoning: bool | None = fact("responses: the model reasons.", True)
     efforts: tuple[str, ...] | None = fact(
@@ -1408,8 +1382,7 @@ class ProfileConfig:
         several(choice("none", "minimal", "low", "medium", "high", "xhigh", "max")))
     encrypted_reasoning: bool | None = fact(
         "responses: encrypted reasoning can be asked for.", True)
-    reasoning_summary: bool | None = fact(
-        "responses: reasoning summaries can be asked for.", True)
+    reasoning_summary: bool | None = fact("responses: reasoning summaries can be asked for.", True)
     sampling: bool | None = fact("responses: temperature and top_p are taken.", False)
     max_output_tokens: bool | None = fact("responses: max_output_tokens is taken.", True)
     output_lists: bool | None = fact("responses: tool outputs may have images.", True)
@@ -1529,8 +1502,7 @@ class ProviderConfig(KeyConfig):
     base_url: str = setting(
         URL, "Where it is. The path of the protocol is appended; a version that is there already is"
         " not doubled. Required without a preset.", None, secret=True)
-    base_urls: NativeConfig = setting(
-        Section(NativeConfig), "Where it speaks further protocols.")
+    base_urls: NativeConfig = setting(Section(NativeConfig), "Where it speaks further protocols.")
     versionless: bool | None = setting(
         BOOLEAN, "The path of the protocol is appended without its /v1.", None, example=False)
     auth: str | None = setting(
@@ -1661,12 +1633,11 @@ class ServerConfig:
         " x-goog-api-key), plain or hashed. None here and in keys: no key is asked for.", (),
         secret=True)
     keys: tuple[ClientKeyConfig, ...] = setting(
-        tables_of(ClientKeyConfig, "key",
-                  "an array of {name, key, models, requests_per_minute, expires}"),
-        "More of them, with a name for the log and limits: models as globs, a number of requests"
-        " per minute, the last day. Name and key are required.", (), secret=True, example=[
-            {"name": "ci", "key": "replace-me", "models": ["gpt-*"], "requests_per_minute": 60,
-             "expires": datetime.date(2027, 12, 31)}])
+        tables_of(ClientKeyConfig, "key", "an array of {name, key, models, requests_per_minute,"
+        " expires}"), "More of them, with a name for the log and limits: models as globs, a number"
+        " of requests per minute, the last day. Name and key are required.", (), secret=True,
+        example=[{"name": "ci", "key": "replace-me", "models": ["gpt-*"], "requests_per_minute": 60,
+                  "expires": datetime.date(2027, 12, 31)}])
     allow_unauthenticated: bool = setting(
         BOOLEAN, "Allows a host that is not loopback without api_keys or keys.", False)
     allowed_hosts: tuple[str, ...] = setting(
@@ -1767,16 +1738,11 @@ class CaptureConfig:
     """Which phases of an exchange are written to files, below the app directory. The files hold
     what was said."""
 
-    inbound_request_enabled: bool = setting(
-        BOOLEAN, "What the client sent.", False)
-    provider_request_enabled: bool = setting(
-        BOOLEAN, "What was sent to the provider.", False)
-    upstream_response_enabled: bool = setting(
-        BOOLEAN, "What the provider answered.", False)
-    outbound_response_enabled: bool = setting(
-        BOOLEAN, "What the client got.", False)
-    max_files: int = setting(
-        whole(16), "Files that are kept; the oldest exchanges go first.", 2000)
+    inbound_request_enabled: bool = setting(BOOLEAN, "What the client sent.", False)
+    provider_request_enabled: bool = setting(BOOLEAN, "What was sent to the provider.", False)
+    upstream_response_enabled: bool = setting(BOOLEAN, "What the provider answered.", False)
+    outbound_response_enabled: bool = setting(BOOLEAN, "What the client got.", False)
+    max_files: int = setting(whole(16), "Files that are kept; the oldest exchanges go first.", 2000)
     max_total_bytes: int = setting(whole(1 << 20), "Bytes that are kept.", 1 << 30)
 
 
@@ -1810,8 +1776,7 @@ RECOVERY = ("compare the file with config.example.toml in the same directory, or
 
 
 class Faults(list[str]):
-    """Everything that is wrong with a configuration;
-    `flags` maps a key's path to the flag that set it."""
+    """All that is wrong with a configuration; `flags`: which flag set the value at a path."""
 
     def __init__(self, flags: Mapping[str, str] | None = None) -> None:
         super().__init__()
@@ -1825,11 +1790,8 @@ class Faults(list[str]):
 
 def load_config(text: str, source: str, *, environ: Mapping[str, str] = os.environ,
                 overrides: Callable[[Json], Sequence[Override]] = lambda tables: ()) -> Config:
-    """The configuration in a TOML `text`; ConfigError lists every fault with its full
-    path and `source`.
-
-    `overrides` is given the tables and returns what is to be put in place of their values.
-    """
+    """The configuration in a TOML `text` with the `overrides` for its tables; ConfigError lists
+    every fault with its full path and `source`."""
     try:
         tables = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
@@ -1844,8 +1806,8 @@ def load_config(text: str, source: str, *, environ: Mapping[str, str] = os.envir
 
 
 def read_table(cls: Any, table: Any, path: str, faults: Faults) -> Any:
-    """An instance of the schema class `cls`; a faulty value is noted, a secret one without showing
-    it, and its default stands in for it."""
+    """An instance of the schema class `cls`; for a faulty value, shown unless it is secret, the
+    default stands in."""
     if not isinstance(table, dict):
         faults.add(path, f"must be a table ([{path}])")
         table = {}
@@ -1907,8 +1869,7 @@ def short(value: Any) -> str:
 
 
 def cross_check(config: Config, faults: Faults, environ: Mapping[str, str]) -> Config:
-    """Note what is wrong between settings, and return `config` with keys read from where
-    they are kept."""
+    """Note what is wrong between settings; `config` with its keys read from where they are."""
     routes, defaults = config.routing.routes, config.routing.default_provider_names
     if not config.providers:
         faults.add("providers", "at least one provider is needed ([providers.<name>])")
@@ -1942,8 +1903,7 @@ def cross_check(config: Config, faults: Faults, environ: Mapping[str, str]) -> C
 
 
 def check_listeners(config: Config, faults: Faults) -> None:
-    """A listener that others can reach needs keys; the control listener is never one
-    (rulings 11 and 5)."""
+    """A listener that others can reach needs keys; control is never one (rulings 11, 5)."""
     server = config.server
     if not (is_loopback(server.host) or server.api_keys or server.keys
             or server.allow_unauthenticated):
@@ -2024,8 +1984,7 @@ def wire_protocol(provider: ProviderConfig, inbound: str) -> str:
 
 def with_keys(provider: ProviderConfig, path: str, faults: Faults,
               environ: Mapping[str, str]) -> ProviderConfig:
-    """`provider` with its key, or those of its credentials, read from where they are kept, and
-    `ca_file` known to be readable."""
+    """`provider` with its key or keys read from where they are kept."""
     if provider.ca_file is not None:
         try:
             ssl.create_default_context(cafile=str(Path(provider.ca_file).expanduser()))
@@ -2101,8 +2060,7 @@ def secret_of(table: Any, name: str, path: str, faults: Faults,
 
 
 def read_secret(source: str, value: str, environ: Mapping[str, str]) -> str:
-    """The secret that the setting `source` leads to; OSError or ValueError says why there is
-    none."""
+    """The secret that the setting `source` leads to; OSError, ValueError: why there is none."""
     if source.endswith("_file"):
         return str(SECRET.read(Path(value).expanduser().read_text("utf-8-sig")))
     if not source.endswith("_env"):
@@ -2138,8 +2096,7 @@ class Credential(NamedTuple):
 
 
 def credentials_of(name: str, settings: ProviderConfig) -> tuple[Credential, ...]:
-    """The keys of the provider `name` that are in use, the highest priority first; one that is the
-    provider's own has its name."""
+    """The keys of a provider that are in use, the highest priority first."""
     common = settings.headers or {}
     if not settings.credentials:
         return (Credential(name, name, f"providers.{name}", settings, settings.proxy_url,
@@ -2198,8 +2155,7 @@ ROUTE_FIELDS = tuple(f.name for f in dataclasses.fields(RouteConfig) if f.name !
 
 
 def route_override(spec: str, tables: Json) -> Override:
-    """The override that `--route-override ROUTE.FIELD=VALUE` asks for;
-    ConfigError quotes what is wrong."""
+    """The override that `--route-override ROUTE.FIELD=VALUE` asks for, else a ConfigError."""
     flag = f"--route-override {spec}"
 
     def fail(why: str) -> ConfigError:
@@ -2278,17 +2234,16 @@ def wrapped(text: str) -> list[str]:
 
 
 def fields_of(cls: Any, told: Sequence[Any] = ()) -> list[Any]:
-    """The fields of a schema class but for those `told` already; where it shares some with other
-    classes its own required ones come first."""
+    """The fields of a schema class that were not `told`; where it has a base its own required ones
+    come first."""
     return sorted((field for field in dataclasses.fields(cls) if field not in told),
                   key=lambda field: issubclass(cls, KeyConfig) and field.default is not REQUIRED)
 
 
 def example_table(cls: Any, path: str, given: Json, *, brief: bool = False,
                   frame: str = "[{}]", told: Sequence[Any] = (), tables: bool = True) -> list[str]:
-    """One table of the example file and, with `tables`, those within it: every key under its
-    description but for those `told` already, unset ones commented out; only the `given` ones where
-    it is to be `brief`."""
+    """One table of the example file and, with `tables`, those within it: every key that was not
+    `told` under its description, unset ones commented out; if `brief`, only the `given` ones."""
     lines = ["", *([] if brief else wrapped(cls.__doc__)), frame.format(path)]
     inner: list[str] = []
     fields = fields_of(cls, told)
@@ -2334,8 +2289,7 @@ def example_toml() -> str:
 
 def settings_rows(cls: Any = Config, path: str = "",
                   told: Sequence[Any] = ()) -> Iterator[tuple[str, str, str, str]]:
-    """(key, default, what it must be, description) of every setting but for those `told` already,
-    for the table in the README."""
+    """(key, default, what it must be, description) of every setting that was not `told`."""
     fields = fields_of(cls, told)
     for field in fields:
         kind, here = field.metadata["kind"], join_path(path, field.name)
@@ -2361,8 +2315,7 @@ def app_directory(environ: Mapping[str, str]) -> Path:
 
 
 def bootstrap(environ: Mapping[str, str]) -> tuple[Path, bool]:
-    """Create what is missing of the app directory, and nothing else; where it is, and whether its
-    config.toml is new."""
+    """Make what is missing of the app directory; where it is, and if its config.toml is new."""
     base, created = app_directory(environ), False
     try:
         for folder in (base, base / "logs", base / "captures", base / "diagnostics"):
@@ -2380,8 +2333,7 @@ def bootstrap(environ: Mapping[str, str]) -> tuple[Path, bool]:
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Put data into a file of the app directory or of a folder in it, in one step, for its owner
-    alone."""
+    """Put data into a file below the app directory in one step, for its owner alone."""
     for folder in (path.parent.parent, path.parent):
         folder.mkdir(mode=0o700, exist_ok=True)
     fresh = path.with_name(f"{path.name}.{os.getpid()}")
@@ -3133,10 +3085,8 @@ def read_model_request(protocol: Protocol, raw: bytes) -> ModelRequest:
 
 
 def lift_system_items(body: Json) -> Json:
-    """The members of a Responses body that change when its system items become `instructions`.
-
-    Responses providers know no system role in `input` (contract 4.1, rulings 14 and 15).
-    """
+    """The members of a Responses body that change when its system items, which providers
+    do not know in `input`, become `instructions` (contract 4.1, rulings 14 and 15)."""
     items = listing(body.get("input"))
     kept = [item for item in items if mapping(item).get("role") != "system"]
     if len(kept) == len(items):
@@ -3159,8 +3109,8 @@ def system_text(content: Any) -> str:
 
 
 def pass_through_body(protocol: Protocol, request: ModelRequest, model: str) -> bytes:
-    """The body for a provider of the client's own protocol: the client's bytes, but for the two
-    reasons of ruling 14, system items of Responses and a model that a route rewrites."""
+    """The body for a provider of the client's protocol: the client's bytes, but for system items
+    of Responses and a model that a route rewrites (ruling 14)."""
     raw = request.raw
     lifted = lift_system_items(request.body) if protocol is RESPONSES else {}
     try:
@@ -3179,12 +3129,9 @@ VERSION_SEGMENT = re.compile(r"v[0-9]+(?:(?:alpha|beta)[0-9]*)?")
 
 
 def join_target(base: str, path: str, query: str) -> str:
-    """The request target for a protocol's `path` under a provider's `base` path (contract 3.2,
-    ruling 9).
-
-    A base that begins the path already is not doubled, nor is the version when one of the last two
-    segments of the base is a version (/api/v1, /v1beta/openai).
-    """
+    """The target for a protocol's `path` under a provider's `base` path (contract 3.2, ruling 9):
+    a base that begins the path is not doubled, nor is the version where one of the last two
+    segments of the base is one (/api/v1, /v1beta/openai)."""
     base, path = base.strip("/"), path.lstrip("/")
     if not base:
         return f"/{path}{query}"
@@ -3230,8 +3177,7 @@ def auth_line(protocol: Protocol, key: str, auth: str | None = None) -> bytes:
 
 
 def own_fields(headers: Mapping[str, str], client: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
-    """The header fields that a configuration adds to a request; a value that begins with $ is the
-    `client`'s field of that name, and there is none where it sent none."""
+    """The header fields that a configuration adds; $name is the `client`'s field, if it sent it."""
     out = {}
     for name, text in headers.items():
         value = (text.encode("ascii") if text[0] != "$"
@@ -3244,11 +3190,9 @@ def own_fields(headers: Mapping[str, str], client: Mapping[bytes, bytes]) -> dic
 def provider_lines(head: RequestHead, protocol: Protocol, fixed: Sequence[bytes], length: int,
                    translated: Sequence[bytes] | None = None,
                    own: Mapping[bytes, bytes] = EMPTY) -> list[bytes]:
-    """The header lines of a provider request: the client's, but for those that belong to its own
-    hop or carry its keys, then ours. `fixed` holds the lines that are the same for each request
-    (host, key). `translated` are the lines of a translated request, which has few of the client's.
-    The fields `own` of the configuration replace the client's.
-    """
+    """The header lines of a provider request: the client's, but for those of its own hop and its
+    keys, then ours: the `fixed` ones (host, key), the `translated` ones of a request that keeps few
+    of the client's, and the configuration's `own` fields, which replace the client's."""
     values: Mapping[bytes, bytes] = head.values
     dropped = NOT_UPSTREAM
     if own:
@@ -3291,14 +3235,12 @@ def client_lines(head: ResponseHead, decoded: bool) -> list[bytes]:
 
 
 def without_key(raw: bytes, key: str) -> bytes:
-    """A provider's error without its key, which some repeat and no client is to see; what is
-    shorter than a key may stand anywhere."""
+    """A provider's error without its key, unless that is so short that it may stand anywhere."""
     return raw.replace(key.encode("ascii"), b"<redacted>") if len(key) >= 8 else raw
 
 
 def error_lines(fields: Iterable[Field]) -> list[bytes]:
-    """The header lines of a provider's error that the client gets:
-    when to retry, ids, rate limits."""
+    """The lines of a provider's error that the client gets: when to retry, ids, rate limits."""
     return [field.line for field in fields
             if field.name in ERROR_FIELDS or field.name.startswith(ERROR_FIELD_PREFIXES)]
 
@@ -3330,8 +3272,7 @@ RESET_UNITS = {"ms": 0.001, "milli": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d
 
 
 def reset_secs(text: str) -> float | None:
-    """The seconds of a duration as OpenAI writes it, such as 6m0s, or in words, such as
-    20 seconds; None where it is none."""
+    """The seconds of a duration such as 6m0s (OpenAI) or 20 seconds; None where it is none."""
     parts = RESET_PART.findall(text[:64])
     return sum(float(n) * RESET_UNITS[unit] for n, unit in parts) if parts else None
 
@@ -3496,8 +3437,8 @@ EVENT_DATA = re.compile(rb"^data: ?(\{.*\})\r?$", re.MULTILINE)
 
 
 def rename_model(raw: bytes, protocol: Protocol, model: str) -> bytes:
-    """An answer or the payload of an event with `model` for its model's name, and no other byte
-    changed; as it is where it is no JSON object or names none."""
+    """An answer or an event's payload with `model` for its model's name where it has one, and no
+    other byte changed."""
     try:
         text = raw.decode("utf-8")
         if not isinstance(load(raw), dict):
@@ -3529,8 +3470,7 @@ def rename_in_block(block: bytes, protocol: Protocol, model: str) -> bytes:
 
 
 def fill_gaps_in_frame(frame: bytes) -> bytes | None:
-    """One event encoded anew if a gap was filled; a payload without `type` gets the event's
-    name first."""
+    """One event, with its name for a `type`, encoded anew if a gap was filled."""
     event = parse_event(frame)
     if event is None:
         return None
@@ -13239,8 +13179,7 @@ ENDED_PAUSE_SECS = 30.0  # for a key that had ended when it came: clocks differ
 
 
 class Token(NamedTuple):
-    """A key that was fetched, when it is to be renewed, when it ends (seconds since 1970), and what
-    renews it."""
+    """A key that was fetched, its times in seconds since 1970, and what renews it."""
 
     key: str
     due: float = FOREVER
@@ -13249,8 +13188,8 @@ class Token(NamedTuple):
 
 
 def token_of(value: Any, now: float, refresh_token: str = "") -> Token:
-    """The token in an answer of an OAuth server, or in what a command prints; ValueError says what
-    is wrong with it. A refresh token that is not replaced stays (6749 6)."""
+    """The token in an OAuth server's answer or a command's output; ValueError: what is wrong with
+    it. A refresh token that is not replaced stays (6749 6)."""
     try:
         key = str(SECRET.read(first_of(value, "/access_token", "/token", "/api_key")))
     except ValueError as error:
@@ -13261,8 +13200,7 @@ def token_of(value: Any, now: float, refresh_token: str = "") -> Token:
 
 
 def expiry_of(value: Json, now: float) -> float:
-    """When a token ends: by expires_in, else by expires_at, a number or as RFC 3339 writes it;
-    FOREVER where neither is there."""
+    """When a token ends: by expires_in, else by expires_at, a number or RFC 3339; else never."""
     for name, since in (("expires_in", now), ("expires_at", 0.0)):
         said = value.get(name)
         with contextlib.suppress(TypeError, ValueError, OverflowError):
@@ -13275,8 +13213,7 @@ def expiry_of(value: Json, now: float) -> float:
 
 
 def printed_token(output: bytes, now: float) -> Token:
-    """The token that a command printed, plain or in a JSON object; ValueError says why there is
-    none."""
+    """The token that a command printed; ValueError says why there is none."""
     if len(output) >= COMMAND_BYTES:
         raise ValueError(f"that is {COMMAND_BYTES} bytes or more")
     text = output.decode("utf-8-sig").strip()
@@ -13291,9 +13228,8 @@ COMMAND_BYTES = 64 << 10  # of what a command prints
 
 
 async def run_command(command: Sequence[str]) -> tuple[int, bytes, bytes]:
-    """Run a program without a shell: its exit status, and the beginnings of what it printed on
-    standard output and standard error. OSError where it cannot start, TimeoutError where it does
-    not end; it and its children are killed then."""
+    """Run a program without a shell: its exit status, and how its two outputs begin. OSError: it
+    cannot start; TimeoutError: it does not end, and it and its children were killed."""
     program = os.path.expanduser(command[0])
     process = await asyncio.create_subprocess_exec(
         shutil.which(program) or program, *command[1:], stdin=asyncio.subprocess.DEVNULL,
@@ -13328,8 +13264,8 @@ DESCRIPTION_CHARS = 200
 
 
 def oauth_form(oauth: OAuthConfig, members: Mapping[str, str]) -> tuple[list[bytes], bytes]:
-    """The header lines and the form of a request to an OAuth server. A client with a secret says
-    who it is in the header (6749 2.3.1), a public one in the form."""
+    """The header lines and the form of a request to an OAuth server; a client's secret goes into
+    the header (6749 2.3.1)."""
     lines = [b"content-type: application/x-www-form-urlencoded", b"accept: application/json"]
     form = {**members, **(oauth.parameters or {})}
     if oauth.client_secret:
@@ -13348,8 +13284,7 @@ def grant_members(oauth: OAuthConfig, refresh_token: str) -> dict[str, str]:
 
 
 def oauth_answer(label: str, status: int, body: bytes) -> Json:
-    """The object in an OAuth server's answer; for an error (6749 5.2) a ProxyError with its
-    `code`."""
+    """The object in an OAuth server's answer, or its error (6749 5.2) with its `code`."""
     try:
         value = mapping(load(body))
     except ValueError:
@@ -13396,8 +13331,7 @@ def secs_of(value: Any, unsaid: float) -> float:
 
 
 def next_poll(code: str | None, interval: float) -> float | None:
-    """How long to wait until the next question after an error `code` (8628 3.5); None where it is
-    the last word."""
+    """How long to wait after an error `code` (8628 3.5); None where it is the last word."""
     return {"authorization_pending": interval, "slow_down": interval + 5}.get(code or "")
 
 
@@ -13431,8 +13365,8 @@ def write_token(path: Path, oauth: OAuthConfig, token: Token) -> None:
 # -- keys while the program runs ---------------------------------------------
 
 class KeySource:
-    """The key of one credential: fetched when it is needed, once for all that wait for it, renewed
-    when it is due. `renew` makes the token that follows one."""
+    """The key of one credential, fetched once for all that wait, renewed when it is due; `renew`
+    makes the token that follows one."""
 
     __slots__ = ("clock", "failed_at", "fault", "refused_at", "renew", "task", "token")
 
@@ -13458,8 +13392,8 @@ class KeySource:
             raise
 
     async def refused(self, key: str) -> bool:
-        """Note that a provider refused `key`; whether there is another now. It is not renewed
-        again and again: a provider may refuse every key."""
+        """Note that a provider refused `key`; whether there is another now. Some refuse every
+        key, so it is not renewed again and again."""
         token, now = self.token, self.clock()
         if token is None or token.key != key:
             return True
@@ -13515,13 +13449,11 @@ class Tokens:
         return token.key if token else ""
 
     async def refused(self, credential: Credential, key: str) -> bool:
-        """Note that a provider refused `key` with 401; whether another try, with a new key, is
-        worth it."""
+        """Note that a provider refused `key` with 401; whether there is a new one to try."""
         return credential.dynamic and await self.source(credential).refused(key)
 
     def source(self, credential: Credential) -> KeySource:
-        """Where the key of a credential comes from; another place when the configuration
-        changes."""
+        """Where the key of a credential, as it is configured now, comes from."""
         name = (credential.provider, credential.name)
         if name not in self.sources or self.sources[name][0] != credential:
             self.sources[name] = credential, KeySource(functools.partial(self.renew, credential))
@@ -13620,8 +13552,7 @@ class Tokens:
         return oauth_answer(credential.label, answer.status, answer.body)
 
     async def log_in(self, credential: Credential, say: Callable[[str], None]) -> Token:
-        """Get a first token, by the device flow (8628) with what `say` tells the user, and store
-        it."""
+        """Get and store a first token, by the device flow (8628) with what `say` tells the user."""
         oauth = oauth_of(credential)
         if oauth.flow != "device":
             return await self.granted(credential, read_token(
