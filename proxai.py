@@ -789,12 +789,9 @@ def expand_template(template: str, match: re.Match[str]) -> str:
     """`template` with $1, $name, ${name} and $$ filled in; a group that is not there is empty."""
     def part(found: re.Match[str]) -> str:
         name = found[1] or found[2]
-        if name is None:
-            return "$"
-        try:
-            return match[int(name) if name.isdigit() else name] or ""
-        except IndexError:
-            return ""
+        with contextlib.suppress(IndexError):
+            return match[int(name) if name.isdigit() else name] or "" if name else "$"
+        return ""
 
     return TEMPLATE_PART.sub(part, template)
 
@@ -805,14 +802,6 @@ def compile_routes(routes: Iterable[Any]) -> list[Route]:
                   pattern_kind(r.match_kind, r.model_pattern) == "regex",
                   r.provider, r.upstream_model, [(f.provider, f.upstream_model) for f in r.fallback])
             for r in routes]
-
-
-def rewrite_model(route: Route, match: re.Match[str], model: str) -> str:
-    """The name to send for `model`: a regex replaces only what it matched (contract 5.3)."""
-    if route.upstream_model is None or not route.regex:
-        return route.upstream_model or model
-    return (model[:match.start()] + expand_template(route.upstream_model, match)
-            + model[match.end():])
 
 
 def matched(route: Route, protocol: str, model: str) -> tuple[re.Match[str] | None, bool, str]:
@@ -876,15 +865,9 @@ def resolve_names(names: Names, model: str) -> list[Decision]:
             if name.startswith(prefix) and name != prefix
             and names.takes(provider, name[len(prefix):])]
         if found:
-            return [Decision(provider, *own_thinking(upstream, wish), True)
-                    for provider, upstream in found]
+            return [Decision(provider, sent, None, own or wish, True) for provider, upstream in found
+                    for sent, own in [split_thinking(upstream)]]
     return []
-
-
-def own_thinking(upstream: str, wish: str) -> tuple[str, None, str]:
-    """The last members of a decision for a configured model: its own suffix beats the client's."""
-    base, own = split_thinking(upstream)
-    return base, None, own or wish
 
 
 def choose(routes: Sequence[Route], defaults: Mapping[str, str], protocol: str,
@@ -903,8 +886,7 @@ def choose_all(routes: Sequence[Route], defaults: Mapping[str, str], protocol: s
         match, taken, wish = matched(route, protocol, model)
         if match and taken:
             return route_decisions(route, match, wish)
-        if match:
-            mismatch = mismatch or route
+        mismatch = mismatch or (route if match else None)
     base, thinking = split_thinking(model)
     if names is not NO_NAMES and (found := resolve_names(names, model)):
         return found
@@ -928,9 +910,11 @@ def choose_all(routes: Sequence[Route], defaults: Mapping[str, str], protocol: s
 
 def route_decisions(route: Route, match: re.Match[str], wish: str) -> list[Decision]:
     """Where a route that fits leads: to its provider, then to its fallbacks."""
-    sent, own = rewrite_model(route, match, match.string), ""
-    if route.upstream_model:
-        sent, own = split_thinking(sent)
+    sent, own = match.string, ""
+    if route.upstream_model is not None:  # a regex replaces only what it matched (contract 5.3)
+        sent, own = split_thinking(
+            sent[:match.start()] + expand_template(route.upstream_model, match) + sent[match.end():]
+            if route.regex else route.upstream_model)
     out = [Decision(route.provider, sent, route.name, own or wish)]
     for tier, (provider, model) in enumerate(route.fallback, 1):
         base, own_wish = split_thinking(model) if model else (sent, own)
@@ -962,6 +946,7 @@ def route_tries(routes: Sequence[Route], protocol: str, model: str) -> list[Json
 # -- kinds of values ---------------------------------------------------------
 
 REQUIRED: Any = dataclasses.MISSING
+PATTERN_FAULTS = (re.error, OverflowError, RecursionError)
 
 
 class Kind(NamedTuple):
@@ -975,7 +960,7 @@ def kind_of(wants: str, good: Callable[[Any], Any],
             keep: Callable[[Any], Any] = lambda value: value) -> Kind:
     """The kind of the values that `good` accepts without an error, kept as `keep` makes them."""
     def read(value: Any) -> Any:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, *PATTERN_FAULTS):
             if good(value):
                 return keep(value)
         raise ValueError(f"must be {wants}")
@@ -1003,39 +988,35 @@ def choice(*allowed: str) -> Kind:
                    lambda value: isinstance(value, str) and value in allowed)
 
 
-def several(kind: Kind) -> Kind:
-    """An array of values of one kind."""
-    wants = f"an array; each item {kind.wants}"
-
-    def read(value: Any) -> tuple[Any, ...]:
-        if not isinstance(value, list):
-            raise ValueError(f"must be {wants}")
-        items, faults = [], []
-        for i, item in enumerate(value):
-            try:
-                items.append(kind.read(item))
-            except ValueError as error:
-                faults.append(f"item {i} {error}")
-        if faults:
-            raise ValueError("; ".join(faults))
-        return tuple(items)
-
-    return Kind(wants, read)
-
-
-def tables_of(cls: type, bare: str, wants: str) -> Kind:
-    """An array of tables of a schema class; a string stands for one that has only `bare`."""
-    def read(value: Any) -> tuple[Any, ...]:
+def array_of(wants: str, read: Callable[[Any, str, Faults], Any]) -> Kind:
+    """An array of what `read` makes of a value and its place, where it notes faults."""
+    def read_all(value: Any) -> tuple[Any, ...]:
         if not isinstance(value, list):
             raise ValueError(f"must be {wants}")
         faults = Faults()
-        found = tuple(read_table(cls, {bare: item} if isinstance(item, str) else item,
-                                 f"item {i}", faults) for i, item in enumerate(value))
+        found = tuple(read(item, f"item {i}", faults) for i, item in enumerate(value))
         if faults:
             raise ValueError("; ".join(faults))
         return found
 
-    return Kind(wants, read)
+    return Kind(wants, read_all)
+
+
+def several(kind: Kind) -> Kind:
+    """An array of values of one kind."""
+    def read(item: Any, place: str, faults: Faults) -> Any:
+        try:
+            return kind.read(item)
+        except ValueError as error:
+            faults.append(f"{place} {error}")
+
+    return array_of(f"an array; each item {kind.wants}", read)
+
+
+def tables_of(cls: type, bare: str, wants: str) -> Kind:
+    """An array of tables of a schema class; a string stands for one that has only `bare`."""
+    return array_of(wants, lambda item, place, faults: read_table(
+        cls, {bare: item} if isinstance(item, str) else item, place, faults))
 
 
 def plain(text: str) -> bool:
@@ -1049,12 +1030,9 @@ def is_http_url(text: str) -> bool:
     return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
 
 
-def is_pattern(kind: str, text: str) -> bool:
-    """Whether a text is a pattern of models."""
-    try:
-        return bool(compile_pattern(kind, text))
-    except (re.error, OverflowError, RecursionError):
-        return False
+def is_base_url(text: str) -> bool:
+    """Whether a text is a URL without a user name that can stand in a request."""
+    return plain(text) and is_http_url(text) and "@" not in urlsplit(text).netloc
 
 
 def is_proxy(text: str) -> bool:
@@ -1071,28 +1049,24 @@ def is_origin(text: str) -> bool:
 
 def is_endpoint(text: str) -> bool:
     """Whether a text is a URL that secrets may be sent to (6749 3.2): https, or on this machine."""
-    return (plain(text) and is_http_url(text) and "@" not in urlsplit(text).netloc
-            and (text.lower().startswith("https:") or is_loopback(urlsplit(text).hostname or "")))
+    return is_base_url(text) and (text.lower().startswith("https:")
+                                  or is_loopback(urlsplit(text).hostname or ""))
 
 
-# what is ours to write: framing, the way there, the key
-OWN_FIELD = re.compile(r"(?i)host|connection|content-length|transfer-encoding|te|trailer|upgrade"
-                       r"|expect|keep-alive|proxy-.*|accept|accept-encoding|content-encoding"
-                       r"|authorization|x-api-key|x-goog-api-key")
-FIELD_NAME = re.compile(r"[A-Za-z0-9!#%&'*+.^_`|~-]+")
+# but for what is ours to write: framing, the way there, the key
+FIELD_NAME = re.compile(
+    r"(?!(?i:host|connection|content-length|transfer-encoding|te|trailer|upgrade|expect|keep-alive"
+    r"|proxy-.*|accept|accept-encoding|content-encoding|authorization|x-api-key|x-goog-api-key)\Z)"
+    r"[A-Za-z0-9!#%&'*+.^_`|~-]+")
 
 
 def is_headers(value: Any) -> bool:
-    """Whether a value is a table of header fields that a user may set."""
+    """Whether a value is a table of header fields that a user may set, or copy by $name."""
     return isinstance(value, dict) and all(
-        FIELD_NAME.fullmatch(name) and not OWN_FIELD.fullmatch(name) and isinstance(text, str)
+        FIELD_NAME.fullmatch(name) and isinstance(text, str)
         and text.strip() and text.isascii() and text.isprintable()
-        and (text.strip()[0] != "$" or is_copied(text.strip()[1:])) for name, text in value.items())
-
-
-def is_copied(name: str) -> bool:
-    """Whether a client's header may go to a provider under another name; its key may not."""
-    return bool(FIELD_NAME.fullmatch(name) and not OWN_FIELD.fullmatch(name))
+        and (text.strip()[0] != "$" or FIELD_NAME.fullmatch(text.strip()[1:]))
+        for name, text in value.items())
 
 
 HASHED_KEY = "sha256:"
@@ -1128,8 +1102,7 @@ CLIENT_KEY = text_of_kind(
                                   or re.fullmatch("[0-9a-fA-F]{64}", text[len(HASHED_KEY):])))
 # a date ends with its day; what names no zone is UTC
 EXPIRY = kind_of("a date or a date with a time, such as 2027-12-31",
-                 lambda value: isinstance(value, datetime.date),
-                 lambda value: expiry_time(value))
+                 lambda value: isinstance(value, datetime.date), expiry_time)
 # a key that was put there by mistake mostly is none
 VARIABLE = text_of_kind("the name of an environment variable",
                         re.compile(r"[A-Za-z_][A-Za-z0-9_]*").fullmatch)
@@ -1145,8 +1118,8 @@ DELAY = kind_of("a number of seconds, 0 to a year",
 ADDRESS = text_of_kind('an IP address such as "127.0.0.1"', ipaddress.ip_address,
                        lambda text: str(ipaddress.ip_address(text)))
 URL = text_of_kind(
-    'an absolute ASCII URL without a user name, such as "https://api.example.com/v1"',
-    lambda text: plain(text) and is_http_url(text) and "@" not in urlsplit(text).netloc, base_of)
+    'an absolute ASCII URL without a user name, such as "https://api.example.com/v1"', is_base_url,
+    base_of)
 PROXY = text_of_kind('"http://[user:password@]host:port", the same with https, or "direct"',
                      is_proxy, lambda text: "direct" if text.lower() == "direct" else text)
 ENDPOINT = text_of_kind("an https URL, or an http one of this machine", is_endpoint)
@@ -1163,8 +1136,7 @@ ORIGIN = text_of_kind('an origin such as "https://app.example.com", without a pa
 PROTOCOL = choice(*PROTOCOLS)
 PREFIX = text_of_kind("a word in front of model names, without blanks and the slash behind it",
                       lambda text: plain(text) and not text.endswith("/"))
-GLOB = text_of_kind("a glob such as \"*-preview\"",
-                    lambda text: is_pattern("glob", text))
+GLOB = text_of_kind('a glob such as "*-preview"', lambda text: compile_pattern("glob", text))
 PRESET = kind_of("one of the names that `proxai.py presets` lists",
                  lambda value: isinstance(value, str) and value.strip().lower() in PRESETS,
                  lambda value: value.strip().lower())
@@ -1208,86 +1180,75 @@ class Preset(NamedTuple):
     variable: str = ""  # environment variable that usually holds the key
     note: str = ""
     auth: str = "bearer"  # none: a key is sent only where one is given
-    versionless: bool = False
-    lists: bool = True  # whether /models names what can be asked for
+    traits: str = ""  # versionless; unlisted: /models does not name what can be asked for
 
 
 PRESETS: dict[str, Preset] = {name: preset for preset in (
-    Preset("anthropic claude", "https://api.anthropic.com", "messages /v1", "ANTHROPIC_API_KEY",
-           auth="x-api-key"),
-    Preset("openai", "https://api.openai.com", "responses chat /v1", "OPENAI_API_KEY"),
-    Preset("gemini", "https://generativelanguage.googleapis.com", "chat /v1beta/openai",
-           "GEMINI_API_KEY"),
-    Preset("mistral", "https://api.mistral.ai", "chat /v1", "MISTRAL_API_KEY"),
-    Preset("groq", "https://api.groq.com", "responses chat /openai/v1", "GROQ_API_KEY"),
-    Preset("deepseek", "https://api.deepseek.com", "chat /v1, messages /anthropic/v1",
-           "DEEPSEEK_API_KEY"),
-    Preset("openrouter", "https://openrouter.ai", "chat responses messages /api/v1",
-           "OPENROUTER_API_KEY"),
-    Preset("together", "https://api.together.ai", "chat /v1", "TOGETHER_API_KEY"),
-    Preset("fireworks", "https://api.fireworks.ai", "chat responses messages /inference/v1",
-           "FIREWORKS_API_KEY"),
-    Preset("novita", "https://api.novita.ai", "chat /openai/v1, messages /anthropic/v1",
-           "NOVITA_API_KEY", "messages: not for all models"),
-    Preset("siliconflow", "https://api.siliconflow.com", "chat /v1", "SILICONFLOW_API_KEY",
-           "China, with other keys: base_url = https://api.siliconflow.cn/v1"),
-    Preset("minimax", "https://api.minimax.io", "chat responses /v1, messages /anthropic/v1",
-           "MINIMAX_API_KEY", "China: base_url = https://api.minimaxi.com/v1"),
-    Preset("moonshot kimi", "https://api.moonshot.ai",
-           "chat responses /v1, messages /anthropic/v1", "MOONSHOT_API_KEY",
-           "China, with other keys: base_url = https://api.moonshot.cn/v1"),
-    Preset("kimi-code", "https://api.kimi.com", "messages /coding/v1", "KIMI_API_KEY",
-           "the key of a subscription"),
-    Preset("zai", "https://api.z.ai", "chat /api/paas/v4, messages /api/anthropic/v1",
-           "ZAI_API_KEY", lists=False),
-    Preset("zai-coding", "https://api.z.ai", "chat /api/coding/paas/v4, responses /api/v1,"
-           " messages /api/anthropic/v1", "ZAI_API_KEY", "the key of a coding plan",
-           lists=False),
-    Preset("zhipu", "https://open.bigmodel.cn",
-           "chat /api/paas/v4, messages /api/anthropic/v1", "ZHIPU_API_KEY", "China"),
-    Preset("xai", "https://api.x.ai", "responses chat /v1", "XAI_API_KEY"),
-    Preset("cerebras", "https://api.cerebras.ai", "chat /v1", "CEREBRAS_API_KEY"),
-    Preset("nvidia", "https://integrate.api.nvidia.com", "chat /v1", "NVIDIA_API_KEY"),
-    Preset("github-models", "https://models.github.ai", "chat /inference", "GITHUB_TOKEN",
-           "a token with the scope models", versionless=True),
-    Preset("azure", "https://{resource}.openai.azure.com", "responses chat /openai/v1",
-           "AZURE_OPENAI_API_KEY", "a model is the name of your deployment", "api-key",
-           lists=False),
-    Preset("bedrock", "https://bedrock-mantle.{region}.api.aws",
-           "responses chat /v1, messages /anthropic/v1", "AWS_BEARER_TOKEN_BEDROCK",
-           "Bedrock API keys only"),
-    Preset("vertex", "https://{region}-aiplatform.googleapis.com",
-           "chat /v1/projects/{project}/locations/{region}/endpoints/openapi",
-           note="the key is a token of one hour", versionless=True),
-    Preset("huggingface", "https://router.huggingface.co", "chat /v1", "HF_TOKEN"),
-    Preset("deepinfra", "https://api.deepinfra.com", "chat /v1/openai", "DEEPINFRA_API_KEY"),
-    Preset("alibaba", "https://dashscope-intl.aliyuncs.com",
-           "chat responses /compatible-mode/v1, messages /apps/anthropic/v1", "DASHSCOPE_API_KEY"),
-    Preset("opencode-zen", "https://opencode.ai", "chat responses messages /zen/v1",
-           "OPENCODE_API_KEY", "each model speaks one of them: set protocol"),
-    Preset("chutes", "https://llm.chutes.ai", "chat /v1"),
-    Preset("poe", "https://api.poe.com", "chat /v1"),
-    Preset("cohere", "https://api.cohere.ai", "chat /compatibility/v1"),
-    Preset("vercel", "https://ai-gateway.vercel.sh", "chat messages /v1"),
-    Preset("baseten", "https://inference.baseten.co", "chat /v1"),
-    Preset("nebius", "https://api.tokenfactory.nebius.com", "chat /v1"),
-    Preset("llama", "https://api.llama.com", "chat /compat/v1"),
-    Preset("kilo", "https://api.kilo.ai", "chat responses messages /api/gateway", "KILO_API_KEY",
-           versionless=True),
-    Preset("copilot", "https://api.githubcopilot.com", "chat /", versionless=True,
-           note="private: documented for GitHub's own clients only; bring a token"),
-    Preset("kiro", "http://{bridge}", "chat messages /v1", note="private protocol: base_url is"
-           " a bridge that you run"),
-    Preset("roo", "https://api.roocode.com", "chat /v1", "ROO_API_KEY",
-           "discontinued: the service ended in May 2026"),
-    Preset("ollama", "http://localhost:11434", "chat responses messages /v1", auth="none"),
-    Preset("llamacpp", "http://127.0.0.1:8080", "chat messages /v1", auth="none"),
-    Preset("vllm", "http://localhost:8000", "chat responses messages /v1", auth="none"),
-    Preset("lmstudio", "http://localhost:1234", "chat responses messages /v1", auth="none"),
-    Preset("mlx", "http://127.0.0.1:8000", "chat /v1", auth="none", note="Apple silicon"),
-    Preset("sglang", "http://{host}", "chat /v1", auth="none"),
-    Preset("tgi", "http://{host}", "chat /v1", auth="none"),
-) for name in preset.names.split()}
+    Preset(*map(str.strip, row.split("|"))) for row in """\
+anthropic claude | https://api.anthropic.com | messages /v1 | ANTHROPIC_API_KEY | | x-api-key
+openai | https://api.openai.com | responses chat /v1 | OPENAI_API_KEY
+gemini | https://generativelanguage.googleapis.com | chat /v1beta/openai | GEMINI_API_KEY
+mistral | https://api.mistral.ai | chat /v1 | MISTRAL_API_KEY
+groq | https://api.groq.com | responses chat /openai/v1 | GROQ_API_KEY
+deepseek | https://api.deepseek.com | chat /v1, messages /anthropic/v1 | DEEPSEEK_API_KEY
+openrouter | https://openrouter.ai | chat responses messages /api/v1 | OPENROUTER_API_KEY
+together | https://api.together.ai | chat /v1 | TOGETHER_API_KEY
+fireworks | https://api.fireworks.ai | chat responses messages /inference/v1 | FIREWORKS_API_KEY
+novita | https://api.novita.ai | chat /openai/v1, messages /anthropic/v1 | NOVITA_API_KEY \
+    | messages: not for all models
+siliconflow | https://api.siliconflow.com | chat /v1 | SILICONFLOW_API_KEY \
+    | China, with other keys: base_url = https://api.siliconflow.cn/v1
+minimax | https://api.minimax.io | chat responses /v1, messages /anthropic/v1 | MINIMAX_API_KEY \
+    | China: base_url = https://api.minimaxi.com/v1
+moonshot kimi | https://api.moonshot.ai | chat responses /v1, messages /anthropic/v1 \
+    | MOONSHOT_API_KEY | China, with other keys: base_url = https://api.moonshot.cn/v1
+kimi-code | https://api.kimi.com | messages /coding/v1 | KIMI_API_KEY | the key of a subscription
+zai | https://api.z.ai | chat /api/paas/v4, messages /api/anthropic/v1 | ZAI_API_KEY | | bearer \
+    | unlisted
+zai-coding | https://api.z.ai \
+    | chat /api/coding/paas/v4, responses /api/v1, messages /api/anthropic/v1 | ZAI_API_KEY \
+    | the key of a coding plan | bearer | unlisted
+zhipu | https://open.bigmodel.cn | chat /api/paas/v4, messages /api/anthropic/v1 | ZHIPU_API_KEY \
+    | China
+xai | https://api.x.ai | responses chat /v1 | XAI_API_KEY
+cerebras | https://api.cerebras.ai | chat /v1 | CEREBRAS_API_KEY
+nvidia | https://integrate.api.nvidia.com | chat /v1 | NVIDIA_API_KEY
+github-models | https://models.github.ai | chat /inference | GITHUB_TOKEN \
+    | a token with the scope models | bearer | versionless
+azure | https://{resource}.openai.azure.com | responses chat /openai/v1 | AZURE_OPENAI_API_KEY \
+    | a model is the name of your deployment | api-key | unlisted
+bedrock | https://bedrock-mantle.{region}.api.aws | responses chat /v1, messages /anthropic/v1 \
+    | AWS_BEARER_TOKEN_BEDROCK | Bedrock API keys only
+vertex | https://{region}-aiplatform.googleapis.com \
+    | chat /v1/projects/{project}/locations/{region}/endpoints/openapi | \
+    | the key is a token of one hour | bearer | versionless
+huggingface | https://router.huggingface.co | chat /v1 | HF_TOKEN
+deepinfra | https://api.deepinfra.com | chat /v1/openai | DEEPINFRA_API_KEY
+alibaba | https://dashscope-intl.aliyuncs.com \
+    | chat responses /compatible-mode/v1, messages /apps/anthropic/v1 | DASHSCOPE_API_KEY
+opencode-zen | https://opencode.ai | chat responses messages /zen/v1 | OPENCODE_API_KEY \
+    | each model speaks one of them: set protocol
+chutes | https://llm.chutes.ai | chat /v1
+poe | https://api.poe.com | chat /v1
+cohere | https://api.cohere.ai | chat /compatibility/v1
+vercel | https://ai-gateway.vercel.sh | chat messages /v1
+baseten | https://inference.baseten.co | chat /v1
+nebius | https://api.tokenfactory.nebius.com | chat /v1
+llama | https://api.llama.com | chat /compat/v1
+kilo | https://api.kilo.ai | chat responses messages /api/gateway | KILO_API_KEY | | bearer \
+    | versionless
+copilot | https://api.githubcopilot.com | chat / | \
+    | private: documented for GitHub's own clients only; bring a token | bearer | versionless
+kiro | http://{bridge} | chat messages /v1 | | private protocol: base_url is a bridge that you run
+roo | https://api.roocode.com | chat /v1 | ROO_API_KEY | discontinued: the service ended in May 2026
+ollama | http://localhost:11434 | chat responses messages /v1 | | | none
+llamacpp | http://127.0.0.1:8080 | chat messages /v1 | | | none
+vllm | http://localhost:8000 | chat responses messages /v1 | | | none
+lmstudio | http://localhost:1234 | chat responses messages /v1 | | | none
+mlx | http://127.0.0.1:8000 | chat /v1 | | Apple silicon | none
+sglang | http://{host} | chat /v1 | | | none
+tgi | http://{host} | chat /v1 | | | none
+""".splitlines()) for name in preset.names.split()}
 
 
 def preset_bases(preset: Preset, given: str | None) -> dict[str, str]:
@@ -1787,6 +1748,10 @@ class Faults(list[str]):
         flag = self.flags.get(path)
         self.append(f"{path}: {message}" + (f" (from {flag})" if flag else ""))
 
+    def told(self, *starts: str) -> bool:
+        """Whether a fault begins so; paths spell names as the file does."""
+        return any(fault.lower().startswith(starts) for fault in self)
+
 
 def load_config(text: str, source: str, *, environ: Mapping[str, str] = os.environ,
                 overrides: Callable[[Json], Sequence[Override]] = lambda tables: ()) -> Config:
@@ -1874,23 +1839,22 @@ def cross_check(config: Config, faults: Faults, environ: Mapping[str, str]) -> C
     if not config.providers:
         faults.add("providers", "at least one provider is needed ([providers.<name>])")
     fallback = config.routing.default_provider
-    named = [("routing.default_provider", fallback or None)]
-    named += [(f"routing.default_provider_names.{protocol}", getattr(defaults, protocol) or None)
+    named = [("default_provider", fallback or None)]
+    named += [(f"default_provider_names.{protocol}", getattr(defaults, protocol) or None)
               for protocol in PROTOCOLS]
-    named += [(f"routing.routes[{i}].{place}", name) for i, r in enumerate(routes)
-              for place, name in [("provider", r.provider), *(
-                  ("fallback", f.provider) for f in r.fallback)]]
+    named += [(f"routes[{i}].{place}", name) for i, r in enumerate(routes) for place, name in [
+        ("provider", r.provider), *(("fallback", f.provider) for f in r.fallback)]]
     for path, name in named:
         if name is not None and name not in config.providers:
-            known = ", ".join(config.providers) or "none"
-            faults.add(path, f"no provider is named {name or '(blank)'} (there are: {known})")
+            faults.add(f"routing.{path}", f"no provider is named {name or '(blank)'} (there are:"
+                                          f" {', '.join(config.providers) or 'none'})")
     for i, route in enumerate(routes):
         if route.name and route.name in [earlier.name for earlier in routes[:i]]:
             faults.add(f"routing.routes[{i}].name",
                        f"`{route.name}` names an earlier route too; names must be unique")
         try:
             compile_pattern(route.match_kind, route.model_pattern or "")
-        except (re.error, OverflowError, RecursionError) as error:
+        except PATTERN_FAULTS as error:
             faults.add(f"routing.routes[{i}].model_pattern",
                        f"invalid route: the pattern {route.model_pattern} does not work: {error}")
     check_listeners(config, faults)
@@ -1905,39 +1869,42 @@ def cross_check(config: Config, faults: Faults, environ: Mapping[str, str]) -> C
 def check_listeners(config: Config, faults: Faults) -> None:
     """A listener that others can reach needs keys; control is never one (rulings 11, 5)."""
     server = config.server
-    if not (is_loopback(server.host) or server.api_keys or server.keys
-            or server.allow_unauthenticated):
-        faults.add("server.host", f"{server.host} can be reached from other machines: set"
-                                  " server.api_keys, or server.allow_unauthenticated = true if that"
-                                  " is what you want")
-    if any(TEMPLATE_KEY.search(key) for key in server.api_keys):
-        faults.add("server.api_keys", "still holds a template key; replace it")
-    if any(TEMPLATE_KEY.search(key.key or "") for key in server.keys):
-        faults.add("server.keys", "still holds a template key; replace it")
-    if len({key.name for key in server.keys}) < len(server.keys):
-        faults.add("server.keys", "two keys have the same name; names must be unique")
     digests = [key_digest(key) for key in (*dict.fromkeys(server.api_keys), *(
         key.key for key in server.keys if key.key))]
-    if len(set(digests)) < len(digests):
-        faults.add("server.keys", "a key is there twice, or in server.api_keys too, and only the"
-                                  " limits of the first one would hold")
-    if not is_loopback(config.mcp.host):
-        faults.add("mcp.host", f"must be a loopback address, is {config.mcp.host}")
-    if server.workers > 1 and not hasattr(os, "fork"):
-        faults.add("server.workers", "several processes need a system with fork; use 1 here")
-    if config.mcp.port and config.mcp.port + server.workers > 65536:
-        faults.add("mcp.port", f"leaves no port for each of {server.workers} workers")
+    template = "still holds a template key; replace it"
+    for wrong, path, message in (
+        (not (is_loopback(server.host) or server.api_keys or server.keys
+              or server.allow_unauthenticated), "server.host",
+         f"{server.host} can be reached from other machines: set server.api_keys, or"
+         " server.allow_unauthenticated = true if that is what you want"),
+        (any(map(TEMPLATE_KEY.search, server.api_keys)), "server.api_keys", template),
+        (any(TEMPLATE_KEY.search(key.key or "") for key in server.keys), "server.keys", template),
+        (len({key.name for key in server.keys}) < len(server.keys), "server.keys",
+         "two keys have the same name; names must be unique"),
+        (len(set(digests)) < len(digests), "server.keys", "a key is there twice, or in"
+         " server.api_keys too, and only the limits of the first one would hold"),
+        (not is_loopback(config.mcp.host), "mcp.host",
+         f"must be a loopback address, is {config.mcp.host}"),
+        (server.workers > 1 and not hasattr(os, "fork"), "server.workers",
+         "several processes need a system with fork; use 1 here"),
+        (config.mcp.port and config.mcp.port + server.workers > 65536, "mcp.port",
+         f"leaves no port for each of {server.workers} workers"),
+    ):
+        if wrong:
+            faults.add(path, message)
 
 
 def with_preset(provider: ProviderConfig, name: str, faults: Faults,
                 environ: Mapping[str, str]) -> ProviderConfig:
     """`provider` with what its preset says of what the file does not set."""
-    path, missing = f"providers.{name}", [
-        field for field in ("protocol", "base_url") if getattr(provider, field) is None]
-    preset = PRESETS.get(provider.preset or (name if len(missing) == 2 else ""))
+    path = f"providers.{name}"
+    kinds = {field.name: field.metadata["kind"] for field in dataclasses.fields(provider)
+             if field.name in ("protocol", "base_url") and getattr(provider, field.name) is None}
+    preset = PRESETS.get(provider.preset or (name if len(kinds) == 2 else ""))
     if preset is None:
-        for field in missing:
-            note_missing(field, path, faults)
+        for field, kind in kinds.items():
+            if not faults.told(f"{path}.{field}:", f"{path}.preset:"):
+                faults.add(f"{path}.{field}", f"is missing; must be {kind.wants}, or set preset")
         return provider
     bases = preset_bases(preset, provider.base_url)
     if provider.base_url is None and "{" in preset.root:
@@ -1957,18 +1924,9 @@ def with_preset(provider: ProviderConfig, name: str, faults: Faults,
     auth = "bearer" if preset.auth == "none" and keyed else preset.auth
     return dataclasses.replace(
         provider, protocol=protocol, base_url=base_url, auth=provider.auth or auth,
-        discover=preset.lists if provider.discover is None else provider.discover,
-        versionless=preset.versionless if provider.versionless is None else provider.versionless)
-
-
-def note_missing(field: str, path: str, faults: Faults) -> None:
-    """Note that a provider lacks a setting, unless a faulty value of it was noted already."""
-    # paths spell names as the file does
-    if not any(fault.lower().startswith((f"{path}.{field}:", f"{path}.preset:"))
-               for fault in faults):
-        wants = next(f for f in dataclasses.fields(ProviderConfig)
-                     if f.name == field).metadata["kind"].wants
-        faults.add(f"{path}.{field}", f"is missing; must be {wants}, or set preset")
+        discover=provider.discover if provider.discover is not None
+        else "unlisted" not in preset.traits, versionless=provider.versionless
+        if provider.versionless is not None else "versionless" in preset.traits)
 
 
 def native_urls(provider: ProviderConfig) -> dict[str, str]:
@@ -2018,8 +1976,7 @@ def given_of(table: Any, names: Sequence[str]) -> list[str]:
 def with_key(table: K, path: str, faults: Faults, environ: Mapping[str, str]) -> K:
     """`table` with the secrets of its one key source read from where they are kept."""
     sources = given_of(table, KEY_SOURCES)
-    # paths spell names as the file does
-    told = any(fault.lower().startswith((f"{path}.api_key", f"{path}.oauth")) for fault in faults)
+    told = faults.told(f"{path}.api_key", f"{path}.oauth")
     if not sources and getattr(table, "auth", None) == "none":
         return table
     if len(sources) != 1 and not told:
@@ -2051,23 +2008,19 @@ def secret_of(table: Any, name: str, path: str, faults: Faults,
         faults.add(f"{path}.{name}", "give only one of " + ", ".join(sources))
     if len(sources) != 1:
         return None
+    source, value = sources[0], getattr(table, sources[0])
     try:
-        return read_secret(sources[0], getattr(table, sources[0]), environ)
+        if source.endswith("_file"):
+            value = SECRET.read(Path(value).expanduser().read_text("utf-8-sig"))
+        elif source.endswith("_env"):
+            if value not in environ:
+                raise ValueError(f"the environment variable {value} is not set")
+            value = SECRET.read(environ[value])
+        return str(value)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        faults.add(f"{path}.{sources[0]}", f"no key from there: {reason}")
+        faults.add(f"{path}.{source}", f"no key from there: {reason}")
         return None
-
-
-def read_secret(source: str, value: str, environ: Mapping[str, str]) -> str:
-    """The secret that the setting `source` leads to; OSError, ValueError: why there is none."""
-    if source.endswith("_file"):
-        return str(SECRET.read(Path(value).expanduser().read_text("utf-8-sig")))
-    if not source.endswith("_env"):
-        return value
-    if value not in environ:
-        raise ValueError(f"the environment variable {value} is not set")
-    return str(SECRET.read(environ[value]))
 
 
 class Credential(NamedTuple):
@@ -2156,34 +2109,27 @@ ROUTE_FIELDS = tuple(f.name for f in dataclasses.fields(RouteConfig) if f.name !
 
 def route_override(spec: str, tables: Json) -> Override:
     """The override that `--route-override ROUTE.FIELD=VALUE` asks for, else a ConfigError."""
-    flag = f"--route-override {spec}"
-
-    def fail(why: str) -> ConfigError:
-        return ConfigError([f"cannot apply {flag}: {why}"])
-
     selector, equals, value = spec.partition("=")
     route, dot, field = (part.strip() for part in selector.partition("."))
-    value = value.strip()
-    if not equals or not dot:
-        raise fail("the form is ROUTE.FIELD=VALUE")
-    if not route or not field:
-        raise fail("ROUTE and FIELD must both be non-empty")
-    if field not in ROUTE_FIELDS:
-        raise fail(f"the field {field} is not one of {', '.join(ROUTE_FIELDS)}")
+    allowed = {"request_protocol": (*PROTOCOLS, ""),
+               "match_kind": ("auto", "exact", "glob", "regex")}.get(field, ())
+    value = value.strip().lower() if allowed else value.strip()
     found = [i for i, r in enumerate(listing(mapping(tables.get("routing")).get("routes")))
              if isinstance(name := mapping(r).get("name"), str) and name.strip() == route]
-    if len(found) != 1:
-        raise fail(f"no route is named {route}" if not found
-                   else f"the route name {route} is not unique")
-    allowed = {"request_protocol": (*PROTOCOLS, ""),
-               "match_kind": ("auto", "exact", "glob", "regex")}.get(field)
-    if allowed:
-        value = value.lower()
-        if value not in allowed:
-            raise fail(f"{value or 'an empty value'} is not one of"
-                       f" {', '.join(filter(None, allowed))}")
+    for wrong, why in (
+        (not equals or not dot, "the form is ROUTE.FIELD=VALUE"),
+        (not route or not field, "ROUTE and FIELD must both be non-empty"),
+        (field not in ROUTE_FIELDS, f"the field {field} is not one of {', '.join(ROUTE_FIELDS)}"),
+        (not found, f"no route is named {route}"),
+        (len(found) > 1, f"the route name {route} is not unique"),
+        (allowed and value not in allowed, f"{value or 'an empty value'} is not one of"
+                                           f" {', '.join(filter(None, allowed))}"),
+    ):
+        if wrong:
+            raise ConfigError([f"cannot apply --route-override {spec}: {why}"])
     clears = field in ("request_protocol", "upstream_model") and not value
-    return Override(flag, ("routing", "routes", found[0], field), None if clears else value)
+    return Override(f"--route-override {spec}", ("routing", "routes", found[0], field),
+                    None if clears else value)
 
 
 # -- the example file and the documentation ----------------------------------
