@@ -800,7 +800,8 @@ def compile_routes(routes: Iterable[Any]) -> list[Route]:
     """The configured routes (see RouteConfig), ready to match."""
     return [Route(r.name, r.request_protocol, compile_pattern(r.match_kind, r.model_pattern),
                   pattern_kind(r.match_kind, r.model_pattern) == "regex",
-                  r.provider, r.upstream_model, [(f.provider, f.upstream_model) for f in r.fallback])
+                  r.provider, r.upstream_model,
+                  [(f.provider, f.upstream_model) for f in r.fallback])
             for r in routes]
 
 
@@ -865,8 +866,8 @@ def resolve_names(names: Names, model: str) -> list[Decision]:
             if name.startswith(prefix) and name != prefix
             and names.takes(provider, name[len(prefix):])]
         if found:
-            return [Decision(provider, sent, None, own or wish, True) for provider, upstream in found
-                    for sent, own in [split_thinking(upstream)]]
+            return [Decision(provider, sent, None, own or wish, True)
+                    for provider, upstream in found for sent, own in [split_thinking(upstream)]]
     return []
 
 
@@ -1137,9 +1138,8 @@ PROTOCOL = choice(*PROTOCOLS)
 PREFIX = text_of_kind("a word in front of model names, without blanks and the slash behind it",
                       lambda text: plain(text) and not text.endswith("/"))
 GLOB = text_of_kind('a glob such as "*-preview"', lambda text: compile_pattern("glob", text))
-PRESET = kind_of("one of the names that `proxai.py presets` lists",
-                 lambda value: isinstance(value, str) and value.strip().lower() in PRESETS,
-                 lambda value: value.strip().lower())
+PRESET = text_of_kind("one of the names that `proxai.py presets` lists",
+                      lambda text: text.lower() in PRESETS, str.lower)
 
 
 class Section(NamedTuple):
@@ -1161,9 +1161,9 @@ def setting(kind: Kind | Section, doc: str, default: Any = REQUIRED, *, example:
                              metadata={"kind": kind, "doc": doc, "example": example})
 
 
-def fact(doc: str, example: Any, kind: Kind = BOOLEAN) -> Any:
-    """A field of a profile, not set unless the file sets it."""
-    return setting(kind, doc, None, example=example)
+def maybe(doc: str, example: Any, kind: Kind = BOOLEAN, *, secret: bool = False) -> Any:
+    """A field of the schema that has no default, with a value for the example file."""
+    return setting(kind, doc, None, example=example, secret=secret)
 
 
 # -- presets -----------------------------------------------------------------
@@ -1281,73 +1281,73 @@ class ProfileConfig:
     """What a provider takes, for translated requests. What is not set comes from a table of known
     hosts and models; pass-through never looks at it."""
 
-    vision: bool | None = fact("Images can be sent.", True)
-    max_tokens_cap: int | None = fact("Largest output limit that is sent.", 32000, whole(1))
-    default_max_tokens: int | None = fact(
+    vision: bool | None = maybe("Images can be sent.", True)
+    max_tokens_cap: int | None = maybe("Largest output limit that is sent.", 32000, whole(1))
+    default_max_tokens: int | None = maybe(
         "messages: output limit when the client named none.", 32000, whole(1))
-    web_search: str | None = fact(
+    web_search: str | None = maybe(
         "How web search is asked for.", "off", choice("off", "native", "options", "openrouter"))
-    cache: str | None = fact(
+    cache: str | None = maybe(
         "Prompt cache marks. messages: on sets them where the client has none; auto is on for"
-        " api.anthropic.com. Others: on forwards the client's.", "auto",
-        choice("off", "auto", "on"))
-    vendor_fields: bool | None = fact(
+        " api.anthropic.com. Others: on forwards the client's.", "auto", choice("off", "auto",
+        "on"))
+    vendor_fields: bool | None = maybe(
         "Fields that only the vendor itself takes (service_tier, prompt_cache_key, ...).", False)
-    max_tokens_field: str | None = fact(
-        "chat: name of the output limit.", "max_tokens",
-        choice("max_tokens", "max_completion_tokens"))
-    reasoning_control: str | None = fact(
-        "chat: dialect of reasoning control.", "effort",
-        choice("effort", "effort-basic", "effort-lowhigh", "openrouter", "deepseek", "kimi", "glm",
-               "qwen", "groq", "mistral", "template"))
-    reasoning_replay: str | None = fact(
+    max_tokens_field: str | None = maybe(
+        "chat: name of the output limit.", "max_tokens", choice("max_tokens",
+        "max_completion_tokens"))
+    reasoning_control: str | None = maybe(
+        "chat: dialect of reasoning control.", "effort", choice("effort", "effort-basic",
+        "effort-lowhigh", "openrouter", "deepseek", "kimi", "glm", "qwen", "groq", "mistral",
+        "template"))
+    reasoning_replay: str | None = maybe(
         "chat: field that takes back earlier reasoning; auto: the one it came in.", "auto",
         choice("none", "reasoning_content", "reasoning", "reasoning_details", "auto"))
-    reasoning_required: str | None = fact(
+    reasoning_required: str | None = maybe(
         "chat: assistant messages that must have it.", "off", choice("off", "calls", "all"))
-    late_system: str | None = fact(
+    late_system: str | None = maybe(
         "chat: system messages within a conversation stay, or become reminders in user messages.",
         "fold", choice("keep", "fold"))
-    tool_images: str | None = fact(
+    tool_images: str | None = maybe(
         "chat: where images of tool results go.", "user", choice("user", "inline", "drop"))
-    files: str | None = fact("chat: file parts are taken.", "drop", choice("native", "drop"))
-    json_schema: str | None = fact(
+    files: str | None = maybe("chat: file parts are taken.", "drop", choice("native", "drop"))
+    json_schema: str | None = maybe(
         "chat: response_format that is taken.", "schema", choice("schema", "object"))
-    stream_usage: bool | None = fact("chat: stream_options.include_usage is taken.", True)
-    top_k: bool | None = fact("chat: top_k is taken.", True)
-    call_ids: str | None = fact(
+    stream_usage: bool | None = maybe("chat: stream_options.include_usage is taken.", True)
+    top_k: bool | None = maybe("chat: top_k is taken.", True)
+    call_ids: str | None = maybe(
         "chat: ids of tool calls: any, at most 40 characters, or exactly 9 letters and digits.",
         "any", choice("any", "40", "9"))
-    parallel_tool_calls: bool | None = fact("chat: parallel_tool_calls is taken.", True)
-    strict_tools: bool | None = fact("strict is taken on tools and schemas.", False)
-    lenient_done: bool | None = fact(
+    parallel_tool_calls: bool | None = maybe("chat: parallel_tool_calls is taken.", True)
+    strict_tools: bool | None = maybe("strict is taken on tools and schemas.", False)
+    lenient_done: bool | None = maybe(
         "chat: [DONE] without a finish_reason ends a complete answer.", True)
-    tool_arguments: str | None = fact(
+    tool_arguments: str | None = maybe(
         "Arguments pass as they come, or repaired and whole.", "stream", choice("stream", "buffer"))
-    think_tags: str | None = fact(
+    think_tags: str | None = maybe(
         "chat: <think> at the start of a text is reasoning.", "auto", choice("auto", "off"))
-    deferred_tools: str | None = fact(
+    deferred_tools: str | None = maybe(
         "Which deferred tools are sent.", "referenced", choice("referenced", "all"))
-    count_native: bool | None = fact("chat, responses: the provider counts tokens itself.", False)
-    custom_tools: bool | None = fact("Custom (free text) tools are taken.", False)
-    allowed_tools: bool | None = fact("chat: tool_choice allowed_tools is taken.", False)
-    model_class: str | None = fact(
+    count_native: bool | None = maybe("chat, responses: the provider counts tokens itself.", False)
+    custom_tools: bool | None = maybe("Custom (free text) tools are taken.", False)
+    allowed_tools: bool | None = maybe("chat: tool_choice allowed_tools is taken.", False)
+    model_class: str | None = maybe(
         "messages: class of Claude models, from K0 (3.5 and older) to K5 (newest); X is another"
         " model.", "K4", choice("K0", "K1", "K2", "K3", "K4", "K5", "X"))
-    lenient_thinking: bool | None = fact("messages: thinking without a signature is taken.", False)
-    native_system: bool | None = fact("messages: role system within messages is taken.", False)
-    thinking_binding: bool | None = fact("messages: thinking is bound to its prefix.", False)
-    reasoning: bool | None = fact("responses: the model reasons.", True)
-    efforts: tuple[str, ...] | None = fact(
+    lenient_thinking: bool | None = maybe("messages: thinking without a signature is taken.", False)
+    native_system: bool | None = maybe("messages: role system within messages is taken.", False)
+    thinking_binding: bool | None = maybe("messages: thinking is bound to its prefix.", False)
+    reasoning: bool | None = maybe("responses: the model reasons.", True)
+    efforts: tuple[str, ...] | None = maybe(
         "responses: effort levels that are taken.", ["low", "medium", "high"],
         several(choice("none", "minimal", "low", "medium", "high", "xhigh", "max")))
-    encrypted_reasoning: bool | None = fact(
+    encrypted_reasoning: bool | None = maybe(
         "responses: encrypted reasoning can be asked for.", True)
-    reasoning_summary: bool | None = fact("responses: reasoning summaries can be asked for.", True)
-    sampling: bool | None = fact("responses: temperature and top_p are taken.", False)
-    max_output_tokens: bool | None = fact("responses: max_output_tokens is taken.", True)
-    output_lists: bool | None = fact("responses: tool outputs may have images.", True)
-    phase: bool | None = fact("responses: phase is taken on assistant messages.", False)
+    reasoning_summary: bool | None = maybe("responses: reasoning summaries can be asked for.", True)
+    sampling: bool | None = maybe("responses: temperature and top_p are taken.", False)
+    max_output_tokens: bool | None = maybe("responses: max_output_tokens is taken.", True)
+    output_lists: bool | None = maybe("responses: tool outputs may have images.", True)
+    phase: bool | None = maybe("responses: phase is taken on assistant messages.", False)
 
 
 @schema
@@ -1361,28 +1361,26 @@ class OAuthConfig:
         " own credentials, or a refresh token that you have.", example="device")
     token_url: str = setting(ENDPOINT, "The server's token endpoint.",
                              example="https://auth.example.com/token", secret=True)
-    device_authorization_url: str | None = setting(
-        ENDPOINT, "device: the server's device authorization endpoint.", None,
-        example="https://auth.example.com/device", secret=True)
+    device_authorization_url: str | None = maybe(
+        "device: the server's device authorization endpoint.", "https://auth.example.com/device",
+        ENDPOINT, secret=True)
     client_id: str = setting(SECRET, "The client's id.", example="my-client")
-    client_secret: str | None = setting(
-        SECRET, "The client's secret, sent as HTTP Basic authentication. Public clients have"
-        " none.", None, example="my-secret", secret=True)
-    client_secret_env: str | None = setting(
-        VARIABLE, "Environment variable that holds the secret.", None, example="CLIENT_SECRET",
+    client_secret: str | None = maybe(
+        "The client's secret, sent as HTTP Basic authentication. Public clients have none.",
+        "my-secret", SECRET, secret=True)
+    client_secret_env: str | None = maybe(
+        "Environment variable that holds the secret.", "CLIENT_SECRET", VARIABLE, secret=True)
+    scope: str | None = maybe(
+        "What to ask for, with blanks between.", "models.read models.write", TEXT)
+    refresh_token: str | None = maybe(
+        "refresh_token: the token to begin with; where the server gives a new one, that one is"
+        " kept.", "my-refresh-token", SECRET, secret=True)
+    refresh_token_env: str | None = maybe(
+        "Environment variable that holds the refresh token.", "REFRESH_TOKEN", VARIABLE,
         secret=True)
-    scope: str | None = setting(TEXT, "What to ask for, with blanks between.", None,
-                                example="models.read models.write")
-    refresh_token: str | None = setting(
-        SECRET, "refresh_token: the token to begin with; where the server gives a new one, that"
-        " one is kept.", None, example="my-refresh-token", secret=True)
-    refresh_token_env: str | None = setting(
-        VARIABLE, "Environment variable that holds the refresh token.", None,
-        example="REFRESH_TOKEN", secret=True)
-    parameters: dict[str, str] | None = setting(
-        TEXTS, "More members of the forms: audience, resource, or a client_secret where the server"
-        " does not take it in the header.", None,
-        example={"audience": "https://api.example.com"}, secret=True)
+    parameters: dict[str, str] | None = maybe(
+        "More members of the forms: audience, resource, or a client_secret where the server does"
+        " not take it in the header.", {"audience": "https://api.example.com"}, TEXTS, secret=True)
 
 
 @schema
@@ -1392,24 +1390,23 @@ class KeyConfig:
     api_key: str | None = setting(
         SECRET, "The key, sent in the header the protocol wants. One of api_key, api_key_env,"
         " api_key_file, api_key_command and oauth must be given.", None, secret=True)
-    api_key_env: str | None = setting(VARIABLE, "Environment variable that holds the key.", None,
-                                      example="OPENAI_API_KEY", secret=True)
-    api_key_file: str | None = setting(
-        TEXT, "File that holds the key (~ is the home directory).", None,
-        example="~/.config/openai.key")
-    api_key_command: tuple[str, ...] | None = setting(
-        COMMAND, "Program that prints the key, run without a shell when a request needs it: plain,"
-        " or a JSON object with token, access_token or api_key, and expires_in or expires_at. Run"
-        " again when that time is near, and once when the provider answers 401.", None,
-        example=["gcloud", "auth", "print-access-token"], secret=True)
+    api_key_env: str | None = maybe(
+        "Environment variable that holds the key.", "OPENAI_API_KEY", VARIABLE, secret=True)
+    api_key_file: str | None = maybe(
+        "File that holds the key (~ is the home directory).", "~/.config/openai.key", TEXT)
+    api_key_command: tuple[str, ...] | None = maybe(
+        "Program that prints the key, run without a shell when a request needs it: plain, or a JSON"
+        " object with token, access_token or api_key, and expires_in or expires_at. Run again when"
+        " that time is near, and once when the provider answers 401.",
+        ["gcloud", "auth", "print-access-token"], COMMAND, secret=True)
     oauth: OAuthConfig | None = setting(Section(OAuthConfig, "maybe"), "")
-    proxy_url: str | None = setting(
-        PROXY, "Forward proxy for this provider; \"direct\" ignores HTTPS_PROXY, HTTP_PROXY and"
-        " ALL_PROXY.", None, example="http://user:password@proxy.example.com:3128", secret=True)
-    headers: dict[str, str] | None = setting(
-        HEADERS, "Header fields of each request to the provider. A value that begins with $ is the"
-        " client's header of that name; there is none where the client sent none.", None,
-        example={"x-team": "tools", "x-user": "$x-user"}, secret=True)
+    proxy_url: str | None = maybe(
+        "Forward proxy for this provider; \"direct\" ignores HTTPS_PROXY, HTTP_PROXY and"
+        " ALL_PROXY.", "http://user:password@proxy.example.com:3128", PROXY, secret=True)
+    headers: dict[str, str] | None = maybe(
+        "Header fields of each request to the provider. A value that begins with $ is the client's"
+        " header of that name; there is none where the client sent none.",
+        {"x-team": "tools", "x-user": "$x-user"}, HEADERS, secret=True)
 
 
 @schema
@@ -1430,14 +1427,12 @@ class NativeConfig:
     """Base URLs of further protocols that the provider speaks: a client of one of them is passed
     through, not translated. A preset fills them."""
 
-    openai_responses: str | None = setting(URL, "For clients of Responses.", None, secret=True,
-                                           example="https://api.example.com/v1")
-    openai_chat_completions: str | None = setting(
-        URL, "For clients of Chat Completions.", None, secret=True,
-        example="https://api.example.com/v1")
-    anthropic_messages: str | None = setting(
-        URL, "For clients of Messages.", None, secret=True,
-        example="https://api.example.com/anthropic/v1")
+    openai_responses: str | None = maybe(
+        "For clients of Responses.", "https://api.example.com/v1", URL, secret=True)
+    openai_chat_completions: str | None = maybe(
+        "For clients of Chat Completions.", "https://api.example.com/v1", URL, secret=True)
+    anthropic_messages: str | None = maybe(
+        "For clients of Messages.", "https://api.example.com/anthropic/v1", URL, secret=True)
 
 
 @schema
@@ -1453,26 +1448,25 @@ class ModelConfig:
 class ProviderConfig(KeyConfig):
     """One place to send requests to. Its name is a label; `protocol` decides the wire format."""
 
-    preset: str | None = setting(
-        PRESET, "A vendor or local server that `proxai.py presets` lists: fills in what is not set"
-        " of protocol, base_url, base_urls, auth, versionless and api_key_env. Not needed where"
-        " the provider has a preset's name and neither protocol nor base_url.", None,
-        example="openrouter")
+    preset: str | None = maybe(
+        "A vendor or local server that `proxai.py presets` lists: fills in what is not set of"
+        " protocol, base_url, base_urls, auth, versionless and api_key_env. Not needed where the"
+        " provider has a preset's name and neither protocol nor base_url.", "openrouter", PRESET)
     protocol: str = setting(PROTOCOL, "What the provider speaks. Required without a preset; with"
                             " one, the only protocol of it that is used.", None)
     base_url: str = setting(
         URL, "Where it is. The path of the protocol is appended; a version that is there already is"
         " not doubled. Required without a preset.", None, secret=True)
     base_urls: NativeConfig = setting(Section(NativeConfig), "Where it speaks further protocols.")
-    versionless: bool | None = setting(
-        BOOLEAN, "The path of the protocol is appended without its /v1.", None, example=False)
-    auth: str | None = setting(
-        choice("bearer", "x-api-key", "api-key", "x-goog-api-key", "none"), "The header that"
-        " carries the key. Not set: x-api-key for anthropic_messages, else bearer; none takes no"
-        " key.", None, example="bearer")
-    prefix: str | None = setting(
-        PREFIX, "Clients may ask for `prefix/model`; without models, for any model behind it.",
-        None, example="or")
+    versionless: bool | None = maybe(
+        "The path of the protocol is appended without its /v1.", False, BOOLEAN)
+    auth: str | None = maybe(
+        "The header that carries the key. Not set: x-api-key for anthropic_messages, else bearer;"
+        " none takes no key.", "bearer", choice("bearer", "x-api-key", "api-key", "x-goog-api-key",
+        "none"))
+    prefix: str | None = maybe(
+        "Clients may ask for `prefix/model`; without models, for any model behind it.", "or",
+        PREFIX)
     models: tuple[ModelConfig, ...] = setting(
         tables_of(ModelConfig, "name", "an array of names and of {name, alias}"), "Models that go"
         " to this provider when no route takes them: by alias or name, with the prefix or without.",
@@ -1480,13 +1474,12 @@ class ProviderConfig(KeyConfig):
     excluded_models: tuple[str, ...] = setting(
         several(GLOB), "Models that this provider is not asked for, as clients name them without"
         " the prefix. Routes do not look at this.", ())
-    discover: bool | None = setting(
-        BOOLEAN, "Its own list of models is asked for when a client wants a list, unless models"
-        " are set here. Not set: true, but for presets without a list.", None, example=False)
-    response_model: str | None = setting(
-        choice("requested", "upstream"), "The model that answers name. Not set: the requested one"
-        " where a name or a thinking suffix led here, else what the provider says.", None,
-        example="requested")
+    discover: bool | None = maybe(
+        "Its own list of models is asked for when a client wants a list, unless models are set"
+        " here. Not set: true, but for presets without a list.", False, BOOLEAN)
+    response_model: str | None = maybe(
+        "The model that answers name. Not set: the requested one where a name or a thinking suffix"
+        " led here, else what the provider says.", "requested", choice("requested", "upstream"))
     compatibility: str = setting(
         choice("strict", "anthropic_compatible"), "Only for anthropic_messages:"
         " anthropic_compatible fills members that the vendor always sends and others leave out;"
@@ -1496,9 +1489,8 @@ class ProviderConfig(KeyConfig):
     read_idle_timeout_secs: float = setting(
         SECONDS, "Limit for silence: before the answer and between its bytes. Never for the whole"
         " answer.", 120.0)
-    ca_file: str | None = setting(
-        TEXT, "PEM file of certificates to trust beside the system's.", None,
-        example="/etc/ssl/company-ca.pem")
+    ca_file: str | None = maybe(
+        "PEM file of certificates to trust beside the system's.", "/etc/ssl/company-ca.pem", TEXT)
     credentials: tuple[CredentialConfig, ...] = setting(Section(CredentialConfig, "list"), "")
     profile: ProfileConfig = setting(
         Section(ProfileConfig), "What the provider takes, where the table of hosts is wrong.")
@@ -1517,17 +1509,16 @@ class RouteConfig:
     """Sends the models that match to a provider. The first route that fits wins."""
 
     name: str | None = setting(TEXT, "A name for logs and --route-override.", None)
-    request_protocol: str | None = setting(
-        PROTOCOL, "Only for requests of this protocol.", None, example=RESPONSES.name)
+    request_protocol: str | None = maybe(
+        "Only for requests of this protocol.", RESPONSES.name, PROTOCOL)
     match_kind: str = setting(
         choice("auto", "exact", "glob", "regex"), "How model_pattern is read, never minding case."
         " auto: * or ? make a glob; ^ in front, $ behind or any of ( [ | + \\ a regex; else exact.",
         "auto")
     model_pattern: str = setting(PATTERN, "Which models, as the client names them.")
     provider: str = setting(NAME, "Where they go.")
-    upstream_model: str | None = setting(
-        TEXT, "The model name to send instead; with a regex $1, ${name} and $$ work.", None,
-        example="gpt-5.5")
+    upstream_model: str | None = maybe(
+        "The model name to send instead; with a regex $1, ${name} and $$ work.", "gpt-5.5", TEXT)
     fallback: tuple[FallbackConfig, ...] = setting(
         tables_of(FallbackConfig, "provider", "an array of providers and of {provider,"
                   " upstream_model}"), "Providers to ask when this one fails before the client has"
@@ -1682,10 +1673,10 @@ class LoggingConfig:
         choice("human", "json"), "Lines for people or for programs.", "human")
     use_color: bool = setting(
         BOOLEAN, "Colour for human lines on a terminal, unless NO_COLOR is set.", True)
-    file: str | None = setting(
-        TEXT, "File for the same lines without colour: a path, or a name within the app"
-        " directory's logs. Each proxy needs a file of its own; further workers add their"
-        " number.", None, example="proxai.log")
+    file: str | None = maybe(
+        "File for the same lines without colour: a path, or a name within the app directory's logs."
+        " Each proxy needs a file of its own; further workers add their number.", "proxai.log",
+        TEXT)
     file_max_bytes: int = setting(
         whole(1024), "Size at which the file becomes FILE.1 and a new one is begun.", 10485760)
     file_backups: int = setting(
@@ -1761,10 +1752,8 @@ def load_config(text: str, source: str, *, environ: Mapping[str, str] = os.envir
         tables = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise ConfigError([f"{source}: not valid TOML: {error}"], RECOVERY) from None
-    flags = apply_overrides(tables, overrides(tables))
-    faults = Faults(flags)
-    config: Config = read_table(Config, tables, "", faults)
-    config = cross_check(config, faults, environ)
+    faults = Faults(apply_overrides(tables, overrides(tables)))
+    config = cross_check(read_table(Config, tables, "", faults), faults, environ)
     if faults:
         raise ConfigError([f"{source}: {fault}" for fault in faults], RECOVERY)
     return config
@@ -2143,7 +2132,7 @@ EXAMPLE_PROVIDERS: dict[str, Json] = {
     "anthropic": {"protocol": MESSAGES.name, "base_url": "https://api.anthropic.com",
                   "api_key": KEY_HERE, "compatibility": "strict"},
 }
-EXAMPLE_DEFAULTS = {RESPONSES.name: "openai", CHAT.name: "minimax_chat", MESSAGES.name: "anthropic"}
+EXAMPLE_DEFAULTS = {given["protocol"]: name for name, given in EXAMPLE_PROVIDERS.items()}
 EXAMPLE_ROUTES: list[Json] = [
     {"name": "openai", "model_pattern": "gpt-*", "provider": "openai"},
     {"name": "mimo_chat_ant", "model_pattern": "mimo-*", "provider": "anthropic"},
@@ -3037,9 +3026,8 @@ def lift_system_items(body: Json) -> Json:
     kept = [item for item in items if mapping(item).get("role") != "system"]
     if len(kept) == len(items):
         return {}
-    texts = [system_text(item.get("content")) for item in items
-             if mapping(item).get("role") == "system"]
-    texts = [text for text in texts if text]
+    texts = [text for item in items if mapping(item).get("role") == "system"
+             and (text := system_text(item.get("content")))]
     if not texts:
         return {"input": kept}
     before = text_of(body.get("instructions"))
@@ -3289,12 +3277,9 @@ EDITOR_RESULT_GAPS = {
 
 def fill(target: Any, gaps: Mapping[str, Any]) -> bool:
     """Add the members of `gaps` that the object `target` lacks; whether any was."""
-    if not isinstance(target, dict):
-        return False
-    missing = [key for key in gaps if key not in target]
+    missing = [key for key in gaps if key not in target] if isinstance(target, dict) else []
     for key in missing:
-        value = gaps[key]
-        target[key] = dict(value) if isinstance(value, dict) else value
+        target[key] = copy.copy(gaps[key])
     return bool(missing)
 
 
@@ -3305,12 +3290,10 @@ def fill_usage(usage: Any, gaps: Mapping[str, Any]) -> bool:
 
 def fill_message(message: Json) -> bool:
     """The gaps of a whole message, its usage and its blocks."""
-    changed = fill(message, {"type": "message"}) | fill(message, MESSAGE_GAPS)
-    changed |= fill(message.get("stop_details"), STOP_DETAILS_GAPS)
-    changed |= fill_usage(message.get("usage"), USAGE_GAPS)
-    for block in listing(message.get("content")):
-        changed |= fill_block(block)
-    return changed
+    return any([fill(message, {"type": "message", **MESSAGE_GAPS}),
+                fill(message.get("stop_details"), STOP_DETAILS_GAPS),
+                fill_usage(message.get("usage"), USAGE_GAPS),
+                *map(fill_block, listing(message.get("content")))])
 
 
 def fill_block(block: Any) -> bool:
@@ -3318,23 +3301,22 @@ def fill_block(block: Any) -> bool:
     kind, content = mapping(block).get("type"), mapping(block).get("content")
     if not isinstance(kind, str):
         return False
-    changed = fill(block, BLOCK_GAPS.get(kind, {}))
+    places = [(block, BLOCK_GAPS.get(kind, {}))]
     if kind == "text":
-        for citation in listing(block.get("citations")):
-            changed |= fill(citation, CITATION_GAPS.get(str(mapping(citation).get("type")), {}))
+        places += [(citation, CITATION_GAPS.get(str(mapping(citation).get("type")), {}))
+                   for citation in listing(block.get("citations"))]
     elif kind == "web_search_tool_result":
-        for item in listing(content):
-            changed |= fill(item, {"page_age": None})
+        places += [(item, NULLS(("page_age",))) for item in listing(content)]
     elif kind == "web_fetch_tool_result":
         for item in content if isinstance(content, list) else [content]:
             if "error_code" not in mapping(item):
-                changed |= fill(item, {"retrieved_at": None})
-                changed |= fill(mapping(item).get("content"), NULLS(("citations", "title")))
+                places += [(item, NULLS(("retrieved_at",))),
+                           (mapping(item).get("content"), NULLS(("citations", "title")))]
     elif kind == "tool_search_tool_result" and "error_code" in mapping(content):
-        changed |= fill(content, {"error_message": None})
+        places.append((content, NULLS(("error_message",))))
     elif kind == "text_editor_code_execution_tool_result":
-        changed |= fill(content, EDITOR_RESULT_GAPS.get(str(mapping(content).get("type")), {}))
-    return changed
+        places.append((content, EDITOR_RESULT_GAPS.get(str(mapping(content).get("type")), {})))
+    return any([fill(*place) for place in places])
 
 
 WHOLE_MESSAGE = ("id", "role", "model", "content", "usage")
@@ -13153,8 +13135,7 @@ def expiry_of(value: Json, now: float) -> float:
             if math.isfinite(secs := float(said)):  # type: ignore[arg-type]
                 return since + secs
         if isinstance(said, str) and name == "expires_at":
-            moment = datetime.datetime.fromisoformat(said)
-            return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
+            return expiry_time(datetime.datetime.fromisoformat(said))
     return FOREVER
 
 
@@ -13163,8 +13144,7 @@ def printed_token(output: bytes, now: float) -> Token:
     if len(output) >= COMMAND_BYTES:
         raise ValueError(f"that is {COMMAND_BYTES} bytes or more")
     text = output.decode("utf-8-sig").strip()
-    return token_of(load(text.encode()), now) if text.startswith("{") else token_of(
-        {"token": text}, now)
+    return token_of(load(text.encode()) if text.startswith("{") else {"token": text}, now)
 
 
 # -- commands ----------------------------------------------------------------
@@ -13231,10 +13211,7 @@ def grant_members(oauth: OAuthConfig, refresh_token: str) -> dict[str, str]:
 
 def oauth_answer(label: str, status: int, body: bytes) -> Json:
     """The object in an OAuth server's answer, or its error (6749 5.2) with its `code`."""
-    try:
-        value = mapping(load(body))
-    except ValueError:
-        value = {}
+    value = mapping(loaded(body))
     code = word(value.get("error"))
     if 200 <= status < 300 and value and not code:
         return value
@@ -13259,14 +13236,13 @@ class DeviceCode(NamedTuple):
 
 def device_code_of(label: str, value: Json) -> DeviceCode:
     """The device code in an answer; UpstreamError where there is none."""
-    texts = [printable(text_of(value.get(name))) for name in (
-        "device_code", "user_code", "verification_uri", "verification_uri_complete")]
-    # what Google calls it
-    texts[2] = texts[2] or printable(text_of(value.get("verification_url")))
-    code, user_code, url, complete_url = texts
-    if not (code and user_code and url):
+    code, user_code, url, google_url, complete_url = (
+        printable(text_of(value.get(name))) for name in (
+            "device_code", "user_code", "verification_uri", "verification_url",
+            "verification_uri_complete"))
+    if not (code and user_code and (url or google_url)):
         raise UpstreamError(f"the OAuth server of {label} gave no device code")
-    return DeviceCode(code, user_code, url, complete_url,
+    return DeviceCode(code, user_code, url or google_url, complete_url,
                       min(max(secs_of(value.get("interval"), 5.0), 0.1), 600.0),
                       min(secs_of(value.get("expires_in"), 600.0), 3600.0))
 
@@ -13383,9 +13359,8 @@ class Tokens:
 
     async def key(self, credential: Credential) -> str:
         """The key for a request now; ProxyError says why there is none."""
-        if not credential.dynamic:
-            return credential.source.api_key or ""
-        return await self.source(credential).key()
+        return (await self.source(credential).key() if credential.dynamic
+                else credential.source.api_key or "")
 
     def last(self, credential: Credential) -> str:
         """The key of the latest request; "" where there is none."""
@@ -13409,8 +13384,8 @@ class Tokens:
         """The token that follows `stale`, told in the log."""
         fields = {"provider": credential.provider, "credential": credential.name}
         try:
-            token = await (self.granted if credential.source.oauth else self.printed)(
-                credential, stale)
+            token = await (self.granted(credential, stale) if credential.source.oauth
+                           else self.printed(credential))
         except ProxyError as error:
             self.log.event(logging.WARNING, "token-failed", {**fields, "error": error.message})
             raise
@@ -13419,7 +13394,7 @@ class Tokens:
             **fields, "expires_in_secs": round(secs) if secs < FOREVER else None})
         return token
 
-    async def printed(self, credential: Credential, stale: Token | None) -> Token:
+    async def printed(self, credential: Credential) -> Token:
         """The token that the command of a credential prints."""
         status, err = 0, b""
         try:
@@ -13451,20 +13426,18 @@ class Tokens:
             known = (*(t.refresh_token for t in (kept, stale) if t), oauth.refresh_token or "")
             refresh = next((r for r in known if r and r not in used), "")
             if not refresh and oauth.flow != "client_credentials":
-                raise self.logged_out(credential)
+                flags = (f" --credential {credential.name}"
+                         if credential.name != credential.provider else "")
+                raise SetupError(
+                    f"{credential.label} is not logged in, or no longer",
+                    fix=f"run `proxai.py login {credential.provider}{flags}`"
+                    if oauth.flow == "device" else "give another refresh_token")
             try:
                 return await self.ask(credential, grant_members(oauth, refresh), refresh)
             except SetupError as error:
                 if error.code != "invalid_grant" or not refresh:
                     raise
                 used.add(refresh)
-
-    def logged_out(self, credential: Credential) -> SetupError:
-        """That there is no refresh token, or none that the server takes."""
-        flags = "" if credential.name == credential.provider else f" --credential {credential.name}"
-        fix = (f"run `proxai.py login {credential.provider}{flags}`"
-               if oauth_of(credential).flow == "device" else "give another refresh_token")
-        return SetupError(f"{credential.label} is not logged in, or no longer", fix=fix)
 
     async def ask(self, credential: Credential, members: Mapping[str, str],
                   refresh_token: str = "") -> Token:
