@@ -17535,31 +17535,6 @@ def command_line() -> argparse.ArgumentParser:
 PROTOCOL_WORDS = {name: p for p in PROTOCOLS.values() for name in (p.name, p.word)}
 
 
-def translate_line() -> argparse.ArgumentParser:
-    """The parser of `proxai.py translate`."""
-    parser = argparse.ArgumentParser(
-        prog="proxai.py translate", allow_abbrev=False,
-        description="Translate a request, an answer or a stream, and tell what is left out.",
-        epilog="A request goes from the client's protocol to the provider's, answers and streams"
-               " come from the provider's to the client's.")
-    add = parser.add_argument
-    for flag, text in (("--from", "protocol of FILE: " + ", ".join(PROTOCOLS)),
-                       ("--to", "protocol to translate to")):
-        add(flag, dest=flag[2:] + "_", type=str.lower, choices=PROTOCOL_WORDS, required=True,
-            metavar="P", help=text)
-    kind = parser.add_mutually_exclusive_group()
-    for name, text in (("request", "FILE is a request (the default)"),
-                       ("response", "FILE is a provider's answer"),
-                       ("stream", "FILE is a provider's event stream")):
-        kind.add_argument(f"--{name}", dest="kind", action="store_const", const=name,
-                          default="request", help=text)
-    add("--model", metavar="NAME", help="model name at the provider, which decides what it takes")
-    add("--host", metavar="HOST", default="", help="the provider's host, which does so too")
-    add("--asked", metavar="FILE", help="the client's request that FILE answers")
-    add("file", metavar="FILE", help="a file, or - for standard input")
-    return parser
-
-
 def translate(args: Any, environ: Mapping[str, str]) -> int:
     """Print a translation, and on standard error what it left out; 1 where there is none."""
     inbound, provider = PROTOCOL_WORDS[args.from_], PROTOCOL_WORDS[args.to_]
@@ -17617,28 +17592,6 @@ def load_object(raw: bytes, name: str) -> Json:
     if not isinstance(value, dict):
         raise ConfigError([f"{name} is not a JSON object"])
     return value
-
-
-def login_line() -> argparse.ArgumentParser:
-    """The parser of `proxai.py login`."""
-    return credential_line("login", "Get a provider's first OAuth token, and store it.")
-
-
-def logout_line() -> argparse.ArgumentParser:
-    """The parser of `proxai.py logout`."""
-    return credential_line("logout", "Remove a provider's stored OAuth token. A proxy that runs"
-                           " keeps its own until that ends.")
-
-
-def credential_line(command: str, description: str) -> argparse.ArgumentParser:
-    """The parser of a command about one credential."""
-    parser = argparse.ArgumentParser(prog=f"proxai.py {command}", allow_abbrev=False,
-                                     description=description)
-    add = parser.add_argument
-    add("provider", metavar="PROVIDER", help="name of a provider")
-    add("--credential", metavar="NAME", help="one of its credentials, where it has several")
-    add("--config", metavar="PATH", help="configuration file")
-    return parser
 
 
 def oauth_credential(args: Any, environ: Mapping[str, str]) -> Credential:
@@ -17737,24 +17690,6 @@ def read_file(path: Path, encoding: str = "utf-8-sig", newline: str | None = Non
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ConfigError([f"cannot read {path}: {reason}"]) from None
-
-
-def capture_line() -> argparse.ArgumentParser:
-    """The parser of `proxai.py capture`."""
-    parser = argparse.ArgumentParser(
-        prog="proxai.py capture", allow_abbrev=False,
-        description="Show or set which phases the configuration file captures. A proxy that runs by"
-                    " that file follows within a second.")
-    actions = parser.add_subparsers(dest="action", required=True, metavar="status|enable|disable")
-    for name, does in (("status", "show the switches"), ("enable", "switch on"),
-                       ("disable", "switch off")):
-        action = actions.add_parser(name, help=does, allow_abbrev=False)
-        action.add_argument("--config", metavar="PATH", help="configuration file")
-        if name != "status":
-            action.add_argument("phase", nargs="?", choices=[*CAPTURE_STEMS.values(), "all"],
-                                default="all", metavar="PHASE",
-                                help=f"{', '.join(CAPTURE_STEMS.values())}, or all (the default)")
-    return parser
 
 
 def capture(args: Any, environ: Mapping[str, str]) -> int:
@@ -18341,18 +18276,6 @@ def client_settings(client: Client, base: str, key: str, model: str = "",
     return "\n".join(lines)
 
 
-def env_line() -> argparse.ArgumentParser:
-    """The parser of `proxai.py env`."""
-    parser = argparse.ArgumentParser(
-        prog="proxai.py env", allow_abbrev=False,
-        description="Print the settings that point a client at this proxy.")
-    add = parser.add_argument
-    add("client", metavar="CLIENT", choices=CLIENTS, help=", ".join(CLIENTS))
-    add("--config", metavar="PATH", help="configuration file, for the address")
-    add("--model", metavar="NAME", default="", help="the model to ask for")
-    return parser
-
-
 def env(args: Any, environ: Mapping[str, str]) -> int:
     """Print how a client is pointed at the proxy of a configuration."""
     there = args.config or (app_directory(environ) / "config.toml").exists()
@@ -18368,26 +18291,6 @@ def env(args: Any, environ: Mapping[str, str]) -> int:
 
 
 # -- captures ----------------------------------------------------------------
-
-def captures_line() -> argparse.ArgumentParser:
-    """The parser of `proxai.py captures`."""
-    parser = argparse.ArgumentParser(
-        prog="proxai.py captures", allow_abbrev=False,
-        description="Look at stored exchanges.",
-        epilog="An ID is that of the x-proxai-request-id header, its end (four characters at"
-               " least), or the req= of the log.")
-    add = parser.add_argument
-    add("action", nargs="?", choices=["list", *CAPTURE_ACTIONS], default="list",
-        help="list: newest first (the default); show: the phases of one; diff: what the proxy"
-             " changed; export: one JSON file of it all")
-    add("id", nargs="?", metavar="ID", help="the exchange to show, diff or export")
-    add("--limit", type=int, default=20, metavar="N", help="list: so many at most (20)")
-    add("--json", action="store_true", help="list: as JSON, a line for each")
-    add("--sanitize", action="store_true",
-        help="export: texts replaced by fillers of the same length, few headers, no secrets")
-    add("--output", metavar="FILE", help="export: a new file, readable for you only")
-    return parser
-
 
 def captures(args: Any, environ: Mapping[str, str]) -> int:
     """List stored exchanges, or do something with one."""
@@ -18470,19 +18373,6 @@ def load_from(path: str | None, environ: Mapping[str, str]) -> Config:
     return load_config(read_file(file), str(file), environ=environ)
 
 
-def replay_line() -> argparse.ArgumentParser:
-    """The parser of `proxai.py replay`."""
-    parser = argparse.ArgumentParser(
-        prog="proxai.py replay", allow_abbrev=False,
-        description="Send a stored request again, to a provider as the configuration is now, and"
-                    " show how the answer differs from the stored one.")
-    add = parser.add_argument
-    add("id", metavar="ID", help="as `proxai.py captures` lists it")
-    add("--provider", metavar="NAME", help="send it to this one, whatever the routes say")
-    add("--config", metavar="PATH", help="configuration file")
-    return parser
-
-
 def check_provider(config: Config, name: str) -> None:
     """Raise a ConfigError unless there is a provider of that name."""
     if name not in config.providers:
@@ -18558,23 +18448,6 @@ def replay_lines(capture: CapturedExchange, head: ResponseHead, answer: bytes) -
 CAPTURE_WORD = re.compile(r"[0-9A-Za-z-]+")
 
 
-def explain_line() -> argparse.ArgumentParser:
-    """The parser of `proxai.py explain`."""
-    parser = argparse.ArgumentParser(
-        prog="proxai.py explain", allow_abbrev=False,
-        description="Tell what would become of a request: route, provider, URL, headers, body."
-                    " Nothing is sent.")
-    add = parser.add_argument
-    add("source", nargs="?", default="-", metavar="FILE",
-        help="a request body, - for standard input (the default), or the id of a capture")
-    add("--path", help="where the client would send it, like /v1/messages")
-    add("--header", action="append", default=[], metavar="'NAME: VALUE'",
-        help="a header of the client; may be repeated")
-    add("--config", metavar="PATH", help="configuration file")
-    add("--json", action="store_true", help="print the report as JSON")
-    return parser
-
-
 def explain_source(args: Any, environ: Mapping[str, str]) -> tuple[str, list[bytes], bytes]:
     """Path, header lines and body of the request to explain."""
     source, lines = args.source, [line.encode("utf-8", "replace") for line in args.header]
@@ -18598,34 +18471,6 @@ def explain_command(args: Any, environ: Mapping[str, str]) -> int:
 
 
 # -- credentials of a proxy that runs ----------------------------------------
-
-def control_line(command: str, description: str) -> argparse.ArgumentParser:
-    """The parser of a command that asks a proxy that runs."""
-    parser = argparse.ArgumentParser(prog=f"proxai.py {command}", allow_abbrev=False,
-                                     description=description)
-    parser.add_argument("--config", metavar="PATH", help="configuration file of that proxy")
-    parser.add_argument("--mcp-port", type=port_number, metavar="N", help="its control port")
-    parser.add_argument("--json", action="store_true", help="as JSON")
-    return parser
-
-
-def why_line() -> argparse.ArgumentParser:
-    """The parser of `proxai.py why`."""
-    parser = control_line("why", "Ask the proxy that runs who could serve a model, and what keeps"
-                                 " them from it.")
-    parser.add_argument("model", metavar="MODEL", help="the model, as a client asks for it")
-    return parser
-
-
-def credentials_line() -> argparse.ArgumentParser:
-    """The parser of `proxai.py credentials`."""
-    parser = control_line("credentials", "List the credentials of the proxy that runs, or let one"
-                                         " be used again that rests.")
-    parser.add_argument("action", nargs="?", choices=["list", "reset"], default="list")
-    parser.add_argument("name", nargs="?", metavar="NAME",
-                        help="reset: a credential, provider/credential, or all")
-    return parser
-
 
 def ask_control(args: Any, environ: Mapping[str, str], path: str, body: Json | None = None) -> Json:
     """What the control listener of the proxy that runs answers; ConfigError where none does."""
@@ -19130,24 +18975,6 @@ def seconds(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
-def doctor_line() -> argparse.ArgumentParser:
-    """The parser of `proxai.py doctor`."""
-    parser = argparse.ArgumentParser(
-        prog="proxai.py doctor", allow_abbrev=False,
-        description="Try each provider with each of its keys, from the name of its host to a"
-                    " streamed answer, and say in plain words what is wrong.", epilog=DOCTOR_NOTE)
-    add = parser.add_argument
-    add("providers", nargs="*", metavar="PROVIDER", help="names of providers; all without")
-    add("--config", metavar="PATH", help="configuration file")
-    add("--model", metavar="NAME", default="", help="the model to ask, as the provider names it")
-    add("--protocol", type=str.lower, choices=PROTOCOL_WORDS, metavar="P",
-        help="the one to try where a provider speaks several; without, its first")
-    add("--timeout", type=seconds, default=DOCTOR_SECS, metavar="SECS",
-        help=f"limit for each check ({DOCTOR_SECS:g})")
-    add("--json", action="store_true", help="print the reports as JSON")
-    return parser
-
-
 def doctor_lines(report: Json, paint: Callable[[str, str], str]) -> list[str]:
     """The report on one credential for people."""
     own = report["credential"] == report["provider"]
@@ -19209,21 +19036,6 @@ def doctor(args: Any, environ: Mapping[str, str]) -> int:
 
 # -- subcommands -------------------------------------------------------------
 
-class Command(NamedTuple):
-    """A subcommand: its parser, and what runs it and returns the exit status. A ConfigError of
-    its is told in a line, with exit status 1."""
-
-    parser: Callable[[], argparse.ArgumentParser]
-    run: Callable[[Any, Mapping[str, str]], int]
-
-
-def presets_line() -> argparse.ArgumentParser:
-    """The parser of `proxai.py presets`."""
-    return argparse.ArgumentParser(
-        prog="proxai.py presets", description="List what a provider's `preset` can be: protocols,"
-        " base URLs, the environment variable that usually holds the key.")
-
-
 def list_presets(args: Any, environ: Mapping[str, str]) -> int:
     """Print the presets, a line for each protocol of theirs."""
     for preset in {preset.names: preset for preset in PRESETS.values()}.values():
@@ -19236,19 +19048,149 @@ def list_presets(args: Any, environ: Mapping[str, str]) -> int:
     return 0
 
 
+Argument = tuple[tuple[str, ...], Json]  # names, and what a parser does with it
+
+
+class Command(NamedTuple):
+    """A subcommand: what runs it and returns the exit status, and its command line. A ConfigError
+    of its is told in a line, with exit status 1."""
+
+    run: Callable[[Any, Mapping[str, str]], int]
+    description: str
+    arguments: Sequence[Argument | list[Argument]] = ()  # of those in a list one may be given
+    epilog: str | None = None
+    actions: Mapping[str, tuple[str, Sequence[Argument]]] = {}  # name -> help, arguments
+
+
+def argument(*names: str, **how: Any) -> Argument:
+    """An argument of a subcommand."""
+    return names, how
+
+
+def add_arguments(parser: Any, arguments: Iterable[Argument | list[Argument]]) -> None:
+    """Have a parser, or a group of it, take arguments."""
+    for each in arguments:
+        if isinstance(each, list):
+            add_arguments(parser.add_mutually_exclusive_group(), each)
+        else:
+            parser.add_argument(*each[0], **each[1])
+
+
+def subcommand_line(name: str) -> argparse.ArgumentParser:
+    """The parser of a subcommand."""
+    command = COMMANDS[name]
+    parser = argparse.ArgumentParser(prog=f"proxai.py {name}", allow_abbrev=False,
+                                     description=command.description, epilog=command.epilog)
+    add_arguments(parser, command.arguments)
+    if command.actions:
+        actions = parser.add_subparsers(dest="action", required=True,
+                                        metavar="|".join(command.actions))
+        for action, (does, arguments) in command.actions.items():
+            add_arguments(actions.add_parser(action, help=does, allow_abbrev=False), arguments)
+    return parser
+
+
+CONFIG = argument("--config", metavar="PATH", help="configuration file")
+CAPTURE_PHASE = argument(
+    "phase", nargs="?", choices=[*CAPTURE_STEMS.values(), "all"], default="all", metavar="PHASE",
+    help=f"{', '.join(CAPTURE_STEMS.values())}, or all (the default)")
+OF_CREDENTIAL = (
+    argument("provider", metavar="PROVIDER", help="name of a provider"),
+    argument("--credential", metavar="NAME", help="one of its credentials, where it has several"),
+    CONFIG)
+OF_CONTROL = (
+    argument("--config", metavar="PATH", help="configuration file of that proxy"),
+    argument("--mcp-port", type=port_number, metavar="N", help="its control port"),
+    argument("--json", action="store_true", help="as JSON"))
 COMMANDS = {
-    "translate": Command(translate_line, translate),
-    "env": Command(env_line, env),
-    "captures": Command(captures_line, captures),
-    "replay": Command(replay_line, replay),
-    "explain": Command(explain_line, explain_command),
-    "capture": Command(capture_line, capture),
-    "login": Command(login_line, login),
-    "logout": Command(logout_line, logout),
-    "presets": Command(presets_line, list_presets),
-    "why": Command(why_line, ask_why),
-    "credentials": Command(credentials_line, credentials),
-    "doctor": Command(doctor_line, doctor),
+    "translate": Command(
+        translate, "Translate a request, an answer or a stream, and tell what is left out.", (
+            *(argument(flag, dest=flag[2:] + "_", type=str.lower, choices=PROTOCOL_WORDS,
+                       required=True, metavar="P", help=text)
+              for flag, text in (("--from", "protocol of FILE: " + ", ".join(PROTOCOLS)),
+                                 ("--to", "protocol to translate to"))),
+            [argument(f"--{name}", dest="kind", action="store_const", const=name,
+                      default="request", help=f"FILE is a{text}")
+             for name, text in (("request", " request (the default)"),
+                                ("response", " provider's answer"),
+                                ("stream", " provider's event stream"))],
+            argument("--model", metavar="NAME",
+                     help="model name at the provider, which decides what it takes"),
+            argument("--host", metavar="HOST", default="",
+                     help="the provider's host, which does so too"),
+            argument("--asked", metavar="FILE", help="the client's request that FILE answers"),
+            argument("file", metavar="FILE", help="a file, or - for standard input")),
+        "A request goes from the client's protocol to the provider's, answers and streams come"
+        " from the provider's to the client's."),
+    "env": Command(
+        env, "Print the settings that point a client at this proxy.", (
+            argument("client", metavar="CLIENT", choices=CLIENTS, help=", ".join(CLIENTS)),
+            argument("--config", metavar="PATH", help="configuration file, for the address"),
+            argument("--model", metavar="NAME", default="", help="the model to ask for"))),
+    "captures": Command(
+        captures, "Look at stored exchanges.", (
+            argument("action", nargs="?", choices=["list", *CAPTURE_ACTIONS], default="list",
+                     help="list: newest first (the default); show: the phases of one; diff: what"
+                          " the proxy changed; export: one JSON file of it all"),
+            argument("id", nargs="?", metavar="ID", help="the exchange to show, diff or export"),
+            argument("--limit", type=int, default=20, metavar="N",
+                     help="list: so many at most (20)"),
+            argument("--json", action="store_true", help="list: as JSON, a line for each"),
+            argument("--sanitize", action="store_true", help="export: texts replaced by fillers of"
+                     " the same length, few headers, no secrets"),
+            argument("--output", metavar="FILE",
+                     help="export: a new file, readable for you only")),
+        "An ID is that of the x-proxai-request-id header, its end (four characters at least), or"
+        " the req= of the log."),
+    "replay": Command(
+        replay, "Send a stored request again, to a provider as the configuration is now, and show"
+        " how the answer differs from the stored one.", (
+            argument("id", metavar="ID", help="as `proxai.py captures` lists it"),
+            argument("--provider", metavar="NAME",
+                     help="send it to this one, whatever the routes say"), CONFIG)),
+    "explain": Command(
+        explain_command, "Tell what would become of a request: route, provider, URL, headers, body."
+        " Nothing is sent.", (
+            argument("source", nargs="?", default="-", metavar="FILE", help="a request body, - for"
+                     " standard input (the default), or the id of a capture"),
+            argument("--path", help="where the client would send it, like /v1/messages"),
+            argument("--header", action="append", default=[], metavar="'NAME: VALUE'",
+                     help="a header of the client; may be repeated"),
+            CONFIG, argument("--json", action="store_true", help="print the report as JSON"))),
+    "capture": Command(
+        capture, "Show or set which phases the configuration file captures. A proxy that runs by"
+        " that file follows within a second.", actions={
+            "status": ("show the switches", [CONFIG]),
+            "enable": ("switch on", [CONFIG, CAPTURE_PHASE]),
+            "disable": ("switch off", [CONFIG, CAPTURE_PHASE])}),
+    "login": Command(login, "Get a provider's first OAuth token, and store it.", OF_CREDENTIAL),
+    "logout": Command(logout, "Remove a provider's stored OAuth token. A proxy that runs keeps its"
+                      " own until that ends.", OF_CREDENTIAL),
+    "presets": Command(list_presets, "List what a provider's `preset` can be: protocols, base URLs,"
+                       " the environment variable that usually holds the key."),
+    "why": Command(
+        ask_why, "Ask the proxy that runs who could serve a model, and what keeps them from it.",
+        (*OF_CONTROL,
+         argument("model", metavar="MODEL", help="the model, as a client asks for it"))),
+    "credentials": Command(
+        credentials, "List the credentials of the proxy that runs, or let one be used again that"
+        " rests.", (
+            *OF_CONTROL, argument("action", nargs="?", choices=["list", "reset"], default="list"),
+            argument("name", nargs="?", metavar="NAME",
+                     help="reset: a credential, provider/credential, or all"))),
+    "doctor": Command(
+        doctor, "Try each provider with each of its keys, from the name of its host to a streamed"
+        " answer, and say in plain words what is wrong.", (
+            argument("providers", nargs="*", metavar="PROVIDER",
+                     help="names of providers; all without"), CONFIG,
+            argument("--model", metavar="NAME", default="",
+                     help="the model to ask, as the provider names it"),
+            argument("--protocol", type=str.lower, choices=PROTOCOL_WORDS, metavar="P",
+                     help="the one to try where a provider speaks several; without, its first"),
+            argument("--timeout", type=seconds, default=DOCTOR_SECS, metavar="SECS",
+                     help=f"limit for each check ({DOCTOR_SECS:g})"),
+            argument("--json", action="store_true", help="print the reports as JSON")),
+        DOCTOR_NOTE),
 }
 
 
@@ -19256,7 +19198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     command = COMMANDS.get(argv[0]) if argv else None
-    parser = command.parser() if command else command_line()
+    parser = subcommand_line(argv[0]) if command else command_line()
     args = parser.parse_args(argv[1:] if command else argv)
     if not command and args.demo and (args.config or args.command):
         parser.error("--demo has its own configuration and goes with neither --config nor check")
