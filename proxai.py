@@ -15836,7 +15836,8 @@ class Control:
             handler = methods.get(head.method.decode("ascii"))
             if handler is None:
                 raise method_error(", ".join(methods).encode())
-            await handler(self, connection, head)
+            if (value := await handler(self, connection, head)) is not None:
+                write_text(connection, dump(value).decode(), "application/json")
         except ProxyError as error:
             self.refuse(connection, error)
         except FramingError as error:
@@ -15886,22 +15887,20 @@ async def control_health(control: Control, connection: Connection, head: Request
 
 
 CAPTURE_PATH = "/captures/"
-CAPTURES_LISTED, CAPTURES_LISTED_MOST = 50, 1000
 
 
-async def control_captures(control: Control, connection: Connection, head: RequestHead) -> None:
+async def control_captures(control: Control, connection: Connection, head: RequestHead) -> Json:
     """GET /captures?limit=N: the stored exchanges, newest first."""
-    limit = query_number(head, "limit", CAPTURES_LISTED, CAPTURES_LISTED_MOST)
+    limit = query_number(head, "limit", 50, 1000)
     found = await read_aside(list_captures, control.proxy.captures.directory, limit)
-    write_value(connection, {"captures": found})
+    return {"captures": found}
 
 
-async def control_one_capture(control: Control, connection: Connection, head: RequestHead) -> None:
+async def control_one_capture(control: Control, connection: Connection, head: RequestHead) -> Json:
     """GET /captures/ID: one of them, with its phases and what changed between them."""
     directory, word = control.proxy.captures.directory, head.path[len(CAPTURE_PATH):]
-    found = await read_aside(
-        lambda: capture_json(read_capture(directory, word, CAPTURE_JSON_BYTES * 2)))
-    write_value(connection, found)
+    return mapping(await read_aside(
+        lambda: capture_json(read_capture(directory, word, CAPTURE_JSON_BYTES * 2))))
 
 
 async def read_aside(read: Callable[..., Any], *arguments: Any) -> Any:
@@ -15912,8 +15911,6 @@ async def read_aside(read: Callable[..., Any], *arguments: Any) -> Any:
         raise RequestError(error.faults[0], status=404, fix=error.hint) from None
 
 
-
-
 async def control_metrics(control: Control, connection: Connection, head: RequestHead) -> None:
     """GET /metrics: all counts, for Prometheus."""
     proxy = control.proxy
@@ -15922,36 +15919,32 @@ async def control_metrics(control: Control, connection: Connection, head: Reques
                "text/plain; version=0.0.4")
 
 
-async def control_status(control: Control, connection: Connection, head: RequestHead) -> None:
-    """GET /status: what the proxy does and did."""
-    write_value(connection, status_view(control.proxy, control.server.url, time.time()))
-
-
-async def control_requests(control: Control, connection: Connection, head: RequestHead) -> None:
-    """GET /requests: the latest requests behind the number `after`, and those in flight."""
-    metrics = control.proxy.metrics
-    metrics.count()
-    after = query_number(head, "after", 0, 1 << 50)
-    limit = query_number(head, "limit", 50, RECENT_REQUESTS)
-    write_value(connection, {"latest": metrics.ended_count,
-                             "open": metrics.open_requests(time.time(), time.perf_counter()),
-                             "requests": metrics.requests(after, limit)})
-
-
-def status_view(proxy: Proxy, listen: str, now: float) -> Json:
-    """What /status tells; of a provider's URL no more than where it is."""
+async def control_status(control: Control, connection: Connection, head: RequestHead) -> Json:
+    """GET /status: what the proxy does and did; of a provider's URL no more than where it is."""
+    proxy, now = control.proxy, time.time()
     metrics = proxy.metrics
     metrics.count()
     providers = [{"name": name, "protocol": provider.protocol.name,
                   "base_url": f"{provider.origin.scheme}://{provider.origin.authority}",
                   **metrics.provider(name)} for name, provider in proxy.providers.items()]
     return {"version": __version__, "started_at": wall_text(metrics.started),
-            "uptime_secs": int(now - metrics.started), "listen": listen,
+            "uptime_secs": int(now - metrics.started), "listen": control.server.url,
             "in_flight": len(metrics.open), "credentials": credentials_view(proxy, now),
             "requests": {"total": metrics.ended_count, "errors": metrics.error_count},
             "providers": providers, "captures": proxy.captures.status(),
             "history": metrics.history(now), "models": metrics.models(),
             "recent": metrics.requests(0, 20)}
+
+
+async def control_requests(control: Control, connection: Connection, head: RequestHead) -> Json:
+    """GET /requests: the latest requests behind the number `after`, and those in flight."""
+    metrics = control.proxy.metrics
+    metrics.count()
+    after = query_number(head, "after", 0, 1 << 50)
+    limit = query_number(head, "limit", 50, RECENT_REQUESTS)
+    return {"latest": metrics.ended_count,
+            "open": metrics.open_requests(time.time(), time.perf_counter()),
+            "requests": metrics.requests(after, limit)}
 
 
 def credentials_view(proxy: Proxy, now: float) -> list[Json]:
@@ -15975,20 +15968,20 @@ def why_view(proxy: Proxy, model: str, now: float) -> Json:
     return out
 
 
-async def control_why(control: Control, connection: Connection, head: RequestHead) -> None:
+async def control_why(control: Control, connection: Connection, head: RequestHead) -> Json:
     """GET /why?model=NAME: who could serve a model."""
     model = parse_qs(head.query[1:]).get("model", [""])[0]
     if not model:
         raise RequestError("`model` is missing", param="model", fix="ask for /why?model=NAME")
-    write_value(connection, why_view(control.proxy, model, time.time()))
+    return why_view(control.proxy, model, time.time())
 
 
-async def control_credentials(control: Control, connection: Connection, head: RequestHead) -> None:
+async def control_credentials(control: Control, connection: Connection, head: RequestHead) -> Json:
     """GET /credentials: all credentials, and which of them rest."""
-    write_value(connection, {"credentials": credentials_view(control.proxy, time.time())})
+    return {"credentials": credentials_view(control.proxy, time.time())}
 
 
-async def control_reset(control: Control, connection: Connection, head: RequestHead) -> None:
+async def control_reset(control: Control, connection: Connection, head: RequestHead) -> Json:
     """POST /credentials/reset: end the rests of a credential, or of all."""
     wanted = (await read_control_body(connection, head)).get("name")
     proxy = control.proxy
@@ -15999,7 +15992,7 @@ async def control_reset(control: Control, connection: Connection, head: RequestH
                            status=404, fix=f"there are {', '.join(sorted(known))}, all")
     ended = reset_rests(proxy.scheduler, wanted)
     proxy.log.event(logging.INFO, "credentials_reset", {"name": wanted, "ended": ended})
-    write_value(connection, {"reset": ended})
+    return {"reset": ended}
 
 
 async def read_control_body(connection: Connection, head: RequestHead) -> Json:
@@ -16013,11 +16006,6 @@ async def read_control_body(connection: Connection, head: RequestHead) -> Json:
         return mapping(load(await connection.read_body(CONTROL_BODY_BYTES)))
     except ValueError as error:
         raise RequestError(f"the body is not JSON: {error}") from None
-
-
-def write_value(connection: Connection, value: Json) -> None:
-    """Answer with JSON that nobody may keep."""
-    write_text(connection, dump(value).decode(), "application/json")
 
 
 def write_text(connection: Connection, text: str, content_type: str = "text/plain") -> None:
@@ -16060,31 +16048,21 @@ class McpTool(NamedTuple):
     aside: bool = False  # whether it takes a while, and so runs on a thread
 
 
-class ToolCall(NamedTuple):
-    """A tool with arguments that its schema allows."""
-
-    tool: McpTool
-    arguments: Json
-
-
 def tool_capture_status(proxy: Proxy, arguments: Json) -> str:
     """The switches of the phases, and where captures go."""
     switches = proxy.captures.switches
-    views: dict[str, Callable[[str], bool | None]] = {
-        "defaults": switches.defaults.__getitem__, "overrides": switches.overrides.__getitem__,
-        "effective": switches.effective}
-    return "\n".join([*(f"{view}.{phase}_enabled: {MCP_WORDS[get(phase)]}"
-                        for view, get in views.items() for phase in PHASES),
+    views: Mapping[str, Mapping[str, bool | None]] = {
+        "defaults": switches.defaults, "overrides": switches.overrides,
+        "effective": {phase: switches.effective(phase) for phase in PHASES}}
+    return "\n".join([*(f"{view}.{phase}_enabled: {MCP_WORDS[values[phase]]}"
+                        for view, values in views.items() for phase in PHASES),
                       f"captures_dir: {proxy.captures.directory}"])
 
 
-def tool_capture_override(value: bool | None) -> Callable[[Proxy, Json], str]:
-    """The tool that overrides switches with `value`, and tells how they are then."""
-    def run(proxy: Proxy, arguments: Json) -> str:
-        proxy.captures.switches.override(arguments["target"], value)
-        return tool_capture_status(proxy, arguments)
-
-    return run
+def tool_capture_override(value: bool | None, proxy: Proxy, arguments: Json) -> str:
+    """Override switches with `value`, and tell how they are then."""
+    proxy.captures.switches.override(arguments["target"], value)
+    return tool_capture_status(proxy, arguments)
 
 
 def tool_capture_list(proxy: Proxy, arguments: Json) -> str:
@@ -16151,17 +16129,7 @@ def tool_providers(proxy: Proxy, arguments: Json) -> str:
     } for name, provider in proxy.providers.items()])
 
 
-def tool_why(proxy: Proxy, arguments: Json) -> str:
-    """Who could serve a model, and what keeps them from it."""
-    return pretty(why_view(proxy, arguments["model"], time.time()))
-
-
-def tool_credentials(proxy: Proxy, arguments: Json) -> str:
-    """The credentials by name, never a key."""
-    return pretty(credentials_view(proxy, time.time()))
-
-
-def mcp_initialize(params: Json) -> Json:
+async def mcp_initialize(proxy: Proxy, params: Json) -> Json:
     """Who we are, in the version the client asks for, or in our newest."""
     asked = params.get("protocolVersion")
     if not isinstance(asked, str):
@@ -16173,7 +16141,7 @@ def mcp_initialize(params: Json) -> Json:
                             " requests, and switch its captures; changes last until it restarts."}
 
 
-def mcp_tools(params: Json) -> Json:
+async def mcp_tools(proxy: Proxy, params: Json) -> Json:
     """All tools."""
     return {"tools": [
         {"name": name, "description": tool.description, "inputSchema": tool_schema(tool),
@@ -16189,8 +16157,8 @@ def tool_schema(tool: McpTool) -> Json:
             "additionalProperties": False}
 
 
-def mcp_call(params: Json) -> ToolCall:
-    """The tool that a client calls, with its arguments."""
+async def mcp_call(proxy: Proxy, params: Json) -> Json:
+    """The result of a tool: its text, or what went wrong in it, which the model may read."""
     name = params.get("name")
     tool = MCP_TOOLS.get(name) if isinstance(name, str) else None
     if tool is None:
@@ -16201,12 +16169,22 @@ def mcp_call(params: Json) -> ToolCall:
         raise RpcError(INVALID_PARAMS, "arguments must be an object")
     # models write null for what they leave out
     given = {key: value for key, value in given.items() if value is not None}
-    defaults = {key: schema["default"] for key, schema in tool.arguments.items()
-                if "default" in schema}
-    faults = list(argument_faults(tool_schema(tool), given))
-    if faults:
+    if faults := list(argument_faults(tool_schema(tool), given)):
         raise RpcError(INVALID_PARAMS, f"{name}: {'; '.join(faults)}")
-    return ToolCall(tool, {**defaults, **given})
+    arguments = {key: schema["default"] for key, schema in tool.arguments.items()
+                 if "default" in schema} | given
+    wrong = False
+    try:
+        text = (await asyncio.to_thread(tool.run, proxy, arguments) if tool.aside
+                else tool.run(proxy, arguments))
+    except (ProxyError, ConfigError, OSError, ValueError) as error:  # ValueError: half a surrogate
+        text, wrong = str(error), True
+    return {"content": [{"type": "text", "text": text}], "isError": wrong}
+
+
+async def mcp_ping(proxy: Proxy, params: Json) -> Json:
+    """That we are there."""
+    return {}
 
 
 def argument_faults(schema: Json, given: Json) -> Iterator[str]:
@@ -16234,17 +16212,6 @@ def is_rpc(value: Any) -> bool:
         "id" in value and ("result" in value or "error" in value))
 
 
-def mcp_result(message: Json) -> Json | ToolCall:
-    """The result of a request, or the call that makes it; RpcError where there is none."""
-    method = MCP_METHODS.get(message["method"])
-    if method is None:
-        raise RpcError(NO_METHOD, f"there is no method {short(message['method'])}")
-    params = message.get("params", {})
-    if not isinstance(params, dict):
-        raise RpcError(INVALID_PARAMS, "params must be an object")
-    return method(params)
-
-
 async def mcp_answer(proxy: Proxy, message: Any) -> Json | None:
     """The answer to a message; None for a notification or an answer, that want none."""
     reply: Json = {"jsonrpc": "2.0", "id": None}
@@ -16254,35 +16221,23 @@ async def mcp_answer(proxy: Proxy, message: Any) -> Json | None:
         if "id" not in message or "method" not in message:
             return None
         reply["id"] = message["id"]
-        result = mcp_result(message)
-        if isinstance(result, ToolCall):
-            result = await run_tool(proxy, result)
-        reply["result"] = result
+        method = MCP_METHODS.get(message["method"])
+        if method is None:
+            raise RpcError(NO_METHOD, f"there is no method {short(message['method'])}")
+        params = message.get("params", {})
+        if not isinstance(params, dict):
+            raise RpcError(INVALID_PARAMS, "params must be an object")
+        reply["result"] = await method(proxy, params)
     except RpcError as error:
         reply["error"] = {"code": error.code, "message": str(error)}
     return reply
 
 
-async def run_tool(proxy: Proxy, call: ToolCall) -> Json:
-    """The result of a tool: its text, or what went wrong in it, which the model may read."""
-    tool, wrong = call.tool, False
-    try:
-        text = (await asyncio.to_thread(tool.run, proxy, call.arguments) if tool.aside
-                else tool.run(proxy, call.arguments))
-    except (ProxyError, ConfigError, OSError, ValueError) as error:  # ValueError: half a surrogate
-        text, wrong = str(error), True
-    return {"content": [{"type": "text", "text": text}], "isError": wrong}
-
-
 MCP_TARGET = {"type": "string", "enum": [*PHASES, "all"], "default": "all",
           "description": "Which phase of requests; all of them without it."}
 MCP_PHASE = {"type": "string", "enum": [*PHASES], "description": "Only this phase."}
-
-
-def limit_schema(default: int) -> Json:
-    """The argument that bounds a list."""
-    return {"type": "integer", "minimum": 1, "maximum": 200, "default": default,
-            "description": "How many, at most."}
+MCP_LIMIT = {"type": "integer", "minimum": 1, "maximum": 200, "default": 10,
+             "description": "How many, at most."}
 
 
 MCP_TOOLS = {
@@ -16291,20 +16246,20 @@ MCP_TOOLS = {
         " by overrides, in effect.", tool_capture_status, {}),
     "capture_enable": McpTool(
         "Enable captures", "Capture a phase of the requests that start from now on. Captures hold"
-        " prompts and answers; they stay on this machine.", tool_capture_override(True),
+        " prompts and answers; they stay on this machine.", functools.partial(tool_capture_override, True),
         {"target": MCP_TARGET}, changes=True),
     "capture_disable": McpTool(
-        "Disable captures", "Capture a phase no longer.", tool_capture_override(False),
+        "Disable captures", "Capture a phase no longer.", functools.partial(tool_capture_override, False),
         {"target": MCP_TARGET}, changes=True),
     "capture_clear": McpTool(
         "Clear overrides", "Capture a phase as the configuration says again.",
-        tool_capture_override(None), {"target": MCP_TARGET}, changes=True),
+        functools.partial(tool_capture_override, None), {"target": MCP_TARGET}, changes=True),
     "capture_show_latest": McpTool(
         "Latest capture", "The files of the newest capture.", tool_capture_show_latest,
         {"target": MCP_PHASE}, aside=True),
     "capture_list": McpTool(
         "List captures", "The captures, newest first, with the phases that each has.",
-        tool_capture_list, {"limit": limit_schema(10)}, aside=True),
+        tool_capture_list, {"limit": MCP_LIMIT}, aside=True),
     "capture_read": McpTool(
         "Read a capture", "Heads and bodies of a captured request, as text; keys are redacted.",
         tool_capture_read,
@@ -16319,24 +16274,22 @@ MCP_TOOLS = {
                      "additionalProperties": {"type": "string"}}}, ("path", "body"), aside=True),
     "recent_requests": McpTool(
         "Recent requests", "The latest requests: models, providers, status, times, tokens, errors;"
-        " no contents.", tool_recent_requests, {"limit": limit_schema(20)}),
+        " no contents.", tool_recent_requests, {"limit": {**MCP_LIMIT, "default": 20}}),
     "providers": McpTool(
         "Providers", "The providers, with the routes that lead to them and the protocols they are"
         " the default of.", tool_providers, {}),
     "why": McpTool(
         "Why a model is or is not served", "Every provider and credential that could serve a model:"
-        " whether it is used now, and if not, why, who said so, and until when.", tool_why,
+        " whether it is used now, and if not, why, who said so, and until when.",
+        lambda proxy, arguments: pretty(why_view(proxy, arguments["model"], time.time())),
         {"model": {"type": "string", "description": "As a client asks for it."}}, ("model",)),
     "credentials": McpTool(
         "Credentials", "The credentials of the providers, by name, and which of them rest.",
-        tool_credentials, {}),
+        lambda proxy, arguments: pretty(credentials_view(proxy, time.time())), {}),
 }
 
-# method -> params -> result
-MCP_METHODS: dict[str, Callable[[Json], Json | ToolCall]] = {
-    "initialize": mcp_initialize, "ping": lambda params: {},
-    "tools/list": mcp_tools, "tools/call": mcp_call,
-}
+MCP_METHODS = {"initialize": mcp_initialize, "ping": mcp_ping, "tools/list": mcp_tools,
+               "tools/call": mcp_call}
 
 
 class McpSession:
@@ -16478,7 +16431,9 @@ async def control_mcp_end(control: Control, connection: Connection, head: Reques
 def mcp_lines() -> list[bytes]:
     """The head of an event stream."""
     return [b"content-type: text/event-stream", b"cache-control: no-cache", date_line()]
-async def control_capture(control: Control, connection: Connection, head: RequestHead) -> None:
+
+
+async def control_capture(control: Control, connection: Connection, head: RequestHead) -> Json:
     """POST /capture: override the switch of a phase, or of `all`, for requests that start from
     now on; null goes back to the configuration."""
     wanted = await read_control_body(connection, head)
@@ -16489,7 +16444,7 @@ async def control_capture(control: Control, connection: Connection, head: Reques
     captures = control.proxy.captures
     captures.switches.override(phase, enabled)
     captures.log.event(logging.INFO, "capture_switch", {"phase": phase, "enabled": enabled})
-    write_value(connection, captures.status())
+    return captures.status()
 
 
 async def control_page(control: Control, connection: Connection, head: RequestHead) -> None:
@@ -16513,8 +16468,8 @@ def page_headers() -> tuple[bytes, ...]:
             b"x-frame-options: DENY")
 
 
-# path -> method -> handler; a handler is given the control, the connection and the head
-ControlHandler = Callable[[Control, Connection, RequestHead], Any]
+# path -> method -> handler, which returns the JSON to answer with, or has answered
+ControlHandler = Callable[[Control, Connection, RequestHead], Awaitable[Json | None]]
 CONTROL_PATHS: dict[str, dict[str, ControlHandler]] = {
     "/": {"GET": control_page, "HEAD": control_page},
     "/health": {"GET": control_health},
@@ -17596,8 +17551,7 @@ def load_object(raw: bytes, name: str) -> Json:
 
 def oauth_credential(args: Any, environ: Mapping[str, str]) -> Credential:
     """The credential that the command line names; ConfigError where there is none with OAuth."""
-    path = Path(args.config or app_directory(environ) / "config.toml")
-    config = load_config(read_file(path), str(path), environ=environ)
+    config = load_from(args.config, environ)
     settings = config.providers.get(args.provider.strip().lower())
     if settings is None:
         raise ConfigError([f"no provider is named {args.provider} (there are:"
@@ -17619,12 +17573,9 @@ def login(args: Any, environ: Mapping[str, str]) -> int:
     credential = oauth_credential(args, environ)
 
     async def work() -> Token:
-        pool = Pool()
-        try:
+        with contextlib.closing(Pool()) as pool:
             return await Tokens(pool, Log(logging.getLogger("proxai")), environ).log_in(
                 credential, tell)
-        finally:
-            pool.close()
 
     try:
         token = asyncio.run(work())
@@ -17697,7 +17648,7 @@ def capture(args: Any, environ: Mapping[str, str]) -> int:
     directory, _ = bootstrap(environ)
     path = Path(args.config or directory / "config.toml")
     if args.action == "status":
-        settings = load_config(read_file(path), str(path), environ=environ).capture
+        settings = load_from(str(path), environ).capture
         rows = {f"{phase}_enabled": toml_value(on)
                 for phase, on in CaptureSwitches(settings).defaults.items()}
         rows["captures_dir"] = str(captures_directory(environ))
@@ -17985,7 +17936,8 @@ async def keep_current(proxy: Proxy, server: Server, file: ConfigFile | None,
     """Put a changed configuration file in force, looking at it now and then, and at once where that
     is `wanted`. Keeps what must survive a restart. Ends a worker whose parent is gone."""
     parent, seen = os.getppid(), file and file.state
-    recall(proxy)
+    with contextlib.suppress(OSError, ValueError):  # what was kept of the last run
+        load_state(proxy.scheduler, load(cooldowns_path(proxy.environ).read_bytes()), time.time())
     kept = dump_state(proxy.scheduler, time.time())
     while True:
         with contextlib.suppress(TimeoutError):
@@ -18037,14 +17989,13 @@ def reload(proxy: Proxy, server: Server, file: ConfigFile) -> None:
 def changed_settings(before: Config, after: Config) -> list[str]:
     """The names of the settings that differ; never their values."""
     def leaves(value: Any, at: str) -> Iterator[tuple[str, Any]]:
-        items = (value.items() if isinstance(value, dict)
-                 else ((str(i), item) for i, item in enumerate(value))
-                 if isinstance(value, (list, tuple)) else None)
-        if items is None:
+        if isinstance(value, (list, tuple)):
+            value = dict(enumerate(value))
+        if not isinstance(value, dict):
             yield at, value
-        else:
-            for key, item in items:
-                yield from leaves(item, f"{at}.{key}" if at else key)
+            return
+        for key, item in value.items():
+            yield from leaves(item, f"{at}.{key}" if at else key)
 
     old, new = (dict(leaves(dataclasses.asdict(c), "")) for c in (before, after))
     return sorted(key for key in {*old, *new} if old.get(key, ABSENT) != new.get(key, ABSENT))
@@ -18055,13 +18006,6 @@ def changed_settings(before: Config, after: Config) -> list[str]:
 def cooldowns_path(environ: Mapping[str, str]) -> Path:
     """Where is kept until when providers want no more requests."""
     return app_directory(environ) / "cooldowns.json"
-
-
-def recall(proxy: Proxy) -> None:
-    """Take back what was kept of the last run, as far as it holds."""
-    with contextlib.suppress(OSError, ValueError):
-        kept = load(cooldowns_path(proxy.environ).read_bytes())
-        load_state(proxy.scheduler, kept, time.time())
 
 
 def keep_state(state: Json, path: Path, log: Log) -> None:
@@ -18383,10 +18327,9 @@ def check_provider(config: Config, name: str) -> None:
 def replay_config(config: Config, provider: str | None) -> Config:
     """A configuration for one request from this process: no captures, no key of ours asked for,
     and where `provider` is given nowhere else to go."""
-    if provider is not None:
-        check_provider(config, provider)
     routing = config.routing
     if provider is not None:
+        check_provider(config, provider)
         names = DefaultsConfig(**dict.fromkeys(PROTOCOLS, provider))
         routing = dataclasses.replace(routing, routes=(), default_provider_names=names)
     server = dataclasses.replace(config.server, host="127.0.0.1", port=0, api_keys=())
@@ -18504,12 +18447,12 @@ def ask_why(args: Any, environ: Mapping[str, str]) -> int:
 def why_lines(found: Json, now: float) -> list[str]:
     """An answer of /why for people; protocols with the same answer stand together."""
     lines: list[str] = []
-    answers: defaultdict[str, list[str]] = defaultdict(list)
-    for protocol, told in found["protocols"].items():
-        answers[json.dumps(told)].append(protocol)
-    for text, protocols in answers.items():
-        told = json.loads(text)
-        lines.append(f"{found['model']}, asked for by {', '.join(protocols)}:")
+    answers: Json = found["protocols"]
+    for protocol, told in answers.items():
+        same = [other for other in answers if answers[other] == told]
+        if same[0] != protocol:
+            continue
+        lines.append(f"{found['model']}, asked for by {', '.join(same)}:")
         lines += [f"  nobody: {told['error']}"] if "error" in told else [
             f"  {row['provider']}/{row['credential']} as {row['model']}: "
             + ("ready" if row["eligible"] else f"rests, {rest_text(row, now)}")
@@ -18562,23 +18505,17 @@ DOCTOR_NOTE = ("The doctor sends up to three tiny requests with each key. They m
                " of a cent.")
 
 
-class Probe(NamedTuple):
-    """A request of the doctor, in Chat form, and the limit of its answer in tokens."""
-
-    tokens: int
-    body: Json
-
-
 PROBE_TEXT = [{"role": "user", "content": "Reply with the word OK."}]
 PROBE_TOOL = {"type": "function", "function": {
     "name": "say_word", "description": "Say a word.", "parameters": {
         "type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]}}}
-PROBES = {
-    "chat": Probe(16, {"messages": PROBE_TEXT}),
-    "tool": Probe(512, {  # models that think do so before the call
+# A request of the doctor, in Chat form, and the limit of its answer in tokens.
+PROBES: dict[str, tuple[int, Json]] = {
+    "chat": (16, {"messages": PROBE_TEXT}),
+    "tool": (512, {  # models that think do so before the call
         "messages": [{"role": "user", "content": "Call the tool with the word OK."}],
         "tools": [PROBE_TOOL], "tool_choice": "required"}),
-    "stream": Probe(16, {"messages": PROBE_TEXT, "stream": True}),
+    "stream": (16, {"messages": PROBE_TEXT, "stream": True}),
 }
 PROBE_HEAD = parse_request_head(b"POST %b HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type:"
                                 b" application/json" % CHAT.path.encode(), HeadLimits())
@@ -18733,11 +18670,9 @@ def near_models(model: str, listed: Sequence[str]) -> str:
 
 # -- what the doctor's requests are answered ---------------------------------
 
-def check_chat(value: Any) -> tuple[str, str]:
-    """What a Chat answer to the first probe shows."""
-    choice, message = first_choice(value)
-    text = text_of(message.get("content")).strip()
-    if text:
+def check_chat(choice: Json, message: Json) -> tuple[str, str]:
+    """What the answer to the first probe shows."""
+    if text := text_of(message.get("content")).strip():
         return "ok", f"answered {textwrap.shorten(text, 40, placeholder='...')!r}"
     if choice.get("finish_reason") == "length" or any(
             message.get(name) for name in ("reasoning", "reasoning_content")):
@@ -18745,11 +18680,10 @@ def check_chat(value: Any) -> tuple[str, str]:
     raise Unwell("shape")
 
 
-def check_tool(value: Any) -> tuple[str, str]:
-    """What a Chat answer to the probe with a tool shows."""
-    choice, message = first_choice(value)
-    calls = listing(message.get("tool_calls"))
-    call = mapping(mapping(next(iter(calls), None)).get("function"))
+def check_tool(choice: Json, message: Json) -> tuple[str, str]:
+    """What the answer to the probe with a tool shows."""
+    called = next(iter(listing(message.get("tool_calls"))), None)
+    call = mapping(mapping(called).get("function"))
     if not call:
         why = ("the model thinks longer than this check allows" if choice.get("finish_reason")
                == "length" else "clients that need tools will not get far with it")
@@ -18759,12 +18693,6 @@ def check_tool(value: Any) -> tuple[str, str]:
     except (ValueError, KeyError):
         return "warn", "it called the tool, with arguments that do not fit it"
     return "ok", f"called {text_of(call.get('name'))} as asked"
-
-
-def first_choice(value: Any) -> tuple[Json, Json]:
-    """The first choice of a Chat answer, and its message."""
-    choice = mapping(next(iter(listing(mapping(value).get("choices"))), None))
-    return choice, mapping(choice.get("message"))
 
 
 def check_stream(protocol: Protocol, raw: bytes, pair: Pair | None, ctx: Context) -> int:
@@ -18781,15 +18709,6 @@ def check_stream(protocol: Protocol, raw: bytes, pair: Pair | None, ctx: Context
 
 
 # -- the doctor's round ------------------------------------------------------
-
-class Check(NamedTuple):
-    """What a check came to: ok, warn, fail or skip, in a sentence, after so many milliseconds."""
-
-    check: str
-    status: str
-    ms: int | None
-    text: str
-
 
 class Examination:
     """The checks of one provider with one of its credentials, one after another."""
@@ -18810,36 +18729,34 @@ class Examination:
 
     async def run(self) -> Json:
         """The report on them."""
-        checks: list[Check] = []
+        checks: list[Json] = []
         lost: dict[str, str] = {}  # a check -> the one that it failed by
         for name, needs in CHECKS.items():
             culprit = next((lost[need] for need in needs if need in lost), None)
-            if culprit:
-                lost[name] = culprit
-                checks.append(Check(name, "skip", None, f"needs {culprit}"))
-                continue
-            check, ended = await self.check(name)
-            checks.append(check)
+            began = time.perf_counter()
+            status, text, ended = (("skip", f"needs {culprit}", culprit) if culprit
+                                   else await self.check(name))
+            ms = None if status == "skip" else milliseconds(time.perf_counter() - began)
+            checks.append({"check": name, "status": status, "ms": ms, "text": text})
             if ended:
-                lost[name] = name
+                lost[name] = ended
         provider = self.provider
         return {"provider": provider.name, "credential": provider.credential.name,
                 "protocol": provider.protocol.name, "url": self.url(provider.target),
-                "model": self.model or None, "checks": [check._asdict() for check in checks]}
+                "model": self.model or None, "checks": checks}
 
-    async def check(self, name: str) -> tuple[Check, bool]:
-        """The outcome of a check, and whether those that need it are in vain."""
-        began, ended = time.perf_counter(), False
+    async def check(self, name: str) -> tuple[str, str, str | None]:
+        """What a check came to: ok, warn, fail or skip, and a sentence; and the check itself where
+        those that need it are in vain."""
+        ended = None
         try:
             async with asyncio.timeout(self.secs):
                 status, text = await self.steps[name]()
         except (Unwell, ProxyError, OSError, ValueError) as error:
             status, text = advice(failure_of(error, name), self.facts())
-            ended = True
+            ended = name
         text += self.via if name in ("dns", "tcp") else ""
-        text = printable(without_secrets(text, self.secrets()))
-        ms = None if status == "skip" else milliseconds(time.perf_counter() - began)
-        return Check(name, status, ms, text), ended
+        return status, printable(without_secrets(text, self.secrets())), ended
 
     def facts(self) -> Json:
         """What sentences of ADVICE may tell."""
@@ -18949,12 +18866,14 @@ class Examination:
         return answer, pair, ctx
 
     async def answered(self, probe: str,
-                       look: Callable[[Any], tuple[str, str]]) -> tuple[str, str]:
-        """Send a probe, and look at its answer in Chat form."""
+                       look: Callable[[Json, Json], tuple[str, str]]) -> tuple[str, str]:
+        """Send a probe, and look at its answer in Chat form: the first choice, and its message."""
         answer, pair, ctx = await self.send(probe)
         try:
             value = load(answer.body)
-            return look(pair.response(value, ctx) if pair else value)
+            chat = mapping(pair.response(value, ctx) if pair else value)
+            choice = mapping(next(iter(listing(chat.get("choices"))), None))
+            return look(choice, mapping(choice.get("message")))
         except ValueError:
             raise Unwell("shape") from None
 
@@ -18993,22 +18912,20 @@ async def examine(providers: Sequence[Provider], config: Config, args: Any,
                   environ: Mapping[str, str], show: Callable[[Json], None]) -> list[Json]:
     """The reports on these, some at a time, each one shown when it and those before it are
     there."""
-    loop, pool, gate = asyncio.get_running_loop(), Pool(), asyncio.Semaphore(DOCTOR_LINKS)
+    loop, gate = asyncio.get_running_loop(), asyncio.Semaphore(DOCTOR_LINKS)
     loop.getaddrinfo = own_resolver(loop)  # type: ignore[method-assign]
-    # the report tells what its log would
-    tokens = Tokens(pool, Log(logging.Logger("doctor", logging.CRITICAL)), environ)
+    log = Log(logging.Logger("doctor", logging.CRITICAL))  # the report tells what it would
 
     async def visit(provider: Provider) -> Json:
         async with gate:
             return await Examination(provider, config, tokens, args.model, args.timeout).run()
 
     reports = []
-    try:
+    with contextlib.closing(Pool()) as pool:
+        tokens = Tokens(pool, log, environ)
         for task in [asyncio.create_task(visit(provider)) for provider in providers]:
             reports.append(await task)
             show(reports[-1])
-    finally:
-        pool.close()
     return reports
 
 
