@@ -16541,13 +16541,12 @@ svg { display: block; width: 100%; height: 140px; margin: 10px 0 6px; border-rad
 svg text { font-size: 11px; fill: var(--soft); }
 svg line { stroke: var(--line); }
 svg .cursor { fill: var(--ink); opacity: .1; }
-rect.a { fill: var(--a); } rect.b { fill: var(--b); } rect.bad { fill: var(--bad); }
-path { fill: none; stroke-width: 2; stroke-linecap: round; stroke-linejoin: round; }
-path.a { stroke: var(--a); } path.b { stroke: var(--b); }
+.a { --look: var(--a); } .b { --look: var(--b); } .bad { --look: var(--bad); }
+rect { fill: var(--look); }
+path { fill: none; stroke: var(--look); stroke-width: 2; stroke-linecap: round;
+  stroke-linejoin: round; }
 .legend { font-size: 12px; } .legend span { color: inherit; }
-.legend span::before { border-radius: 2px; }
-.legend .a::before { background: var(--a); } .legend .b::before { background: var(--b); }
-.legend .bad::before { background: var(--bad); }
+.legend span::before { border-radius: 2px; background: var(--look); }
 .list { list-style: none; margin-top: 6px; }
 .list li { padding: 9px 0; border-top: 1px solid var(--line); overflow-wrap: anywhere; }
 .list li:first-child { border: 0; }
@@ -16620,18 +16619,10 @@ pre .cut { color: var(--bad); background: var(--cut); }
 <p id="say" class="unseen" role="status"></p>
 <noscript>This page needs JavaScript; GET /status tells the same as JSON.</noscript>
 <main>
-<figure class="card">
-<figcaption class="bar"><h2>Requests</h2><small></small></figcaption>
-<svg id="chart-requests" role="img" tabindex="0"></svg><p class="legend"></p>
-</figure>
-<figure class="card">
-<figcaption class="bar"><h2>Latency, median</h2><small></small></figcaption>
-<svg id="chart-latency" role="img" tabindex="0"></svg><p class="legend"></p>
-</figure>
-<figure class="card">
-<figcaption class="bar"><h2>Tokens</h2><small></small></figcaption>
-<svg id="chart-tokens" role="img" tabindex="0"></svg><p class="legend"></p>
-</figure>
+<template id="chart"><figure class="card">
+<figcaption class="bar"><h2></h2><small></small></figcaption>
+<svg role="img" tabindex="0"></svg><p class="legend"></p>
+</figure></template>
 <section class="card half" aria-labelledby="h-providers">
 <h2 id="h-providers">Providers</h2>
 <ul id="providers" class="list"></ul>
@@ -16743,15 +16734,15 @@ async function call(path, options) {
 
 const SUM = values => values.reduce((all, value) => all + value, 0);
 const LAST = values => values.findLast(value => value != null) ?? null;
-const CHARTS = {
-  "chart-requests": { format: count, axis: short, when: "last hour", sum: SUM, least: 4, strips: [
+const CHARTS = [
+  { name: "Requests", format: count, axis: short, when: "last hour", sum: SUM, least: 4, strips: [
     [["ok", "a", m => m.requests - m.errors], ["errors", "bad", m => m.errors]]] },
-  "chart-latency": { format: ms, axis: n => n < 1000 ? n + " ms" : n / 1000 + " s", line: true,
-    when: "latest", sum: LAST, least: 100, strips: [
+  { name: "Latency, median", format: ms, axis: n => n < 1000 ? n + " ms" : n / 1000 + " s",
+    line: true, when: "latest", sum: LAST, least: 100, strips: [
       [["first token", "a", m => m.ttfb_ms_p50], ["whole answer", "b", m => m.duration_ms_p50]]] },
-  "chart-tokens": { format: short, axis: short, when: "last hour", sum: SUM, least: 100, strips: [
+  { name: "Tokens", format: short, axis: short, when: "last hour", sum: SUM, least: 100, strips: [
     [["in", "a", m => m.input_tokens]], [["out", "b", m => m.output_tokens]]] },
-};
+];
 const MARGINS = [50, 6];  // left and right of the minutes
 let past = [];
 
@@ -16760,15 +16751,14 @@ function nice(most) {  // the next round number, even so that its half is round 
   return [1, 2, 3, 4, 5, 6, 8, 10].map(n => n * unit).find(n => n >= most && n % 2 === 0);
 }
 
-function draw(id) {
-  const chart = CHARTS[id], svg = $(id), width = Math.max(svg.clientWidth, 200), height = 140;
+function draw(chart) {
+  const svg = chart.svg, width = Math.max(svg.clientWidth, 200), height = 140;
   const [left, right] = MARGINS, floor = height - 20, gap = 16, parts = [];
   const add = (tag, ...rest) =>
     parts.push(dress(document.createElementNS(svg.namespaceURI, tag), ...rest));
   const step = (width - left - right) / Math.max(past.length, 1), x = i => left + i * step;
   const high = (floor - 8 - gap * (chart.strips.length - 1)) / chart.strips.length;
-  const title = `${svg.dataset.name}, ${chart.when}: ` + chart.strips.flat()
-    .map(([name, , value]) => `${chart.format(chart.sum(past.map(value)))} ${name}`).join(", ");
+  const title = `${chart.name}, ${told(chart)}`;
   add("title", {}, title);
   dress(svg, { "aria-label": title, viewBox: `0 0 ${width} ${height}` });
   chart.strips.forEach((series, strip) => {
@@ -16800,44 +16790,50 @@ function draw(id) {
   if (chart.at != null && past[chart.at])
     add("rect", { class: "cursor", x: x(chart.at), width: step, y: 0, height: floor });
   svg.replaceChildren(...parts);
-  readout(chart, svg);
-}
-
-function readout(chart, svg) {
-  const minute = past[chart.at], when = minute ? clock(minute.at * 1000) : chart.when;
-  const said = chart.strips.flat().map(([name, look, value]) =>
-    [look, `${chart.format(minute ? value(minute) : chart.sum(past.map(value)))} ${name}`]);
+  const minute = past[chart.at], [when, said] = readout(chart, minute);
   put(svg.parentNode.querySelector("small"), when);
   svg.nextElementSibling.replaceChildren(...said.map(([look, text]) =>
     el("span", { class: look }, text)));
+}
+
+function readout(chart, minute) {  // of the whole hour without a minute
+  return [minute ? clock(minute.at * 1000) : chart.when,
+    chart.strips.flat().map(([name, look, value]) =>
+      [look, `${chart.format(minute ? value(minute) : chart.sum(past.map(value)))} ${name}`])];
+}
+
+function told(chart, minute) {
+  const [when, said] = readout(chart, minute);
   return `${when}: ${said.map(([, text]) => text).join(", ")}`;
 }
 
-function point(id, at) {
-  if (CHARTS[id].at === at) return;
-  CHARTS[id].at = at;
-  draw(id);
+function point(chart, at) {
+  if (chart.at === at) return;
+  chart.at = at;
+  draw(chart);
 }
 
-for (const id of Object.keys(CHARTS)) {
-  const svg = $(id);
-  svg.dataset.name = svg.parentNode.querySelector("h2").textContent;
+for (const chart of CHARTS) {
+  const figure = $("chart").content.firstElementChild.cloneNode(true);
+  const svg = chart.svg = figure.querySelector("svg");
+  figure.querySelector("h2").append(chart.name);
+  $("chart").before(figure);
   svg.addEventListener("pointermove", event => {
     const inside = (event.offsetX - MARGINS[0]) / (svg.clientWidth - SUM(MARGINS));
-    point(id, inside < 0 || inside >= 1 ? null : Math.floor(inside * past.length));
+    point(chart, inside < 0 || inside >= 1 ? null : Math.floor(inside * past.length));
   });
-  svg.addEventListener("pointerleave", () => point(id, null));
-  svg.addEventListener("focus", () => point(id, past.length - 1));
-  svg.addEventListener("blur", () => point(id, null));
+  svg.addEventListener("focus", () => point(chart, past.length - 1));
+  for (const event of ["pointerleave", "blur"])
+    svg.addEventListener(event, () => point(chart, null));
   svg.addEventListener("keydown", event => {
     const move = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
     if (!move || !past.length) return;
     event.preventDefault();
-    point(id, Math.min(Math.max((CHARTS[id].at ?? past.length) + move, 0), past.length - 1));
-    say(readout(CHARTS[id], svg));
+    point(chart, Math.min(Math.max((chart.at ?? past.length) + move, 0), past.length - 1));
+    say(told(chart, past[chart.at]));
   });
 }
-new ResizeObserver(() => Object.keys(CHARTS).forEach(draw)).observe($("chart-requests"));
+new ResizeObserver(() => CHARTS.forEach(draw)).observe(CHARTS[0].svg);
 
 // -- the state of the proxy
 
@@ -16851,7 +16847,7 @@ function showStatus(data) {
     ["listens at", data.listen], ["up", span(data.uptime_secs)], ["in flight", data.in_flight],
     ["requests", count(data.requests.total)], ["errors", count(data.requests.errors)]]));
   past = data.history;
-  Object.keys(CHARTS).forEach(draw);
+  CHARTS.forEach(draw);
   fill($("providers"), JSON.stringify([data.providers, data.credentials]),
     ...data.providers.map(p => provider(p, data.credentials)));
   showCaptures(data.captures);
