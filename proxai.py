@@ -16246,11 +16246,11 @@ MCP_TOOLS = {
         " by overrides, in effect.", tool_capture_status, {}),
     "capture_enable": McpTool(
         "Enable captures", "Capture a phase of the requests that start from now on. Captures hold"
-        " prompts and answers; they stay on this machine.", functools.partial(tool_capture_override, True),
-        {"target": MCP_TARGET}, changes=True),
+        " prompts and answers; they stay on this machine.",
+        functools.partial(tool_capture_override, True), {"target": MCP_TARGET}, changes=True),
     "capture_disable": McpTool(
-        "Disable captures", "Capture a phase no longer.", functools.partial(tool_capture_override, False),
-        {"target": MCP_TARGET}, changes=True),
+        "Disable captures", "Capture a phase no longer.",
+        functools.partial(tool_capture_override, False), {"target": MCP_TARGET}, changes=True),
     "capture_clear": McpTool(
         "Clear overrides", "Capture a phase as the configuration says again.",
         functools.partial(tool_capture_override, None), {"target": MCP_TARGET}, changes=True),
@@ -17600,7 +17600,8 @@ def logout(args: Any, environ: Mapping[str, str]) -> int:
 
 def flag_overrides(args: Any, tables: Json) -> list[Override]:
     """What the flags put in place of the file's values."""
-    rows = [("--port", ("server", "port"), args.port), ("--mcp-port", ("mcp", "port"), args.mcp_port),
+    rows = [("--port", ("server", "port"), args.port),
+            ("--mcp-port", ("mcp", "port"), args.mcp_port),
             ("--log-level", ("logging", "level"), args.log_level),
             ("--log-format", ("logging", "output_format"), args.log_format),
             *((f"--capture-{phase.replace('_', '-')}", ("capture", f"{phase}_enabled"),
@@ -18524,8 +18525,8 @@ ADVICE = {
                 " its port is right"),
     "unreachable": ("fail", "{place} cannot be reached ({said}); is it running, is base_url right,"
                     " does the network need HTTPS_PROXY?"),
-    "silent": ("fail", "{place} does not answer within {secs} seconds; see that base_url is right, and"
-               " whether the network needs HTTPS_PROXY"),
+    "silent": ("fail", "{place} does not answer within {secs} seconds; see that base_url is right,"
+               " and whether the network needs HTTPS_PROXY"),
     "timeout": ("fail", "no whole answer within {secs} seconds; try again, or a larger --timeout"),
     "untrusted": ("fail", "the certificate of {origin} is not trusted ({said}); if your network"
                   " re-signs TLS, set ca_file to its CA"),
@@ -18592,7 +18593,8 @@ def advice(failure: Unwell, facts: Mapping[str, Any]) -> tuple[str, str]:
     status, text = ADVICE[failure.what]
     told = {"said": "", "near": "", "again": "", **facts, **failure.facts}
     said = textwrap.shorten(str(told["said"]), SAID_CHARS, placeholder=" ...")
-    return status, text.format(**{**told, "said": said, "quote": f"; it says: {said}" if said else ""})
+    quote = f"; it says: {said}" if said else ""
+    return status, text.format(**{**told, "said": said, "quote": quote})
 
 
 def without_secrets(text: str, secrets: Iterable[str]) -> str:
@@ -18642,7 +18644,8 @@ def judge(answer: Fetched, model: str, now: float) -> None:
 NO_PLAIN_CHAT = re.compile(
     r"image|audio|video|realtime|transcri|speech|sora|veo|guard|ocr|search|research|instruct"
     r"|davinci|babbage|codex|computer|live|robotics|aqa", re.I)
-CHEAP = re.compile(r"(?:^|[-/.:_ ])(?:nano|mini|lite|flash|haiku|small|tiny|free)(?:$|[-/.:_ ])", re.I)
+CHEAP = re.compile(
+    r"(?:^|[-/.:_ ])(?:nano|mini|lite|flash|haiku|small|tiny|free)(?:$|[-/.:_ ])", re.I)
 
 
 def doctor_model(config: Config, provider: str, asked: str, listed: Sequence[str]) -> str:
@@ -18832,8 +18835,8 @@ class Examination:
             # keys may be good for chats only, and not all providers have a list
             if failure.what not in ("forbidden", "missing") and answer.status not in (405, 501):
                 raise
-            return "warn", f"no list at {self.url(self.target)} (status {answer.status}); base_url" \
-                " may be wrong, or the provider has none for this key"
+            return "warn", (f"no list at {self.url(self.target)} (status {answer.status}); base_url"
+                            " may be wrong, or the provider has none for this key")
         try:
             self.listed = [model.id for model in read_models(answer.body, provider.name)]
         except ValueError:
@@ -18961,7 +18964,7 @@ def list_presets(args: Any, environ: Mapping[str, str]) -> int:
     return 0
 
 
-Argument = tuple[tuple[str, ...], Json]  # names, and what a parser does with it
+Argument = tuple[str, Json]  # its name, and what a parser does with it
 
 
 class Command(NamedTuple):
@@ -18975,9 +18978,9 @@ class Command(NamedTuple):
     actions: Mapping[str, tuple[str, Sequence[Argument]]] = {}  # name -> help, arguments
 
 
-def argument(*names: str, **how: Any) -> Argument:
+def argument(name: str, metavar: str | None, help: str | None, **how: Any) -> Argument:
     """An argument of a subcommand."""
-    return names, how
+    return name, {"help": help, **({"metavar": metavar} if metavar else {}), **how}
 
 
 def add_arguments(parser: Any, arguments: Iterable[Argument | list[Argument]]) -> None:
@@ -18986,7 +18989,7 @@ def add_arguments(parser: Any, arguments: Iterable[Argument | list[Argument]]) -
         if isinstance(each, list):
             add_arguments(parser.add_mutually_exclusive_group(), each)
         else:
-            parser.add_argument(*each[0], **each[1])
+            parser.add_argument(each[0], **each[1])
 
 
 def subcommand_line(name: str) -> argparse.ArgumentParser:
@@ -19003,73 +19006,68 @@ def subcommand_line(name: str) -> argparse.ArgumentParser:
     return parser
 
 
-CONFIG = argument("--config", metavar="PATH", help="configuration file")
+CONFIG = argument("--config", "PATH", "configuration file")
 CAPTURE_PHASE = argument(
-    "phase", nargs="?", choices=[*CAPTURE_STEMS.values(), "all"], default="all", metavar="PHASE",
-    help=f"{', '.join(CAPTURE_STEMS.values())}, or all (the default)")
+    "phase", "PHASE", f"{', '.join(CAPTURE_STEMS.values())}, or all (the default)", nargs="?",
+    choices=[*CAPTURE_STEMS.values(), "all"], default="all")
 OF_CREDENTIAL = (
-    argument("provider", metavar="PROVIDER", help="name of a provider"),
-    argument("--credential", metavar="NAME", help="one of its credentials, where it has several"),
-    CONFIG)
+    argument("provider", "PROVIDER", "name of a provider"),
+    argument("--credential", "NAME", "one of its credentials, where it has several"), CONFIG)
 OF_CONTROL = (
-    argument("--config", metavar="PATH", help="configuration file of that proxy"),
-    argument("--mcp-port", type=port_number, metavar="N", help="its control port"),
-    argument("--json", action="store_true", help="as JSON"))
+    argument("--config", "PATH", "configuration file of that proxy"),
+    argument("--mcp-port", "N", "its control port", type=port_number),
+    argument("--json", None, "as JSON", action="store_true"))
 COMMANDS = {
     "translate": Command(
         translate, "Translate a request, an answer or a stream, and tell what is left out.", (
-            *(argument(flag, dest=flag[2:] + "_", type=str.lower, choices=PROTOCOL_WORDS,
-                       required=True, metavar="P", help=text)
+            *(argument(flag, "P", text, dest=flag[2:] + "_", type=str.lower, required=True,
+                       choices=PROTOCOL_WORDS)
               for flag, text in (("--from", "protocol of FILE: " + ", ".join(PROTOCOLS)),
                                  ("--to", "protocol to translate to"))),
-            [argument(f"--{name}", dest="kind", action="store_const", const=name,
-                      default="request", help=f"FILE is a{text}")
-             for name, text in (("request", " request (the default)"),
-                                ("response", " provider's answer"),
-                                ("stream", " provider's event stream"))],
-            argument("--model", metavar="NAME",
-                     help="model name at the provider, which decides what it takes"),
-            argument("--host", metavar="HOST", default="",
-                     help="the provider's host, which does so too"),
-            argument("--asked", metavar="FILE", help="the client's request that FILE answers"),
-            argument("file", metavar="FILE", help="a file, or - for standard input")),
+            [argument(f"--{name}", None, f"FILE is a {text}", dest="kind", action="store_const",
+                      const=name, default="request")
+             for name, text in (("request", "request (the default)"),
+                                ("response", "provider's answer"),
+                                ("stream", "provider's event stream"))],
+            argument("--model", "NAME", "model name at the provider, which decides what it takes"),
+            argument("--host", "HOST", "the provider's host, which does so too", default=""),
+            argument("--asked", "FILE", "the client's request that FILE answers"),
+            argument("file", "FILE", "a file, or - for standard input")),
         "A request goes from the client's protocol to the provider's, answers and streams come"
         " from the provider's to the client's."),
     "env": Command(
         env, "Print the settings that point a client at this proxy.", (
-            argument("client", metavar="CLIENT", choices=CLIENTS, help=", ".join(CLIENTS)),
-            argument("--config", metavar="PATH", help="configuration file, for the address"),
-            argument("--model", metavar="NAME", default="", help="the model to ask for"))),
+            argument("client", "CLIENT", ", ".join(CLIENTS), choices=CLIENTS),
+            argument("--config", "PATH", "configuration file, for the address"),
+            argument("--model", "NAME", "the model to ask for", default=""))),
     "captures": Command(
         captures, "Look at stored exchanges.", (
-            argument("action", nargs="?", choices=["list", *CAPTURE_ACTIONS], default="list",
-                     help="list: newest first (the default); show: the phases of one; diff: what"
-                          " the proxy changed; export: one JSON file of it all"),
-            argument("id", nargs="?", metavar="ID", help="the exchange to show, diff or export"),
-            argument("--limit", type=int, default=20, metavar="N",
-                     help="list: so many at most (20)"),
-            argument("--json", action="store_true", help="list: as JSON, a line for each"),
-            argument("--sanitize", action="store_true", help="export: texts replaced by fillers of"
-                     " the same length, few headers, no secrets"),
-            argument("--output", metavar="FILE",
-                     help="export: a new file, readable for you only")),
+            argument("action", None, "list: newest first (the default); show: the phases of one;"
+                     " diff: what the proxy changed; export: one JSON file of it all",
+                     nargs="?", choices=["list", *CAPTURE_ACTIONS], default="list"),
+            argument("id", "ID", "the exchange to show, diff or export", nargs="?"),
+            argument("--limit", "N", "list: so many at most (20)", type=int, default=20),
+            argument("--json", None, "list: as JSON, a line for each", action="store_true"),
+            argument("--sanitize", None, "export: texts replaced by fillers of the same length,"
+                     " few headers, no secrets", action="store_true"),
+            argument("--output", "FILE", "export: a new file, readable for you only")),
         "An ID is that of the x-proxai-request-id header, its end (four characters at least), or"
         " the req= of the log."),
     "replay": Command(
         replay, "Send a stored request again, to a provider as the configuration is now, and show"
         " how the answer differs from the stored one.", (
-            argument("id", metavar="ID", help="as `proxai.py captures` lists it"),
-            argument("--provider", metavar="NAME",
-                     help="send it to this one, whatever the routes say"), CONFIG)),
+            argument("id", "ID", "as `proxai.py captures` lists it"),
+            argument("--provider", "NAME", "send it to this one, whatever the routes say"),
+            CONFIG)),
     "explain": Command(
         explain_command, "Tell what would become of a request: route, provider, URL, headers, body."
         " Nothing is sent.", (
-            argument("source", nargs="?", default="-", metavar="FILE", help="a request body, - for"
-                     " standard input (the default), or the id of a capture"),
-            argument("--path", help="where the client would send it, like /v1/messages"),
-            argument("--header", action="append", default=[], metavar="'NAME: VALUE'",
-                     help="a header of the client; may be repeated"),
-            CONFIG, argument("--json", action="store_true", help="print the report as JSON"))),
+            argument("source", "FILE", "a request body, - for standard input (the default), or the"
+                     " id of a capture", nargs="?", default="-"),
+            argument("--path", None, "where the client would send it, like /v1/messages"),
+            argument("--header", "'NAME: VALUE'", "a header of the client; may be repeated",
+                     action="append", default=[]),
+            CONFIG, argument("--json", None, "print the report as JSON", action="store_true"))),
     "capture": Command(
         capture, "Show or set which phases the configuration file captures. A proxy that runs by"
         " that file follows within a second.", actions={
@@ -19083,26 +19081,24 @@ COMMANDS = {
                        " the environment variable that usually holds the key."),
     "why": Command(
         ask_why, "Ask the proxy that runs who could serve a model, and what keeps them from it.",
-        (*OF_CONTROL,
-         argument("model", metavar="MODEL", help="the model, as a client asks for it"))),
+        (*OF_CONTROL, argument("model", "MODEL", "the model, as a client asks for it"))),
     "credentials": Command(
         credentials, "List the credentials of the proxy that runs, or let one be used again that"
         " rests.", (
-            *OF_CONTROL, argument("action", nargs="?", choices=["list", "reset"], default="list"),
-            argument("name", nargs="?", metavar="NAME",
-                     help="reset: a credential, provider/credential, or all"))),
+            *OF_CONTROL,
+            argument("action", None, None, nargs="?", choices=["list", "reset"], default="list"),
+            argument("name", "NAME", "reset: a credential, provider/credential, or all",
+                     nargs="?"))),
     "doctor": Command(
         doctor, "Try each provider with each of its keys, from the name of its host to a streamed"
         " answer, and say in plain words what is wrong.", (
-            argument("providers", nargs="*", metavar="PROVIDER",
-                     help="names of providers; all without"), CONFIG,
-            argument("--model", metavar="NAME", default="",
-                     help="the model to ask, as the provider names it"),
-            argument("--protocol", type=str.lower, choices=PROTOCOL_WORDS, metavar="P",
-                     help="the one to try where a provider speaks several; without, its first"),
-            argument("--timeout", type=seconds, default=DOCTOR_SECS, metavar="SECS",
-                     help=f"limit for each check ({DOCTOR_SECS:g})"),
-            argument("--json", action="store_true", help="print the reports as JSON")),
+            argument("providers", "PROVIDER", "names of providers; all without", nargs="*"), CONFIG,
+            argument("--model", "NAME", "the model to ask, as the provider names it", default=""),
+            argument("--protocol", "P", "the one to try where a provider speaks several; without,"
+                     " its first", type=str.lower, choices=PROTOCOL_WORDS),
+            argument("--timeout", "SECS", f"limit for each check ({DOCTOR_SECS:g})", type=seconds,
+                     default=DOCTOR_SECS),
+            argument("--json", None, "print the reports as JSON", action="store_true")),
         DOCTOR_NOTE),
 }
 
