@@ -15686,7 +15686,8 @@ class Control:
             handler = methods.get(head.method.decode("ascii"))
             if handler is None:
                 raise method_error(", ".join(methods).encode())
-            await handler(self, connection, head)
+            if (value := await handler(self, connection, head)) is not None:
+                write_text(connection, dump(value).decode(), "application/json")
         except ProxyError as error:
             self.refuse(connection, error)
         except FramingError as error:
@@ -15736,22 +15737,20 @@ async def control_health(control: Control, connection: Connection, head: Request
 
 
 CAPTURE_PATH = "/captures/"
-CAPTURES_LISTED, CAPTURES_LISTED_MOST = 50, 1000
 
 
-async def control_captures(control: Control, connection: Connection, head: RequestHead) -> None:
+async def control_captures(control: Control, connection: Connection, head: RequestHead) -> Json:
     """GET /captures?limit=N: the stored exchanges, newest first."""
-    limit = query_number(head, "limit", CAPTURES_LISTED, CAPTURES_LISTED_MOST)
+    limit = query_number(head, "limit", 50, 1000)
     found = await read_aside(list_captures, control.proxy.captures.directory, limit)
-    write_value(connection, {"captures": found})
+    return {"captures": found}
 
 
-async def control_one_capture(control: Control, connection: Connection, head: RequestHead) -> None:
+async def control_one_capture(control: Control, connection: Connection, head: RequestHead) -> Json:
     """GET /captures/ID: one of them, with its phases and what changed between them."""
     directory, word = control.proxy.captures.directory, head.path[len(CAPTURE_PATH):]
-    found = await read_aside(
-        lambda: capture_json(read_capture(directory, word, CAPTURE_JSON_BYTES * 2)))
-    write_value(connection, found)
+    return mapping(await read_aside(
+        lambda: capture_json(read_capture(directory, word, CAPTURE_JSON_BYTES * 2))))
 
 
 async def read_aside(read: Callable[..., Any], *arguments: Any) -> Any:
@@ -15762,8 +15761,6 @@ async def read_aside(read: Callable[..., Any], *arguments: Any) -> Any:
         raise RequestError(error.faults[0], status=404, fix=error.hint) from None
 
 
-
-
 async def control_metrics(control: Control, connection: Connection, head: RequestHead) -> None:
     """GET /metrics: all counts, for Prometheus."""
     proxy = control.proxy
@@ -15772,36 +15769,32 @@ async def control_metrics(control: Control, connection: Connection, head: Reques
                "text/plain; version=0.0.4")
 
 
-async def control_status(control: Control, connection: Connection, head: RequestHead) -> None:
-    """GET /status: what the proxy does and did."""
-    write_value(connection, status_view(control.proxy, control.server.url, time.time()))
-
-
-async def control_requests(control: Control, connection: Connection, head: RequestHead) -> None:
-    """GET /requests: the latest requests behind the number `after`, and those in flight."""
-    metrics = control.proxy.metrics
-    metrics.count()
-    after = query_number(head, "after", 0, 1 << 50)
-    limit = query_number(head, "limit", 50, RECENT_REQUESTS)
-    write_value(connection, {"latest": metrics.ended_count,
-                             "open": metrics.open_requests(time.time(), time.perf_counter()),
-                             "requests": metrics.requests(after, limit)})
-
-
-def status_view(proxy: Proxy, listen: str, now: float) -> Json:
-    """What /status tells; of a provider's URL no more than where it is."""
+async def control_status(control: Control, connection: Connection, head: RequestHead) -> Json:
+    """GET /status: what the proxy does and did; of a provider's URL no more than where it is."""
+    proxy, now = control.proxy, time.time()
     metrics = proxy.metrics
     metrics.count()
     providers = [{"name": name, "protocol": provider.protocol.name,
                   "base_url": f"{provider.origin.scheme}://{provider.origin.authority}",
                   **metrics.provider(name)} for name, provider in proxy.providers.items()]
     return {"version": __version__, "started_at": wall_text(metrics.started),
-            "uptime_secs": int(now - metrics.started), "listen": listen,
+            "uptime_secs": int(now - metrics.started), "listen": control.server.url,
             "in_flight": len(metrics.open), "credentials": credentials_view(proxy, now),
             "requests": {"total": metrics.ended_count, "errors": metrics.error_count},
             "providers": providers, "captures": proxy.captures.status(),
             "history": metrics.history(now), "models": metrics.models(),
             "recent": metrics.requests(0, 20)}
+
+
+async def control_requests(control: Control, connection: Connection, head: RequestHead) -> Json:
+    """GET /requests: the latest requests behind the number `after`, and those in flight."""
+    metrics = control.proxy.metrics
+    metrics.count()
+    after = query_number(head, "after", 0, 1 << 50)
+    limit = query_number(head, "limit", 50, RECENT_REQUESTS)
+    return {"latest": metrics.ended_count,
+            "open": metrics.open_requests(time.time(), time.perf_counter()),
+            "requests": metrics.requests(after, limit)}
 
 
 def credentials_view(proxy: Proxy, now: float) -> list[Json]:
@@ -15825,20 +15818,20 @@ def why_view(proxy: Proxy, model: str, now: float) -> Json:
     return out
 
 
-async def control_why(control: Control, connection: Connection, head: RequestHead) -> None:
+async def control_why(control: Control, connection: Connection, head: RequestHead) -> Json:
     """GET /why?model=NAME: who could serve a model."""
     model = parse_qs(head.query[1:]).get("model", [""])[0]
     if not model:
         raise RequestError("`model` is missing", param="model", fix="ask for /why?model=NAME")
-    write_value(connection, why_view(control.proxy, model, time.time()))
+    return why_view(control.proxy, model, time.time())
 
 
-async def control_credentials(control: Control, connection: Connection, head: RequestHead) -> None:
+async def control_credentials(control: Control, connection: Connection, head: RequestHead) -> Json:
     """GET /credentials: all credentials, and which of them rest."""
-    write_value(connection, {"credentials": credentials_view(control.proxy, time.time())})
+    return {"credentials": credentials_view(control.proxy, time.time())}
 
 
-async def control_reset(control: Control, connection: Connection, head: RequestHead) -> None:
+async def control_reset(control: Control, connection: Connection, head: RequestHead) -> Json:
     """POST /credentials/reset: end the rests of a credential, or of all."""
     wanted = (await read_control_body(connection, head)).get("name")
     proxy = control.proxy
@@ -15849,7 +15842,7 @@ async def control_reset(control: Control, connection: Connection, head: RequestH
                            status=404, fix=f"there are {', '.join(sorted(known))}, all")
     ended = reset_rests(proxy.scheduler, wanted)
     proxy.log.event(logging.INFO, "credentials_reset", {"name": wanted, "ended": ended})
-    write_value(connection, {"reset": ended})
+    return {"reset": ended}
 
 
 async def read_control_body(connection: Connection, head: RequestHead) -> Json:
@@ -15863,11 +15856,6 @@ async def read_control_body(connection: Connection, head: RequestHead) -> Json:
         return mapping(load(await connection.read_body(CONTROL_BODY_BYTES)))
     except ValueError as error:
         raise RequestError(f"the body is not JSON: {error}") from None
-
-
-def write_value(connection: Connection, value: Json) -> None:
-    """Answer with JSON that nobody may keep."""
-    write_text(connection, dump(value).decode(), "application/json")
 
 
 def write_text(connection: Connection, text: str, content_type: str = "text/plain") -> None:
@@ -15910,31 +15898,21 @@ class McpTool(NamedTuple):
     aside: bool = False  # whether it takes a while, and so runs on a thread
 
 
-class ToolCall(NamedTuple):
-    """A tool with arguments that its schema allows."""
-
-    tool: McpTool
-    arguments: Json
-
-
 def tool_capture_status(proxy: Proxy, arguments: Json) -> str:
     """The switches of the phases, and where captures go."""
     switches = proxy.captures.switches
-    views: dict[str, Callable[[str], bool | None]] = {
-        "defaults": switches.defaults.__getitem__, "overrides": switches.overrides.__getitem__,
-        "effective": switches.effective}
-    return "\n".join([*(f"{view}.{phase}_enabled: {MCP_WORDS[get(phase)]}"
-                        for view, get in views.items() for phase in PHASES),
+    views: Mapping[str, Mapping[str, bool | None]] = {
+        "defaults": switches.defaults, "overrides": switches.overrides,
+        "effective": {phase: switches.effective(phase) for phase in PHASES}}
+    return "\n".join([*(f"{view}.{phase}_enabled: {MCP_WORDS[values[phase]]}"
+                        for view, values in views.items() for phase in PHASES),
                       f"captures_dir: {proxy.captures.directory}"])
 
 
-def tool_capture_override(value: bool | None) -> Callable[[Proxy, Json], str]:
-    """The tool that overrides switches with `value`, and tells how they are then."""
-    def run(proxy: Proxy, arguments: Json) -> str:
-        proxy.captures.switches.override(arguments["target"], value)
-        return tool_capture_status(proxy, arguments)
-
-    return run
+def tool_capture_override(value: bool | None, proxy: Proxy, arguments: Json) -> str:
+    """Override switches with `value`, and tell how they are then."""
+    proxy.captures.switches.override(arguments["target"], value)
+    return tool_capture_status(proxy, arguments)
 
 
 def tool_capture_list(proxy: Proxy, arguments: Json) -> str:
@@ -16001,17 +15979,7 @@ def tool_providers(proxy: Proxy, arguments: Json) -> str:
     } for name, provider in proxy.providers.items()])
 
 
-def tool_why(proxy: Proxy, arguments: Json) -> str:
-    """Who could serve a model, and what keeps them from it."""
-    return pretty(why_view(proxy, arguments["model"], time.time()))
-
-
-def tool_credentials(proxy: Proxy, arguments: Json) -> str:
-    """The credentials by name, never a key."""
-    return pretty(credentials_view(proxy, time.time()))
-
-
-def mcp_initialize(params: Json) -> Json:
+async def mcp_initialize(proxy: Proxy, params: Json) -> Json:
     """Who we are, in the version the client asks for, or in our newest."""
     asked = params.get("protocolVersion")
     if not isinstance(asked, str):
@@ -16023,7 +15991,7 @@ def mcp_initialize(params: Json) -> Json:
                             " requests, and switch its captures; changes last until it restarts."}
 
 
-def mcp_tools(params: Json) -> Json:
+async def mcp_tools(proxy: Proxy, params: Json) -> Json:
     """All tools."""
     return {"tools": [
         {"name": name, "description": tool.description, "inputSchema": tool_schema(tool),
@@ -16039,8 +16007,8 @@ def tool_schema(tool: McpTool) -> Json:
             "additionalProperties": False}
 
 
-def mcp_call(params: Json) -> ToolCall:
-    """The tool that a client calls, with its arguments."""
+async def mcp_call(proxy: Proxy, params: Json) -> Json:
+    """The result of a tool: its text, or what went wrong in it, which the model may read."""
     name = params.get("name")
     tool = MCP_TOOLS.get(name) if isinstance(name, str) else None
     if tool is None:
@@ -16051,12 +16019,22 @@ def mcp_call(params: Json) -> ToolCall:
         raise RpcError(INVALID_PARAMS, "arguments must be an object")
     # models write null for what they leave out
     given = {key: value for key, value in given.items() if value is not None}
-    defaults = {key: schema["default"] for key, schema in tool.arguments.items()
-                if "default" in schema}
-    faults = list(argument_faults(tool_schema(tool), given))
-    if faults:
+    if faults := list(argument_faults(tool_schema(tool), given)):
         raise RpcError(INVALID_PARAMS, f"{name}: {'; '.join(faults)}")
-    return ToolCall(tool, {**defaults, **given})
+    arguments = {key: schema["default"] for key, schema in tool.arguments.items()
+                 if "default" in schema} | given
+    wrong = False
+    try:
+        text = (await asyncio.to_thread(tool.run, proxy, arguments) if tool.aside
+                else tool.run(proxy, arguments))
+    except (ProxyError, ConfigError, OSError, ValueError) as error:  # ValueError: half a surrogate
+        text, wrong = str(error), True
+    return {"content": [{"type": "text", "text": text}], "isError": wrong}
+
+
+async def mcp_ping(proxy: Proxy, params: Json) -> Json:
+    """That we are there."""
+    return {}
 
 
 def argument_faults(schema: Json, given: Json) -> Iterator[str]:
@@ -16084,17 +16062,6 @@ def is_rpc(value: Any) -> bool:
         "id" in value and ("result" in value or "error" in value))
 
 
-def mcp_result(message: Json) -> Json | ToolCall:
-    """The result of a request, or the call that makes it; RpcError where there is none."""
-    method = MCP_METHODS.get(message["method"])
-    if method is None:
-        raise RpcError(NO_METHOD, f"there is no method {short(message['method'])}")
-    params = message.get("params", {})
-    if not isinstance(params, dict):
-        raise RpcError(INVALID_PARAMS, "params must be an object")
-    return method(params)
-
-
 async def mcp_answer(proxy: Proxy, message: Any) -> Json | None:
     """The answer to a message; None for a notification or an answer, that want none."""
     reply: Json = {"jsonrpc": "2.0", "id": None}
@@ -16104,35 +16071,23 @@ async def mcp_answer(proxy: Proxy, message: Any) -> Json | None:
         if "id" not in message or "method" not in message:
             return None
         reply["id"] = message["id"]
-        result = mcp_result(message)
-        if isinstance(result, ToolCall):
-            result = await run_tool(proxy, result)
-        reply["result"] = result
+        method = MCP_METHODS.get(message["method"])
+        if method is None:
+            raise RpcError(NO_METHOD, f"there is no method {short(message['method'])}")
+        params = message.get("params", {})
+        if not isinstance(params, dict):
+            raise RpcError(INVALID_PARAMS, "params must be an object")
+        reply["result"] = await method(proxy, params)
     except RpcError as error:
         reply["error"] = {"code": error.code, "message": str(error)}
     return reply
 
 
-async def run_tool(proxy: Proxy, call: ToolCall) -> Json:
-    """The result of a tool: its text, or what went wrong in it, which the model may read."""
-    tool, wrong = call.tool, False
-    try:
-        text = (await asyncio.to_thread(tool.run, proxy, call.arguments) if tool.aside
-                else tool.run(proxy, call.arguments))
-    except (ProxyError, ConfigError, OSError, ValueError) as error:  # ValueError: half a surrogate
-        text, wrong = str(error), True
-    return {"content": [{"type": "text", "text": text}], "isError": wrong}
-
-
 MCP_TARGET = {"type": "string", "enum": [*PHASES, "all"], "default": "all",
           "description": "Which phase of requests; all of them without it."}
 MCP_PHASE = {"type": "string", "enum": [*PHASES], "description": "Only this phase."}
-
-
-def limit_schema(default: int) -> Json:
-    """The argument that bounds a list."""
-    return {"type": "integer", "minimum": 1, "maximum": 200, "default": default,
-            "description": "How many, at most."}
+MCP_LIMIT = {"type": "integer", "minimum": 1, "maximum": 200, "default": 10,
+             "description": "How many, at most."}
 
 
 MCP_TOOLS = {
@@ -16141,20 +16096,20 @@ MCP_TOOLS = {
         " by overrides, in effect.", tool_capture_status, {}),
     "capture_enable": McpTool(
         "Enable captures", "Capture a phase of the requests that start from now on. Captures hold"
-        " prompts and answers; they stay on this machine.", tool_capture_override(True),
-        {"target": MCP_TARGET}, changes=True),
+        " prompts and answers; they stay on this machine.",
+        functools.partial(tool_capture_override, True), {"target": MCP_TARGET}, changes=True),
     "capture_disable": McpTool(
-        "Disable captures", "Capture a phase no longer.", tool_capture_override(False),
-        {"target": MCP_TARGET}, changes=True),
+        "Disable captures", "Capture a phase no longer.",
+        functools.partial(tool_capture_override, False), {"target": MCP_TARGET}, changes=True),
     "capture_clear": McpTool(
         "Clear overrides", "Capture a phase as the configuration says again.",
-        tool_capture_override(None), {"target": MCP_TARGET}, changes=True),
+        functools.partial(tool_capture_override, None), {"target": MCP_TARGET}, changes=True),
     "capture_show_latest": McpTool(
         "Latest capture", "The files of the newest capture.", tool_capture_show_latest,
         {"target": MCP_PHASE}, aside=True),
     "capture_list": McpTool(
         "List captures", "The captures, newest first, with the phases that each has.",
-        tool_capture_list, {"limit": limit_schema(10)}, aside=True),
+        tool_capture_list, {"limit": MCP_LIMIT}, aside=True),
     "capture_read": McpTool(
         "Read a capture", "Heads and bodies of a captured request, as text; keys are redacted.",
         tool_capture_read,
@@ -16169,24 +16124,22 @@ MCP_TOOLS = {
                      "additionalProperties": {"type": "string"}}}, ("path", "body"), aside=True),
     "recent_requests": McpTool(
         "Recent requests", "The latest requests: models, providers, status, times, tokens, errors;"
-        " no contents.", tool_recent_requests, {"limit": limit_schema(20)}),
+        " no contents.", tool_recent_requests, {"limit": {**MCP_LIMIT, "default": 20}}),
     "providers": McpTool(
         "Providers", "The providers, with the routes that lead to them and the protocols they are"
         " the default of.", tool_providers, {}),
     "why": McpTool(
         "Why a model is or is not served", "Every provider and credential that could serve a model:"
-        " whether it is used now, and if not, why, who said so, and until when.", tool_why,
+        " whether it is used now, and if not, why, who said so, and until when.",
+        lambda proxy, arguments: pretty(why_view(proxy, arguments["model"], time.time())),
         {"model": {"type": "string", "description": "As a client asks for it."}}, ("model",)),
     "credentials": McpTool(
         "Credentials", "The credentials of the providers, by name, and which of them rest.",
-        tool_credentials, {}),
+        lambda proxy, arguments: pretty(credentials_view(proxy, time.time())), {}),
 }
 
-# method -> params -> result
-MCP_METHODS: dict[str, Callable[[Json], Json | ToolCall]] = {
-    "initialize": mcp_initialize, "ping": lambda params: {},
-    "tools/list": mcp_tools, "tools/call": mcp_call,
-}
+MCP_METHODS = {"initialize": mcp_initialize, "ping": mcp_ping, "tools/list": mcp_tools,
+               "tools/call": mcp_call}
 
 
 class McpSession:
@@ -16328,7 +16281,9 @@ async def control_mcp_end(control: Control, connection: Connection, head: Reques
 def mcp_lines() -> list[bytes]:
     """The head of an event stream."""
     return [b"content-type: text/event-stream", b"cache-control: no-cache", date_line()]
-async def control_capture(control: Control, connection: Connection, head: RequestHead) -> None:
+
+
+async def control_capture(control: Control, connection: Connection, head: RequestHead) -> Json:
     """POST /capture: override the switch of a phase, or of `all`, for requests that start from
     now on; null goes back to the configuration."""
     wanted = await read_control_body(connection, head)
@@ -16339,7 +16294,7 @@ async def control_capture(control: Control, connection: Connection, head: Reques
     captures = control.proxy.captures
     captures.switches.override(phase, enabled)
     captures.log.event(logging.INFO, "capture_switch", {"phase": phase, "enabled": enabled})
-    write_value(connection, captures.status())
+    return captures.status()
 
 
 async def control_page(control: Control, connection: Connection, head: RequestHead) -> None:
@@ -16363,8 +16318,8 @@ def page_headers() -> tuple[bytes, ...]:
             b"x-frame-options: DENY")
 
 
-# path -> method -> handler; a handler is given the control, the connection and the head
-ControlHandler = Callable[[Control, Connection, RequestHead], Any]
+# path -> method -> handler, which returns the JSON to answer with, or has answered
+ControlHandler = Callable[[Control, Connection, RequestHead], Awaitable[Json | None]]
 CONTROL_PATHS: dict[str, dict[str, ControlHandler]] = {
     "/": {"GET": control_page, "HEAD": control_page},
     "/health": {"GET": control_health},
@@ -16436,13 +16391,12 @@ svg { display: block; width: 100%; height: 140px; margin: 10px 0 6px; border-rad
 svg text { font-size: 11px; fill: var(--soft); }
 svg line { stroke: var(--line); }
 svg .cursor { fill: var(--ink); opacity: .1; }
-rect.a { fill: var(--a); } rect.b { fill: var(--b); } rect.bad { fill: var(--bad); }
-path { fill: none; stroke-width: 2; stroke-linecap: round; stroke-linejoin: round; }
-path.a { stroke: var(--a); } path.b { stroke: var(--b); }
+.a { --look: var(--a); } .b { --look: var(--b); } .bad { --look: var(--bad); }
+rect { fill: var(--look); }
+path { fill: none; stroke: var(--look); stroke-width: 2; stroke-linecap: round;
+  stroke-linejoin: round; }
 .legend { font-size: 12px; } .legend span { color: inherit; }
-.legend span::before { border-radius: 2px; }
-.legend .a::before { background: var(--a); } .legend .b::before { background: var(--b); }
-.legend .bad::before { background: var(--bad); }
+.legend span::before { border-radius: 2px; background: var(--look); }
 .list { list-style: none; margin-top: 6px; }
 .list li { padding: 9px 0; border-top: 1px solid var(--line); overflow-wrap: anywhere; }
 .list li:first-child { border: 0; }
@@ -16515,18 +16469,10 @@ pre .cut { color: var(--bad); background: var(--cut); }
 <p id="say" class="unseen" role="status"></p>
 <noscript>This page needs JavaScript; GET /status tells the same as JSON.</noscript>
 <main>
-<figure class="card">
-<figcaption class="bar"><h2>Requests</h2><small></small></figcaption>
-<svg id="chart-requests" role="img" tabindex="0"></svg><p class="legend"></p>
-</figure>
-<figure class="card">
-<figcaption class="bar"><h2>Latency, median</h2><small></small></figcaption>
-<svg id="chart-latency" role="img" tabindex="0"></svg><p class="legend"></p>
-</figure>
-<figure class="card">
-<figcaption class="bar"><h2>Tokens</h2><small></small></figcaption>
-<svg id="chart-tokens" role="img" tabindex="0"></svg><p class="legend"></p>
-</figure>
+<template id="chart"><figure class="card">
+<figcaption class="bar"><h2></h2><small></small></figcaption>
+<svg role="img" tabindex="0"></svg><p class="legend"></p>
+</figure></template>
 <section class="card half" aria-labelledby="h-providers">
 <h2 id="h-providers">Providers</h2>
 <ul id="providers" class="list"></ul>
@@ -16638,15 +16584,15 @@ async function call(path, options) {
 
 const SUM = values => values.reduce((all, value) => all + value, 0);
 const LAST = values => values.findLast(value => value != null) ?? null;
-const CHARTS = {
-  "chart-requests": { format: count, axis: short, when: "last hour", sum: SUM, least: 4, strips: [
+const CHARTS = [
+  { name: "Requests", format: count, axis: short, when: "last hour", sum: SUM, least: 4, strips: [
     [["ok", "a", m => m.requests - m.errors], ["errors", "bad", m => m.errors]]] },
-  "chart-latency": { format: ms, axis: n => n < 1000 ? n + " ms" : n / 1000 + " s", line: true,
-    when: "latest", sum: LAST, least: 100, strips: [
+  { name: "Latency, median", format: ms, axis: n => n < 1000 ? n + " ms" : n / 1000 + " s",
+    line: true, when: "latest", sum: LAST, least: 100, strips: [
       [["first token", "a", m => m.ttfb_ms_p50], ["whole answer", "b", m => m.duration_ms_p50]]] },
-  "chart-tokens": { format: short, axis: short, when: "last hour", sum: SUM, least: 100, strips: [
+  { name: "Tokens", format: short, axis: short, when: "last hour", sum: SUM, least: 100, strips: [
     [["in", "a", m => m.input_tokens]], [["out", "b", m => m.output_tokens]]] },
-};
+];
 const MARGINS = [50, 6];  // left and right of the minutes
 let past = [];
 
@@ -16655,15 +16601,14 @@ function nice(most) {  // the next round number, even so that its half is round 
   return [1, 2, 3, 4, 5, 6, 8, 10].map(n => n * unit).find(n => n >= most && n % 2 === 0);
 }
 
-function draw(id) {
-  const chart = CHARTS[id], svg = $(id), width = Math.max(svg.clientWidth, 200), height = 140;
+function draw(chart) {
+  const svg = chart.svg, width = Math.max(svg.clientWidth, 200), height = 140;
   const [left, right] = MARGINS, floor = height - 20, gap = 16, parts = [];
   const add = (tag, ...rest) =>
     parts.push(dress(document.createElementNS(svg.namespaceURI, tag), ...rest));
   const step = (width - left - right) / Math.max(past.length, 1), x = i => left + i * step;
   const high = (floor - 8 - gap * (chart.strips.length - 1)) / chart.strips.length;
-  const title = `${svg.dataset.name}, ${chart.when}: ` + chart.strips.flat()
-    .map(([name, , value]) => `${chart.format(chart.sum(past.map(value)))} ${name}`).join(", ");
+  const title = `${chart.name}, ${told(chart)}`;
   add("title", {}, title);
   dress(svg, { "aria-label": title, viewBox: `0 0 ${width} ${height}` });
   chart.strips.forEach((series, strip) => {
@@ -16695,44 +16640,50 @@ function draw(id) {
   if (chart.at != null && past[chart.at])
     add("rect", { class: "cursor", x: x(chart.at), width: step, y: 0, height: floor });
   svg.replaceChildren(...parts);
-  readout(chart, svg);
-}
-
-function readout(chart, svg) {
-  const minute = past[chart.at], when = minute ? clock(minute.at * 1000) : chart.when;
-  const said = chart.strips.flat().map(([name, look, value]) =>
-    [look, `${chart.format(minute ? value(minute) : chart.sum(past.map(value)))} ${name}`]);
+  const minute = past[chart.at], [when, said] = readout(chart, minute);
   put(svg.parentNode.querySelector("small"), when);
   svg.nextElementSibling.replaceChildren(...said.map(([look, text]) =>
     el("span", { class: look }, text)));
+}
+
+function readout(chart, minute) {  // of the whole hour without a minute
+  return [minute ? clock(minute.at * 1000) : chart.when,
+    chart.strips.flat().map(([name, look, value]) =>
+      [look, `${chart.format(minute ? value(minute) : chart.sum(past.map(value)))} ${name}`])];
+}
+
+function told(chart, minute) {
+  const [when, said] = readout(chart, minute);
   return `${when}: ${said.map(([, text]) => text).join(", ")}`;
 }
 
-function point(id, at) {
-  if (CHARTS[id].at === at) return;
-  CHARTS[id].at = at;
-  draw(id);
+function point(chart, at) {
+  if (chart.at === at) return;
+  chart.at = at;
+  draw(chart);
 }
 
-for (const id of Object.keys(CHARTS)) {
-  const svg = $(id);
-  svg.dataset.name = svg.parentNode.querySelector("h2").textContent;
+for (const chart of CHARTS) {
+  const figure = $("chart").content.firstElementChild.cloneNode(true);
+  const svg = chart.svg = figure.querySelector("svg");
+  figure.querySelector("h2").append(chart.name);
+  $("chart").before(figure);
   svg.addEventListener("pointermove", event => {
     const inside = (event.offsetX - MARGINS[0]) / (svg.clientWidth - SUM(MARGINS));
-    point(id, inside < 0 || inside >= 1 ? null : Math.floor(inside * past.length));
+    point(chart, inside < 0 || inside >= 1 ? null : Math.floor(inside * past.length));
   });
-  svg.addEventListener("pointerleave", () => point(id, null));
-  svg.addEventListener("focus", () => point(id, past.length - 1));
-  svg.addEventListener("blur", () => point(id, null));
+  svg.addEventListener("focus", () => point(chart, past.length - 1));
+  for (const event of ["pointerleave", "blur"])
+    svg.addEventListener(event, () => point(chart, null));
   svg.addEventListener("keydown", event => {
     const move = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
     if (!move || !past.length) return;
     event.preventDefault();
-    point(id, Math.min(Math.max((CHARTS[id].at ?? past.length) + move, 0), past.length - 1));
-    say(readout(CHARTS[id], svg));
+    point(chart, Math.min(Math.max((chart.at ?? past.length) + move, 0), past.length - 1));
+    say(told(chart, past[chart.at]));
   });
 }
-new ResizeObserver(() => Object.keys(CHARTS).forEach(draw)).observe($("chart-requests"));
+new ResizeObserver(() => CHARTS.forEach(draw)).observe(CHARTS[0].svg);
 
 // -- the state of the proxy
 
@@ -16746,7 +16697,7 @@ function showStatus(data) {
     ["listens at", data.listen], ["up", span(data.uptime_secs)], ["in flight", data.in_flight],
     ["requests", count(data.requests.total)], ["errors", count(data.requests.errors)]]));
   past = data.history;
-  Object.keys(CHARTS).forEach(draw);
+  CHARTS.forEach(draw);
   fill($("providers"), JSON.stringify([data.providers, data.credentials]),
     ...data.providers.map(p => provider(p, data.credentials)));
   showCaptures(data.captures);
@@ -17385,31 +17336,6 @@ def command_line() -> argparse.ArgumentParser:
 PROTOCOL_WORDS = {name: p for p in PROTOCOLS.values() for name in (p.name, p.word)}
 
 
-def translate_line() -> argparse.ArgumentParser:
-    """The parser of `proxai.py translate`."""
-    parser = argparse.ArgumentParser(
-        prog="proxai.py translate", allow_abbrev=False,
-        description="Translate a request, an answer or a stream, and tell what is left out.",
-        epilog="A request goes from the client's protocol to the provider's, answers and streams"
-               " come from the provider's to the client's.")
-    add = parser.add_argument
-    for flag, text in (("--from", "protocol of FILE: " + ", ".join(PROTOCOLS)),
-                       ("--to", "protocol to translate to")):
-        add(flag, dest=flag[2:] + "_", type=str.lower, choices=PROTOCOL_WORDS, required=True,
-            metavar="P", help=text)
-    kind = parser.add_mutually_exclusive_group()
-    for name, text in (("request", "FILE is a request (the default)"),
-                       ("response", "FILE is a provider's answer"),
-                       ("stream", "FILE is a provider's event stream")):
-        kind.add_argument(f"--{name}", dest="kind", action="store_const", const=name,
-                          default="request", help=text)
-    add("--model", metavar="NAME", help="model name at the provider, which decides what it takes")
-    add("--host", metavar="HOST", default="", help="the provider's host, which does so too")
-    add("--asked", metavar="FILE", help="the client's request that FILE answers")
-    add("file", metavar="FILE", help="a file, or - for standard input")
-    return parser
-
-
 def translate(args: Any, environ: Mapping[str, str]) -> int:
     """Print a translation, and on standard error what it left out; 1 where there is none."""
     inbound, provider = PROTOCOL_WORDS[args.from_], PROTOCOL_WORDS[args.to_]
@@ -17469,32 +17395,9 @@ def load_object(raw: bytes, name: str) -> Json:
     return value
 
 
-def login_line() -> argparse.ArgumentParser:
-    """The parser of `proxai.py login`."""
-    return credential_line("login", "Get a provider's first OAuth token, and store it.")
-
-
-def logout_line() -> argparse.ArgumentParser:
-    """The parser of `proxai.py logout`."""
-    return credential_line("logout", "Remove a provider's stored OAuth token. A proxy that runs"
-                           " keeps its own until that ends.")
-
-
-def credential_line(command: str, description: str) -> argparse.ArgumentParser:
-    """The parser of a command about one credential."""
-    parser = argparse.ArgumentParser(prog=f"proxai.py {command}", allow_abbrev=False,
-                                     description=description)
-    add = parser.add_argument
-    add("provider", metavar="PROVIDER", help="name of a provider")
-    add("--credential", metavar="NAME", help="one of its credentials, where it has several")
-    add("--config", metavar="PATH", help="configuration file")
-    return parser
-
-
 def oauth_credential(args: Any, environ: Mapping[str, str]) -> Credential:
     """The credential that the command line names; ConfigError where there is none with OAuth."""
-    path = Path(args.config or app_directory(environ) / "config.toml")
-    config = load_config(read_file(path), str(path), environ=environ)
+    config = load_from(args.config, environ)
     settings = config.providers.get(args.provider.strip().lower())
     if settings is None:
         raise ConfigError([f"no provider is named {args.provider} (there are:"
@@ -17516,12 +17419,9 @@ def login(args: Any, environ: Mapping[str, str]) -> int:
     credential = oauth_credential(args, environ)
 
     async def work() -> Token:
-        pool = Pool()
-        try:
+        with contextlib.closing(Pool()) as pool:
             return await Tokens(pool, Log(logging.getLogger("proxai")), environ).log_in(
                 credential, tell)
-        finally:
-            pool.close()
 
     try:
         token = asyncio.run(work())
@@ -17550,7 +17450,8 @@ def logout(args: Any, environ: Mapping[str, str]) -> int:
 
 def flag_overrides(args: Any, tables: Json) -> list[Override]:
     """What the flags put in place of the file's values."""
-    rows = [("--port", ("server", "port"), args.port), ("--mcp-port", ("mcp", "port"), args.mcp_port),
+    rows = [("--port", ("server", "port"), args.port),
+            ("--mcp-port", ("mcp", "port"), args.mcp_port),
             ("--log-level", ("logging", "level"), args.log_level),
             ("--log-format", ("logging", "output_format"), args.log_format),
             *((f"--capture-{phase.replace('_', '-')}", ("capture", f"{phase}_enabled"),
@@ -17589,30 +17490,12 @@ def read_file(path: Path, encoding: str = "utf-8-sig", newline: str | None = Non
         raise ConfigError([f"cannot read {path}: {reason}"]) from None
 
 
-def capture_line() -> argparse.ArgumentParser:
-    """The parser of `proxai.py capture`."""
-    parser = argparse.ArgumentParser(
-        prog="proxai.py capture", allow_abbrev=False,
-        description="Show or set which phases the configuration file captures. A proxy that runs by"
-                    " that file follows within a second.")
-    actions = parser.add_subparsers(dest="action", required=True, metavar="status|enable|disable")
-    for name, does in (("status", "show the switches"), ("enable", "switch on"),
-                       ("disable", "switch off")):
-        action = actions.add_parser(name, help=does, allow_abbrev=False)
-        action.add_argument("--config", metavar="PATH", help="configuration file")
-        if name != "status":
-            action.add_argument("phase", nargs="?", choices=[*CAPTURE_STEMS.values(), "all"],
-                                default="all", metavar="PHASE",
-                                help=f"{', '.join(CAPTURE_STEMS.values())}, or all (the default)")
-    return parser
-
-
 def capture(args: Any, environ: Mapping[str, str]) -> int:
     """Show the capture switches of the configuration file, or set them in its text."""
     directory, _ = bootstrap(environ)
     path = Path(args.config or directory / "config.toml")
     if args.action == "status":
-        settings = load_config(read_file(path), str(path), environ=environ).capture
+        settings = load_from(str(path), environ).capture
         rows = {f"{phase}_enabled": toml_value(on)
                 for phase, on in CaptureSwitches(settings).defaults.items()}
         rows["captures_dir"] = str(captures_directory(environ))
@@ -17900,7 +17783,8 @@ async def keep_current(proxy: Proxy, server: Server, file: ConfigFile | None,
     """Put a changed configuration file in force, looking at it now and then, and at once where that
     is `wanted`. Keeps what must survive a restart. Ends a worker whose parent is gone."""
     parent, seen = os.getppid(), file and file.state
-    recall(proxy)
+    with contextlib.suppress(OSError, ValueError):  # what was kept of the last run
+        load_state(proxy.scheduler, load(cooldowns_path(proxy.environ).read_bytes()), time.time())
     kept = dump_state(proxy.scheduler, time.time())
     while True:
         with contextlib.suppress(TimeoutError):
@@ -17952,14 +17836,13 @@ def reload(proxy: Proxy, server: Server, file: ConfigFile) -> None:
 def changed_settings(before: Config, after: Config) -> list[str]:
     """The names of the settings that differ; never their values."""
     def leaves(value: Any, at: str) -> Iterator[tuple[str, Any]]:
-        items = (value.items() if isinstance(value, dict)
-                 else ((str(i), item) for i, item in enumerate(value))
-                 if isinstance(value, (list, tuple)) else None)
-        if items is None:
+        if isinstance(value, (list, tuple)):
+            value = dict(enumerate(value))
+        if not isinstance(value, dict):
             yield at, value
-        else:
-            for key, item in items:
-                yield from leaves(item, f"{at}.{key}" if at else key)
+            return
+        for key, item in value.items():
+            yield from leaves(item, f"{at}.{key}" if at else key)
 
     old, new = (dict(leaves(dataclasses.asdict(c), "")) for c in (before, after))
     return sorted(key for key in {*old, *new} if old.get(key, ABSENT) != new.get(key, ABSENT))
@@ -17970,13 +17853,6 @@ def changed_settings(before: Config, after: Config) -> list[str]:
 def cooldowns_path(environ: Mapping[str, str]) -> Path:
     """Where is kept until when providers want no more requests."""
     return app_directory(environ) / "cooldowns.json"
-
-
-def recall(proxy: Proxy) -> None:
-    """Take back what was kept of the last run, as far as it holds."""
-    with contextlib.suppress(OSError, ValueError):
-        kept = load(cooldowns_path(proxy.environ).read_bytes())
-        load_state(proxy.scheduler, kept, time.time())
 
 
 def keep_state(state: Json, path: Path, log: Log) -> None:
@@ -18191,18 +18067,6 @@ def client_settings(client: Client, base: str, key: str, model: str = "",
     return "\n".join(lines)
 
 
-def env_line() -> argparse.ArgumentParser:
-    """The parser of `proxai.py env`."""
-    parser = argparse.ArgumentParser(
-        prog="proxai.py env", allow_abbrev=False,
-        description="Print the settings that point a client at this proxy.")
-    add = parser.add_argument
-    add("client", metavar="CLIENT", choices=CLIENTS, help=", ".join(CLIENTS))
-    add("--config", metavar="PATH", help="configuration file, for the address")
-    add("--model", metavar="NAME", default="", help="the model to ask for")
-    return parser
-
-
 def env(args: Any, environ: Mapping[str, str]) -> int:
     """Print how a client is pointed at the proxy of a configuration."""
     there = args.config or (app_directory(environ) / "config.toml").exists()
@@ -18218,26 +18082,6 @@ def env(args: Any, environ: Mapping[str, str]) -> int:
 
 
 # -- captures ----------------------------------------------------------------
-
-def captures_line() -> argparse.ArgumentParser:
-    """The parser of `proxai.py captures`."""
-    parser = argparse.ArgumentParser(
-        prog="proxai.py captures", allow_abbrev=False,
-        description="Look at stored exchanges.",
-        epilog="An ID is that of the x-proxai-request-id header, its end (four characters at"
-               " least), or the req= of the log.")
-    add = parser.add_argument
-    add("action", nargs="?", choices=["list", *CAPTURE_ACTIONS], default="list",
-        help="list: newest first (the default); show: the phases of one; diff: what the proxy"
-             " changed; export: one JSON file of it all")
-    add("id", nargs="?", metavar="ID", help="the exchange to show, diff or export")
-    add("--limit", type=int, default=20, metavar="N", help="list: so many at most (20)")
-    add("--json", action="store_true", help="list: as JSON, a line for each")
-    add("--sanitize", action="store_true",
-        help="export: texts replaced by fillers of the same length, few headers, no secrets")
-    add("--output", metavar="FILE", help="export: a new file, readable for you only")
-    return parser
-
 
 def captures(args: Any, environ: Mapping[str, str]) -> int:
     """List stored exchanges, or do something with one."""
@@ -18320,19 +18164,6 @@ def load_from(path: str | None, environ: Mapping[str, str]) -> Config:
     return load_config(read_file(file), str(file), environ=environ)
 
 
-def replay_line() -> argparse.ArgumentParser:
-    """The parser of `proxai.py replay`."""
-    parser = argparse.ArgumentParser(
-        prog="proxai.py replay", allow_abbrev=False,
-        description="Send a stored request again, to a provider as the configuration is now, and"
-                    " show how the answer differs from the stored one.")
-    add = parser.add_argument
-    add("id", metavar="ID", help="as `proxai.py captures` lists it")
-    add("--provider", metavar="NAME", help="send it to this one, whatever the routes say")
-    add("--config", metavar="PATH", help="configuration file")
-    return parser
-
-
 def check_provider(config: Config, name: str) -> None:
     """Raise a ConfigError unless there is a provider of that name."""
     if name not in config.providers:
@@ -18343,10 +18174,9 @@ def check_provider(config: Config, name: str) -> None:
 def replay_config(config: Config, provider: str | None) -> Config:
     """A configuration for one request from this process: no captures, no key of ours asked for,
     and where `provider` is given nowhere else to go."""
-    if provider is not None:
-        check_provider(config, provider)
     routing = config.routing
     if provider is not None:
+        check_provider(config, provider)
         names = DefaultsConfig(**dict.fromkeys(PROTOCOLS, provider))
         routing = dataclasses.replace(routing, routes=(), default_provider_names=names)
     server = dataclasses.replace(config.server, host="127.0.0.1", port=0, api_keys=())
@@ -18408,23 +18238,6 @@ def replay_lines(capture: CapturedExchange, head: ResponseHead, answer: bytes) -
 CAPTURE_WORD = re.compile(r"[0-9A-Za-z-]+")
 
 
-def explain_line() -> argparse.ArgumentParser:
-    """The parser of `proxai.py explain`."""
-    parser = argparse.ArgumentParser(
-        prog="proxai.py explain", allow_abbrev=False,
-        description="Tell what would become of a request: route, provider, URL, headers, body."
-                    " Nothing is sent.")
-    add = parser.add_argument
-    add("source", nargs="?", default="-", metavar="FILE",
-        help="a request body, - for standard input (the default), or the id of a capture")
-    add("--path", help="where the client would send it, like /v1/messages")
-    add("--header", action="append", default=[], metavar="'NAME: VALUE'",
-        help="a header of the client; may be repeated")
-    add("--config", metavar="PATH", help="configuration file")
-    add("--json", action="store_true", help="print the report as JSON")
-    return parser
-
-
 def explain_source(args: Any, environ: Mapping[str, str]) -> tuple[str, list[bytes], bytes]:
     """Path, header lines and body of the request to explain."""
     source, lines = args.source, [line.encode("utf-8", "replace") for line in args.header]
@@ -18448,34 +18261,6 @@ def explain_command(args: Any, environ: Mapping[str, str]) -> int:
 
 
 # -- credentials of a proxy that runs ----------------------------------------
-
-def control_line(command: str, description: str) -> argparse.ArgumentParser:
-    """The parser of a command that asks a proxy that runs."""
-    parser = argparse.ArgumentParser(prog=f"proxai.py {command}", allow_abbrev=False,
-                                     description=description)
-    parser.add_argument("--config", metavar="PATH", help="configuration file of that proxy")
-    parser.add_argument("--mcp-port", type=port_number, metavar="N", help="its control port")
-    parser.add_argument("--json", action="store_true", help="as JSON")
-    return parser
-
-
-def why_line() -> argparse.ArgumentParser:
-    """The parser of `proxai.py why`."""
-    parser = control_line("why", "Ask the proxy that runs who could serve a model, and what keeps"
-                                 " them from it.")
-    parser.add_argument("model", metavar="MODEL", help="the model, as a client asks for it")
-    return parser
-
-
-def credentials_line() -> argparse.ArgumentParser:
-    """The parser of `proxai.py credentials`."""
-    parser = control_line("credentials", "List the credentials of the proxy that runs, or let one"
-                                         " be used again that rests.")
-    parser.add_argument("action", nargs="?", choices=["list", "reset"], default="list")
-    parser.add_argument("name", nargs="?", metavar="NAME",
-                        help="reset: a credential, provider/credential, or all")
-    return parser
-
 
 def ask_control(args: Any, environ: Mapping[str, str], path: str, body: Json | None = None) -> Json:
     """What the control listener of the proxy that runs answers; ConfigError where none does."""
@@ -18509,12 +18294,12 @@ def ask_why(args: Any, environ: Mapping[str, str]) -> int:
 def why_lines(found: Json, now: float) -> list[str]:
     """An answer of /why for people; protocols with the same answer stand together."""
     lines: list[str] = []
-    answers: defaultdict[str, list[str]] = defaultdict(list)
-    for protocol, told in found["protocols"].items():
-        answers[json.dumps(told)].append(protocol)
-    for text, protocols in answers.items():
-        told = json.loads(text)
-        lines.append(f"{found['model']}, asked for by {', '.join(protocols)}:")
+    answers: Json = found["protocols"]
+    for protocol, told in answers.items():
+        same = [other for other in answers if answers[other] == told]
+        if same[0] != protocol:
+            continue
+        lines.append(f"{found['model']}, asked for by {', '.join(same)}:")
         lines += [f"  nobody: {told['error']}"] if "error" in told else [
             f"  {row['provider']}/{row['credential']} as {row['model']}: "
             + ("ready" if row["eligible"] else f"rests, {rest_text(row, now)}")
@@ -18567,23 +18352,17 @@ DOCTOR_NOTE = ("The doctor sends up to three tiny requests with each key. They m
                " of a cent.")
 
 
-class Probe(NamedTuple):
-    """A request of the doctor, in Chat form, and the limit of its answer in tokens."""
-
-    tokens: int
-    body: Json
-
-
 PROBE_TEXT = [{"role": "user", "content": "Reply with the word OK."}]
 PROBE_TOOL = {"type": "function", "function": {
     "name": "say_word", "description": "Say a word.", "parameters": {
         "type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]}}}
-PROBES = {
-    "chat": Probe(16, {"messages": PROBE_TEXT}),
-    "tool": Probe(512, {  # models that think do so before the call
+# A request of the doctor, in Chat form, and the limit of its answer in tokens.
+PROBES: dict[str, tuple[int, Json]] = {
+    "chat": (16, {"messages": PROBE_TEXT}),
+    "tool": (512, {  # models that think do so before the call
         "messages": [{"role": "user", "content": "Call the tool with the word OK."}],
         "tools": [PROBE_TOOL], "tool_choice": "required"}),
-    "stream": Probe(16, {"messages": PROBE_TEXT, "stream": True}),
+    "stream": (16, {"messages": PROBE_TEXT, "stream": True}),
 }
 PROBE_HEAD = parse_request_head(b"POST %b HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type:"
                                 b" application/json" % CHAT.path.encode(), HeadLimits())
@@ -18596,8 +18375,8 @@ ADVICE = {
                 " its port is right"),
     "unreachable": ("fail", "{place} cannot be reached ({said}); is it running, is base_url right,"
                     " does the network need HTTPS_PROXY?"),
-    "silent": ("fail", "{place} does not answer within {secs} seconds; see that base_url is right, and"
-               " whether the network needs HTTPS_PROXY"),
+    "silent": ("fail", "{place} does not answer within {secs} seconds; see that base_url is right,"
+               " and whether the network needs HTTPS_PROXY"),
     "timeout": ("fail", "no whole answer within {secs} seconds; try again, or a larger --timeout"),
     "untrusted": ("fail", "the certificate of {origin} is not trusted ({said}); if your network"
                   " re-signs TLS, set ca_file to its CA"),
@@ -18664,7 +18443,8 @@ def advice(failure: Unwell, facts: Mapping[str, Any]) -> tuple[str, str]:
     status, text = ADVICE[failure.what]
     told = {"said": "", "near": "", "again": "", **facts, **failure.facts}
     said = textwrap.shorten(str(told["said"]), SAID_CHARS, placeholder=" ...")
-    return status, text.format(**{**told, "said": said, "quote": f"; it says: {said}" if said else ""})
+    quote = f"; it says: {said}" if said else ""
+    return status, text.format(**{**told, "said": said, "quote": quote})
 
 
 def without_secrets(text: str, secrets: Iterable[str]) -> str:
@@ -18714,7 +18494,8 @@ def judge(answer: Fetched, model: str, now: float) -> None:
 NO_PLAIN_CHAT = re.compile(
     r"image|audio|video|realtime|transcri|speech|sora|veo|guard|ocr|search|research|instruct"
     r"|davinci|babbage|codex|computer|live|robotics|aqa", re.I)
-CHEAP = re.compile(r"(?:^|[-/.:_ ])(?:nano|mini|lite|flash|haiku|small|tiny|free)(?:$|[-/.:_ ])", re.I)
+CHEAP = re.compile(
+    r"(?:^|[-/.:_ ])(?:nano|mini|lite|flash|haiku|small|tiny|free)(?:$|[-/.:_ ])", re.I)
 
 
 def doctor_model(config: Config, provider: str, asked: str, listed: Sequence[str]) -> str:
@@ -18738,11 +18519,9 @@ def near_models(model: str, listed: Sequence[str]) -> str:
 
 # -- what the doctor's requests are answered ---------------------------------
 
-def check_chat(value: Any) -> tuple[str, str]:
-    """What a Chat answer to the first probe shows."""
-    choice, message = first_choice(value)
-    text = text_of(message.get("content")).strip()
-    if text:
+def check_chat(choice: Json, message: Json) -> tuple[str, str]:
+    """What the answer to the first probe shows."""
+    if text := text_of(message.get("content")).strip():
         return "ok", f"answered {textwrap.shorten(text, 40, placeholder='...')!r}"
     if choice.get("finish_reason") == "length" or any(
             message.get(name) for name in ("reasoning", "reasoning_content")):
@@ -18750,11 +18529,10 @@ def check_chat(value: Any) -> tuple[str, str]:
     raise Unwell("shape")
 
 
-def check_tool(value: Any) -> tuple[str, str]:
-    """What a Chat answer to the probe with a tool shows."""
-    choice, message = first_choice(value)
-    calls = listing(message.get("tool_calls"))
-    call = mapping(mapping(next(iter(calls), None)).get("function"))
+def check_tool(choice: Json, message: Json) -> tuple[str, str]:
+    """What the answer to the probe with a tool shows."""
+    called = next(iter(listing(message.get("tool_calls"))), None)
+    call = mapping(mapping(called).get("function"))
     if not call:
         why = ("the model thinks longer than this check allows" if choice.get("finish_reason")
                == "length" else "clients that need tools will not get far with it")
@@ -18764,12 +18542,6 @@ def check_tool(value: Any) -> tuple[str, str]:
     except (ValueError, KeyError):
         return "warn", "it called the tool, with arguments that do not fit it"
     return "ok", f"called {text_of(call.get('name'))} as asked"
-
-
-def first_choice(value: Any) -> tuple[Json, Json]:
-    """The first choice of a Chat answer, and its message."""
-    choice = mapping(next(iter(listing(mapping(value).get("choices"))), None))
-    return choice, mapping(choice.get("message"))
 
 
 def check_stream(protocol: Protocol, raw: bytes, pair: Pair | None, ctx: Context) -> int:
@@ -18786,15 +18558,6 @@ def check_stream(protocol: Protocol, raw: bytes, pair: Pair | None, ctx: Context
 
 
 # -- the doctor's round ------------------------------------------------------
-
-class Check(NamedTuple):
-    """What a check came to: ok, warn, fail or skip, in a sentence, after so many milliseconds."""
-
-    check: str
-    status: str
-    ms: int | None
-    text: str
-
 
 class Examination:
     """The checks of one provider with one of its credentials, one after another."""
@@ -18815,36 +18578,34 @@ class Examination:
 
     async def run(self) -> Json:
         """The report on them."""
-        checks: list[Check] = []
+        checks: list[Json] = []
         lost: dict[str, str] = {}  # a check -> the one that it failed by
         for name, needs in CHECKS.items():
             culprit = next((lost[need] for need in needs if need in lost), None)
-            if culprit:
-                lost[name] = culprit
-                checks.append(Check(name, "skip", None, f"needs {culprit}"))
-                continue
-            check, ended = await self.check(name)
-            checks.append(check)
+            began = time.perf_counter()
+            status, text, ended = (("skip", f"needs {culprit}", culprit) if culprit
+                                   else await self.check(name))
+            ms = None if status == "skip" else milliseconds(time.perf_counter() - began)
+            checks.append({"check": name, "status": status, "ms": ms, "text": text})
             if ended:
-                lost[name] = name
+                lost[name] = ended
         provider = self.provider
         return {"provider": provider.name, "credential": provider.credential.name,
                 "protocol": provider.protocol.name, "url": self.url(provider.target),
-                "model": self.model or None, "checks": [check._asdict() for check in checks]}
+                "model": self.model or None, "checks": checks}
 
-    async def check(self, name: str) -> tuple[Check, bool]:
-        """The outcome of a check, and whether those that need it are in vain."""
-        began, ended = time.perf_counter(), False
+    async def check(self, name: str) -> tuple[str, str, str | None]:
+        """What a check came to: ok, warn, fail or skip, and a sentence; and the check itself where
+        those that need it are in vain."""
+        ended = None
         try:
             async with asyncio.timeout(self.secs):
                 status, text = await self.steps[name]()
         except (Unwell, ProxyError, OSError, ValueError) as error:
             status, text = advice(failure_of(error, name), self.facts())
-            ended = True
+            ended = name
         text += self.via if name in ("dns", "tcp") else ""
-        text = printable(without_secrets(text, self.secrets()))
-        ms = None if status == "skip" else milliseconds(time.perf_counter() - began)
-        return Check(name, status, ms, text), ended
+        return status, printable(without_secrets(text, self.secrets())), ended
 
     def facts(self) -> Json:
         """What sentences of ADVICE may tell."""
@@ -18924,8 +18685,8 @@ class Examination:
             # keys may be good for chats only, and not all providers have a list
             if failure.what not in ("forbidden", "missing") and answer.status not in (405, 501):
                 raise
-            return "warn", f"no list at {self.url(self.target)} (status {answer.status}); base_url" \
-                " may be wrong, or the provider has none for this key"
+            return "warn", (f"no list at {self.url(self.target)} (status {answer.status}); base_url"
+                            " may be wrong, or the provider has none for this key")
         try:
             self.listed = [model.id for model in read_models(answer.body, provider.name)]
         except ValueError:
@@ -18954,12 +18715,14 @@ class Examination:
         return answer, pair, ctx
 
     async def answered(self, probe: str,
-                       look: Callable[[Any], tuple[str, str]]) -> tuple[str, str]:
-        """Send a probe, and look at its answer in Chat form."""
+                       look: Callable[[Json, Json], tuple[str, str]]) -> tuple[str, str]:
+        """Send a probe, and look at its answer in Chat form: the first choice, and its message."""
         answer, pair, ctx = await self.send(probe)
         try:
             value = load(answer.body)
-            return look(pair.response(value, ctx) if pair else value)
+            chat = mapping(pair.response(value, ctx) if pair else value)
+            choice = mapping(next(iter(listing(chat.get("choices"))), None))
+            return look(choice, mapping(choice.get("message")))
         except ValueError:
             raise Unwell("shape") from None
 
@@ -18980,24 +18743,6 @@ def seconds(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
-def doctor_line() -> argparse.ArgumentParser:
-    """The parser of `proxai.py doctor`."""
-    parser = argparse.ArgumentParser(
-        prog="proxai.py doctor", allow_abbrev=False,
-        description="Try each provider with each of its keys, from the name of its host to a"
-                    " streamed answer, and say in plain words what is wrong.", epilog=DOCTOR_NOTE)
-    add = parser.add_argument
-    add("providers", nargs="*", metavar="PROVIDER", help="names of providers; all without")
-    add("--config", metavar="PATH", help="configuration file")
-    add("--model", metavar="NAME", default="", help="the model to ask, as the provider names it")
-    add("--protocol", type=str.lower, choices=PROTOCOL_WORDS, metavar="P",
-        help="the one to try where a provider speaks several; without, its first")
-    add("--timeout", type=seconds, default=DOCTOR_SECS, metavar="SECS",
-        help=f"limit for each check ({DOCTOR_SECS:g})")
-    add("--json", action="store_true", help="print the reports as JSON")
-    return parser
-
-
 def doctor_lines(report: Json, paint: Callable[[str, str], str]) -> list[str]:
     """The report on one credential for people."""
     own = report["credential"] == report["provider"]
@@ -19016,22 +18761,20 @@ async def examine(providers: Sequence[Provider], config: Config, args: Any,
                   environ: Mapping[str, str], show: Callable[[Json], None]) -> list[Json]:
     """The reports on these, some at a time, each one shown when it and those before it are
     there."""
-    loop, pool, gate = asyncio.get_running_loop(), Pool(), asyncio.Semaphore(DOCTOR_LINKS)
+    loop, gate = asyncio.get_running_loop(), asyncio.Semaphore(DOCTOR_LINKS)
     loop.getaddrinfo = own_resolver(loop)  # type: ignore[method-assign]
-    # the report tells what its log would
-    tokens = Tokens(pool, Log(logging.Logger("doctor", logging.CRITICAL)), environ)
+    log = Log(logging.Logger("doctor", logging.CRITICAL))  # the report tells what it would
 
     async def visit(provider: Provider) -> Json:
         async with gate:
             return await Examination(provider, config, tokens, args.model, args.timeout).run()
 
     reports = []
-    try:
+    with contextlib.closing(Pool()) as pool:
+        tokens = Tokens(pool, log, environ)
         for task in [asyncio.create_task(visit(provider)) for provider in providers]:
             reports.append(await task)
             show(reports[-1])
-    finally:
-        pool.close()
     return reports
 
 
@@ -19059,21 +18802,6 @@ def doctor(args: Any, environ: Mapping[str, str]) -> int:
 
 # -- subcommands -------------------------------------------------------------
 
-class Command(NamedTuple):
-    """A subcommand: its parser, and what runs it and returns the exit status. A ConfigError of
-    its is told in a line, with exit status 1."""
-
-    parser: Callable[[], argparse.ArgumentParser]
-    run: Callable[[Any, Mapping[str, str]], int]
-
-
-def presets_line() -> argparse.ArgumentParser:
-    """The parser of `proxai.py presets`."""
-    return argparse.ArgumentParser(
-        prog="proxai.py presets", description="List what a provider's `preset` can be: protocols,"
-        " base URLs, the environment variable that usually holds the key.")
-
-
 def list_presets(args: Any, environ: Mapping[str, str]) -> int:
     """Print the presets, a line for each protocol of theirs."""
     for preset in {preset.names: preset for preset in PRESETS.values()}.values():
@@ -19086,19 +18814,142 @@ def list_presets(args: Any, environ: Mapping[str, str]) -> int:
     return 0
 
 
+Argument = tuple[str, Json]  # its name, and what a parser does with it
+
+
+class Command(NamedTuple):
+    """A subcommand: what runs it and returns the exit status, and its command line. A ConfigError
+    of its is told in a line, with exit status 1."""
+
+    run: Callable[[Any, Mapping[str, str]], int]
+    description: str
+    arguments: Sequence[Argument | list[Argument]] = ()  # of those in a list one may be given
+    epilog: str | None = None
+    actions: Mapping[str, tuple[str, Sequence[Argument]]] = {}  # name -> help, arguments
+
+
+def argument(name: str, metavar: str | None, help: str | None, **how: Any) -> Argument:
+    """An argument of a subcommand."""
+    return name, {"help": help, **({"metavar": metavar} if metavar else {}), **how}
+
+
+def add_arguments(parser: Any, arguments: Iterable[Argument | list[Argument]]) -> None:
+    """Have a parser, or a group of it, take arguments."""
+    for each in arguments:
+        if isinstance(each, list):
+            add_arguments(parser.add_mutually_exclusive_group(), each)
+        else:
+            parser.add_argument(each[0], **each[1])
+
+
+def subcommand_line(name: str) -> argparse.ArgumentParser:
+    """The parser of a subcommand."""
+    command = COMMANDS[name]
+    parser = argparse.ArgumentParser(prog=f"proxai.py {name}", allow_abbrev=False,
+                                     description=command.description, epilog=command.epilog)
+    add_arguments(parser, command.arguments)
+    if command.actions:
+        actions = parser.add_subparsers(dest="action", required=True,
+                                        metavar="|".join(command.actions))
+        for action, (does, arguments) in command.actions.items():
+            add_arguments(actions.add_parser(action, help=does, allow_abbrev=False), arguments)
+    return parser
+
+
+CONFIG = argument("--config", "PATH", "configuration file")
+CAPTURE_PHASE = argument(
+    "phase", "PHASE", f"{', '.join(CAPTURE_STEMS.values())}, or all (the default)", nargs="?",
+    choices=[*CAPTURE_STEMS.values(), "all"], default="all")
+OF_CREDENTIAL = (
+    argument("provider", "PROVIDER", "name of a provider"),
+    argument("--credential", "NAME", "one of its credentials, where it has several"), CONFIG)
+OF_CONTROL = (
+    argument("--config", "PATH", "configuration file of that proxy"),
+    argument("--mcp-port", "N", "its control port", type=port_number),
+    argument("--json", None, "as JSON", action="store_true"))
 COMMANDS = {
-    "translate": Command(translate_line, translate),
-    "env": Command(env_line, env),
-    "captures": Command(captures_line, captures),
-    "replay": Command(replay_line, replay),
-    "explain": Command(explain_line, explain_command),
-    "capture": Command(capture_line, capture),
-    "login": Command(login_line, login),
-    "logout": Command(logout_line, logout),
-    "presets": Command(presets_line, list_presets),
-    "why": Command(why_line, ask_why),
-    "credentials": Command(credentials_line, credentials),
-    "doctor": Command(doctor_line, doctor),
+    "translate": Command(
+        translate, "Translate a request, an answer or a stream, and tell what is left out.", (
+            *(argument(flag, "P", text, dest=flag[2:] + "_", type=str.lower, required=True,
+                       choices=PROTOCOL_WORDS)
+              for flag, text in (("--from", "protocol of FILE: " + ", ".join(PROTOCOLS)),
+                                 ("--to", "protocol to translate to"))),
+            [argument(f"--{name}", None, f"FILE is a {text}", dest="kind", action="store_const",
+                      const=name, default="request")
+             for name, text in (("request", "request (the default)"),
+                                ("response", "provider's answer"),
+                                ("stream", "provider's event stream"))],
+            argument("--model", "NAME", "model name at the provider, which decides what it takes"),
+            argument("--host", "HOST", "the provider's host, which does so too", default=""),
+            argument("--asked", "FILE", "the client's request that FILE answers"),
+            argument("file", "FILE", "a file, or - for standard input")),
+        "A request goes from the client's protocol to the provider's, answers and streams come"
+        " from the provider's to the client's."),
+    "env": Command(
+        env, "Print the settings that point a client at this proxy.", (
+            argument("client", "CLIENT", ", ".join(CLIENTS), choices=CLIENTS),
+            argument("--config", "PATH", "configuration file, for the address"),
+            argument("--model", "NAME", "the model to ask for", default=""))),
+    "captures": Command(
+        captures, "Look at stored exchanges.", (
+            argument("action", None, "list: newest first (the default); show: the phases of one;"
+                     " diff: what the proxy changed; export: one JSON file of it all",
+                     nargs="?", choices=["list", *CAPTURE_ACTIONS], default="list"),
+            argument("id", "ID", "the exchange to show, diff or export", nargs="?"),
+            argument("--limit", "N", "list: so many at most (20)", type=int, default=20),
+            argument("--json", None, "list: as JSON, a line for each", action="store_true"),
+            argument("--sanitize", None, "export: texts replaced by fillers of the same length,"
+                     " few headers, no secrets", action="store_true"),
+            argument("--output", "FILE", "export: a new file, readable for you only")),
+        "An ID is that of the x-proxai-request-id header, its end (four characters at least), or"
+        " the req= of the log."),
+    "replay": Command(
+        replay, "Send a stored request again, to a provider as the configuration is now, and show"
+        " how the answer differs from the stored one.", (
+            argument("id", "ID", "as `proxai.py captures` lists it"),
+            argument("--provider", "NAME", "send it to this one, whatever the routes say"),
+            CONFIG)),
+    "explain": Command(
+        explain_command, "Tell what would become of a request: route, provider, URL, headers, body."
+        " Nothing is sent.", (
+            argument("source", "FILE", "a request body, - for standard input (the default), or the"
+                     " id of a capture", nargs="?", default="-"),
+            argument("--path", None, "where the client would send it, like /v1/messages"),
+            argument("--header", "'NAME: VALUE'", "a header of the client; may be repeated",
+                     action="append", default=[]),
+            CONFIG, argument("--json", None, "print the report as JSON", action="store_true"))),
+    "capture": Command(
+        capture, "Show or set which phases the configuration file captures. A proxy that runs by"
+        " that file follows within a second.", actions={
+            "status": ("show the switches", [CONFIG]),
+            "enable": ("switch on", [CONFIG, CAPTURE_PHASE]),
+            "disable": ("switch off", [CONFIG, CAPTURE_PHASE])}),
+    "login": Command(login, "Get a provider's first OAuth token, and store it.", OF_CREDENTIAL),
+    "logout": Command(logout, "Remove a provider's stored OAuth token. A proxy that runs keeps its"
+                      " own until that ends.", OF_CREDENTIAL),
+    "presets": Command(list_presets, "List what a provider's `preset` can be: protocols, base URLs,"
+                       " the environment variable that usually holds the key."),
+    "why": Command(
+        ask_why, "Ask the proxy that runs who could serve a model, and what keeps them from it.",
+        (*OF_CONTROL, argument("model", "MODEL", "the model, as a client asks for it"))),
+    "credentials": Command(
+        credentials, "List the credentials of the proxy that runs, or let one be used again that"
+        " rests.", (
+            *OF_CONTROL,
+            argument("action", None, None, nargs="?", choices=["list", "reset"], default="list"),
+            argument("name", "NAME", "reset: a credential, provider/credential, or all",
+                     nargs="?"))),
+    "doctor": Command(
+        doctor, "Try each provider with each of its keys, from the name of its host to a streamed"
+        " answer, and say in plain words what is wrong.", (
+            argument("providers", "PROVIDER", "names of providers; all without", nargs="*"), CONFIG,
+            argument("--model", "NAME", "the model to ask, as the provider names it", default=""),
+            argument("--protocol", "P", "the one to try where a provider speaks several; without,"
+                     " its first", type=str.lower, choices=PROTOCOL_WORDS),
+            argument("--timeout", "SECS", f"limit for each check ({DOCTOR_SECS:g})", type=seconds,
+                     default=DOCTOR_SECS),
+            argument("--json", None, "print the reports as JSON", action="store_true")),
+        DOCTOR_NOTE),
 }
 
 
@@ -19106,7 +18957,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     command = COMMANDS.get(argv[0]) if argv else None
-    parser = command.parser() if command else command_line()
+    parser = subcommand_line(argv[0]) if command else command_line()
     args = parser.parse_args(argv[1:] if command else argv)
     if not command and args.demo and (args.config or args.command):
         parser.error("--demo has its own configuration and goes with neither --config nor check")
