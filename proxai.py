@@ -2379,18 +2379,19 @@ def bootstrap(environ: Mapping[str, str]) -> tuple[Path, bool]:
     return base, created
 
 
-def write_private(path: Path, data: bytes) -> None:
+def write_private(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Put data into a file of the app directory or of a folder in it, in one step, for its owner
-    alone."""
+    alone unless `mode` says more."""
     for folder in (path.parent.parent, path.parent):
         folder.mkdir(mode=0o700, exist_ok=True)
-    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    fresh = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}")
     fresh.unlink(missing_ok=True)
     try:
         with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        fresh.chmod(mode)
         os.replace(fresh, path)
     finally:
         fresh.unlink(missing_ok=True)
@@ -12007,98 +12008,62 @@ class CaptureStore:
 
 # -- switches in the configuration file --------------------------------------
 
+TOML_TABLE_END = re.compile(r"^(?:[ \t]*(?:#.*)?\r?\n)*(?=[ \t]*\[|\Z)", re.M)
+TOML_BRACE = re.compile(r"(\{)?[ \t]*\}")  # that ends an inline table
+
+
 def set_capture_keys(text: str, values: Mapping[str, bool]) -> str:
     """A TOML text with keys of its table `capture` set and everything else as it was; ConfigError
     where that cannot be done."""
     try:
         wanted = tomllib.loads(text)
-        mapping(wanted.setdefault("capture", {})).update(values)
         for key, value in values.items():
-            text = set_capture_key(text, key, toml_value(value))
+            wanted["capture"] = {**mapping(wanted.get("capture")), key: value}
+            text = next(edited for edited in capture_edits(text, key, toml_value(value))
+                        if reads_as(edited, wanted))
     except (ValueError, RecursionError) as error:
         raise ConfigError([f"not valid TOML: {error}"], RECOVERY) from None
-    if not is_toml(text, wanted):
+    except StopIteration:
         raise ConfigError(["[capture] is written in a way that cannot be edited from here"],
                           "set by hand, in [capture]: " + ", ".join(
-                              f"{key} = {toml_value(value)}" for key, value in values.items()))
+                              f"{key} = {toml_value(value)}"
+                              for key, value in values.items())) from None
     return text
 
 
-def set_capture_key(text: str, key: str, value: str) -> str:
-    """A TOML text with a key of `capture` set, if it is written as one would think: as a table,
-    in dotted keys or inline; a table at the end where there is none."""
-    lines, end = re.findall(r"[^\n]*\n|[^\n]+", text), "\r\n" if "\r\n" in text else "\n"
-    name, member = toml_name("capture"), toml_name(key) + "="
-
-    def find(pattern: str, start: int, stop: int) -> int | None:
-        """The first line with a statement that matches. Before the start of a statement is
-        a whole text; where a string or an array is open, it is not."""
-        return next((at for at in range(start, stop) if re.match(pattern, lines[at])
-                     and is_toml("".join(lines[:at]))), None)
-
-    table = find(rf"[ \t]*\[{name}\]", 0, len(lines))
-    start, label = (0, "capture.") if table is None else (table + 1, "")
-    dotted = rf"{name}\." if table is None else ""
-    stop = find(r"[ \t]*\[", start, len(lines))
-    stop = len(lines) if stop is None else stop
-    at, inline = find(dotted + member, start, stop), find(name + r"=[ \t]*\{", 0, stop)
-    if at is not None:
-        lines[at] = re.sub(r"(=[ \t]*)[^\s#]+", rf"\g<1>{value}", lines[at], count=1)
-    elif table is None and inline is not None:
-        lines[inline] = set_inline_key(lines[inline], member, f"{key} = {value}", value)
-    else:
-        if lines and not lines[-1].endswith("\n"):
-            lines[-1] += end
-        at = table if table is not None else find(dotted, 0, stop)
-        if at is None:
-            lines += [end if text.strip() else "", f"[capture]{end}"]
-            at, label = len(lines) - 1, ""
-        elif table is not None:  # behind the last statement of the table
-            at = max((i for i in range(start, stop) if re.match(r"[ \t]*[^\s#]", lines[i])),
-                     default=table)
-        lines.insert(at + 1, f"{label}{key} = {value}{end}")
-    return "".join(lines)
+def capture_edits(text: str, key: str, value: str) -> Iterator[str]:
+    """The ways to set a key of `capture` in a TOML text, as far as a text can tell: strings and
+    comments may look like statements, so a parser must say which of them is right."""
+    yield text
+    end, statement = "\r\n" if "\r\n" in text else "\n", f"{key} = {value}"
+    for found in re.finditer(rf"\b{key}[\"']?[ \t]*=[ \t]*([^\s#,}}]+)", text):
+        yield text[:found.start(1)] + value + text[found.end(1):]
+    text += end if text and not text.endswith("\n") else ""
+    name = r"""[ \t]*["']?capture["']?[ \t]*"""
+    for table in re.finditer(rf"^[ \t]*\[{name}\]", text, re.M):  # behind its last statement
+        for found in TOML_TABLE_END.finditer(text, table.end()):
+            yield f"{text[:found.start()]}{statement}{end}{text[found.start():]}"
+    for line in re.finditer(rf"^{name}=.*", text, re.M):
+        for found in TOML_BRACE.finditer(text, *line.span()):
+            yield f"{text[:found.start()]}{found[1] or ','} {statement} }}{text[found.end():]}"
+    for found in re.finditer(rf"^{name}\..*\n", text, re.M):
+        yield f"{text[:found.end()]}capture.{statement}{end}{text[found.end():]}"
+    yield f"{text}{end if text.strip() else ''}[capture]{end}{statement}{end}"
 
 
-def set_inline_key(line: str, member: str, statement: str, value: str) -> str:
-    """A line with an inline table in which a member is set."""
-    done, count = re.subn(rf"([{{,]{member}[ \t]*)[^\s,}}]+", rf"\g<1>{value}", line, count=1)
-    if count:
-        return done
-    return re.sub(r"(\{)?[ \t]*\}([^}]*)$", lambda found: (
-        f"{found[1] or ','} {statement} }}{found[2]}"), line, count=1)
-
-
-def toml_name(name: str) -> str:
-    """A pattern for a key, bare or quoted, with blanks around it."""
-    return rf"""[ \t]*(?:{name}|"{name}"|'{name}')[ \t]*"""
-
-
-def is_toml(text: str, tables: Json | None = None) -> bool:
-    """Whether a text is TOML, with these tables."""
+def reads_as(text: str, tables: Json) -> bool:
+    """Whether a text is the TOML of these tables."""
     try:
-        return tables in (None, tomllib.loads(text))
+        return tomllib.loads(text) == tables
     except ValueError:
         return False
 
 
 def replace_file(path: Path, text: str) -> None:
     """Put a text in the place of a file's, at once and with the same rights; a link stays one."""
-    target = os.path.realpath(path)
-    fresh = f"{target}.{os.getpid()}-{time.time_ns()}.tmp"
+    target = Path(os.path.realpath(path))
     try:
-        mode = stat.S_IMODE(os.stat(target).st_mode)
-        handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(handle)
-            os.chmod(fresh, mode)
-            os.replace(fresh, target)
-        except BaseException:
-            os.unlink(fresh)
-            raise
+        write_private(target, text.encode("utf-8"), stat.S_IMODE(target.stat().st_mode))
     except OSError as error:
         raise ConfigError([f"cannot write {path}: {error.strerror}"]) from None
 
