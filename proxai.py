@@ -9986,8 +9986,6 @@ def other_tries(exchange: Exchange) -> list[Any]:
 class Histogram:
     """How many values were at most each of some bounds, and their sum."""
 
-    __slots__ = ("bounds", "counts", "total")
-
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self.bounds, self.total = bounds, 0.0
         self.counts = [0] * (len(bounds) + 1)
@@ -9998,23 +9996,14 @@ class Histogram:
         self.total += value
 
 
-class Labels(NamedTuple):
-    """What requests are counted by."""
-
-    provider: str
-    model: str
-    protocol: str
-    provider_protocol: str
+LABELS = ("provider", "model", "protocol", "provider_protocol")  # that requests are counted by
 
 
 class Series:
     """What was counted for one provider, model and pair of protocols."""
 
-    __slots__ = ("dropped", "duration", "errors", "labels", "received", "requests", "sent",
-                 "tokens", "ttfb")
-
-    def __init__(self, labels: Labels) -> None:
-        self.labels = labels
+    def __init__(self, labels: Iterable[str]) -> None:
+        self.labels = dict(zip(LABELS, labels, strict=True))
         self.requests: defaultdict[tuple[int, str], int] = defaultdict(int)  # by hundred, outcome
         self.errors: defaultdict[str, int] = defaultdict(int)  # by type
         self.ttfb, self.duration = Histogram(TTFB_BOUNDS), Histogram(DURATION_BOUNDS)
@@ -10023,10 +10012,7 @@ class Series:
 
 
 class Tally:
-    """Requests of a while or of a provider: how many, and the newest times in milliseconds."""
-
-    __slots__ = ("at", "durations", "errors", "health", "input", "last_at", "last_error",
-                 "last_status", "output", "requests", "ttfbs")
+    """Requests of a while or of a provider: how many, and the newest times in seconds."""
 
     def __init__(self, at: int = 0) -> None:
         self.at = at  # the minute
@@ -10038,10 +10024,15 @@ class Tally:
         self.last_error: str | None = None
         self.health = "unknown"
 
-    def add(self, failed: bool, ttfb: float | None) -> None:
+    def add(self, now: float, failed: bool, ttfb: float | None = None, status: int | None = None,
+            error: str | None = None, health: str | None = None) -> None:
         """Count a request."""
         self.requests += 1
         self.errors += failed
+        self.last_at, self.last_status = now, status
+        self.health = health or self.health
+        if failed:
+            self.last_error = error
         if ttfb is not None:
             self.ttfbs.append(ttfb)
 
@@ -10099,29 +10090,23 @@ class Metrics:
     def count_one(self, exchange: Exchange, outcome: str, duration: float) -> None:
         """Count one request."""
         seen, failed = exchange.observed or exchange.tokens, outcome not in NO_ERRORS
-        status = exchange.status
         now = wall(exchange, exchange.started + duration)
         ttfb = exchange.head_at - exchange.started if exchange.head_at else None
         self.ended_count += 1
         self.error_count += failed
         minute = self.minute(now)
-        minute.add(failed, ttfb)
+        minute.add(now, failed, ttfb)
         minute.durations.append(duration)
         if exchange.provider:
             for tried in other_tries(exchange):
-                tally = self.providers[tried.provider]
-                tally.add(True, None)
-                tally.last_at, tally.last_error = now, tried.what
-                tally.last_status = tried.status or None
-                tally.health = HEALTH_AFTER.get(tried.what, "failing") or tally.health
-            tally = self.providers[exchange.provider]
-            tally.add(failed, ttfb)
-            tally.last_at, tally.last_status = now, status
-            if failed:
-                tally.last_error = exchange.error
-            tally.health = health_told(exchange, outcome) or tally.health
+                self.providers[tried.provider].add(
+                    now, True, None, tried.status or None, tried.what,
+                    HEALTH_AFTER.get(tried.what, "failing"))
+            self.providers[exchange.provider].add(
+                now, failed, ttfb, exchange.status, exchange.error,
+                health_told(exchange, outcome))
         series = self.series_of(exchange)
-        series.requests[status // 100, outcome] += 1
+        series.requests[exchange.status // 100, outcome] += 1
         if failed:
             series.errors[exchange.error_type or outcome] += 1
         series.duration.add(duration)
@@ -10151,10 +10136,9 @@ class Metrics:
                inbound.name if inbound else "", provider.name if provider else "")
         series = self.series.get(key)
         if series is None:
-            labels = Labels(*key)
             if len(self.series) >= MODEL_SERIES:
-                labels = labels._replace(model=OTHER_MODELS)
-            series = self.series.setdefault(labels, Series(labels))
+                key = (key[0], OTHER_MODELS, *key[2:])
+            series = self.series.setdefault(key, Series(key))
         return series
 
     # -- what is told
@@ -10171,11 +10155,11 @@ class Metrics:
 
     def models(self) -> list[Json]:
         """The counts of each provider, model and pair."""
-        return [{"provider": series.labels.provider, "model": series.labels.model,
-                 "pair": f"{series.labels.protocol}->{series.labels.provider_protocol}",
+        return [{"provider": series.labels["provider"], "model": series.labels["model"],
+                 "pair": f"{series.labels['protocol']}->{series.labels['provider_protocol']}",
                  "requests": sum(series.requests.values()), "errors": sum(series.errors.values()),
                  **{f"{kind}_tokens": series.tokens[kind] for kind in TOKEN_KINDS[:-1]}}
-                for series in self.series.values() if series.labels.provider]
+                for series in self.series.values() if series.labels["provider"]]
 
     def provider(self, name: str) -> Json:
         """What is known of a provider."""
@@ -10202,55 +10186,46 @@ class Metrics:
 Sample = tuple[str, Mapping[str, str], float]  # what is added to the name, labels, value
 
 
-class Family(NamedTuple):
-    """A metric, and its samples of one series."""
-
-    name: str
-    kind: str
-    help: str
-    samples: Callable[[Series], Iterable[Sample]]
-
-
 def histogram_samples(histogram: Histogram) -> Iterator[Sample]:
     """Each bucket counts what the ones before it count too."""
     bounds = (*map(str, histogram.bounds), "+Inf")
-    count = 0
-    for bound, more in zip(bounds, histogram.counts, strict=True):
-        count += more
+    counts = list(itertools.accumulate(histogram.counts))
+    for bound, count in zip(bounds, counts, strict=True):
         yield "_bucket", {"le": bound}, count
     yield "_sum", {}, histogram.total
-    yield "_count", {}, count
+    yield "_count", {}, counts[-1]
 
 
-FAMILIES = (
-    Family("proxai_requests_total", "counter", "Requests that are over, refused ones too.",
-           lambda s: [("", {"status": f"{hundred}xx" if hundred else "none", "outcome": outcome}, n)
-                      for (hundred, outcome), n in s.requests.items()]),
-    Family("proxai_request_errors_total", "counter", "Requests that failed, by type of the error.",
-           lambda s: [("", {"type": kind}, n) for kind, n in s.errors.items()]),
-    Family("proxai_time_to_first_byte_seconds", "histogram",
-           "From the request to the head of the provider's answer.",
-           lambda s: histogram_samples(s.ttfb)),
-    Family("proxai_request_duration_seconds", "histogram", "From the request to its end.",
-           lambda s: histogram_samples(s.duration)),
-    Family("proxai_request_bytes_total", "counter", "Bytes of request bodies from clients.",
-           lambda s: [("", {}, s.received)]),
-    Family("proxai_response_bytes_total", "counter", "Bytes of answers from providers.",
-           lambda s: [("", {}, s.sent)]),
-    Family("proxai_tokens_total", "counter",
-           "Tokens as providers count them; input is without cached, output with reasoning.",
-           lambda s: [("", {"kind": kind}, n) for kind, n in s.tokens.items()]),
-    Family("proxai_dropped_fields_total", "counter", "What translations have left out.",
-           lambda s: [("", {}, s.dropped)]),
+# Each metric, and its samples of one series.
+FAMILIES: tuple[tuple[str, str, str, Callable[[Series], Iterable[Sample]]], ...] = (
+    ("proxai_requests_total", "counter", "Requests that are over, refused ones too.",
+     lambda s: [("", {"status": f"{hundred}xx" if hundred else "none", "outcome": outcome}, n)
+                for (hundred, outcome), n in s.requests.items()]),
+    ("proxai_request_errors_total", "counter", "Requests that failed, by type of the error.",
+     lambda s: [("", {"type": kind}, n) for kind, n in s.errors.items()]),
+    ("proxai_time_to_first_byte_seconds", "histogram",
+     "From the request to the head of the provider's answer.",
+     lambda s: histogram_samples(s.ttfb)),
+    ("proxai_request_duration_seconds", "histogram", "From the request to its end.",
+     lambda s: histogram_samples(s.duration)),
+    ("proxai_request_bytes_total", "counter", "Bytes of request bodies from clients.",
+     lambda s: [("", {}, s.received)]),
+    ("proxai_response_bytes_total", "counter", "Bytes of answers from providers.",
+     lambda s: [("", {}, s.sent)]),
+    ("proxai_tokens_total", "counter",
+     "Tokens as providers count them; input is without cached, output with reasoning.",
+     lambda s: [("", {"kind": kind}, n) for kind, n in s.tokens.items()]),
+    ("proxai_dropped_fields_total", "counter", "What translations have left out.",
+     lambda s: [("", {}, s.dropped)]),
 )
+
+
+LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 
 def label_text(labels: Mapping[str, str]) -> str:
     """Labels in their braces, whatever their values are made of."""
-    pairs = []
-    for name, value in labels.items():
-        value = value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-        pairs.append(f'{name}="{value}"')
+    pairs = [f'{name}="{value.translate(LABEL_ESCAPES)}"' for name, value in labels.items()]
     return "{" + ",".join(pairs) + "}" if pairs else ""
 
 
@@ -10271,24 +10246,23 @@ def metrics_text(metrics: Metrics, providers: Collection[str], version: str, con
     for exchange in metrics.open:
         open_[exchange.provider] += 1
     lines: list[str] = []
-    for name, kind, help, samples in (
+    for of_all in (
             ("proxai_build_info", "gauge", "The version that runs.",
-             [({"version": version}, 1.0)]),
+             [("", label_text({"version": version}), 1.0)]),
             ("process_start_time_seconds", "gauge", "When it started, since 1970.",
-             [({}, metrics.started)]),
-            ("proxai_open_connections", "gauge", "Connections of clients.", [({}, connections)]),
+             [("", "", metrics.started)]),
+            ("proxai_open_connections", "gauge", "Connections of clients.",
+             [("", "", connections)]),
             ("proxai_requests_in_flight", "gauge", "Requests that are not over.",
-             [({"provider": name}, count) for name, count in open_.items()]),
+             [("", label_text({"provider": name}), count) for name, count in open_.items()]),
             ("proxai_captures_dropped_total", "counter", "Captures that were not written.",
-             [({}, captures_dropped)])):
-        lines += family_lines(name, kind, help,
-                              [("", label_text(labels), value) for labels, value in samples])
-    common = [(series, label_text(series.labels._asdict())[:-1])
-              for series in metrics.series.values()]
-    for family in FAMILIES:
-        lines += family_lines(*family[:3], (
+             [("", "", captures_dropped)])):
+        lines += family_lines(*of_all)
+    common = [(series, label_text(series.labels)[:-1]) for series in metrics.series.values()]
+    for name, kind, help, samples in FAMILIES:
+        lines += family_lines(name, kind, help, (
             (suffix, f"{text},{label_text(labels)[1:]}" if labels else text + "}", value)
-            for series, text in common for suffix, labels, value in family.samples(series)))
+            for series, text in common for suffix, labels, value in samples(series)))
     return "\n".join([*lines, ""])
 
 
