@@ -10204,8 +10204,7 @@ FAMILIES: tuple[tuple[str, str, str, Callable[[Series], Iterable[Sample]]], ...]
     ("proxai_request_errors_total", "counter", "Requests that failed, by type of the error.",
      lambda s: [("", {"type": kind}, n) for kind, n in s.errors.items()]),
     ("proxai_time_to_first_byte_seconds", "histogram",
-     "From the request to the head of the provider's answer.",
-     lambda s: histogram_samples(s.ttfb)),
+     "From the request to the head of the provider's answer.", lambda s: histogram_samples(s.ttfb)),
     ("proxai_request_duration_seconds", "histogram", "From the request to its end.",
      lambda s: histogram_samples(s.duration)),
     ("proxai_request_bytes_total", "counter", "Bytes of request bodies from clients.",
@@ -11075,13 +11074,11 @@ def observed_fields(seen: Observed, provider: Protocol) -> Json:
         fields |= {"cache_read": seen.cached, "cache_creation": seen.cache_creation,
                    "stop_reason": next(iter(seen.finish), None),
                    "stop_reasons": bounded(seen.finish)}
-    elif provider is CHAT:
-        fields |= {"cache": seen.cached, "reasoning": seen.reasoning,
-                   "finish_reasons": bounded(seen.finish)}
     else:
-        fields |= {"cache": seen.cached, "reasoning": seen.reasoning,
-                   "reasoning_effort": seen.effort, "response_status": seen.status,
-                   "incomplete_reason": seen.incomplete_reason, "seq": seen.sequence}
+        fields |= {"cache": seen.cached, "reasoning": seen.reasoning} | (
+            {"finish_reasons": bounded(seen.finish)} if provider is CHAT else
+            {"reasoning_effort": seen.effort, "response_status": seen.status,
+             "incomplete_reason": seen.incomplete_reason, "seq": seen.sequence})
     if seen.error_code or seen.error_message:
         fields |= {"error_code": seen.error_code, "error_message": seen.error_message,
                    "error_param": seen.error_param}
@@ -11112,9 +11109,8 @@ def rate_fields(fields: Sequence[Field]) -> Json:
             out[f"rate_limit_reset_{what}_ms"] = round(1000 * secs)
     for name in (*CODEX_NUMBERS, "primary-over-secondary-limit-percent"):
         text = values.get(f"x-codex-{name}", "")
-        if re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,15})?", text):
-            key = (name.replace("-seconds", "-secs").replace("-limit-percent", "-percent")
-                   .replace("-", "_"))
+        if PLAIN_NUMBER.fullmatch(text):
+            key = name.replace("seconds", "secs").replace("-limit", "").replace("-", "_")
             out[f"codex_{key}"] = float(text)
     return out
 
@@ -11123,18 +11119,14 @@ def rate_fields(fields: Sequence[Field]) -> Json:
 
 def count_text(value: int) -> str:
     """4096 -> 4.1K"""
-    for unit, size in (("M", 1_000_000), ("K", 1000)):
-        if value >= size:
-            return f"{value / size:.1f}{unit}"
-    return str(value)
+    return next((f"{value / size:.1f}{unit}" for unit, size in (("M", 1_000_000), ("K", 1000))
+                 if value >= size), str(value))
 
 
 def bytes_text(value: int) -> str:
     """2048 -> 2.0KB"""
-    for unit, size in (("GB", 1 << 30), ("MB", 1 << 20), ("KB", 1 << 10)):
-        if value >= size:
-            return f"{value / size:.1f}{unit}"
-    return f"{value}B"
+    return next((f"{value / (1 << bits):.1f}{unit}" for unit, bits in (
+        ("GB", 30), ("MB", 20), ("KB", 10)) if value >> bits), f"{value}B")
 
 
 def secs_text(value: float) -> str:
@@ -11144,13 +11136,9 @@ def secs_text(value: float) -> str:
 
 def span_text(secs: float) -> str:
     """3723 -> 1h2m3s"""
-    left = round(secs)
-    parts = []
-    for unit, size in (("h", 3600), ("m", 60), ("s", 1)):
-        amount, left = divmod(left, size)
-        if amount:
-            parts.append(f"{amount}{unit}")
-    return "".join(parts) or "0s"
+    minutes, rest = divmod(round(secs), 60)
+    amounts = ((minutes // 60, "h"), (minutes % 60, "m"), (rest, "s"))
+    return "".join(f"{amount}{unit}" for amount, unit in amounts if amount) or "0s"
 
 
 def base36(value: int) -> str:
@@ -11184,8 +11172,7 @@ def clean(value: Any) -> Any:
     return [clean(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-PAINT = {"red": "31", "green": "32", "yellow": "33", "blue": "34", "cyan": "36", "dim": "2",
-         "bold": "1", "bright_blue": "94", "grey": "90"}
+PAINT = {"red": 31, "green": 32, "yellow": 33, "blue": 34, "cyan": 36, "dim": 2}
 EVENT_PAINT = {"fwd": "cyan", "hdr": "blue", "wait": "yellow", "closed": "yellow", "end": "green"}
 LEVEL_PAINT = {"info": "green", "warn": "yellow", "error": "red", "debug": "blue", "trace": "dim"}
 OUTPUT_ALIASES = {
@@ -11390,9 +11377,8 @@ def codex_part(fields: Json) -> str:
 
 def json_line(at: float, level: str, event: str, fields: Json) -> str:
     """The event as one JSON object."""
-    offset = time.strftime("%z", time.localtime(at)) or "+0000"
-    stamp = (time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(at))
-             + f".{int(at % 1 * 1000):03d}{offset[:3]}:{offset[3:]}")
+    text = time.strftime(f"%Y-%m-%dT%H:%M:%S.{int(at % 1 * 1000):03d}%z", time.localtime(at))
+    stamp = f"{text[:-2]}:{text[-2:]}"
     return dump({"log_schema": "proxai.v1", "level": level, "event": event, "ts": stamp,
                  **fields}).decode("utf-8")
 
@@ -11417,10 +11403,6 @@ class LogFile(logging.handlers.RotatingFileHandler):
         """The file, made for its owner alone."""
         return open(self.baseFilename, self.mode, encoding=self.encoding, errors=self.errors,
                     opener=lambda path, flags: os.open(path, flags, 0o600))
-
-    def write(self, text: str) -> None:
-        """Write a line, if that can be."""
-        self.handle(logging.makeLogRecord({"msg": text}))
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Tell that the log cannot be written."""
@@ -11498,12 +11480,10 @@ class LineWriter(logging.Handler):
             line = self.line(record.created, level, event, fields)
         except Exception:  # a line that cannot be rendered must not take a request with it
             line = self.line(time.time(), "error", "log-fault", {"lost": event})
-        if line is None:
-            return
-        if self.queue.qsize() >= LOG_QUEUE_LINES:
+        if line and self.queue.qsize() >= LOG_QUEUE_LINES:
             self.dropped += 1
-            return
-        self.queue.put(line)
+        elif line:
+            self.queue.put(line)
 
     def line(self, at: float, level: str, event: str, fields: Json) -> Line | None:
         """The line of an event; None where it has none."""
@@ -11516,14 +11496,13 @@ class LineWriter(logging.Handler):
     def write_lines(self) -> None:
         """The thread: write what is queued until told to end."""
         while (item := self.queue.get()) is not None:
-            lines = [item]
+            more = None
             if self.dropped:
                 fields, self.dropped = {"count": self.dropped}, 0
                 more = self.line(time.time(), "warn", "log-lines-dropped", fields)
-                lines += [more] if more else []
-            for line in lines:
+            for line in filter(None, (item, more)):
                 if self.file:
-                    self.file.write(line.kept)
+                    self.file.handle(logging.makeLogRecord({"msg": line.kept}))
                 self.show(line)
             if self.gone and not self.file:
                 return
@@ -11599,7 +11578,7 @@ class CaptureSwitches:
     def configure(self, settings: CaptureConfig) -> None:
         """Take the configuration's switches; what was overridden stays so."""
         self.defaults = {phase: bool(getattr(settings, f"{phase}_enabled")) for phase in PHASES}
-        self.active = frozenset(filter(self.effective, PHASES))  # asked for each request
+        self.override("", None)
 
     def effective(self, phase: str) -> bool:
         """Whether a phase is captured now."""
@@ -11608,9 +11587,8 @@ class CaptureSwitches:
 
     def override(self, target: str, value: bool | None) -> None:
         """Override one phase, or `all`; None goes back to the configuration."""
-        for phase in PHASES if target == "all" else (target,):
-            self.overrides[phase] = value
-        self.active = frozenset(filter(self.effective, PHASES))
+        self.overrides |= {phase: value for phase in PHASES if target in (phase, "all")}
+        self.active = frozenset(filter(self.effective, PHASES))  # asked for each request
 
     def status(self) -> Json:
         """Each phase as it is configured, overridden and in effect."""
@@ -11621,9 +11599,6 @@ class CaptureSwitches:
 # -- what the files say ------------------------------------------------------
 
 CAPTURE_STEMS = {phase: phase.replace("_", "-") for phase in PHASES}
-CAPTURE_HEADS = {phase: f"{stem}.{'metadata' if phase.endswith('request') else 'headers'}.json"
-                 for phase, stem in CAPTURE_STEMS.items()}
-CAPTURE_RECORD = "exchange.json"
 CAPTURE_JSON = json.JSONEncoder(separators=(",\n", ": "))  # a line for each member
 CAPTURE_FILE = re.compile(
     r"([0-9]{9,10})-([0-9A-Za-z]{1,40})-"
@@ -11719,9 +11694,6 @@ class Piece(NamedTuple):
 class Capture:
     """What is captured of one request. The event loop hands over what it has as it is; the
     thread of the store makes files of it."""
-
-    __slots__ = ("asked", "begun", "failed", "halted", "head", "id", "kind", "phases", "prefix",
-                 "record", "store", "upstream_kind")
 
     def __init__(self, store: CaptureStore, id: int, phases: Collection[str],
                  head: RequestHead) -> None:
@@ -11926,7 +11898,8 @@ class CaptureStore:
         if make := pieces[start].make:
             for name in [n for n in self.kept.get(capture.prefix, ()) if n.startswith(stem)]:
                 self.forget(capture.prefix, name)
-            self.write(capture, CAPTURE_HEADS[phase],
+            what = "metadata" if phase.endswith("request") else "headers"
+            self.write(capture, f"{stem}.{what}.json",
                        CAPTURE_JSON.encode({"request_id": capture.id, **make()}).encode())
         if body := b"".join([piece.data for piece in pieces[start:]]):
             self.write(capture, f"{stem}.body.{pieces[-1].kind}", body)
@@ -11943,7 +11916,7 @@ class CaptureStore:
                     "request_id": capture.id, "kind": phase,
                     "paths": [f"{capture.prefix}-{name}" for name in names],
                     "bytes": sum(sizes[name] for name in names)})
-        self.write(capture, CAPTURE_RECORD, CAPTURE_JSON.encode(capture.record or {}).encode())
+        self.write(capture, "exchange.json", CAPTURE_JSON.encode(capture.record or {}).encode())
 
     def write(self, capture: Capture, name: str, data: bytes) -> None:
         """Append to a file, made where it is not there yet, and keep the limits."""
@@ -12074,7 +12047,6 @@ class CapturedPhase(NamedTuple):
 class CapturedExchange(NamedTuple):
     """A stored exchange; `phases` has those that were captured."""
 
-    prefix: str
     id: str
     record: Json | None
     phases: dict[str, CapturedPhase]
@@ -12171,7 +12143,7 @@ def read_capture(directory: Path, word: str, limit: int = CAPTURE_READ_BYTES) ->
     record = read_record(directory, stored)
     if not phases and record is None:
         raise ConfigError([f"the capture {stored.id} was removed while it was read"])
-    return CapturedExchange(stored.prefix, stored.id, record, phases)
+    return CapturedExchange(stored.id, record, phases)
 
 
 # -- looking at them ---------------------------------------------------------
@@ -12302,13 +12274,9 @@ def capture_diff(capture: CapturedExchange, names: Sequence[str]) -> list[str]:
 
 def header_changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
     """How two sets of headers differ, a line for each name."""
-    lines = []
-    for name in sorted({*before, *after}):
-        old, new = before.get(name), after.get(name)
-        if old != new:
-            lines += [f"-{name}: {old}"] * (old is not None)
-            lines += [f"+{name}: {new}"] * (new is not None)
-    return lines
+    return [f"{sign}{name}: {headers[name]}"
+            for name in sorted({*before, *after}) if before.get(name) != after.get(name)
+            for sign, headers in (("-", before), ("+", after)) if name in headers]
 
 
 def difference_lines(capture: CapturedExchange) -> list[str]:
@@ -12332,8 +12300,8 @@ def capture_summary(directory: Path, stored: StoredCapture) -> Json:
         record = read_record(directory, stored) or {}
     except ConfigError:
         record = {"outcome": "damaged"}
-    at = datetime.datetime.fromtimestamp(int(stored.prefix.partition("-")[0]), datetime.UTC)
-    return {"at": at.strftime("%Y-%m-%dT%H:%M:%SZ"), **record, "id": stored.id,
+    at = time.gmtime(int(stored.prefix.partition("-")[0]))
+    return {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", at), **record, "id": stored.id,
             "prefix": stored.prefix, "phases": [name for name in PHASES if name in stored.files]}
 
 
@@ -12360,11 +12328,10 @@ def capture_json(capture: CapturedExchange) -> Json:
     phases: Json = {}
     for name, phase in capture.phases.items():
         text = None if phase.body is None else body_text(phase.body, phase.sse)
-        head = phase.head and {**phase.head, "headers": headers_of(phase)}
-        phases[name] = {"head": head, "body": text and text[:CAPTURE_JSON_BYTES],
-                        "files": phase.files}
-        if phase.cut or len(text or "") > CAPTURE_JSON_BYTES:
-            phases[name]["truncated"] = True
+        cut = phase.cut or len(text or "") > CAPTURE_JSON_BYTES
+        phases[name] = {"head": phase.head and {**phase.head, "headers": headers_of(phase)},
+                        "body": text and text[:CAPTURE_JSON_BYTES],
+                        "files": phase.files} | ({"truncated": True} if cut else {})
     return {"id": capture.id, "record": capture.record, "phases": phases,
             "diffs": {name: capture_diff(capture, names) for name, names in DIFFS.items()}}
 
@@ -12527,10 +12494,8 @@ def fixture(capture: CapturedExchange, sanitize: bool) -> Json:
                               for name in map(str, listing(record.get("dropped")))]}
     out = {"id": capture.id, "protocol": record.get("protocol") or protocol,
            "provider_protocol": record.get("provider_protocol"), "path": path, "record": record}
-    for name in PHASES:
-        phase = capture.phases.get(name)
-        out[name] = exported_phase(phase, sanitize) if phase else None
-    return out
+    return out | {name: phase and exported_phase(phase, sanitize)
+                  for name in PHASES for phase in [capture.phases.get(name)]}
 
 
 def request_place(capture: CapturedExchange) -> tuple[str, str | None]:
