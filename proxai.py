@@ -10228,15 +10228,6 @@ def label_text(labels: Mapping[str, str]) -> str:
     return "{" + ",".join(pairs) + "}" if pairs else ""
 
 
-def family_lines(name: str, kind: str, help: str,
-                 samples: Iterable[tuple[str, str, float]]) -> Iterator[str]:
-    """The lines of a metric; of a sample: what is added to the name, labels as text, value."""
-    yield f"# HELP {name} {help}"
-    yield f"# TYPE {name} {kind}"
-    for suffix, labels, value in samples:
-        yield f"{name}{suffix}{labels} {value}"
-
-
 def metrics_text(metrics: Metrics, providers: Collection[str], version: str, connections: int,
                  captures_dropped: int) -> str:
     """All metrics; what is open is told for each of the providers, and for none."""
@@ -10244,24 +10235,25 @@ def metrics_text(metrics: Metrics, providers: Collection[str], version: str, con
     open_ = {name: 0 for name in ("", *providers)}
     for exchange in metrics.open:
         open_[exchange.provider] += 1
-    lines: list[str] = []
-    for of_all in (
-            ("proxai_build_info", "gauge", "The version that runs.",
-             [("", label_text({"version": version}), 1.0)]),
-            ("process_start_time_seconds", "gauge", "When it started, since 1970.",
-             [("", "", metrics.started)]),
-            ("proxai_open_connections", "gauge", "Connections of clients.",
-             [("", "", connections)]),
-            ("proxai_requests_in_flight", "gauge", "Requests that are not over.",
-             [("", label_text({"provider": name}), count) for name, count in open_.items()]),
-            ("proxai_captures_dropped_total", "counter", "Captures that were not written.",
-             [("", "", captures_dropped)])):
-        lines += family_lines(*of_all)
+    told: list[tuple[str, str, str, Iterable[tuple[str, str, float]]]] = [
+        ("proxai_build_info", "gauge", "The version that runs.",
+         [("", label_text({"version": version}), 1.0)]),
+        ("process_start_time_seconds", "gauge", "When it started, since 1970.",
+         [("", "", metrics.started)]),
+        ("proxai_open_connections", "gauge", "Connections of clients.", [("", "", connections)]),
+        ("proxai_requests_in_flight", "gauge", "Requests that are not over.",
+         [("", label_text({"provider": name}), count) for name, count in open_.items()]),
+        ("proxai_captures_dropped_total", "counter", "Captures that were not written.",
+         [("", "", captures_dropped)])]
     common = [(series, label_text(series.labels)[:-1]) for series in metrics.series.values()]
-    for name, kind, help, samples in FAMILIES:
-        lines += family_lines(name, kind, help, (
-            (suffix, f"{text},{label_text(labels)[1:]}" if labels else text + "}", value)
-            for series, text in common for suffix, labels, value in samples(series)))
+    told += [(name, kind, help, [
+        (suffix, f"{text},{label_text(labels)[1:]}" if labels else text + "}", value)
+        for series, text in common for suffix, labels, value in samples(series)])
+        for name, kind, help, samples in FAMILIES]
+    lines = []
+    for name, kind, help, rows in told:
+        lines += [f"# HELP {name} {help}", f"# TYPE {name} {kind}",
+                  *(f"{name}{suffix}{labels} {value}" for suffix, labels, value in rows)]
     return "\n".join([*lines, ""])
 
 
@@ -10321,9 +10313,6 @@ class Window(NamedTuple):
 class Scheduler:
     """All that is remembered between requests: which credentials rest, which one each session of
     a model has and until when, which one came last, and the sums that weights are shared by."""
-
-    __slots__ = ("affinity_secs", "bindings", "currents", "cursors", "probe_secs", "rests",
-                 "strategy")
 
     def __init__(self, strategy: str = STRATEGIES[0], affinity_secs: float = AFFINITY_SECS,
                  probe_secs: float = PROBE_SECS) -> None:
@@ -10435,8 +10424,7 @@ def reset_time(text: str, now: float) -> float | None:
 
 def reset_hint(status: int, headers: Mapping[bytes, bytes], body: Any, text: str,
                now: float) -> Reset | None:
-    """What a provider's failure tells about its end; the source that says most about it wins, and
-    of several limits the one that ends last."""
+    """When a failure ends, by the source that says most; of several limits the last to end."""
     named = {name.decode(): value.decode("latin-1") for name, value in headers.items()}
     used_up = [name for name in named if UNIFIED.fullmatch(name)
                and named.get(name.removesuffix("reset") + "status") == "rejected"]
@@ -10561,7 +10549,7 @@ def classify(error: ProxyError | None, headers: Mapping[bytes, bytes], body: Any
     hint = (reset_hint(error.status, headers, body, error.message, now)
             if RULES[what].hints else None)
     if hint:
-        return Verdict(what, hint.at, hint.source, hint.raw, hint.whole)
+        return Verdict(what, *hint)
     if what == "quota" and not any(b"ratelimit" in name for name in headers):
         what = "capacity"  # a full house, not an empty purse
     raw = " ".join(line.split()[1:])[:WHY_CHARS]
@@ -10576,23 +10564,14 @@ def places_of(candidate: Candidate) -> tuple[Key, Key]:
 
 
 def resting(state: Scheduler, candidate: Candidate, now: float) -> Window | None:
-    """What keeps a candidate from being used now, the longer one of two; None if nothing does.
-
-    A guess that is over lets one request decide. A declaration lets one through at times, for
-    providers are wrong too.
-    """
-    found = None
-    for place in places_of(candidate):
-        window = state.rests.get(place)
-        if window is None:
-            continue
-        if window.declared:
-            blocked = now < next_probe(state, window)
-        else:
-            blocked = now < max(window.until, window.tried + TRIAL_SECS if window.tried else 0)
-        if blocked and (found is None or window.until > found.until):
-            found = window
-    return found
+    """What keeps a candidate from being used now, the longer one of two; None if nothing does. A
+    guess that is over lets one request decide; a declaration lets one through at times, for
+    providers are wrong too."""
+    windows = filter(None, map(state.rests.get, places_of(candidate)))
+    blocked = [w for w in windows if now < (
+        next_probe(state, w) if w.declared
+        else max(w.until, w.tried + TRIAL_SECS if w.tried else 0))]
+    return max(blocked, key=lambda w: w.until) if blocked else None
 
 
 def next_probe(state: Scheduler, window: Window) -> float:
@@ -10606,21 +10585,12 @@ def usable(state: Scheduler, candidates: Iterable[Candidate]) -> list[Candidate]
     return [c for c in candidates if c.weight > 0 or state.strategy != "weighted"]
 
 
-def alone(state: Scheduler, candidates: Iterable[Candidate], candidate: Candidate,
-          now: float) -> bool:
-    """Whether no other candidate could take the requests of this one."""
-    return all(c.key == candidate.key or resting(state, c, now)
-               for c in usable(state, candidates))
-
-
 def note_result(state: Scheduler, candidates: Sequence[Candidate], candidate: Candidate,
                 verdict: Verdict, now: float, *, began: float, model: str = "",
                 session: Sequence[str] = ()) -> None:
-    """Learn from the outcome of a request that `began` at that time.
-
-    A success ends what rests began before it. A failure begins one, and its session loses the
-    credential; but a guess never rests the only one there is.
-    """
+    """Learn from the outcome of a request that `began` at that time. A success ends what rests
+    began before it. A failure begins one, and its session loses the credential; but a guess never
+    rests the only one there is."""
     places = places_of(candidate)
     if verdict.what == "ok":
         for place in places:
@@ -10639,17 +10609,16 @@ def note_result(state: Scheduler, candidates: Sequence[Candidate], candidate: Ca
         if state.bindings.get((name, model), (None,))[0] == candidate.key:
             del state.bindings[name, model]
     place = places[1 if verdict.whole else 0]
-    if verdict.until is not None or not alone(state, candidates, candidate, now):
+    if verdict.until is not None or any(c.key != candidate.key and not resting(state, c, now)
+                                        for c in usable(state, candidates)):
         window = next_window(state.rests.get(place), verdict, now, began)
         remember(state.rests, place, window, RESTS)
 
 
 def next_window(old: Window | None, verdict: Verdict, now: float, began: float) -> Window:
-    """The rest that follows a failure where `old` was the last one.
-
-    Failures side by side count once, so one inside of an open window changes nothing. A longer
-    declaration stays, but for what a request that was let through during it was told.
-    """
+    """The rest that follows a failure where `old` was the last one. Failures side by side count
+    once, so one inside of an open window changes nothing. A longer declaration stays, but for what
+    a request that was let through during it was told."""
     rule, level = verdict.rule, 0
     if verdict.until is not None:
         if old and old.declared and old.until >= verdict.until and old.since >= began:
@@ -10670,11 +10639,9 @@ def choose_credential(state: Scheduler, candidates: Sequence[Candidate], model: 
                       tried: Collection[Key] = ()) -> Candidate | None:
     """The credential for a request for `model` (the client's name of it), but for those that it
     has `tried`; None where all rest. The order of `candidates` is that of their configuration.
-
     Only the first tier with a ready credential counts. Then a session keeps its credential, even
     where one of a higher priority is back. Guesses alone never make an outage: where nothing else
-    is left, the credential whose rest ends first is used.
-    """
+    is left, the credential whose rest ends first is used."""
     left = [c for c in usable(state, candidates) if c.key not in tried]
     ready = [c for c in left if not resting(state, c, now)]
     if ready:
@@ -10714,8 +10681,7 @@ def bound_key(state: Scheduler, model: str, session: Sequence[str], now: float) 
 
 def pick_next(state: Scheduler, model: str, candidates: Sequence[Candidate],
               ready: Sequence[Candidate]) -> Candidate:
-    """The ready one after the last one used. One circle for all providers of a model gives each
-    as much as it has credentials."""
+    """The ready one after the last one used, in one circle for all providers of a model."""
     keys = [c.key for c in candidates]
     last = state.cursors.get(model)
     start = keys.index(last) + 1 if last in keys else 0
@@ -10741,13 +10707,9 @@ def pick_weighted(state: Scheduler, model: str, candidates: Sequence[Candidate],
     return chosen
 
 
-def pick_first(state: Scheduler, model: str, candidates: Sequence[Candidate],
-               ready: Sequence[Candidate]) -> Candidate:
-    """The first one, until it rests."""
-    return ready[0]
-
-
-PICKS = dict(zip(STRATEGIES, (pick_next, pick_weighted, pick_first), strict=True))
+PICKS: dict[str, Callable[..., Candidate]] = {
+    "round-robin": pick_next, "weighted": pick_weighted,
+    "fill-first": lambda state, model, candidates, ready: ready[0]}  # until it rests
 
 
 # -- a stream before anything of it is seen ----------------------------------
@@ -10782,8 +10744,7 @@ def answer_fault(value: Any) -> UpstreamError | None:
 
 
 def is_visible(protocol: Protocol, event: Any) -> bool:
-    """Whether an event shows a client something of the answer, so that another provider's would
-    contradict it."""
+    """Whether an event shows a client something that another provider's answer would contradict."""
     if event == DONE:
         return False
     if protocol is not CHAT:
@@ -10832,11 +10793,9 @@ def next_step(state: Scheduler, candidates: Sequence[Candidate], tried: Collecti
               attempts: Sequence[Attempt], verdict: Verdict, spent_secs: float, now: float, *,
               budget: Budget = PATIENT, refreshable: bool = False, jitter: float = 0.0) -> Step:
     """What to do after the failed last one of `attempts`; `tried` holds what this round has used,
-    `jitter` (0 to 1) keeps requests that wait for the same moment apart.
-
-    A short wait is better than a cold prompt cache elsewhere, but only once; a request never
-    sleeps while another credential is ready. Where there is only one, its client is told at once.
-    """
+    `jitter` (0 to 1) keeps requests that wait for the same moment apart. A short wait is better
+    than a cold prompt cache elsewhere, but only once; a request never sleeps while another
+    credential is ready. Where there is only one, its client is told at once."""
     rule, left = verdict.rule, budget.secs - spent_secs
     if len(attempts) >= budget.attempts or left <= 0 or not rule.rotate:
         return Step("stop")
@@ -10877,9 +10836,7 @@ def most_useful(failures: Sequence[tuple[Verdict, ProxyError]]) -> ProxyError:
 def unavailable(state: Scheduler, candidates: Sequence[Candidate], model: str, protocol: Protocol,
                 now: float) -> ProxyError:
     """The error for a request that found no credential: when to come back, or that it is in vain.
-
-    Claude Code is told a time that it waits for; the real one is in the message.
-    """
+    Claude Code is told a time that it waits for; the real one is in the message."""
     if not candidates:
         return SetupError(f"no credential serves the model {model}",
                           fix="add one to its provider", status=503, code="auth_not_found")
@@ -10911,36 +10868,37 @@ def why(state: Scheduler, candidates: Sequence[Candidate], now: float) -> list[J
                      "tier": c.tier, "priority": c.priority, "weight": c.weight,
                      "sessions": sessions[c.key]}
         if rest:
-            probe = next_probe(state, rest) if rest.declared else rest.until
-            row |= {"reason": rest.reason if now < rest.until else "another request is deciding",
-                    "kind": "declared" if rest.declared else "guessed", "source": rest.source,
-                    "raw": rest.raw, "since": rest.since, "until": rest.until,
-                    "next_probe": probe}
+            row |= rest_fields(rest) | {
+                "next_probe": next_probe(state, rest) if rest.declared else rest.until}
+            if now >= rest.until:
+                row["reason"] = "another request is deciding"
         elif not row["eligible"]:
             row["reason"] = f"its weight is {c.weight}"
         rows.append(row)
     return rows
 
 
+SAVED = ("reason", "source", "raw", "since", "until", "tried")
+
+
+def rest_fields(window: Window) -> Json:
+    """A rest as people see it."""
+    return {"kind": "declared" if window.declared else "guessed",
+            **{name: getattr(window, name) for name in SAVED[:-1]}}
+
+
 def rests_of(state: Scheduler, provider: str, credential: str, now: float) -> list[Json]:
     """What keeps a credential from being used, for each model; a model that is None is any."""
-    return [{"model": key[2], "kind": "declared" if window.declared else "guessed",
-             **{name: getattr(window, name) for name in ("reason", "source", "raw", "since",
-                                                         "until")}}
-            for key, window in state.rests.items()
+    return [{"model": key[2], **rest_fields(window)} for key, window in state.rests.items()
             if key[:2] == (provider, credential) and window.until > now]
 
 
 def reset_rests(state: Scheduler, name: str) -> int:
-    """End the rests of a credential, named alone or with its provider (`provider/name`), or of
-    "all"; gives how many there were."""
+    """End the rests of a credential, `name` or `provider/name`, or of "all"; gives how many."""
     ended = [key for key in state.rests if name in ("all", key[1], f"{key[0]}/{key[1]}")]
     for key in ended:
         del state.rests[key]
     return len(ended)
-
-
-SAVED = ("reason", "source", "raw", "since", "until", "tried")
 
 
 def dump_state(state: Scheduler, now: float) -> Json:
@@ -10952,8 +10910,7 @@ def dump_state(state: Scheduler, now: float) -> Json:
 
 
 def load_state(state: Scheduler, value: Any, now: float) -> int:
-    """Take back what `dump_state` gave, as far as it is whole and still holds; gives how many
-    rests that are."""
+    """Take back what `dump_state` gave, as far as it still holds; gives how many rests that are."""
     taken = 0
     for row in map(mapping, listing(mapping(value).get("rests"))[-RESTS:]):
         key: Any = tuple(row.get(name) for name in ("provider", "credential", "model"))
@@ -11200,17 +11157,14 @@ class HumanLines:
         """The line; None for an event that people are not shown."""
         if event == "hdr" and not self.details:
             return None
-        parts = {"fwd": self.fwd_parts, "hdr": self.hdr_parts, "wait": self.wait_parts}.get(event)
-        if parts is None:
-            parts = self.end_parts if "duration_ms" in fields else self.plain_parts
-        fields = clean(fields)
-        clock = time.strftime("%H:%M:%S", time.localtime(at)) + f".{int(at % 1 * 1000):03d}"
-        name = self.paint(
-            event, EVENT_PAINT.get(event, "red" if level in ("warn", "error")
-                                   else LEVEL_PAINT[level]), True)
-        head = f"""{clock} {self.paint(f'{level.upper():>5}', LEVEL_PAINT[level],
-                                       level in ('info', 'warn', 'error'))} {name} """
-        return head + "".join(f" {part}" for part in parts(fields) if part)
+        parts = {"fwd": self.fwd_parts, "hdr": self.hdr_parts, "wait": self.wait_parts}.get(
+            event, self.end_parts if "duration_ms" in fields else self.plain_parts)
+        clock, color = time.strftime("%H:%M:%S", time.localtime(at)), LEVEL_PAINT[level]
+        label = self.paint(f"{level.upper():>5}", color, level in ("info", "warn", "error"))
+        name = self.paint(event, EVENT_PAINT.get(
+            event, "red" if level in ("warn", "error") else color), True)
+        return f"{clock}.{int(at % 1 * 1000):03d} {label} {name} " + "".join(
+            f" {part}" for part in parts(clean(fields)) if part)
 
     def plain_parts(self, fields: Json) -> Iterator[str]:
         """key=value for what has no layout of its own."""
@@ -11414,8 +11368,7 @@ class LogFile(logging.handlers.RotatingFileHandler):
 
 
 def log_path(name: str, environ: Mapping[str, str]) -> Path:
-    """Where the file `name` is: within the app directory's logs, which are made for it, unless it
-    is an absolute path."""
+    """Where the file `name` is: unless absolute within the app directory's logs, made for it."""
     path = Path(name).expanduser()
     if path.is_absolute():
         return path
@@ -11451,8 +11404,7 @@ def has_color(stream: Any, settings: LoggingConfig, environ: Mapping[str, str]) 
 
 
 class LineWriter(logging.Handler):
-    """Prints records, and writes them to a file, on a thread of its own; counts and drops lines
-    while the reader does not read."""
+    """Prints and files records on a thread of its own; drops lines while nobody reads them."""
 
     def __init__(self, stream: Any, settings: LoggingConfig, environ: Mapping[str, str]) -> None:
         super().__init__()
@@ -11787,8 +11739,7 @@ class CaptureStore:
                 "dropped": self.dropped}
 
     def begin(self, id: int, head: RequestHead) -> Capture | None:
-        """The capture of a request that starts; None while no phase is on, or where what is
-        queued would leave it torn."""
+        """The capture of a request that starts; None where it is off or would be torn."""
         phases = self.switches.active
         if not phases:
             return None
@@ -11836,8 +11787,7 @@ class CaptureStore:
             pass
 
     def write_some(self) -> bool:
-        """Wait for pieces and write what there is, each file in one go, then rest for a while;
-        whether more may come."""
+        """Wait for pieces, write each file in one go, then rest a while; whether more may come."""
         taken, phases = [self.queue.get()], defaultdict(list)
         begun = time.perf_counter()
         with contextlib.suppress(queue.Empty):
@@ -11960,8 +11910,7 @@ TOML_BRACE = re.compile(r"(\{)?[ \t]*\}")  # that ends an inline table
 
 
 def set_capture_keys(text: str, values: Mapping[str, bool]) -> str:
-    """A TOML text with keys of its table `capture` set and everything else as it was; ConfigError
-    where that cannot be done."""
+    """A TOML text with keys of `capture` set and all else as it was; ConfigError where it fails."""
     try:
         wanted = tomllib.loads(text)
         for key, value in values.items():
@@ -12095,8 +12044,7 @@ def find_capture(directory: Path, word: str) -> StoredCapture:
 
 
 def read_captured(path: Path, limit: int = CAPTURE_READ_BYTES) -> bytes | None:
-    """What a file holds, up to one byte more than `limit`; None where it has gone meanwhile, as
-    a running proxy removes old ones."""
+    """A file, up to one byte more than `limit`; None where a running proxy has removed it."""
     try:
         with path.open("rb") as file:
             return file.read(limit + 1)
@@ -12108,8 +12056,7 @@ def read_captured(path: Path, limit: int = CAPTURE_READ_BYTES) -> bytes | None:
 
 def read_captured_json(path: Path) -> Json | None:
     """The JSON object in a file of ours; None where it has gone meanwhile."""
-    raw = read_captured(path)
-    if raw is None:
+    if (raw := read_captured(path)) is None:
         return None
     try:
         value = load(raw)
@@ -12265,8 +12212,7 @@ DIFFS = {"request": PHASES[:2], "response": PHASES[2:]}
 
 
 def capture_diff(capture: CapturedExchange, names: Sequence[str]) -> list[str]:
-    """How the bodies of two captured phases differ, as a unified diff; nothing where one is
-    missing."""
+    """The unified diff of the bodies of two captured phases; nothing where one is missing."""
     phases = [capture.phases.get(name) for name in names]
     texts = [body_text(phase.body or b"", phase.sse) for phase in phases if phase]
     return diff_of(texts[0], texts[1], names) if len(texts) == 2 else []
@@ -12283,9 +12229,8 @@ def difference_lines(capture: CapturedExchange) -> list[str]:
     """What the proxy changed between the client and the provider, and on the way back."""
     lines = []
     for title, names in DIFFS.items():
-        missing = [name for name in names if name not in capture.phases]
-        found = [not_captured(name) for name in missing]
-        if not missing:
+        found = [not_captured(name) for name in names if name not in capture.phases]
+        if not found:
             before, after = (headers_of(capture.phases[name]) for name in names)
             changed, body = header_changes(before, after), capture_diff(capture, names)
             found = ["headers:", *changed] if changed else ["headers: no difference"]
@@ -12311,8 +12256,7 @@ def list_captures(directory: Path, limit: int) -> list[Json]:
 
 
 def capture_row(summary: Json) -> list[str]:
-    """A stored exchange in a list: time, id and its short form, protocols, model, status,
-    outcome."""
+    """A stored exchange in a list: time, id (short too), protocols, models, status, outcome."""
     pairs = [" -> ".join(dict.fromkeys(filter(None, (text_of(summary.get(key)) for key in keys))))
              for keys in (("protocol", "provider_protocol"), ("model", "upstream_model"))]
     return [printable(str(cell or "-")) for cell in (
@@ -12403,20 +12347,18 @@ class Sanitizer:
 
     def stream(self, events: Iterable[Event]) -> list[Json]:
         """The events of a stream."""
-        out = [{"event": event.name if KEPT_WORD.fullmatch(event.name) else filled(event.name),
-                "data": self.event(event.data)} for event in events]
+        out = []
+        for event in events:
+            value = loaded(event.data.encode())
+            out.append({
+                "event": event.name if KEPT_WORD.fullmatch(event.name) else filled(event.name),
+                "data": self.value(value, place=(0,)) if value is not ABSENT else
+                event.data if event.data == DONE else filled(event.data)})
         for pieces in self.pieces.values():
             text = filled_json("".join(piece for _, _, piece in pieces))
             for holder, name, piece in pieces:
                 holder[name], text = text[:len(piece)], text[len(piece):]
         return out
-
-    def event(self, data: str) -> Any:
-        """The data of one event."""
-        value = loaded(data.encode())
-        if value is ABSENT:
-            return data if data == DONE else filled(data)
-        return self.value(value, place=(0,))
 
     def value(self, value: Any, key: str = "", free: bool = False, place: Any = ()) -> Any:
         """A JSON value under `key`; in a `free` one nothing is structure. `place` holds the
@@ -12439,6 +12381,7 @@ class Sanitizer:
             place += tuple(value[name] for name in ("index", "output_index")
                            if type(value.get(name)) is int)
         out: Json = {}
+        kind = value.get("type")
         for name, item in value.items():
             new, word = kept_name(name, out), "" if key in NAMING_KEYS else name
             if word == "name" and "role" in value:  # of a person
@@ -12447,16 +12390,11 @@ class Sanitizer:
                 word = "type"
             out[new] = self.value(item, word, free or (word in FREE_KEYS and (
                 word != "input" or isinstance(item, dict))), place)
-            if place and isinstance(item, str) and is_piece(name, value):
+            if place and isinstance(item, str) and (
+                    name == "partial_json" or (name == "arguments" and kind is None)
+                    or (name == "delta" and text_of(kind).endswith("arguments.delta"))):
                 self.pieces[place].append((out, new, item))
         return out
-
-
-def is_piece(name: str, event: Json) -> bool:
-    """Whether a member of an object in an event is a piece of a call's arguments."""
-    kind = event.get("type")
-    return (name == "partial_json" or (name == "arguments" and kind is None)
-            or (name == "delta" and isinstance(kind, str) and kind.endswith("arguments.delta")))
 
 
 def exported_phase(phase: CapturedPhase, sanitize: bool) -> Json:
