@@ -9935,8 +9935,7 @@ def request_record(exchange: Exchange, outcome: str, now_wall: float, clock: flo
         "ttfb_ms": milliseconds(exchange.head_at - exchange.started) if exchange.head_at else None,
         "duration_ms": milliseconds(clock - exchange.started),
         "bytes_in": exchange.inbound_bytes, "bytes_out": exchange.down,
-        **{f"{kind}_tokens": getattr(seen, kind) if seen else 0
-           for kind in TOKEN_KINDS[:-1]},
+        **{f"{kind}_tokens": getattr(seen, kind) if seen else 0 for kind in TOKEN_KINDS[:-1]},
         "dropped": list(exchange.dropped_paths), "captured": exchange.captured,
         "credential": exchange.credential,
         "attempts": [attempt._asdict() for attempt in exchange.attempts],
@@ -10103,8 +10102,7 @@ class Metrics:
                     now, True, None, tried.status or None, tried.what,
                     HEALTH_AFTER.get(tried.what, "failing"))
             self.providers[exchange.provider].add(
-                now, failed, ttfb, exchange.status, exchange.error,
-                health_told(exchange, outcome))
+                now, failed, ttfb, exchange.status, exchange.error, health_told(exchange, outcome))
         series = self.series_of(exchange)
         series.requests[exchange.status // 100, outcome] += 1
         if failed:
@@ -10390,8 +10388,7 @@ def beginning(content: Any) -> str:
 # -- hints -------------------------------------------------------------------
 
 class Reset(NamedTuple):
-    """When a provider says that it takes requests again, where it said so and in which words;
-    `whole` where that is meant for all models."""
+    """When a provider takes requests again, where and how it said so; `whole` for all models."""
 
     at: float
     source: str
@@ -10417,8 +10414,7 @@ def reset_time(text: str, now: float) -> float | None:
         count = float(text)
         at = count / 1000 if count >= 1e11 else count if count >= 1e9 else now + count
     else:
-        at = (parse_http_date(text) or iso_time(text)
-              or now + (reset_secs(text.lower()) or 0.0))
+        at = parse_http_date(text) or iso_time(text) or now + (reset_secs(text.lower()) or 0.0)
     return at if now < at <= now + DECLARED_SECS else None
 
 
@@ -10568,9 +10564,8 @@ def resting(state: Scheduler, candidate: Candidate, now: float) -> Window | None
     guess that is over lets one request decide; a declaration lets one through at times, for
     providers are wrong too."""
     windows = filter(None, map(state.rests.get, places_of(candidate)))
-    blocked = [w for w in windows if now < (
-        next_probe(state, w) if w.declared
-        else max(w.until, w.tried + TRIAL_SECS if w.tried else 0))]
+    blocked = [w for w in windows if now < (next_probe(state, w) if w.declared else max(
+        w.until, w.tried + TRIAL_SECS if w.tried else 0))]
     return max(blocked, key=lambda w: w.until) if blocked else None
 
 
@@ -10768,8 +10763,7 @@ class Attempt(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """How far a request goes before its client is told of the failure: tries, seconds since it
-    began, the longest wait for the same credential, and for any."""
+    """How far a request goes: tries, seconds, longest wait for the same credential, for any."""
 
     attempts: int = 4
     secs: float = 60.0
@@ -10805,8 +10799,7 @@ def next_step(state: Scheduler, candidates: Sequence[Candidate], tried: Collecti
     wait = (verdict.until or now) - now
     if 0 < wait <= min(budget.short_secs, left) and not repeated:
         return Step("same", wait)
-    if any(c.key not in tried and not resting(state, c, now)
-           for c in usable(state, candidates)):
+    if any(c.key not in tried and not resting(state, c, now) for c in usable(state, candidates)):
         return Step("next")
     soonest = recovery(state, candidates, now)
     if not rule.again or soonest is None or len(usable(state, candidates)) < 2:
@@ -10962,10 +10955,8 @@ def fwd_fields(exchange: Exchange) -> Json:
         "request_protocol": inbound.name, "provider": exchange.provider,
         **({"credential": exchange.credential} if exchange.credential else {}),
         "route_name": exchange.route, "provider_protocol": provider.name,
-        "translation": translation_name(exchange),
-        "request_protocol_alias": inbound.alias,
-        "translation_alias": (f"{inbound.alias}->{provider.alias}" if inbound is not provider
-                              else ""),
+        "translation": translation_name(exchange), "request_protocol_alias": inbound.alias,
+        "translation_alias": "" if inbound is provider else f"{inbound.alias}->{provider.alias}",
         "provider_protocol_alias": provider.alias,
         "model": exchange.upstream_model, "reasoning_effort": request_effort(inbound, body),
         "stream": stream if isinstance(stream, bool) else None,
@@ -11168,9 +11159,7 @@ class HumanLines:
 
     def plain_parts(self, fields: Json) -> Iterator[str]:
         """key=value for what has no layout of its own."""
-        for key, value in fields.items():
-            if value is not None and value != "":
-                yield f"{key}={value}"
+        return (f"{key}={value}" for key, value in fields.items() if value not in (None, ""))
 
     def route_part(self, fields: Json) -> str:
         """in->provider/out"""
@@ -11520,8 +11509,7 @@ def start_log(settings: LoggingConfig, stream: Any,
 
 
 class CaptureSwitches:
-    """Which phases are captured: what the configuration says, unless it was overridden at
-    run time. A request is captured as the switches are when it starts."""
+    """Which phases are captured from a request's start: as configured, unless overridden."""
 
     def __init__(self, settings: CaptureConfig) -> None:
         self.overrides: dict[str, bool | None] = dict.fromkeys(PHASES)
@@ -11592,10 +11580,9 @@ def inbound_metadata(head: RequestHead, size: int | None) -> Json:
 def provider_metadata(origin: str, head: bytes, body: bytes, asked: bytes | None) -> Json:
     """What is told of a provider request, made from the client's body `asked`."""
     (method, target, *_), headers = split_head(head)
-    return {"method": method.decode("ascii"),
-            "url": (origin if target.startswith(b"/") else "") + target.decode("ascii"),
-            "headers": headers, "provider_request_body_bytes": len(body),
-            "normalized": body != asked}
+    url = (origin if target.startswith(b"/") else "") + target.decode("ascii")
+    return {"method": method.decode("ascii"), "url": url, "headers": headers,
+            "provider_request_body_bytes": len(body), "normalized": body != asked}
 
 
 def upstream_metadata(head: ResponseHead, ttfb_ms: int) -> Json:
@@ -12117,8 +12104,7 @@ def stream_events(raw: bytes) -> Iterator[Event]:
 
 
 def body_text(body: bytes, sse: bool, view: Callable[[Any], Any] = lambda value: value) -> str:
-    """A body for people: JSON spread out, the events of a stream one after the other. `view` is
-    what to show of a JSON value."""
+    """A body for people: JSON spread out, event by event; `view` is what to show of a value."""
     if sse:
         return "\n\n".join(f"event: {event.name}\n{body_text(event.data.encode(), False, view)}"
                            for event in stream_events(body))
@@ -12151,8 +12137,7 @@ def shown_lines(text: str, lines: int = SHOWN_LINES) -> list[str]:
     """The lines of a text as a terminal can have them, so many at most."""
     rows = text[:SHOWN_CHARS].split("\n")
     cut = len(rows) > lines or len(text) > SHOWN_CHARS
-    return ([printable(row) for row in rows[:lines]]
-            + ["(cut here; the file has the rest)"] * cut)
+    return [*map(printable, rows[:lines]), *["(cut here; the file has the rest)"] * cut]
 
 
 def masked(name: str, value: Any) -> str:
@@ -12328,15 +12313,6 @@ def filled_json(text: str) -> str:
     return JSON_PIECE.sub(piece, text)
 
 
-def kept_name(name: str, taken: Collection[str]) -> str:
-    """A member's name, or a filler for one that is no identifier."""
-    if not KEPT_NAME.fullmatch(name):
-        name = filled(name)
-        while name in taken:
-            name += FILLER
-    return name
-
-
 class Sanitizer:
     """Replaces what people and models wrote in a JSON value, or in the events of a stream, whose
     pieces of arguments are put together for that."""
@@ -12375,15 +12351,17 @@ class Sanitizer:
         return 1 if free and type(value) in (int, float) else value
 
     def members(self, value: Json, key: str, free: bool, place: Any) -> Json:
-        """The members of an object; where `key` says that their names are no words of a protocol
-        they decide nothing."""
+        """The members of an object; their names decide nothing where `key` is one of NAMING_KEYS."""
         if place:
             place += tuple(value[name] for name in ("index", "output_index")
                            if type(value.get(name)) is int)
         out: Json = {}
         kind = value.get("type")
         for name, item in value.items():
-            new, word = kept_name(name, out), "" if key in NAMING_KEYS else name
+            new = name if KEPT_NAME.fullmatch(name) else filled(name)
+            while new in out:
+                new += FILLER
+            word = "" if key in NAMING_KEYS else name
             if word == "name" and "role" in value:  # of a person
                 word = ""
             if word == "code" and "message" in value:  # of an error
