@@ -2267,17 +2267,19 @@ def bootstrap(environ: Mapping[str, str]) -> tuple[Path, bool]:
     return base, created
 
 
-def write_private(path: Path, data: bytes) -> None:
-    """Put data into a file below the app directory in one step, for its owner alone."""
+def write_private(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Put data into a file of the app directory or of a folder in it, in one step, for its owner
+    alone unless `mode` says more."""
     for folder in (path.parent.parent, path.parent):
         folder.mkdir(mode=0o700, exist_ok=True)
-    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    fresh = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}")
     fresh.unlink(missing_ok=True)
     try:
         with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        fresh.chmod(mode)
         os.replace(fresh, path)
     finally:
         fresh.unlink(missing_ok=True)
@@ -9802,8 +9804,7 @@ def request_record(exchange: Exchange, outcome: str, now_wall: float, clock: flo
         "ttfb_ms": milliseconds(exchange.head_at - exchange.started) if exchange.head_at else None,
         "duration_ms": milliseconds(clock - exchange.started),
         "bytes_in": exchange.inbound_bytes, "bytes_out": exchange.down,
-        **{f"{kind}_tokens": getattr(seen, kind) if seen else 0
-           for kind in TOKEN_KINDS[:-1]},
+        **{f"{kind}_tokens": getattr(seen, kind) if seen else 0 for kind in TOKEN_KINDS[:-1]},
         "dropped": list(exchange.dropped_paths), "captured": exchange.captured,
         "credential": exchange.credential,
         "attempts": [attempt._asdict() for attempt in exchange.attempts],
@@ -9853,8 +9854,6 @@ def other_tries(exchange: Exchange) -> list[Any]:
 class Histogram:
     """How many values were at most each of some bounds, and their sum."""
 
-    __slots__ = ("bounds", "counts", "total")
-
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self.bounds, self.total = bounds, 0.0
         self.counts = [0] * (len(bounds) + 1)
@@ -9865,23 +9864,14 @@ class Histogram:
         self.total += value
 
 
-class Labels(NamedTuple):
-    """What requests are counted by."""
-
-    provider: str
-    model: str
-    protocol: str
-    provider_protocol: str
+LABELS = ("provider", "model", "protocol", "provider_protocol")  # that requests are counted by
 
 
 class Series:
     """What was counted for one provider, model and pair of protocols."""
 
-    __slots__ = ("dropped", "duration", "errors", "labels", "received", "requests", "sent",
-                 "tokens", "ttfb")
-
-    def __init__(self, labels: Labels) -> None:
-        self.labels = labels
+    def __init__(self, labels: Iterable[str]) -> None:
+        self.labels = dict(zip(LABELS, labels, strict=True))
         self.requests: defaultdict[tuple[int, str], int] = defaultdict(int)  # by hundred, outcome
         self.errors: defaultdict[str, int] = defaultdict(int)  # by type
         self.ttfb, self.duration = Histogram(TTFB_BOUNDS), Histogram(DURATION_BOUNDS)
@@ -9890,10 +9880,7 @@ class Series:
 
 
 class Tally:
-    """Requests of a while or of a provider: how many, and the newest times in milliseconds."""
-
-    __slots__ = ("at", "durations", "errors", "health", "input", "last_at", "last_error",
-                 "last_status", "output", "requests", "ttfbs")
+    """Requests of a while or of a provider: how many, and the newest times in seconds."""
 
     def __init__(self, at: int = 0) -> None:
         self.at = at  # the minute
@@ -9905,10 +9892,15 @@ class Tally:
         self.last_error: str | None = None
         self.health = "unknown"
 
-    def add(self, failed: bool, ttfb: float | None) -> None:
+    def add(self, now: float, failed: bool, ttfb: float | None = None, status: int | None = None,
+            error: str | None = None, health: str | None = None) -> None:
         """Count a request."""
         self.requests += 1
         self.errors += failed
+        self.last_at, self.last_status = now, status
+        self.health = health or self.health
+        if failed:
+            self.last_error = error
         if ttfb is not None:
             self.ttfbs.append(ttfb)
 
@@ -9966,29 +9958,22 @@ class Metrics:
     def count_one(self, exchange: Exchange, outcome: str, duration: float) -> None:
         """Count one request."""
         seen, failed = exchange.observed or exchange.tokens, outcome not in NO_ERRORS
-        status = exchange.status
         now = wall(exchange, exchange.started + duration)
         ttfb = exchange.head_at - exchange.started if exchange.head_at else None
         self.ended_count += 1
         self.error_count += failed
         minute = self.minute(now)
-        minute.add(failed, ttfb)
+        minute.add(now, failed, ttfb)
         minute.durations.append(duration)
         if exchange.provider:
             for tried in other_tries(exchange):
-                tally = self.providers[tried.provider]
-                tally.add(True, None)
-                tally.last_at, tally.last_error = now, tried.what
-                tally.last_status = tried.status or None
-                tally.health = HEALTH_AFTER.get(tried.what, "failing") or tally.health
-            tally = self.providers[exchange.provider]
-            tally.add(failed, ttfb)
-            tally.last_at, tally.last_status = now, status
-            if failed:
-                tally.last_error = exchange.error
-            tally.health = health_told(exchange, outcome) or tally.health
+                self.providers[tried.provider].add(
+                    now, True, None, tried.status or None, tried.what,
+                    HEALTH_AFTER.get(tried.what, "failing"))
+            self.providers[exchange.provider].add(
+                now, failed, ttfb, exchange.status, exchange.error, health_told(exchange, outcome))
         series = self.series_of(exchange)
-        series.requests[status // 100, outcome] += 1
+        series.requests[exchange.status // 100, outcome] += 1
         if failed:
             series.errors[exchange.error_type or outcome] += 1
         series.duration.add(duration)
@@ -10018,10 +10003,9 @@ class Metrics:
                inbound.name if inbound else "", provider.name if provider else "")
         series = self.series.get(key)
         if series is None:
-            labels = Labels(*key)
             if len(self.series) >= MODEL_SERIES:
-                labels = labels._replace(model=OTHER_MODELS)
-            series = self.series.setdefault(labels, Series(labels))
+                key = (key[0], OTHER_MODELS, *key[2:])
+            series = self.series.setdefault(key, Series(key))
         return series
 
     # -- what is told
@@ -10038,11 +10022,11 @@ class Metrics:
 
     def models(self) -> list[Json]:
         """The counts of each provider, model and pair."""
-        return [{"provider": series.labels.provider, "model": series.labels.model,
-                 "pair": f"{series.labels.protocol}->{series.labels.provider_protocol}",
+        return [{"provider": series.labels["provider"], "model": series.labels["model"],
+                 "pair": f"{series.labels['protocol']}->{series.labels['provider_protocol']}",
                  "requests": sum(series.requests.values()), "errors": sum(series.errors.values()),
                  **{f"{kind}_tokens": series.tokens[kind] for kind in TOKEN_KINDS[:-1]}}
-                for series in self.series.values() if series.labels.provider]
+                for series in self.series.values() if series.labels["provider"]]
 
     def provider(self, name: str) -> Json:
         """What is known of a provider."""
@@ -10069,65 +10053,46 @@ class Metrics:
 Sample = tuple[str, Mapping[str, str], float]  # what is added to the name, labels, value
 
 
-class Family(NamedTuple):
-    """A metric, and its samples of one series."""
-
-    name: str
-    kind: str
-    help: str
-    samples: Callable[[Series], Iterable[Sample]]
-
-
 def histogram_samples(histogram: Histogram) -> Iterator[Sample]:
     """Each bucket counts what the ones before it count too."""
     bounds = (*map(str, histogram.bounds), "+Inf")
-    count = 0
-    for bound, more in zip(bounds, histogram.counts, strict=True):
-        count += more
+    counts = list(itertools.accumulate(histogram.counts))
+    for bound, count in zip(bounds, counts, strict=True):
         yield "_bucket", {"le": bound}, count
     yield "_sum", {}, histogram.total
-    yield "_count", {}, count
+    yield "_count", {}, counts[-1]
 
 
-FAMILIES = (
-    Family("proxai_requests_total", "counter", "Requests that are over, refused ones too.",
-           lambda s: [("", {"status": f"{hundred}xx" if hundred else "none", "outcome": outcome}, n)
-                      for (hundred, outcome), n in s.requests.items()]),
-    Family("proxai_request_errors_total", "counter", "Requests that failed, by type of the error.",
-           lambda s: [("", {"type": kind}, n) for kind, n in s.errors.items()]),
-    Family("proxai_time_to_first_byte_seconds", "histogram",
-           "From the request to the head of the provider's answer.",
-           lambda s: histogram_samples(s.ttfb)),
-    Family("proxai_request_duration_seconds", "histogram", "From the request to its end.",
-           lambda s: histogram_samples(s.duration)),
-    Family("proxai_request_bytes_total", "counter", "Bytes of request bodies from clients.",
-           lambda s: [("", {}, s.received)]),
-    Family("proxai_response_bytes_total", "counter", "Bytes of answers from providers.",
-           lambda s: [("", {}, s.sent)]),
-    Family("proxai_tokens_total", "counter",
-           "Tokens as providers count them; input is without cached, output with reasoning.",
-           lambda s: [("", {"kind": kind}, n) for kind, n in s.tokens.items()]),
-    Family("proxai_dropped_fields_total", "counter", "What translations have left out.",
-           lambda s: [("", {}, s.dropped)]),
+# Each metric, and its samples of one series.
+FAMILIES: tuple[tuple[str, str, str, Callable[[Series], Iterable[Sample]]], ...] = (
+    ("proxai_requests_total", "counter", "Requests that are over, refused ones too.",
+     lambda s: [("", {"status": f"{hundred}xx" if hundred else "none", "outcome": outcome}, n)
+                for (hundred, outcome), n in s.requests.items()]),
+    ("proxai_request_errors_total", "counter", "Requests that failed, by type of the error.",
+     lambda s: [("", {"type": kind}, n) for kind, n in s.errors.items()]),
+    ("proxai_time_to_first_byte_seconds", "histogram",
+     "From the request to the head of the provider's answer.", lambda s: histogram_samples(s.ttfb)),
+    ("proxai_request_duration_seconds", "histogram", "From the request to its end.",
+     lambda s: histogram_samples(s.duration)),
+    ("proxai_request_bytes_total", "counter", "Bytes of request bodies from clients.",
+     lambda s: [("", {}, s.received)]),
+    ("proxai_response_bytes_total", "counter", "Bytes of answers from providers.",
+     lambda s: [("", {}, s.sent)]),
+    ("proxai_tokens_total", "counter",
+     "Tokens as providers count them; input is without cached, output with reasoning.",
+     lambda s: [("", {"kind": kind}, n) for kind, n in s.tokens.items()]),
+    ("proxai_dropped_fields_total", "counter", "What translations have left out.",
+     lambda s: [("", {}, s.dropped)]),
 )
+
+
+LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 
 def label_text(labels: Mapping[str, str]) -> str:
     """Labels in their braces, whatever their values are made of."""
-    pairs = []
-    for name, value in labels.items():
-        value = value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-        pairs.append(f'{name}="{value}"')
+    pairs = [f'{name}="{value.translate(LABEL_ESCAPES)}"' for name, value in labels.items()]
     return "{" + ",".join(pairs) + "}" if pairs else ""
-
-
-def family_lines(name: str, kind: str, help: str,
-                 samples: Iterable[tuple[str, str, float]]) -> Iterator[str]:
-    """The lines of a metric; of a sample: what is added to the name, labels as text, value."""
-    yield f"# HELP {name} {help}"
-    yield f"# TYPE {name} {kind}"
-    for suffix, labels, value in samples:
-        yield f"{name}{suffix}{labels} {value}"
 
 
 def metrics_text(metrics: Metrics, providers: Collection[str], version: str, connections: int,
@@ -10137,25 +10102,25 @@ def metrics_text(metrics: Metrics, providers: Collection[str], version: str, con
     open_ = {name: 0 for name in ("", *providers)}
     for exchange in metrics.open:
         open_[exchange.provider] += 1
-    lines: list[str] = []
-    for name, kind, help, samples in (
-            ("proxai_build_info", "gauge", "The version that runs.",
-             [({"version": version}, 1.0)]),
-            ("process_start_time_seconds", "gauge", "When it started, since 1970.",
-             [({}, metrics.started)]),
-            ("proxai_open_connections", "gauge", "Connections of clients.", [({}, connections)]),
-            ("proxai_requests_in_flight", "gauge", "Requests that are not over.",
-             [({"provider": name}, count) for name, count in open_.items()]),
-            ("proxai_captures_dropped_total", "counter", "Captures that were not written.",
-             [({}, captures_dropped)])):
-        lines += family_lines(name, kind, help,
-                              [("", label_text(labels), value) for labels, value in samples])
-    common = [(series, label_text(series.labels._asdict())[:-1])
-              for series in metrics.series.values()]
-    for family in FAMILIES:
-        lines += family_lines(*family[:3], (
-            (suffix, f"{text},{label_text(labels)[1:]}" if labels else text + "}", value)
-            for series, text in common for suffix, labels, value in family.samples(series)))
+    told: list[tuple[str, str, str, Iterable[tuple[str, str, float]]]] = [
+        ("proxai_build_info", "gauge", "The version that runs.",
+         [("", label_text({"version": version}), 1.0)]),
+        ("process_start_time_seconds", "gauge", "When it started, since 1970.",
+         [("", "", metrics.started)]),
+        ("proxai_open_connections", "gauge", "Connections of clients.", [("", "", connections)]),
+        ("proxai_requests_in_flight", "gauge", "Requests that are not over.",
+         [("", label_text({"provider": name}), count) for name, count in open_.items()]),
+        ("proxai_captures_dropped_total", "counter", "Captures that were not written.",
+         [("", "", captures_dropped)])]
+    common = [(series, label_text(series.labels)[:-1]) for series in metrics.series.values()]
+    told += [(name, kind, help, [
+        (suffix, f"{text},{label_text(labels)[1:]}" if labels else text + "}", value)
+        for series, text in common for suffix, labels, value in samples(series)])
+        for name, kind, help, samples in FAMILIES]
+    lines = []
+    for name, kind, help, rows in told:
+        lines += [f"# HELP {name} {help}", f"# TYPE {name} {kind}",
+                  *(f"{name}{suffix}{labels} {value}" for suffix, labels, value in rows)]
     return "\n".join([*lines, ""])
 
 
@@ -10215,9 +10180,6 @@ class Window(NamedTuple):
 class Scheduler:
     """All that is remembered between requests: which credentials rest, which one each session of
     a model has and until when, which one came last, and the sums that weights are shared by."""
-
-    __slots__ = ("affinity_secs", "bindings", "currents", "cursors", "probe_secs", "rests",
-                 "strategy")
 
     def __init__(self, strategy: str = STRATEGIES[0], affinity_secs: float = AFFINITY_SECS,
                  probe_secs: float = PROBE_SECS) -> None:
@@ -10295,8 +10257,7 @@ def beginning(content: Any) -> str:
 # -- hints -------------------------------------------------------------------
 
 class Reset(NamedTuple):
-    """When a provider says that it takes requests again, where it said so and in which words;
-    `whole` where that is meant for all models."""
+    """When a provider takes requests again, where and how it said so; `whole` for all models."""
 
     at: float
     source: str
@@ -10322,15 +10283,13 @@ def reset_time(text: str, now: float) -> float | None:
         count = float(text)
         at = count / 1000 if count >= 1e11 else count if count >= 1e9 else now + count
     else:
-        at = (parse_http_date(text) or iso_time(text)
-              or now + (reset_secs(text.lower()) or 0.0))
+        at = parse_http_date(text) or iso_time(text) or now + (reset_secs(text.lower()) or 0.0)
     return at if now < at <= now + DECLARED_SECS else None
 
 
 def reset_hint(status: int, headers: Mapping[bytes, bytes], body: Any, text: str,
                now: float) -> Reset | None:
-    """What a provider's failure tells about its end; the source that says most about it wins, and
-    of several limits the one that ends last."""
+    """When a failure ends, by the source that says most; of several limits the last to end."""
     named = {name.decode(): value.decode("latin-1") for name, value in headers.items()}
     used_up = [name for name in named if UNIFIED.fullmatch(name)
                and named.get(name.removesuffix("reset") + "status") == "rejected"]
@@ -10455,7 +10414,7 @@ def classify(error: ProxyError | None, headers: Mapping[bytes, bytes], body: Any
     hint = (reset_hint(error.status, headers, body, error.message, now)
             if RULES[what].hints else None)
     if hint:
-        return Verdict(what, hint.at, hint.source, hint.raw, hint.whole)
+        return Verdict(what, *hint)
     if what == "quota" and not any(b"ratelimit" in name for name in headers):
         what = "capacity"  # a full house, not an empty purse
     raw = " ".join(line.split()[1:])[:WHY_CHARS]
@@ -10470,23 +10429,13 @@ def places_of(candidate: Candidate) -> tuple[Key, Key]:
 
 
 def resting(state: Scheduler, candidate: Candidate, now: float) -> Window | None:
-    """What keeps a candidate from being used now, the longer one of two; None if nothing does.
-
-    A guess that is over lets one request decide. A declaration lets one through at times, for
-    providers are wrong too.
-    """
-    found = None
-    for place in places_of(candidate):
-        window = state.rests.get(place)
-        if window is None:
-            continue
-        if window.declared:
-            blocked = now < next_probe(state, window)
-        else:
-            blocked = now < max(window.until, window.tried + TRIAL_SECS if window.tried else 0)
-        if blocked and (found is None or window.until > found.until):
-            found = window
-    return found
+    """What keeps a candidate from being used now, the longer one of two; None if nothing does. A
+    guess that is over lets one request decide; a declaration lets one through at times, for
+    providers are wrong too."""
+    windows = filter(None, map(state.rests.get, places_of(candidate)))
+    blocked = [w for w in windows if now < (next_probe(state, w) if w.declared else max(
+        w.until, w.tried + TRIAL_SECS if w.tried else 0))]
+    return max(blocked, key=lambda w: w.until) if blocked else None
 
 
 def next_probe(state: Scheduler, window: Window) -> float:
@@ -10500,21 +10449,12 @@ def usable(state: Scheduler, candidates: Iterable[Candidate]) -> list[Candidate]
     return [c for c in candidates if c.weight > 0 or state.strategy != "weighted"]
 
 
-def alone(state: Scheduler, candidates: Iterable[Candidate], candidate: Candidate,
-          now: float) -> bool:
-    """Whether no other candidate could take the requests of this one."""
-    return all(c.key == candidate.key or resting(state, c, now)
-               for c in usable(state, candidates))
-
-
 def note_result(state: Scheduler, candidates: Sequence[Candidate], candidate: Candidate,
                 verdict: Verdict, now: float, *, began: float, model: str = "",
                 session: Sequence[str] = ()) -> None:
-    """Learn from the outcome of a request that `began` at that time.
-
-    A success ends what rests began before it. A failure begins one, and its session loses the
-    credential; but a guess never rests the only one there is.
-    """
+    """Learn from the outcome of a request that `began` at that time. A success ends what rests
+    began before it. A failure begins one, and its session loses the credential; but a guess never
+    rests the only one there is."""
     places = places_of(candidate)
     if verdict.what == "ok":
         for place in places:
@@ -10533,17 +10473,16 @@ def note_result(state: Scheduler, candidates: Sequence[Candidate], candidate: Ca
         if state.bindings.get((name, model), (None,))[0] == candidate.key:
             del state.bindings[name, model]
     place = places[1 if verdict.whole else 0]
-    if verdict.until is not None or not alone(state, candidates, candidate, now):
+    if verdict.until is not None or any(c.key != candidate.key and not resting(state, c, now)
+                                        for c in usable(state, candidates)):
         window = next_window(state.rests.get(place), verdict, now, began)
         remember(state.rests, place, window, RESTS)
 
 
 def next_window(old: Window | None, verdict: Verdict, now: float, began: float) -> Window:
-    """The rest that follows a failure where `old` was the last one.
-
-    Failures side by side count once, so one inside of an open window changes nothing. A longer
-    declaration stays, but for what a request that was let through during it was told.
-    """
+    """The rest that follows a failure where `old` was the last one. Failures side by side count
+    once, so one inside of an open window changes nothing. A longer declaration stays, but for what
+    a request that was let through during it was told."""
     rule, level = verdict.rule, 0
     if verdict.until is not None:
         if old and old.declared and old.until >= verdict.until and old.since >= began:
@@ -10564,11 +10503,9 @@ def choose_credential(state: Scheduler, candidates: Sequence[Candidate], model: 
                       tried: Collection[Key] = ()) -> Candidate | None:
     """The credential for a request for `model` (the client's name of it), but for those that it
     has `tried`; None where all rest. The order of `candidates` is that of their configuration.
-
     Only the first tier with a ready credential counts. Then a session keeps its credential, even
     where one of a higher priority is back. Guesses alone never make an outage: where nothing else
-    is left, the credential whose rest ends first is used.
-    """
+    is left, the credential whose rest ends first is used."""
     left = [c for c in usable(state, candidates) if c.key not in tried]
     ready = [c for c in left if not resting(state, c, now)]
     if ready:
@@ -10608,8 +10545,7 @@ def bound_key(state: Scheduler, model: str, session: Sequence[str], now: float) 
 
 def pick_next(state: Scheduler, model: str, candidates: Sequence[Candidate],
               ready: Sequence[Candidate]) -> Candidate:
-    """The ready one after the last one used. One circle for all providers of a model gives each
-    as much as it has credentials."""
+    """The ready one after the last one used, in one circle for all providers of a model."""
     keys = [c.key for c in candidates]
     last = state.cursors.get(model)
     start = keys.index(last) + 1 if last in keys else 0
@@ -10635,13 +10571,9 @@ def pick_weighted(state: Scheduler, model: str, candidates: Sequence[Candidate],
     return chosen
 
 
-def pick_first(state: Scheduler, model: str, candidates: Sequence[Candidate],
-               ready: Sequence[Candidate]) -> Candidate:
-    """The first one, until it rests."""
-    return ready[0]
-
-
-PICKS = dict(zip(STRATEGIES, (pick_next, pick_weighted, pick_first), strict=True))
+PICKS: dict[str, Callable[..., Candidate]] = {
+    "round-robin": pick_next, "weighted": pick_weighted,
+    "fill-first": lambda state, model, candidates, ready: ready[0]}  # until it rests
 
 
 # -- a stream before anything of it is seen ----------------------------------
@@ -10676,8 +10608,7 @@ def answer_fault(value: Any) -> UpstreamError | None:
 
 
 def is_visible(protocol: Protocol, event: Any) -> bool:
-    """Whether an event shows a client something of the answer, so that another provider's would
-    contradict it."""
+    """Whether an event shows a client something that another provider's answer would contradict."""
     if event == DONE:
         return False
     if protocol is not CHAT:
@@ -10701,8 +10632,7 @@ class Attempt(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """How far a request goes before its client is told of the failure: tries, seconds since it
-    began, the longest wait for the same credential, and for any."""
+    """How far a request goes: tries, seconds, longest wait for the same credential, for any."""
 
     attempts: int = 4
     secs: float = 60.0
@@ -10726,11 +10656,9 @@ def next_step(state: Scheduler, candidates: Sequence[Candidate], tried: Collecti
               attempts: Sequence[Attempt], verdict: Verdict, spent_secs: float, now: float, *,
               budget: Budget = PATIENT, refreshable: bool = False, jitter: float = 0.0) -> Step:
     """What to do after the failed last one of `attempts`; `tried` holds what this round has used,
-    `jitter` (0 to 1) keeps requests that wait for the same moment apart.
-
-    A short wait is better than a cold prompt cache elsewhere, but only once; a request never
-    sleeps while another credential is ready. Where there is only one, its client is told at once.
-    """
+    `jitter` (0 to 1) keeps requests that wait for the same moment apart. A short wait is better
+    than a cold prompt cache elsewhere, but only once; a request never sleeps while another
+    credential is ready. Where there is only one, its client is told at once."""
     rule, left = verdict.rule, budget.secs - spent_secs
     if len(attempts) >= budget.attempts or left <= 0 or not rule.rotate:
         return Step("stop")
@@ -10740,8 +10668,7 @@ def next_step(state: Scheduler, candidates: Sequence[Candidate], tried: Collecti
     wait = (verdict.until or now) - now
     if 0 < wait <= min(budget.short_secs, left) and not repeated:
         return Step("same", wait)
-    if any(c.key not in tried and not resting(state, c, now)
-           for c in usable(state, candidates)):
+    if any(c.key not in tried and not resting(state, c, now) for c in usable(state, candidates)):
         return Step("next")
     soonest = recovery(state, candidates, now)
     if not rule.again or soonest is None or len(usable(state, candidates)) < 2:
@@ -10771,9 +10698,7 @@ def most_useful(failures: Sequence[tuple[Verdict, ProxyError]]) -> ProxyError:
 def unavailable(state: Scheduler, candidates: Sequence[Candidate], model: str, protocol: Protocol,
                 now: float) -> ProxyError:
     """The error for a request that found no credential: when to come back, or that it is in vain.
-
-    Claude Code is told a time that it waits for; the real one is in the message.
-    """
+    Claude Code is told a time that it waits for; the real one is in the message."""
     if not candidates:
         return SetupError(f"no credential serves the model {model}",
                           fix="add one to its provider", status=503, code="auth_not_found")
@@ -10805,36 +10730,37 @@ def why(state: Scheduler, candidates: Sequence[Candidate], now: float) -> list[J
                      "tier": c.tier, "priority": c.priority, "weight": c.weight,
                      "sessions": sessions[c.key]}
         if rest:
-            probe = next_probe(state, rest) if rest.declared else rest.until
-            row |= {"reason": rest.reason if now < rest.until else "another request is deciding",
-                    "kind": "declared" if rest.declared else "guessed", "source": rest.source,
-                    "raw": rest.raw, "since": rest.since, "until": rest.until,
-                    "next_probe": probe}
+            row |= rest_fields(rest) | {
+                "next_probe": next_probe(state, rest) if rest.declared else rest.until}
+            if now >= rest.until:
+                row["reason"] = "another request is deciding"
         elif not row["eligible"]:
             row["reason"] = f"its weight is {c.weight}"
         rows.append(row)
     return rows
 
 
+SAVED = ("reason", "source", "raw", "since", "until", "tried")
+
+
+def rest_fields(window: Window) -> Json:
+    """A rest as people see it."""
+    return {"kind": "declared" if window.declared else "guessed",
+            **{name: getattr(window, name) for name in SAVED[:-1]}}
+
+
 def rests_of(state: Scheduler, provider: str, credential: str, now: float) -> list[Json]:
     """What keeps a credential from being used, for each model; a model that is None is any."""
-    return [{"model": key[2], "kind": "declared" if window.declared else "guessed",
-             **{name: getattr(window, name) for name in ("reason", "source", "raw", "since",
-                                                         "until")}}
-            for key, window in state.rests.items()
+    return [{"model": key[2], **rest_fields(window)} for key, window in state.rests.items()
             if key[:2] == (provider, credential) and window.until > now]
 
 
 def reset_rests(state: Scheduler, name: str) -> int:
-    """End the rests of a credential, named alone or with its provider (`provider/name`), or of
-    "all"; gives how many there were."""
+    """End the rests of a credential, `name` or `provider/name`, or of "all"; gives how many."""
     ended = [key for key in state.rests if name in ("all", key[1], f"{key[0]}/{key[1]}")]
     for key in ended:
         del state.rests[key]
     return len(ended)
-
-
-SAVED = ("reason", "source", "raw", "since", "until", "tried")
 
 
 def dump_state(state: Scheduler, now: float) -> Json:
@@ -10846,8 +10772,7 @@ def dump_state(state: Scheduler, now: float) -> Json:
 
 
 def load_state(state: Scheduler, value: Any, now: float) -> int:
-    """Take back what `dump_state` gave, as far as it is whole and still holds; gives how many
-    rests that are."""
+    """Take back what `dump_state` gave, as far as it still holds; gives how many rests that are."""
     taken = 0
     for row in map(mapping, listing(mapping(value).get("rests"))[-RESTS:]):
         key: Any = tuple(row.get(name) for name in ("provider", "credential", "model"))
@@ -10899,10 +10824,8 @@ def fwd_fields(exchange: Exchange) -> Json:
         "request_protocol": inbound.name, "provider": exchange.provider,
         **({"credential": exchange.credential} if exchange.credential else {}),
         "route_name": exchange.route, "provider_protocol": provider.name,
-        "translation": translation_name(exchange),
-        "request_protocol_alias": inbound.alias,
-        "translation_alias": (f"{inbound.alias}->{provider.alias}" if inbound is not provider
-                              else ""),
+        "translation": translation_name(exchange), "request_protocol_alias": inbound.alias,
+        "translation_alias": "" if inbound is provider else f"{inbound.alias}->{provider.alias}",
         "provider_protocol_alias": provider.alias,
         "model": exchange.upstream_model, "reasoning_effort": request_effort(inbound, body),
         "stream": stream if isinstance(stream, bool) else None,
@@ -10968,13 +10891,11 @@ def observed_fields(seen: Observed, provider: Protocol) -> Json:
         fields |= {"cache_read": seen.cached, "cache_creation": seen.cache_creation,
                    "stop_reason": next(iter(seen.finish), None),
                    "stop_reasons": bounded(seen.finish)}
-    elif provider is CHAT:
-        fields |= {"cache": seen.cached, "reasoning": seen.reasoning,
-                   "finish_reasons": bounded(seen.finish)}
     else:
-        fields |= {"cache": seen.cached, "reasoning": seen.reasoning,
-                   "reasoning_effort": seen.effort, "response_status": seen.status,
-                   "incomplete_reason": seen.incomplete_reason, "seq": seen.sequence}
+        fields |= {"cache": seen.cached, "reasoning": seen.reasoning} | (
+            {"finish_reasons": bounded(seen.finish)} if provider is CHAT else
+            {"reasoning_effort": seen.effort, "response_status": seen.status,
+             "incomplete_reason": seen.incomplete_reason, "seq": seen.sequence})
     if seen.error_code or seen.error_message:
         fields |= {"error_code": seen.error_code, "error_message": seen.error_message,
                    "error_param": seen.error_param}
@@ -11005,9 +10926,8 @@ def rate_fields(fields: Sequence[Field]) -> Json:
             out[f"rate_limit_reset_{what}_ms"] = round(1000 * secs)
     for name in (*CODEX_NUMBERS, "primary-over-secondary-limit-percent"):
         text = values.get(f"x-codex-{name}", "")
-        if re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,15})?", text):
-            key = (name.replace("-seconds", "-secs").replace("-limit-percent", "-percent")
-                   .replace("-", "_"))
+        if PLAIN_NUMBER.fullmatch(text):
+            key = name.replace("seconds", "secs").replace("-limit", "").replace("-", "_")
             out[f"codex_{key}"] = float(text)
     return out
 
@@ -11016,18 +10936,14 @@ def rate_fields(fields: Sequence[Field]) -> Json:
 
 def count_text(value: int) -> str:
     """4096 -> 4.1K"""
-    for unit, size in (("M", 1_000_000), ("K", 1000)):
-        if value >= size:
-            return f"{value / size:.1f}{unit}"
-    return str(value)
+    return next((f"{value / size:.1f}{unit}" for unit, size in (("M", 1_000_000), ("K", 1000))
+                 if value >= size), str(value))
 
 
 def bytes_text(value: int) -> str:
     """2048 -> 2.0KB"""
-    for unit, size in (("GB", 1 << 30), ("MB", 1 << 20), ("KB", 1 << 10)):
-        if value >= size:
-            return f"{value / size:.1f}{unit}"
-    return f"{value}B"
+    return next((f"{value / (1 << bits):.1f}{unit}" for unit, bits in (
+        ("GB", 30), ("MB", 20), ("KB", 10)) if value >> bits), f"{value}B")
 
 
 def secs_text(value: float) -> str:
@@ -11037,13 +10953,9 @@ def secs_text(value: float) -> str:
 
 def span_text(secs: float) -> str:
     """3723 -> 1h2m3s"""
-    left = round(secs)
-    parts = []
-    for unit, size in (("h", 3600), ("m", 60), ("s", 1)):
-        amount, left = divmod(left, size)
-        if amount:
-            parts.append(f"{amount}{unit}")
-    return "".join(parts) or "0s"
+    minutes, rest = divmod(round(secs), 60)
+    amounts = ((minutes // 60, "h"), (minutes % 60, "m"), (rest, "s"))
+    return "".join(f"{amount}{unit}" for amount, unit in amounts if amount) or "0s"
 
 
 def base36(value: int) -> str:
@@ -11077,8 +10989,7 @@ def clean(value: Any) -> Any:
     return [clean(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-PAINT = {"red": "31", "green": "32", "yellow": "33", "blue": "34", "cyan": "36", "dim": "2",
-         "bold": "1", "bright_blue": "94", "grey": "90"}
+PAINT = {"red": 31, "green": 32, "yellow": 33, "blue": 34, "cyan": 36, "dim": 2}
 EVENT_PAINT = {"fwd": "cyan", "hdr": "blue", "wait": "yellow", "closed": "yellow", "end": "green"}
 LEVEL_PAINT = {"info": "green", "warn": "yellow", "error": "red", "debug": "blue", "trace": "dim"}
 OUTPUT_ALIASES = {
@@ -11106,23 +11017,18 @@ class HumanLines:
         """The line; None for an event that people are not shown."""
         if event == "hdr" and not self.details:
             return None
-        parts = {"fwd": self.fwd_parts, "hdr": self.hdr_parts, "wait": self.wait_parts}.get(event)
-        if parts is None:
-            parts = self.end_parts if "duration_ms" in fields else self.plain_parts
-        fields = clean(fields)
-        clock = time.strftime("%H:%M:%S", time.localtime(at)) + f".{int(at % 1 * 1000):03d}"
-        name = self.paint(
-            event, EVENT_PAINT.get(event, "red" if level in ("warn", "error")
-                                   else LEVEL_PAINT[level]), True)
-        head = f"""{clock} {self.paint(f'{level.upper():>5}', LEVEL_PAINT[level],
-                                       level in ('info', 'warn', 'error'))} {name} """
-        return head + "".join(f" {part}" for part in parts(fields) if part)
+        parts = {"fwd": self.fwd_parts, "hdr": self.hdr_parts, "wait": self.wait_parts}.get(
+            event, self.end_parts if "duration_ms" in fields else self.plain_parts)
+        clock, color = time.strftime("%H:%M:%S", time.localtime(at)), LEVEL_PAINT[level]
+        label = self.paint(f"{level.upper():>5}", color, level in ("info", "warn", "error"))
+        name = self.paint(event, EVENT_PAINT.get(
+            event, "red" if level in ("warn", "error") else color), True)
+        return f"{clock}.{int(at % 1 * 1000):03d} {label} {name} " + "".join(
+            f" {part}" for part in parts(clean(fields)) if part)
 
     def plain_parts(self, fields: Json) -> Iterator[str]:
         """key=value for what has no layout of its own."""
-        for key, value in fields.items():
-            if value is not None and value != "":
-                yield f"{key}={value}"
+        return (f"{key}={value}" for key, value in fields.items() if value not in (None, ""))
 
     def route_part(self, fields: Json) -> str:
         """in->provider/out"""
@@ -11283,9 +11189,8 @@ def codex_part(fields: Json) -> str:
 
 def json_line(at: float, level: str, event: str, fields: Json) -> str:
     """The event as one JSON object."""
-    offset = time.strftime("%z", time.localtime(at)) or "+0000"
-    stamp = (time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(at))
-             + f".{int(at % 1 * 1000):03d}{offset[:3]}:{offset[3:]}")
+    text = time.strftime(f"%Y-%m-%dT%H:%M:%S.{int(at % 1 * 1000):03d}%z", time.localtime(at))
+    stamp = f"{text[:-2]}:{text[-2:]}"
     return dump({"log_schema": "proxai.v1", "level": level, "event": event, "ts": stamp,
                  **fields}).decode("utf-8")
 
@@ -11311,10 +11216,6 @@ class LogFile(logging.handlers.RotatingFileHandler):
         return open(self.baseFilename, self.mode, encoding=self.encoding, errors=self.errors,
                     opener=lambda path, flags: os.open(path, flags, 0o600))
 
-    def write(self, text: str) -> None:
-        """Write a line, if that can be."""
-        self.handle(logging.makeLogRecord({"msg": text}))
-
     def handleError(self, record: logging.LogRecord) -> None:
         """Tell that the log cannot be written."""
         if not self.told:
@@ -11325,8 +11226,7 @@ class LogFile(logging.handlers.RotatingFileHandler):
 
 
 def log_path(name: str, environ: Mapping[str, str]) -> Path:
-    """Where the file `name` is: within the app directory's logs, which are made for it, unless it
-    is an absolute path."""
+    """Where the file `name` is: unless absolute within the app directory's logs, made for it."""
     path = Path(name).expanduser()
     if path.is_absolute():
         return path
@@ -11362,8 +11262,7 @@ def has_color(stream: Any, settings: LoggingConfig, environ: Mapping[str, str]) 
 
 
 class LineWriter(logging.Handler):
-    """Prints records, and writes them to a file, on a thread of its own; counts and drops lines
-    while the reader does not read."""
+    """Prints and files records on a thread of its own; drops lines while nobody reads them."""
 
     def __init__(self, stream: Any, settings: LoggingConfig, environ: Mapping[str, str]) -> None:
         super().__init__()
@@ -11391,12 +11290,10 @@ class LineWriter(logging.Handler):
             line = self.line(record.created, level, event, fields)
         except Exception:  # a line that cannot be rendered must not take a request with it
             line = self.line(time.time(), "error", "log-fault", {"lost": event})
-        if line is None:
-            return
-        if self.queue.qsize() >= LOG_QUEUE_LINES:
+        if line and self.queue.qsize() >= LOG_QUEUE_LINES:
             self.dropped += 1
-            return
-        self.queue.put(line)
+        elif line:
+            self.queue.put(line)
 
     def line(self, at: float, level: str, event: str, fields: Json) -> Line | None:
         """The line of an event; None where it has none."""
@@ -11409,14 +11306,13 @@ class LineWriter(logging.Handler):
     def write_lines(self) -> None:
         """The thread: write what is queued until told to end."""
         while (item := self.queue.get()) is not None:
-            lines = [item]
+            more = None
             if self.dropped:
                 fields, self.dropped = {"count": self.dropped}, 0
                 more = self.line(time.time(), "warn", "log-lines-dropped", fields)
-                lines += [more] if more else []
-            for line in lines:
+            for line in filter(None, (item, more)):
                 if self.file:
-                    self.file.write(line.kept)
+                    self.file.handle(logging.makeLogRecord({"msg": line.kept}))
                 self.show(line)
             if self.gone and not self.file:
                 return
@@ -11482,8 +11378,7 @@ def start_log(settings: LoggingConfig, stream: Any,
 
 
 class CaptureSwitches:
-    """Which phases are captured: what the configuration says, unless it was overridden at
-    run time. A request is captured as the switches are when it starts."""
+    """Which phases are captured from a request's start: as configured, unless overridden."""
 
     def __init__(self, settings: CaptureConfig) -> None:
         self.overrides: dict[str, bool | None] = dict.fromkeys(PHASES)
@@ -11492,7 +11387,7 @@ class CaptureSwitches:
     def configure(self, settings: CaptureConfig) -> None:
         """Take the configuration's switches; what was overridden stays so."""
         self.defaults = {phase: bool(getattr(settings, f"{phase}_enabled")) for phase in PHASES}
-        self.active = frozenset(filter(self.effective, PHASES))  # asked for each request
+        self.override("", None)
 
     def effective(self, phase: str) -> bool:
         """Whether a phase is captured now."""
@@ -11501,9 +11396,8 @@ class CaptureSwitches:
 
     def override(self, target: str, value: bool | None) -> None:
         """Override one phase, or `all`; None goes back to the configuration."""
-        for phase in PHASES if target == "all" else (target,):
-            self.overrides[phase] = value
-        self.active = frozenset(filter(self.effective, PHASES))
+        self.overrides |= {phase: value for phase in PHASES if target in (phase, "all")}
+        self.active = frozenset(filter(self.effective, PHASES))  # asked for each request
 
     def status(self) -> Json:
         """Each phase as it is configured, overridden and in effect."""
@@ -11514,9 +11408,6 @@ class CaptureSwitches:
 # -- what the files say ------------------------------------------------------
 
 CAPTURE_STEMS = {phase: phase.replace("_", "-") for phase in PHASES}
-CAPTURE_HEADS = {phase: f"{stem}.{'metadata' if phase.endswith('request') else 'headers'}.json"
-                 for phase, stem in CAPTURE_STEMS.items()}
-CAPTURE_RECORD = "exchange.json"
 CAPTURE_JSON = json.JSONEncoder(separators=(",\n", ": "))  # a line for each member
 CAPTURE_FILE = re.compile(
     r"([0-9]{9,10})-([0-9A-Za-z]{1,40})-"
@@ -11558,10 +11449,9 @@ def inbound_metadata(head: RequestHead, size: int | None) -> Json:
 def provider_metadata(origin: str, head: bytes, body: bytes, asked: bytes | None) -> Json:
     """What is told of a provider request, made from the client's body `asked`."""
     (method, target, *_), headers = split_head(head)
-    return {"method": method.decode("ascii"),
-            "url": (origin if target.startswith(b"/") else "") + target.decode("ascii"),
-            "headers": headers, "provider_request_body_bytes": len(body),
-            "normalized": body != asked}
+    url = (origin if target.startswith(b"/") else "") + target.decode("ascii")
+    return {"method": method.decode("ascii"), "url": url, "headers": headers,
+            "provider_request_body_bytes": len(body), "normalized": body != asked}
 
 
 def upstream_metadata(head: ResponseHead, ttfb_ms: int) -> Json:
@@ -11612,9 +11502,6 @@ class Piece(NamedTuple):
 class Capture:
     """What is captured of one request. The event loop hands over what it has as it is; the
     thread of the store makes files of it."""
-
-    __slots__ = ("asked", "begun", "failed", "halted", "head", "id", "kind", "phases", "prefix",
-                 "record", "store", "upstream_kind")
 
     def __init__(self, store: CaptureStore, id: int, phases: Collection[str],
                  head: RequestHead) -> None:
@@ -11708,8 +11595,7 @@ class CaptureStore:
                 "dropped": self.dropped}
 
     def begin(self, id: int, head: RequestHead) -> Capture | None:
-        """The capture of a request that starts; None while no phase is on, or where what is
-        queued would leave it torn."""
+        """The capture of a request that starts; None where it is off or would be torn."""
         phases = self.switches.active
         if not phases:
             return None
@@ -11757,8 +11643,7 @@ class CaptureStore:
             pass
 
     def write_some(self) -> bool:
-        """Wait for pieces and write what there is, each file in one go, then rest for a while;
-        whether more may come."""
+        """Wait for pieces, write each file in one go, then rest a while; whether more may come."""
         taken, phases = [self.queue.get()], defaultdict(list)
         begun = time.perf_counter()
         with contextlib.suppress(queue.Empty):
@@ -11819,7 +11704,8 @@ class CaptureStore:
         if make := pieces[start].make:
             for name in [n for n in self.kept.get(capture.prefix, ()) if n.startswith(stem)]:
                 self.forget(capture.prefix, name)
-            self.write(capture, CAPTURE_HEADS[phase],
+            what = "metadata" if phase.endswith("request") else "headers"
+            self.write(capture, f"{stem}.{what}.json",
                        CAPTURE_JSON.encode({"request_id": capture.id, **make()}).encode())
         if body := b"".join([piece.data for piece in pieces[start:]]):
             self.write(capture, f"{stem}.body.{pieces[-1].kind}", body)
@@ -11836,7 +11722,7 @@ class CaptureStore:
                     "request_id": capture.id, "kind": phase,
                     "paths": [f"{capture.prefix}-{name}" for name in names],
                     "bytes": sum(sizes[name] for name in names)})
-        self.write(capture, CAPTURE_RECORD, CAPTURE_JSON.encode(capture.record or {}).encode())
+        self.write(capture, "exchange.json", CAPTURE_JSON.encode(capture.record or {}).encode())
 
     def write(self, capture: Capture, name: str, data: bytes) -> None:
         """Append to a file, made where it is not there yet, and keep the limits."""
@@ -11875,98 +11761,61 @@ class CaptureStore:
 
 # -- switches in the configuration file --------------------------------------
 
+TOML_TABLE_END = re.compile(r"^(?:[ \t]*(?:#.*)?\r?\n)*(?=[ \t]*\[|\Z)", re.M)
+TOML_BRACE = re.compile(r"(\{)?[ \t]*\}")  # that ends an inline table
+
+
 def set_capture_keys(text: str, values: Mapping[str, bool]) -> str:
-    """A TOML text with keys of its table `capture` set and everything else as it was; ConfigError
-    where that cannot be done."""
+    """A TOML text with keys of `capture` set and all else as it was; ConfigError where it fails."""
     try:
         wanted = tomllib.loads(text)
-        mapping(wanted.setdefault("capture", {})).update(values)
         for key, value in values.items():
-            text = set_capture_key(text, key, toml_value(value))
+            wanted["capture"] = {**mapping(wanted.get("capture")), key: value}
+            text = next(edited for edited in capture_edits(text, key, toml_value(value))
+                        if reads_as(edited, wanted))
     except (ValueError, RecursionError) as error:
         raise ConfigError([f"not valid TOML: {error}"], RECOVERY) from None
-    if not is_toml(text, wanted):
+    except StopIteration:
         raise ConfigError(["[capture] is written in a way that cannot be edited from here"],
                           "set by hand, in [capture]: " + ", ".join(
-                              f"{key} = {toml_value(value)}" for key, value in values.items()))
+                              f"{key} = {toml_value(value)}"
+                              for key, value in values.items())) from None
     return text
 
 
-def set_capture_key(text: str, key: str, value: str) -> str:
-    """A TOML text with a key of `capture` set, if it is written as one would think: as a table,
-    in dotted keys or inline; a table at the end where there is none."""
-    lines, end = re.findall(r"[^\n]*\n|[^\n]+", text), "\r\n" if "\r\n" in text else "\n"
-    name, member = toml_name("capture"), toml_name(key) + "="
-
-    def find(pattern: str, start: int, stop: int) -> int | None:
-        """The first line with a statement that matches. Before the start of a statement is
-        a whole text; where a string or an array is open, it is not."""
-        return next((at for at in range(start, stop) if re.match(pattern, lines[at])
-                     and is_toml("".join(lines[:at]))), None)
-
-    table = find(rf"[ \t]*\[{name}\]", 0, len(lines))
-    start, label = (0, "capture.") if table is None else (table + 1, "")
-    dotted = rf"{name}\." if table is None else ""
-    stop = find(r"[ \t]*\[", start, len(lines))
-    stop = len(lines) if stop is None else stop
-    at, inline = find(dotted + member, start, stop), find(name + r"=[ \t]*\{", 0, stop)
-    if at is not None:
-        lines[at] = re.sub(r"(=[ \t]*)[^\s#]+", rf"\g<1>{value}", lines[at], count=1)
-    elif table is None and inline is not None:
-        lines[inline] = set_inline_key(lines[inline], member, f"{key} = {value}", value)
-    else:
-        if lines and not lines[-1].endswith("\n"):
-            lines[-1] += end
-        at = table if table is not None else find(dotted, 0, stop)
-        if at is None:
-            lines += [end if text.strip() else "", f"[capture]{end}"]
-            at, label = len(lines) - 1, ""
-        elif table is not None:  # behind the last statement of the table
-            at = max((i for i in range(start, stop) if re.match(r"[ \t]*[^\s#]", lines[i])),
-                     default=table)
-        lines.insert(at + 1, f"{label}{key} = {value}{end}")
-    return "".join(lines)
+def capture_edits(text: str, key: str, value: str) -> Iterator[str]:
+    """The ways to set a key of `capture` in a TOML text, as far as a text can tell: strings and
+    comments may look like statements, so a parser must say which of them is right."""
+    yield text
+    end, statement = "\r\n" if "\r\n" in text else "\n", f"{key} = {value}"
+    for found in re.finditer(rf"\b{key}[\"']?[ \t]*=[ \t]*([^\s#,}}]+)", text):
+        yield text[:found.start(1)] + value + text[found.end(1):]
+    text += end if text and not text.endswith("\n") else ""
+    name = r"""[ \t]*["']?capture["']?[ \t]*"""
+    for table in re.finditer(rf"^[ \t]*\[{name}\]", text, re.M):  # behind its last statement
+        for found in TOML_TABLE_END.finditer(text, table.end()):
+            yield f"{text[:found.start()]}{statement}{end}{text[found.start():]}"
+    for line in re.finditer(rf"^{name}=.*", text, re.M):
+        for found in TOML_BRACE.finditer(text, *line.span()):
+            yield f"{text[:found.start()]}{found[1] or ','} {statement} }}{text[found.end():]}"
+    for found in re.finditer(rf"^{name}\..*\n", text, re.M):
+        yield f"{text[:found.end()]}capture.{statement}{end}{text[found.end():]}"
+    yield f"{text}{end if text.strip() else ''}[capture]{end}{statement}{end}"
 
 
-def set_inline_key(line: str, member: str, statement: str, value: str) -> str:
-    """A line with an inline table in which a member is set."""
-    done, count = re.subn(rf"([{{,]{member}[ \t]*)[^\s,}}]+", rf"\g<1>{value}", line, count=1)
-    if count:
-        return done
-    return re.sub(r"(\{)?[ \t]*\}([^}]*)$", lambda found: (
-        f"{found[1] or ','} {statement} }}{found[2]}"), line, count=1)
-
-
-def toml_name(name: str) -> str:
-    """A pattern for a key, bare or quoted, with blanks around it."""
-    return rf"""[ \t]*(?:{name}|"{name}"|'{name}')[ \t]*"""
-
-
-def is_toml(text: str, tables: Json | None = None) -> bool:
-    """Whether a text is TOML, with these tables."""
+def reads_as(text: str, tables: Json) -> bool:
+    """Whether a text is the TOML of these tables."""
     try:
-        return tables in (None, tomllib.loads(text))
+        return tomllib.loads(text) == tables
     except ValueError:
         return False
 
 
 def replace_file(path: Path, text: str) -> None:
     """Put a text in the place of a file's, at once and with the same rights; a link stays one."""
-    target = os.path.realpath(path)
-    fresh = f"{target}.{os.getpid()}-{time.time_ns()}.tmp"
+    target = Path(os.path.realpath(path))
     try:
-        mode = stat.S_IMODE(os.stat(target).st_mode)
-        handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(handle)
-            os.chmod(fresh, mode)
-            os.replace(fresh, target)
-        except BaseException:
-            os.unlink(fresh)
-            raise
+        write_private(target, text.encode("utf-8"), stat.S_IMODE(target.stat().st_mode))
     except OSError as error:
         raise ConfigError([f"cannot write {path}: {error.strerror}"]) from None
 
@@ -12003,7 +11852,6 @@ class CapturedPhase(NamedTuple):
 class CapturedExchange(NamedTuple):
     """A stored exchange; `phases` has those that were captured."""
 
-    prefix: str
     id: str
     record: Json | None
     phases: dict[str, CapturedPhase]
@@ -12052,8 +11900,7 @@ def find_capture(directory: Path, word: str) -> StoredCapture:
 
 
 def read_captured(path: Path, limit: int = CAPTURE_READ_BYTES) -> bytes | None:
-    """What a file holds, up to one byte more than `limit`; None where it has gone meanwhile, as
-    a running proxy removes old ones."""
+    """A file, up to one byte more than `limit`; None where a running proxy has removed it."""
     try:
         with path.open("rb") as file:
             return file.read(limit + 1)
@@ -12065,8 +11912,7 @@ def read_captured(path: Path, limit: int = CAPTURE_READ_BYTES) -> bytes | None:
 
 def read_captured_json(path: Path) -> Json | None:
     """The JSON object in a file of ours; None where it has gone meanwhile."""
-    raw = read_captured(path)
-    if raw is None:
+    if (raw := read_captured(path)) is None:
         return None
     try:
         value = load(raw)
@@ -12100,7 +11946,7 @@ def read_capture(directory: Path, word: str, limit: int = CAPTURE_READ_BYTES) ->
     record = read_record(directory, stored)
     if not phases and record is None:
         raise ConfigError([f"the capture {stored.id} was removed while it was read"])
-    return CapturedExchange(stored.prefix, stored.id, record, phases)
+    return CapturedExchange(stored.id, record, phases)
 
 
 # -- looking at them ---------------------------------------------------------
@@ -12127,8 +11973,7 @@ def stream_events(raw: bytes) -> Iterator[Event]:
 
 
 def body_text(body: bytes, sse: bool, view: Callable[[Any], Any] = lambda value: value) -> str:
-    """A body for people: JSON spread out, the events of a stream one after the other. `view` is
-    what to show of a JSON value."""
+    """A body for people: JSON spread out, event by event; `view` is what to show of a value."""
     if sse:
         return "\n\n".join(f"event: {event.name}\n{body_text(event.data.encode(), False, view)}"
                            for event in stream_events(body))
@@ -12161,8 +12006,7 @@ def shown_lines(text: str, lines: int = SHOWN_LINES) -> list[str]:
     """The lines of a text as a terminal can have them, so many at most."""
     rows = text[:SHOWN_CHARS].split("\n")
     cut = len(rows) > lines or len(text) > SHOWN_CHARS
-    return ([printable(row) for row in rows[:lines]]
-            + ["(cut here; the file has the rest)"] * cut)
+    return [*map(printable, rows[:lines]), *["(cut here; the file has the rest)"] * cut]
 
 
 def masked(name: str, value: Any) -> str:
@@ -12222,8 +12066,7 @@ DIFFS = {"request": PHASES[:2], "response": PHASES[2:]}
 
 
 def capture_diff(capture: CapturedExchange, names: Sequence[str]) -> list[str]:
-    """How the bodies of two captured phases differ, as a unified diff; nothing where one is
-    missing."""
+    """The unified diff of the bodies of two captured phases; nothing where one is missing."""
     phases = [capture.phases.get(name) for name in names]
     texts = [body_text(phase.body or b"", phase.sse) for phase in phases if phase]
     return diff_of(texts[0], texts[1], names) if len(texts) == 2 else []
@@ -12231,22 +12074,17 @@ def capture_diff(capture: CapturedExchange, names: Sequence[str]) -> list[str]:
 
 def header_changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
     """How two sets of headers differ, a line for each name."""
-    lines = []
-    for name in sorted({*before, *after}):
-        old, new = before.get(name), after.get(name)
-        if old != new:
-            lines += [f"-{name}: {old}"] * (old is not None)
-            lines += [f"+{name}: {new}"] * (new is not None)
-    return lines
+    return [f"{sign}{name}: {headers[name]}"
+            for name in sorted({*before, *after}) if before.get(name) != after.get(name)
+            for sign, headers in (("-", before), ("+", after)) if name in headers]
 
 
 def difference_lines(capture: CapturedExchange) -> list[str]:
     """What the proxy changed between the client and the provider, and on the way back."""
     lines = []
     for title, names in DIFFS.items():
-        missing = [name for name in names if name not in capture.phases]
-        found = [not_captured(name) for name in missing]
-        if not missing:
+        found = [not_captured(name) for name in names if name not in capture.phases]
+        if not found:
             before, after = (headers_of(capture.phases[name]) for name in names)
             changed, body = header_changes(before, after), capture_diff(capture, names)
             found = ["headers:", *changed] if changed else ["headers: no difference"]
@@ -12261,8 +12099,8 @@ def capture_summary(directory: Path, stored: StoredCapture) -> Json:
         record = read_record(directory, stored) or {}
     except ConfigError:
         record = {"outcome": "damaged"}
-    at = datetime.datetime.fromtimestamp(int(stored.prefix.partition("-")[0]), datetime.UTC)
-    return {"at": at.strftime("%Y-%m-%dT%H:%M:%SZ"), **record, "id": stored.id,
+    at = time.gmtime(int(stored.prefix.partition("-")[0]))
+    return {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", at), **record, "id": stored.id,
             "prefix": stored.prefix, "phases": [name for name in PHASES if name in stored.files]}
 
 
@@ -12272,8 +12110,7 @@ def list_captures(directory: Path, limit: int) -> list[Json]:
 
 
 def capture_row(summary: Json) -> list[str]:
-    """A stored exchange in a list: time, id and its short form, protocols, model, status,
-    outcome."""
+    """A stored exchange in a list: time, id (short too), protocols, models, status, outcome."""
     pairs = [" -> ".join(dict.fromkeys(filter(None, (text_of(summary.get(key)) for key in keys))))
              for keys in (("protocol", "provider_protocol"), ("model", "upstream_model"))]
     return [printable(str(cell or "-")) for cell in (
@@ -12289,11 +12126,10 @@ def capture_json(capture: CapturedExchange) -> Json:
     phases: Json = {}
     for name, phase in capture.phases.items():
         text = None if phase.body is None else body_text(phase.body, phase.sse)
-        head = phase.head and {**phase.head, "headers": headers_of(phase)}
-        phases[name] = {"head": head, "body": text and text[:CAPTURE_JSON_BYTES],
-                        "files": phase.files}
-        if phase.cut or len(text or "") > CAPTURE_JSON_BYTES:
-            phases[name]["truncated"] = True
+        cut = phase.cut or len(text or "") > CAPTURE_JSON_BYTES
+        phases[name] = {"head": phase.head and {**phase.head, "headers": headers_of(phase)},
+                        "body": text and text[:CAPTURE_JSON_BYTES],
+                        "files": phase.files} | ({"truncated": True} if cut else {})
     return {"id": capture.id, "record": capture.record, "phases": phases,
             "diffs": {name: capture_diff(capture, names) for name, names in DIFFS.items()}}
 
@@ -12346,15 +12182,6 @@ def filled_json(text: str) -> str:
     return JSON_PIECE.sub(piece, text)
 
 
-def kept_name(name: str, taken: Collection[str]) -> str:
-    """A member's name, or a filler for one that is no identifier."""
-    if not KEPT_NAME.fullmatch(name):
-        name = filled(name)
-        while name in taken:
-            name += FILLER
-    return name
-
-
 class Sanitizer:
     """Replaces what people and models wrote in a JSON value, or in the events of a stream, whose
     pieces of arguments are put together for that."""
@@ -12365,20 +12192,18 @@ class Sanitizer:
 
     def stream(self, events: Iterable[Event]) -> list[Json]:
         """The events of a stream."""
-        out = [{"event": event.name if KEPT_WORD.fullmatch(event.name) else filled(event.name),
-                "data": self.event(event.data)} for event in events]
+        out = []
+        for event in events:
+            value = loaded(event.data.encode())
+            out.append({
+                "event": event.name if KEPT_WORD.fullmatch(event.name) else filled(event.name),
+                "data": self.value(value, place=(0,)) if value is not ABSENT else
+                event.data if event.data == DONE else filled(event.data)})
         for pieces in self.pieces.values():
             text = filled_json("".join(piece for _, _, piece in pieces))
             for holder, name, piece in pieces:
                 holder[name], text = text[:len(piece)], text[len(piece):]
         return out
-
-    def event(self, data: str) -> Any:
-        """The data of one event."""
-        value = loaded(data.encode())
-        if value is ABSENT:
-            return data if data == DONE else filled(data)
-        return self.value(value, place=(0,))
 
     def value(self, value: Any, key: str = "", free: bool = False, place: Any = ()) -> Any:
         """A JSON value under `key`; in a `free` one nothing is structure. `place` holds the
@@ -12395,30 +12220,28 @@ class Sanitizer:
         return 1 if free and type(value) in (int, float) else value
 
     def members(self, value: Json, key: str, free: bool, place: Any) -> Json:
-        """The members of an object; where `key` says that their names are no words of a protocol
-        they decide nothing."""
+        """The members of an object; their names decide nothing where `key` is one of NAMING_KEYS."""
         if place:
             place += tuple(value[name] for name in ("index", "output_index")
                            if type(value.get(name)) is int)
         out: Json = {}
+        kind = value.get("type")
         for name, item in value.items():
-            new, word = kept_name(name, out), "" if key in NAMING_KEYS else name
+            new = name if KEPT_NAME.fullmatch(name) else filled(name)
+            while new in out:
+                new += FILLER
+            word = "" if key in NAMING_KEYS else name
             if word == "name" and "role" in value:  # of a person
                 word = ""
             if word == "code" and "message" in value:  # of an error
                 word = "type"
             out[new] = self.value(item, word, free or (word in FREE_KEYS and (
                 word != "input" or isinstance(item, dict))), place)
-            if place and isinstance(item, str) and is_piece(name, value):
+            if place and isinstance(item, str) and (
+                    name == "partial_json" or (name == "arguments" and kind is None)
+                    or (name == "delta" and text_of(kind).endswith("arguments.delta"))):
                 self.pieces[place].append((out, new, item))
         return out
-
-
-def is_piece(name: str, event: Json) -> bool:
-    """Whether a member of an object in an event is a piece of a call's arguments."""
-    kind = event.get("type")
-    return (name == "partial_json" or (name == "arguments" and kind is None)
-            or (name == "delta" and isinstance(kind, str) and kind.endswith("arguments.delta")))
 
 
 def exported_phase(phase: CapturedPhase, sanitize: bool) -> Json:
@@ -12456,10 +12279,8 @@ def fixture(capture: CapturedExchange, sanitize: bool) -> Json:
                               for name in map(str, listing(record.get("dropped")))]}
     out = {"id": capture.id, "protocol": record.get("protocol") or protocol,
            "provider_protocol": record.get("provider_protocol"), "path": path, "record": record}
-    for name in PHASES:
-        phase = capture.phases.get(name)
-        out[name] = exported_phase(phase, sanitize) if phase else None
-    return out
+    return out | {name: phase and exported_phase(phase, sanitize)
+                  for name in PHASES for phase in [capture.phases.get(name)]}
 
 
 def request_place(capture: CapturedExchange) -> tuple[str, str | None]:
