@@ -12767,8 +12767,7 @@ def proxy_authorization(proxy: Any) -> list[bytes]:
 
 
 def first_line(origin: Origin, method: str, target: str) -> bytes:
-    """The request line for a target, without the version. Plain HTTP goes through a forward
-    proxy in absolute form (9112 3.2.2), with its credentials."""
+    """The request line without the version; absolute for a proxy of plain HTTP (9112 3.2.2)."""
     absolute = origin.proxy and origin.scheme == "http"
     return f"{method} {f'http://{origin.authority}' if absolute else ''}{target}".encode("ascii")
 
@@ -13171,8 +13170,7 @@ async def fetch(pool: Pool, origin: Origin, url: str, method: str = "GET",
 
 async def fetch_with(pool: Pool, origin: Origin, head: bytes, body: bytes, secs: float,
                      tap: Callable[[bytes], None] | None = None) -> Fetched:
-    """The answer of `origin` to a request with this head; UpstreamError where `secs` bring none.
-    `tap` is given the payload as it comes."""
+    """The answer to a request with this head, or UpstreamError; `tap` sees it as it comes."""
     # the limit for all of it is the only one
     watch = Watch(asyncio.get_running_loop(), lambda reason: None)
     link: Link | None = None
@@ -13648,9 +13646,8 @@ class Connection:
     by that.
     """
 
-    def __init__(self, server: Server) -> None:
-        self.server = server
-        self.reader = asyncio.StreamReader(limit=STREAM_LIMIT, loop=server.loop)
+    def __init__(self, server: Server, reader: asyncio.StreamReader) -> None:
+        self.server, self.reader = server, reader
         self.transport: asyncio.WriteTransport
         self.watch = Watch(server.loop, self.interrupt)
         self.rest = b""  # bytes read beyond the last request
@@ -13902,8 +13899,9 @@ class ClientProtocol(asyncio.StreamReaderProtocol):
     """The stream protocol of a client connection, telling it when the client is gone."""
 
     def __init__(self, server: Server) -> None:
-        self.connection = connection = Connection(server)
-        super().__init__(connection.reader, connection.run, loop=server.loop)
+        reader = asyncio.StreamReader(limit=STREAM_LIMIT, loop=server.loop)
+        self.connection = Connection(server, reader)
+        super().__init__(reader, self.connection.run, loop=server.loop)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The connection stands."""
@@ -14021,9 +14019,8 @@ def admit(head: RequestHead, settings: ServerConfig) -> tuple[Protocol | int, Cl
         check_method(head, b"GET", b"HEAD")
         return 200, key
     if protocol is None:
-        raise RequestError(
-            "there is nothing at this path", status=404,
-            fix="the paths are " + ", ".join((*MODEL_PATHS, *COUNT_PATHS, *MODELS_PATHS)))
+        paths = ", ".join((*MODEL_PATHS, *COUNT_PATHS, *MODELS_PATHS))
+        raise RequestError("there is nothing at this path", status=404, fix=f"the paths are {paths}")
     check_method(head, b"POST")
     return protocol, key
 
@@ -14054,9 +14051,7 @@ def check_origin(head: RequestHead, settings: ServerConfig) -> list[bytes]:
 
 def check_host(head: RequestHead, settings: ServerConfig) -> None:
     """On a loopback listener the Host must mean this machine; DNS rebinding brings others."""
-    if not is_loopback(settings.host) or (not head.host and not head.http11):
-        return
-    if (not is_loopback(head.host)
+    if (is_loopback(settings.host) and (head.host or head.http11) and not is_loopback(head.host)
             and head.host not in (name.lower() for name in settings.allowed_hosts)):
         raise RequestError("the Host of this request is not this machine", status=403,
                            fix="list the name in server.allowed_hosts if it is yours")
@@ -14109,8 +14104,7 @@ def check_key(fields: Iterable[Field], keys: Sequence[ClientKey], now: float) ->
 
 
 def take_turn(times: Sequence[float], limit: int, now: float) -> tuple[list[float], float]:
-    """The requests of the last minute with one more, and 0; without it, and the seconds to wait,
-    where `limit` of them were taken already."""
+    """The last minute's requests with this one, and 0; without it, and how long it has to wait."""
     recent = [at for at in times if at > now - 60]
     if len(recent) >= limit:
         return recent, recent[-limit] + 60 - now
@@ -14146,8 +14140,7 @@ NO_CHAT_NAME = re.compile(r"embed|whisper|(^|[-/])tts([-/]|$)|dall-e|moderation|
 
 
 def read_models(raw: bytes, owner: str) -> list[Listed]:
-    """The models that can chat in a provider's own list, which has one of three shapes;
-    ValueError where it is none."""
+    """The models that can chat in a list of one of three shapes; ValueError where it is none."""
     value = load(raw)
     items = value if isinstance(value, list) else mapping(value).get(
         "data", mapping(value).get("models"))
@@ -14164,8 +14157,7 @@ def read_models(raw: bytes, owner: str) -> list[Listed]:
 
 
 def leads_of(config: Config, names: Names, provider: str) -> list[str]:
-    """What stands in front of a provider's own model names where clients may ask for any of
-    them: its prefix, nothing where it is a default; an empty list where they may not."""
+    """What may stand in front of any of a provider's own model names; none where all are listed."""
     leads = [prefix for prefix, name in names.open if name == provider]
     if (provider in default_providers(config).values() and provider not in names.forced
             and not config.providers[provider].models):
@@ -14175,8 +14167,7 @@ def leads_of(config: Config, names: Names, provider: str) -> list[str]:
 
 def list_models(config: Config, names: Names,
                 found: Mapping[str, Sequence[Listed]]) -> dict[str, Listed]:
-    """All models that clients may ask for by id: what exact routes and providers' names say, and
-    what was `found` in providers' own lists."""
+    """All models that clients may ask for: of exact routes, providers' names, and `found` lists."""
     out = {r.model_pattern: Listed(r.model_pattern, r.provider) for r in config.routing.routes
            if pattern_kind(r.match_kind, r.model_pattern) == "exact" and r.model_pattern}
     for id, provider in names.listed.items():
@@ -14246,8 +14237,7 @@ RENDER_MODEL = {"codex": codex_model, "messages": anthropic_model, "chat": opena
 
 
 class Catalogue:
-    """What providers' own lists of models say: asked for when a client wants a list, and again,
-    behind its back, when that is old."""
+    """Providers' own lists of models, asked for when a client wants one, and again when old."""
 
     def __init__(self, proxy: Proxy) -> None:
         self.proxy = proxy
@@ -14265,8 +14255,7 @@ class Catalogue:
         return list_models(proxy.config, proxy.names, self.found)
 
     async def refresh(self) -> None:
-        """Ask all providers whose models are not configured; a list that cannot be had leaves the
-        one before it in place."""
+        """Ask all whose models are not configured; a list that cannot be had replaces none."""
         proxy, config = self.proxy, self.proxy.config
         asked = [provider for name, provider in proxy.providers.items()
                  if leads_of(proxy.config, proxy.names, name)
@@ -14327,10 +14316,6 @@ class Provider:
         self.template_key = bool(TEMPLATE_KEY.search(key))
         self.target = self.target_of(self.protocol.path)
         self.first = first_line(self.origin, "POST", self.target)
-
-    def using(self, credential: str) -> Provider:
-        """This provider with another of its credentials."""
-        return self.others.get(credential, self)
 
     def speaking(self, inbound: Protocol) -> Provider:
         """This provider in a client's own protocol if it speaks that, else in its first one."""
@@ -14403,8 +14388,7 @@ def counted_tokens(status: int, raw: bytes) -> int | None:
 
 
 def count_ask(provider: Provider, ask: Json, payload: Json) -> Json | None:
-    """What a provider is asked to count, `ask` being what the client asks and `payload` what that
-    is translated; None for one that cannot count."""
+    """What a provider is asked to count, None if it cannot; `payload` is `ask` translated."""
     if provider.protocol is not MESSAGES and not provider.settings.profile.count_native:
         return None
     if provider.protocol is RESPONSES:
@@ -14447,16 +14431,14 @@ def body_bytes(body: Json) -> bytes:
 
 
 def translated_request(pair: Pair, body: Json, ctx: Context) -> tuple[bytes, Job]:
-    """The body for a provider of another protocol, and how its answer is translated;
-    RequestError for what it cannot express."""
+    """The body for a provider of another protocol, or RequestError, and how it is answered."""
     payload = pair.request(body, ctx)
     return body_bytes(payload), Job(
         pair, ctx, translated_lines(payload.get("stream") is True, ctx.headers))
 
 
 def thinking_request(body: Json, inbound: Protocol, ctx: Context) -> bytes:
-    """The body for a provider of the client's own protocol, with the thinking that the model's
-    name asks for."""
+    """The body in the client's own protocol, with the thinking that the model's name asks for."""
     if inbound is RESPONSES:
         body = {**body, **lift_system_items(body)}
     return body_bytes(with_thinking(body, ctx))
@@ -14481,6 +14463,7 @@ class Outlet:
                  live: bool) -> None:
         self.connection, self.inbound, self.ctx = connection, inbound, job.ctx
         self.lines, self.live, self.settings = lines, live, connection.server.settings
+        self.clock = connection.server.loop.time
         self.stream = job.pair.stream(job.ctx)
         next(self.stream)
         self.done = self.ended = False  # whether the client's stream is whole, the provider's over
@@ -14488,10 +14471,6 @@ class Outlet:
         self.last: Any = None  # the event that was written last
         # when the client is to hear something
         self.due = self.clock() + self.settings.first_event_hold_secs if live else FOREVER
-
-    def clock(self) -> float:
-        """The loop's time."""
-        return self.connection.server.loop.time()
 
     def feed(self, items: Iterable[Any]) -> None:
         """Translate; what becomes of it goes out in one write, also if a ProxyError ends it."""
@@ -14812,8 +14791,7 @@ class Turn:
         self.answer_here(200, body)
 
     def check_limits(self, key: ClientKey, model: str) -> None:
-        """RequestError where a client's key is not good for a model, or not now. Counting tokens
-        is no request that counts."""
+        """RequestError where a key is not good for a model, or not now; count_tokens is free."""
         if not key.allows(model):
             raise RequestError(f"the API key `{key.name}` may not use the model {model}",
                                status=403, param="model")
@@ -14843,7 +14821,7 @@ class Turn:
     def aim(self, decision: Decision, first: Provider, credential: str = "") -> None:
         """Choose a provider and one of its credentials, its first one if none is named."""
         exchange = self.exchange
-        self.provider = provider = first.using(credential).speaking(self.inbound)
+        self.provider = provider = first.others.get(credential, first).speaking(self.inbound)
         self.decision, self.job = decision, None
         self.idle_secs = provider.settings.read_idle_timeout_secs
         exchange.provider, exchange.provider_protocol = provider.name, provider.protocol
@@ -14960,8 +14938,7 @@ class Turn:
         return classify(failed, self.answer.values, value, time.time()), failed
 
     async def check(self) -> ProxyError | None:
-        """Read an answer in one piece as far as it is held; the error that it is. What was read is
-        read again."""
+        """The error that an answer in one piece is, if any. What was read is read again."""
         raw, complete = await self.read_up_to(CHECKED_RESPONSE_BYTES)
         self.body.held = [raw]
         try:
@@ -15044,8 +15021,7 @@ class Turn:
         return raw
 
     def tell_dropped(self, dropped: Mapping[str, str]) -> None:
-        """Name what the translation has left out so far to the client, and to the log with the
-        reasons."""
+        """Name what was left out so far to the client, and to the log with the reasons."""
         connection, exchange = self.connection, self.exchange
         if len(dropped) == exchange.dropped:
             return
@@ -15138,8 +15114,7 @@ class Turn:
             return
         if self.log.info_on:
             self.log.event(logging.INFO, "hdr", end_fields(exchange))
-        self.lines = (self.mapped(job) if job
-                      else client_lines(answer, decoded=self.body.decoded))
+        self.lines = self.mapped(job) if job else client_lines(answer, decoded=self.body.decoded)
         if b"date" not in answer.values:
             self.lines.append(date_line())
         if job:
@@ -15181,8 +15156,7 @@ class Turn:
         return mapped_lines(self.answer.fields, self.inbound, self.provider.protocol, job.ctx.now)
 
     async def read_error(self) -> tuple[ProxyError, bytes]:
-        """A provider's own error, and its body, which the client gets as it is where it knows its
-        shape."""
+        """A provider's own error, and its body, which a client that knows its shape gets."""
         raw, complete = await self.read_up_to(ERROR_BODY_BYTES)
         raw = without_key(raw, self.proxy.tokens.last(self.provider.credential))
         lines = self.mapped(self.job) if self.job else error_lines(self.answer.fields)
@@ -15290,8 +15264,7 @@ class Turn:
         self.log_end(level, outcome, said)
 
     async def pass_stream(self, observer: StreamObserver) -> None:
-        """Relay a stream to its end. Not reading while the client does not is all the
-        backpressure there is."""
+        """Relay a stream to its end, reading no faster than the client does."""
         connection, body, exchange = self.connection, self.body, self.exchange
         watch, clock, seen = connection.watch, connection.server.loop.time, observer.seen
         idle_secs, edits = self.idle_secs, self.edits
@@ -15336,8 +15309,7 @@ class Turn:
     # -- translated answers
 
     async def translate_whole(self, job: Job) -> None:
-        """An answer in one piece for a client of another protocol, which may have asked for a
-        stream."""
+        """An answer in one piece for another protocol's client, who may have asked for a stream."""
         exchange, provider = self.exchange, self.provider
         raw, complete = await self.read_up_to(self.proxy.config.server.max_sse_event_bytes)
         exchange.down, exchange.phase = len(raw), PHASES[3]
@@ -15621,10 +15593,9 @@ def explain(config: Config, path: str, lines: Sequence[bytes], raw: bytes,
         block = b"\r\n".join([b"POST %b HTTP/1.1" % path.encode("utf-8", "replace"),
                              b"host: 127.0.0.1", *lines])
         explain_request(report, config, parse_request_head(block, HeadLimits()), raw, environ)
-    except FramingError as error:
-        report["answer"] = malformed(error).payload()
-    except ProxyError as error:
-        report["answer"] = error.payload()
+    except (FramingError, ProxyError) as error:
+        report["answer"] = (malformed(error) if isinstance(error, FramingError)
+                            else error).payload()
     return report
 
 
