@@ -12302,8 +12302,7 @@ def request_place(capture: CapturedExchange) -> tuple[str, str | None]:
 # -- time limits -------------------------------------------------------------
 
 class Watch:
-    """One time limit at a time for whoever waits; `fire` is called with the reason of the
-    one that ran out.
+    """One time limit at a time; `fire` is called with the reason of the one that ran out.
 
     Setting a limit only notes it. The loop's timer is moved when it fires too early, so a limit
     that is set for each read costs two assignments and not two heap operations.
@@ -12319,8 +12318,7 @@ class Watch:
         self.progress: Callable[[], bool] | None = None
 
     def arm(self, secs: float, reason: str, progress: Callable[[], bool] | None = None) -> None:
-        """From now on, `secs` seconds for what `reason` names,
-        and again as long as there is `progress`."""
+        """From now on, `secs` for what `reason` names, and again while there is `progress`."""
         self.secs, self.reason, self.progress = secs, reason, progress
         self.when = when = self.loop.time() + secs
         if when < self.due:
@@ -12356,6 +12354,18 @@ class Watch:
             self.timer.cancel()
 
 
+def taking(transport: asyncio.WriteTransport) -> Callable[[], bool]:
+    """A function that says whether the other side has taken bytes since it was last called."""
+    left = transport.get_write_buffer_size()
+
+    def took_some() -> bool:
+        nonlocal left
+        before, left = left, transport.get_write_buffer_size()
+        return left < before
+
+    return took_some
+
+
 FOREVER = float("inf")
 
 # -- where a provider is -----------------------------------------------------
@@ -12372,11 +12382,16 @@ class Origin(NamedTuple):
     @property
     def authority(self) -> str:
         """The host as the Host header names it."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
+        host = bracketed(self.host)
         return host if self.port == DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
 
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+def bracketed(host: str) -> str:
+    """A host as it stands in front of a port."""
+    return f"[{host}]" if ":" in host else host
 
 
 def place(url: str, ca_file: str | None = None) -> Origin:
@@ -12388,8 +12403,7 @@ def place(url: str, ca_file: str | None = None) -> Origin:
 
 def origin_of(base_url: str, proxy_url: str | None, ca_file: str | None,
               environ: Mapping[str, str]) -> Origin:
-    """The origin of a provider, with the forward proxy that its setting or the
-    environment names."""
+    """The origin of a provider, with the forward proxy of its setting or the environment."""
     origin = place(base_url, ca_file)
     if proxy_url == "direct":
         return origin
@@ -12399,19 +12413,15 @@ def origin_of(base_url: str, proxy_url: str | None, ca_file: str | None,
 
 def proxy_from_environment(scheme: str, host: str, port: int,
                            environ: Mapping[str, str]) -> str | None:
-    """The forward proxy that HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY,
-    in either case, name for a host."""
+    """The forward proxy for a host by HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY."""
     def variable(name: str) -> str:
         return environ.get(name.lower()) or environ.get(name.upper()) or ""
 
-    if is_loopback(host) or bypasses(host, port, variable("no_proxy")):
-        return None
     url = variable(f"{scheme}_proxy") or variable("all_proxy")
-    if not url:
+    if not url or is_loopback(host) or bypasses(host, port, variable("no_proxy")):
         return None
-    url = url if "://" in url else f"http://{url}"
     try:
-        return str(PROXY.read(url))
+        return str(PROXY.read(url if "://" in url else f"http://{url}"))
     except ValueError as error:
         raise ConfigError([f"{scheme.upper()}_PROXY or ALL_PROXY in the environment cannot be used:"
                            f" it {error}"]) from None
@@ -12438,8 +12448,7 @@ def bypasses(host: str, port: int, no_proxy: str) -> bool:
 
 
 def proxy_authorization(proxy: Any) -> list[bytes]:
-    """The Proxy-Authorization line for the user name and password in a forward proxy's URL,
-    if any."""
+    """The Proxy-Authorization line for the user that a forward proxy's URL names, if any."""
     if proxy.username is None:
         return []
     pair = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}".encode()
@@ -12447,8 +12456,7 @@ def proxy_authorization(proxy: Any) -> list[bytes]:
 
 
 def first_line(origin: Origin, method: str, target: str) -> bytes:
-    """The request line for a target, without the version. Plain HTTP goes through a forward
-    proxy in absolute form (9112 3.2.2), with its credentials."""
+    """The request line without the version; absolute for a proxy of plain HTTP (9112 3.2.2)."""
     absolute = origin.proxy and origin.scheme == "http"
     return f"{method} {f'http://{origin.authority}' if absolute else ''}{target}".encode("ascii")
 
@@ -12468,12 +12476,12 @@ class LinkProtocol(asyncio.StreamReaderProtocol):
     """The stream protocol of a connection, watchful while it lies in the pool: whatever comes then,
     bytes that nobody asked for or the end, makes it useless."""
 
-    idle = False
+    idle: asyncio.WriteTransport | None = None  # the connection's, while it lies there
 
     def data_received(self, data: bytes) -> None:
         """Bytes from the provider."""
         if self.idle:
-            self.wire.abort()
+            self.idle.abort()
         else:
             super().data_received(data)
 
@@ -12481,21 +12489,16 @@ class LinkProtocol(asyncio.StreamReaderProtocol):
         """The provider sends no more."""
         return super().eof_received() and not self.idle
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """The connection stands."""
-        self.wire: Any = transport
-        super().connection_made(transport)
-
 
 class Link:
     """A connection to a provider; `used` once it has carried a request."""
 
-    __slots__ = ("idle_since", "origin", "protocol", "reader", "unsent", "used", "writer")
+    __slots__ = ("idle_since", "origin", "protocol", "reader", "used", "writer")
 
     def __init__(self, origin: Origin, reader: asyncio.StreamReader, writer: asyncio.StreamWriter,
                  protocol: LinkProtocol) -> None:
         self.origin, self.reader, self.writer, self.protocol = origin, reader, writer, protocol
-        self.used, self.idle_since, self.unsent = False, 0.0, 0
+        self.used, self.idle_since = False, 0.0
 
     @property
     def dead(self) -> bool:
@@ -12510,46 +12513,32 @@ class Link:
             self.writer.write(memoryview(body))
         else:
             self.writer.write(head + body)
-        self.unsent = self.writer.transport.get_write_buffer_size()
-
-    def sent_some(self) -> bool:
-        """Whether more of the request has gone since this was last asked."""
-        before, self.unsent = self.unsent, self.writer.transport.get_write_buffer_size()
-        return self.unsent < before
 
     def abort(self) -> None:
         """Close at once."""
         self.writer.transport.abort()
 
 
-class LinkDied(Exception):
-    """The connection ended before the answer's head was whole;
-    `untouched` when not a byte had come."""
-
-    def __init__(self, untouched: bool) -> None:
-        super().__init__("the connection closed before an answer" if untouched
-                         else "the connection closed within the head of the answer")
-        self.untouched = untouched
+class LinkDied(FramingError):
+    """The connection ended before a byte of the answer."""
 
 
 MAC_CERTIFICATES = "/etc/ssl/cert.pem"  # where Python from python.org does not look
 
 
-def tls_context(ca_file: str | None, contexts: dict[str | None, ssl.SSLContext]) -> ssl.SSLContext:
-    """The context for `ca_file` beside the system's certificates;
-    made once, as that reads them all."""
-    if ca_file not in contexts:
-        context = ssl.create_default_context()
-        if not context.cert_store_stats()["x509_ca"] and os.path.exists(MAC_CERTIFICATES):
-            context.load_verify_locations(MAC_CERTIFICATES)
-        if ca_file:
-            context.load_verify_locations(str(Path(ca_file).expanduser()))
-            # Python 3.13 refuses certificates with small faults of form; those of companies have them,
-            # and who names one here trusts it. Names, dates and signatures are checked all the same.
-            context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-        context.set_alpn_protocols(["http/1.1"])
-        contexts[ca_file] = context
-    return contexts[ca_file]
+@functools.cache
+def tls_context(ca_file: str | None) -> ssl.SSLContext:
+    """The context for `ca_file` beside the system's certificates; made once, as that reads all."""
+    context = ssl.create_default_context()
+    if not context.cert_store_stats()["x509_ca"] and os.path.exists(MAC_CERTIFICATES):
+        context.load_verify_locations(MAC_CERTIFICATES)
+    if ca_file:
+        context.load_verify_locations(str(Path(ca_file).expanduser()))
+        # Python 3.13 refuses certificates with small faults of form; those of companies have them,
+        # and who names one here trusts it. Names, dates and signatures are checked all the same.
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    context.set_alpn_protocols(["http/1.1"])
+    return context
 
 
 def own_resolver(loop: asyncio.AbstractEventLoop) -> Callable[..., Any]:
@@ -12580,43 +12569,39 @@ def own_resolver(loop: asyncio.AbstractEventLoop) -> Callable[..., Any]:
     return getaddrinfo
 
 
-async def open_link(origin: Origin, contexts: dict[str | None, ssl.SSLContext]) -> Link:
+async def open_link(origin: Origin) -> Link:
     """A fresh connection to `origin`, through its forward proxy and with TLS as it needs."""
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(limit=STREAM_LIMIT, loop=loop)
     protocol = LinkProtocol(reader, loop=loop)
     proxy = place(origin.proxy, origin.ca_file) if origin.proxy else None
     if proxy and origin.scheme == "https":
-        tunnel = await open_tunnel(proxy, origin, contexts)
-        transport = await loop.start_tls(tunnel, protocol, tls_context(origin.ca_file, contexts),
-                                         server_hostname=origin.host)
+        transport = await loop.start_tls(await open_tunnel(proxy, origin), protocol,
+                                         tls_context(origin.ca_file), server_hostname=origin.host)
         if transport is None:
             raise ConnectionResetError
         protocol.connection_made(transport)
     else:
-        transport = await dial(protocol, proxy or origin, contexts)
+        transport = await dial(protocol, proxy or origin)
     return Link(origin, reader, asyncio.StreamWriter(transport, protocol, reader, loop), protocol)
 
 
-async def dial(protocol: LinkProtocol, origin: Origin,
-               contexts: dict[str | None, ssl.SSLContext]) -> Any:
+async def dial(protocol: LinkProtocol, origin: Origin) -> Any:
     """The transport of a connection straight to `origin`."""
-    secure = tls_context(origin.ca_file, contexts) if origin.scheme == "https" else None
+    secure = tls_context(origin.ca_file) if origin.scheme == "https" else None
     transport, _ = await asyncio.get_running_loop().create_connection(
         lambda: protocol, origin.host, origin.port, ssl=secure,
         server_hostname=origin.host if secure else None, happy_eyeballs_delay=0.25)
     return transport
 
 
-async def open_tunnel(proxy: Origin, origin: Origin,
-                      contexts: dict[str | None, ssl.SSLContext]) -> Any:
+async def open_tunnel(proxy: Origin, origin: Origin) -> Any:
     """The transport of a tunnel that a forward proxy opens to `origin` (9110 9.3.6)."""
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(limit=STREAM_LIMIT, loop=loop)
-    transport = await dial(LinkProtocol(reader, loop=loop), proxy, contexts)
+    transport = await dial(LinkProtocol(reader, loop=loop), proxy)
     try:
-        host = f"[{origin.host}]" if ":" in origin.host else origin.host
-        target = f"{host}:{origin.port}".encode("ascii")
+        target = f"{bracketed(origin.host)}:{origin.port}".encode("ascii")
         transport.write(format_lines(b"CONNECT %b HTTP/1.1" % target, b"host: " + target,
                                      *proxy_authorization(urlsplit(origin.proxy))))
         head = parse_response_head((await reader.readuntil(b"\r\n\r\n"))[:-4])
@@ -12661,7 +12646,6 @@ class Pool:
 
     def __init__(self) -> None:
         self.idle: defaultdict[Origin, deque[Link]] = defaultdict(deque)
-        self.contexts: dict[str | None, ssl.SSLContext] = {}
         self.sweeper: asyncio.TimerHandle | None = None
 
     def take(self, origin: Origin) -> Link | None:
@@ -12669,7 +12653,7 @@ class Pool:
         links = self.idle.get(origin)
         while links:
             link = links.pop()
-            link.protocol.idle = False
+            link.protocol.idle = None
             if not link.dead:
                 return link
             link.abort()
@@ -12684,7 +12668,7 @@ class Pool:
             link.abort()
             return
         links = self.idle[link.origin]
-        link.protocol.idle, link.used = True, True
+        link.protocol.idle, link.used = link.writer.transport, True
         link.idle_since = time.monotonic()
         links.append(link)
         if len(links) > IDLE_LINKS_PER_ORIGIN:
@@ -12726,24 +12710,23 @@ class Pool:
             if link is None:
                 watch.arm(connect_secs, "connect")
                 try:
-                    link = await open_link(origin, self.contexts)
+                    link = await open_link(origin)
                 except (OSError, UnicodeError) as error:
-                    raise UpstreamError("upstream request failed:"
-                                        f" {connect_fault(error)}") from None
+                    raise UpstreamError(
+                        f"upstream request failed: {connect_fault(error)}") from None
             try:
                 link.send(head, body)
                 sent()
                 return link, *await read_response_head(
-                    link.reader,
-                    functools.partial(watch.arm, idle_secs, "upstream", link.sent_some))
+                    link.reader, functools.partial(watch.arm, idle_secs, "upstream",
+                                                   taking(link.writer.transport)))
             except BaseException as error:
                 link.abort()
-                if isinstance(error, LinkDied) and error.untouched and link.used:
-                    link = None
-                    continue
-                if isinstance(error, (LinkDied, FramingError)):
+                if not isinstance(error, FramingError):
+                    raise
+                if not (isinstance(error, LinkDied) and link.used):
                     raise UpstreamError(f"upstream request failed: {error}") from None
-                raise
+                link = None
 
 
 async def read_response_head(reader: asyncio.StreamReader,
@@ -12761,8 +12744,10 @@ async def read_response_head(reader: asyncio.StreamReader,
                 more = await reader.read(READ_BYTES)
             except OSError:
                 more = b""
+            if not more and (data or interim):
+                raise FramingError("the connection closed within the head of the answer")
             if not more:
-                raise LinkDied(untouched=not data and not interim)
+                raise LinkDied("the connection closed before an answer")
             data += more
         head = parse_response_head(data[:end])
         data = data[end + 4:]
@@ -12774,8 +12759,7 @@ async def read_response_head(reader: asyncio.StreamReader,
 
 
 def check_unfinished_answer(data: bytes, scanned: int) -> None:
-    """Refuse the beginning of an answer that no further bytes could make right;
-    see `check_unfinished`."""
+    """Refuse the beginning of an answer that no further bytes could make right."""
     if not data:
         return
     if not b"HTTP/1.".startswith(data[:7]):
@@ -12807,20 +12791,15 @@ class ResponseBody:
                                f" though none was asked for")
 
     async def read(self) -> bytes:
-        """The next piece, b"" at the end; FramingError or ConnectionError when it does
-        not end well."""
+        """The next piece, b"" at the end; FramingError or OSError when it does not end well."""
         if self.held:
             return self.held.pop(0)
         decoder = self.decoder
         while not decoder.finished:
-            data = self.rest
-            if data:
-                self.rest = b""
-            else:
-                data = await self.link.reader.read(READ_BYTES)
-                if not data:
-                    decoder.close()
-                    break
+            data, self.rest = self.rest or await self.link.reader.read(READ_BYTES), b""
+            if not data:
+                decoder.close()
+                break
             data = decoder.feed(data)
             if self.inflater and data:
                 data = self.inflater.feed(data)
@@ -12845,8 +12824,7 @@ class ResponseBody:
         return data
 
     def clean(self, head: ResponseHead) -> bool:
-        """Whether the connection can carry another request:
-        ended where it should, nothing behind it."""
+        """Whether the connection can carry another request: all was read, nothing is behind it."""
         return head.keep_alive and self.decoder.finished and not self.decoder.rest and not self.rest
 
 
@@ -12881,8 +12859,7 @@ async def fetch(pool: Pool, origin: Origin, url: str, method: str = "GET",
 
 async def fetch_with(pool: Pool, origin: Origin, head: bytes, body: bytes, secs: float,
                      tap: Callable[[bytes], None] | None = None) -> Fetched:
-    """The answer of `origin` to a request with this head; UpstreamError where `secs` bring none.
-    `tap` is given the payload as it comes."""
+    """The answer to a request with this head, or UpstreamError; `tap` sees it as it comes."""
     # the limit for all of it is the only one
     watch = Watch(asyncio.get_running_loop(), lambda reason: None)
     link: Link | None = None
@@ -13350,7 +13327,6 @@ class Connection:
         self.body_unread = False
         self.answered = False  # whether the head of the answer has been written
         self.chunked = False
-        self.unsent = 0
         self.exchanging = False  # whether a client that goes away ends the exchange
         self.busy = self.gone = False
         self.reason: str | None = None
@@ -13367,8 +13343,7 @@ class Connection:
             self.task.cancel()
 
     def take_reason(self) -> str:
-        """Why the wait was ended, for the one who handles it;
-        a cancellation that is not ours goes on."""
+        """Why the wait was ended, for who handles it; a cancellation that is not ours goes on."""
         reason, self.reason = self.reason, None
         if reason is None or self.task is None:
             raise asyncio.CancelledError
@@ -13507,8 +13482,7 @@ class Connection:
 
     def write_head(self, status: int, lines: list[bytes], length: int | None,
                    body: bytes = b"") -> None:
-        """Begin an answer with `length` bytes of body, None for a stream;
-        `body` goes out in the same write."""
+        """Begin an answer of `length` bytes, None for a stream; `body` goes out with its head."""
         self.answered = True
         if self.body_unread and self.head and (self.head.expects_continue
                                                or self.head.length is None
@@ -13567,15 +13541,10 @@ class Connection:
 
     async def flush(self) -> None:
         """Wait while the client takes its answer more slowly than it comes."""
-        self.unsent = self.transport.get_write_buffer_size()
-        if self.unsent:
-            self.watch.arm(self.server.settings.write_timeout_secs, "client_write", self.took_some)
+        if self.transport.get_write_buffer_size():
+            self.watch.arm(self.server.settings.write_timeout_secs, "client_write",
+                           taking(self.transport))
             await self.writer.drain()
-
-    def took_some(self) -> bool:
-        """Whether the client has taken bytes since this was last asked."""
-        before, self.unsent = self.unsent, self.transport.get_write_buffer_size()
-        return self.unsent < before
 
     def close(self) -> None:
         """Let go; bytes on their way to the client get their time, but not for ever."""
@@ -13600,9 +13569,10 @@ def too_large(limit: int) -> RequestError:
 class ClientProtocol(asyncio.StreamReaderProtocol):
     """The stream protocol of a client connection, telling it when the client is gone."""
 
-    def __init__(self, connection: Connection, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(connection.reader, connection.run, loop=loop)
-        self.connection = connection
+    def __init__(self, server: Server) -> None:
+        reader = asyncio.StreamReader(limit=STREAM_LIMIT, loop=server.loop)
+        self.connection = Connection(server, reader)
+        super().__init__(reader, self.connection.run, loop=server.loop)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The connection stands."""
@@ -13657,16 +13627,12 @@ class Server:
         self.limits = HeadLimits(settings.max_request_line_bytes, settings.max_head_bytes,
                                  settings.max_headers)
 
-    def new_protocol(self) -> ClientProtocol:
-        """What a new connection is handled by."""
-        reader = asyncio.StreamReader(limit=STREAM_LIMIT, loop=self.loop)
-        return ClientProtocol(Connection(self, reader), self.loop)
-
     async def listen(self, at: socket.socket) -> int:
         """Begin to accept at a bound socket; returns its port."""
-        self.listener = await self.loop.create_server(self.new_protocol, sock=at, backlog=BACKLOG)
+        self.listener = await self.loop.create_server(
+            lambda: ClientProtocol(self), sock=at, backlog=BACKLOG)
         host, port = at.getsockname()[:2]
-        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        self.url = f"http://{bracketed(host)}:{port}"
         return int(port)
 
     async def drain(self, grace: float, hurry: asyncio.Event, delay: float = 0) -> None:
@@ -13713,8 +13679,7 @@ def admit(head: RequestHead, settings: ServerConfig) -> tuple[Protocol | int, Cl
     key it came with; RequestError says why not (rulings 16 and 5)."""
     check_host(head, settings)
     if head.path in HEALTH_PATHS:
-        if head.method not in (b"GET", b"HEAD"):
-            raise method_error(b"GET, HEAD")
+        check_method(head, b"GET", b"HEAD")
         return 200, None
     if (head.method == b"OPTIONS" and b"origin" in head.values
             and b"access-control-request-method" in head.values):
@@ -13722,27 +13687,25 @@ def admit(head: RequestHead, settings: ServerConfig) -> tuple[Protocol | int, Cl
     key = check_key(head.fields, client_keys(settings.api_keys, settings.keys), time.time())
     protocol = protocol_of(head.path)
     if protocol is None and asked_model(head.path) is not None:
-        if head.method not in (b"GET", b"HEAD"):
-            raise method_error(b"GET, HEAD")
+        check_method(head, b"GET", b"HEAD")
         return 200, key
     if protocol is None:
-        paths = (*MODEL_PATHS, *COUNT_PATHS, *MODELS_PATHS)
-        raise RequestError("there is nothing at this path", status=404,
-                           fix="the paths are " + ", ".join(paths))
-    if head.method != b"POST":
-        raise method_error(b"POST")
+        paths = ", ".join((*MODEL_PATHS, *COUNT_PATHS, *MODELS_PATHS))
+        raise RequestError("there is nothing at this path", status=404, fix=f"the paths are {paths}")
+    check_method(head, b"POST")
     return protocol, key
 
 
-def method_error(allowed: bytes) -> RequestError:
-    """The refusal of a method, with those that would do."""
-    return RequestError("this method is not allowed here", status=405,
-                        fix=f"use {allowed.decode()}", fields=[b"allow: " + allowed])
+def check_method(head: RequestHead, *allowed: bytes) -> None:
+    """RequestError for a method that is none of those that would do."""
+    if head.method not in allowed:
+        told = b", ".join(allowed)
+        raise RequestError("this method is not allowed here", status=405,
+                           fix=f"use {told.decode()}", fields=[b"allow: " + told])
 
 
 def check_origin(head: RequestHead, settings: ServerConfig) -> list[bytes]:
-    """The header lines that let a browser's page see the answer;
-    RequestError for one that may not call.
+    """The header lines that let a browser's page see the answer; RequestError if it may not call.
 
     Browsers reach loopback too: without this any web page could use the proxy.
     """
@@ -13759,9 +13722,7 @@ def check_origin(head: RequestHead, settings: ServerConfig) -> list[bytes]:
 
 def check_host(head: RequestHead, settings: ServerConfig) -> None:
     """On a loopback listener the Host must mean this machine; DNS rebinding brings others."""
-    if not is_loopback(settings.host) or (not head.host and not head.http11):
-        return
-    if (not is_loopback(head.host)
+    if (is_loopback(settings.host) and (head.host or head.http11) and not is_loopback(head.host)
             and head.host not in (name.lower() for name in settings.allowed_hosts)):
         raise RequestError("the Host of this request is not this machine", status=403,
                            fix="list the name in server.allowed_hosts if it is yours")
@@ -13814,8 +13775,7 @@ def check_key(fields: Iterable[Field], keys: Sequence[ClientKey], now: float) ->
 
 
 def take_turn(times: Sequence[float], limit: int, now: float) -> tuple[list[float], float]:
-    """The requests of the last minute with one more, and 0; without it, and the seconds to wait,
-    where `limit` of them were taken already."""
+    """The last minute's requests with this one, and 0; without it, and how long it has to wait."""
     recent = [at for at in times if at > now - 60]
     if len(recent) >= limit:
         return recent, recent[-limit] + 60 - now
@@ -13825,8 +13785,7 @@ def take_turn(times: Sequence[float], limit: int, now: float) -> tuple[list[floa
 # -- the list of models ------------------------------------------------------
 
 def asked_model(path: str) -> str | None:
-    """The model that a path below /v1/models is about, "" for all of them; None for another
-    path."""
+    """The model that a path below /v1/models is about, "" for all, None for another path."""
     for base in MODELS_PATHS:
         if path.rstrip("/") == base:
             return ""
@@ -13852,8 +13811,7 @@ NO_CHAT_NAME = re.compile(r"embed|whisper|(^|[-/])tts([-/]|$)|dall-e|moderation|
 
 
 def read_models(raw: bytes, owner: str) -> list[Listed]:
-    """The models that can chat in a provider's own list, which has one of three shapes;
-    ValueError where it is none."""
+    """The models that can chat in a list of one of three shapes; ValueError where it is none."""
     value = load(raw)
     items = value if isinstance(value, list) else mapping(value).get(
         "data", mapping(value).get("models"))
@@ -13870,20 +13828,17 @@ def read_models(raw: bytes, owner: str) -> list[Listed]:
 
 
 def leads_of(config: Config, names: Names, provider: str) -> list[str]:
-    """What stands in front of a provider's own model names where clients may ask for any of
-    them: its prefix, nothing where it is a default; an empty list where they may not."""
+    """What may stand in front of any of a provider's own model names; none where all are listed."""
     leads = [prefix for prefix, name in names.open if name == provider]
-    defaults = config.routing.default_provider_names
-    if (provider in [getattr(defaults, protocol) for protocol in PROTOCOLS]
-            and provider not in names.forced and not config.providers[provider].models):
+    if (provider in default_providers(config).values() and provider not in names.forced
+            and not config.providers[provider].models):
         leads.append("")
     return leads
 
 
 def list_models(config: Config, names: Names,
                 found: Mapping[str, Sequence[Listed]]) -> dict[str, Listed]:
-    """All models that clients may ask for by id: what exact routes and providers' names say, and
-    what was `found` in providers' own lists."""
+    """All models that clients may ask for: of exact routes, providers' names, and `found` lists."""
     out = {r.model_pattern: Listed(r.model_pattern, r.provider) for r in config.routing.routes
            if pattern_kind(r.match_kind, r.model_pattern) == "exact" and r.model_pattern}
     for id, provider in names.listed.items():
@@ -13953,8 +13908,7 @@ RENDER_MODEL = {"codex": codex_model, "messages": anthropic_model, "chat": opena
 
 
 class Catalogue:
-    """What providers' own lists of models say: asked for when a client wants a list, and again,
-    behind its back, when that is old."""
+    """Providers' own lists of models, asked for when a client wants one, and again when old."""
 
     def __init__(self, proxy: Proxy) -> None:
         self.proxy = proxy
@@ -13972,8 +13926,7 @@ class Catalogue:
         return list_models(proxy.config, proxy.names, self.found)
 
     async def refresh(self) -> None:
-        """Ask all providers whose models are not configured; a list that cannot be had leaves the
-        one before it in place."""
+        """Ask all whose models are not configured; a list that cannot be had replaces none."""
         proxy, config = self.proxy, self.proxy.config
         asked = [provider for name, provider in proxy.providers.items()
                  if leads_of(proxy.config, proxy.names, name)
@@ -13987,23 +13940,20 @@ class Catalogue:
 
     async def ask(self, provider: Provider) -> None:
         """Take over one provider's list; why that is impossible goes to the log."""
+        credential = provider.credential
         try:
             async with asyncio.timeout(DISCOVERY_SECS):
-                self.found[provider.name] = read_models(await self.fetch(provider), provider.name)
+                key = (await self.proxy.tokens.key(credential) if credential.dynamic
+                       else credential.source.api_key or "")
+                target, lines = provider.list_request(key)
+                answer = await fetch(self.proxy.pool, provider.origin, target, lines=lines,
+                                     secs=DISCOVERY_SECS)
+            if answer.status != 200:
+                raise UpstreamError(f"it answered {answer.status}")
+            self.found[provider.name] = read_models(answer.body, provider.name)
         except (ProxyError, FramingError, OSError, ValueError) as error:
             self.proxy.log.event(logging.WARNING, "models", {
                 "provider": provider.name, "err": str(error)[:LOG_TEXT_CHARS] or "timeout"})
-
-    async def fetch(self, provider: Provider) -> bytes:
-        """A provider's list as it sends it."""
-        proxy, credential, origin = self.proxy, provider.credential, provider.origin
-        key = (await proxy.tokens.key(credential) if credential.dynamic
-               else credential.source.api_key or "")
-        target, lines = provider.list_request(key)
-        answer = await fetch(proxy.pool, origin, target, lines=lines, secs=DISCOVERY_SECS)
-        if answer.status != 200:
-            raise UpstreamError(f"it answered {answer.status}")
-        return answer.body
 
 
 # -- the proxy ---------------------------------------------------------------
@@ -14012,10 +13962,6 @@ class Provider:
     """A configured provider in one protocol and with one of its credentials, with what is the same
     for each of its requests made ready. `natives` has it in the further protocols it speaks,
     `others` with its further credentials."""
-
-    __slots__ = ("credential", "credentials", "fills_gaps", "first", "fixed", "name", "natives",
-                 "origin", "others", "own", "protocol", "settings", "target", "template_key",
-                 "way")
 
     def __init__(self, name: str, settings: ProviderConfig, environ: Mapping[str, str],
                  credential: Credential | None = None) -> None:
@@ -14042,10 +13988,6 @@ class Provider:
         self.target = self.target_of(self.protocol.path)
         self.first = first_line(self.origin, "POST", self.target)
 
-    def using(self, credential: str) -> Provider:
-        """This provider with another of its credentials."""
-        return self.others.get(credential, self)
-
     def speaking(self, inbound: Protocol) -> Provider:
         """This provider in a client's own protocol if it speaks that, else in its first one."""
         return self.natives.get(inbound.name, self)
@@ -14063,8 +14005,7 @@ class Provider:
         here, for it is the client's protocol that knows its words."""
         query = b"" if translated is not None else head.query.encode("ascii")
         first = self.first if not path else first_line(self.origin, "POST", self.target_of(path))
-        own = (own_fields(self.credential.headers, head.values) if self.own is None
-               else self.own)
+        own = own_fields(self.credential.headers, head.values) if self.own is None else self.own
         return format_lines(b"%b%b HTTP/1.1" % (first, query), *provider_lines(
             head, self.protocol, self.fixed if not key else [*self.way, *self.auth_lines(key)],
             length, translated, own))
@@ -14093,8 +14034,7 @@ def default_providers(config: Config) -> dict[str, str]:
 
 
 def ready_pair(inbound: Protocol, provider: Provider, config: Config) -> Pair | None:
-    """The pair to a provider, None where it speaks the client's protocol;
-    SetupError while its key is a template."""
+    """The pair to a provider, None for the client's own protocol; SetupError for no real key."""
     if provider.template_key:
         raise SetupError(f"{provider.credential.path}.api_key is still the template's",
                          fix="put your key there, or name api_key_env or api_key_file")
@@ -14119,8 +14059,7 @@ def counted_tokens(status: int, raw: bytes) -> int | None:
 
 
 def count_ask(provider: Provider, ask: Json, payload: Json) -> Json | None:
-    """What a provider is asked to count, `ask` being what the client asks and `payload` what that
-    is translated; None for one that cannot count."""
+    """What a provider is asked to count, None if it cannot; `payload` is `ask` translated."""
     if provider.protocol is not MESSAGES and not provider.settings.profile.count_native:
         return None
     if provider.protocol is RESPONSES:
@@ -14147,8 +14086,7 @@ def context_of(inbound: Protocol, provider: Provider, decision: Decision, shown:
 
 
 def shown_model(model: str, decision: Decision, settings: ProviderConfig) -> str:
-    """The model that an answer is to name where that is not the provider's word for it, else
-    nothing."""
+    """The model that an answer is to name, "" where that is the provider's word for it."""
     said = settings.response_model
     renamed = model != decision.model and said != "upstream" and (
         said or decision.named or decision.thinking)
@@ -14164,24 +14102,21 @@ def body_bytes(body: Json) -> bytes:
 
 
 def translated_request(pair: Pair, body: Json, ctx: Context) -> tuple[bytes, Job]:
-    """The body for a provider of another protocol, and how its answer is translated;
-    RequestError for what it cannot express."""
+    """The body for a provider of another protocol, or RequestError, and how it is answered."""
     payload = pair.request(body, ctx)
     return body_bytes(payload), Job(
         pair, ctx, translated_lines(payload.get("stream") is True, ctx.headers))
 
 
 def thinking_request(body: Json, inbound: Protocol, ctx: Context) -> bytes:
-    """The body for a provider of the client's own protocol, with the thinking that the model's
-    name asks for."""
+    """The body in the client's own protocol, with the thinking that the model's name asks for."""
     if inbound is RESPONSES:
         body = {**body, **lift_system_items(body)}
     return body_bytes(with_thinking(body, ctx))
 
 
 def event_bytes(protocol: Protocol, event: Any) -> bytes:
-    """An event for a client, as its protocol writes events; ValueError where it is nested
-    too deeply."""
+    """An event for a client as its protocol writes events; ValueError if it is nested too deep."""
     if protocol is CHAT:
         return format_event(None, DONE.encode() if event == DONE else dump(event))
     return format_event(event["type"], dump(event))
@@ -14195,13 +14130,11 @@ class Outlet:
     back for it, and signs of life when there are none. Else they are gathered until the end.
     """
 
-    __slots__ = ("connection", "ctx", "done", "due", "ended", "events", "inbound", "last", "lines",
-                 "live", "settings", "stream")
-
     def __init__(self, connection: Connection, inbound: Protocol, job: Job, lines: list[bytes],
                  live: bool) -> None:
         self.connection, self.inbound, self.ctx = connection, inbound, job.ctx
         self.lines, self.live, self.settings = lines, live, connection.server.settings
+        self.clock = connection.server.loop.time
         self.stream = job.pair.stream(job.ctx)
         next(self.stream)
         self.done = self.ended = False  # whether the client's stream is whole, the provider's over
@@ -14209,10 +14142,6 @@ class Outlet:
         self.last: Any = None  # the event that was written last
         # when the client is to hear something
         self.due = self.clock() + self.settings.first_event_hold_secs if live else FOREVER
-
-    def clock(self) -> float:
-        """The loop's time."""
-        return self.connection.server.loop.time()
 
     def feed(self, items: Iterable[Any]) -> None:
         """Translate; what becomes of it goes out in one write, also if a ProxyError ends it."""
@@ -14408,19 +14337,11 @@ class Proxy:
 
 
 class Interrupted(Exception):
-    """A wait was ended from outside, and whoever noticed has no answer to that."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+    """A wait was ended from outside for this reason, and who noticed has no answer to that."""
 
 
 class Turn:
     """One request on its way through a proxy; what is known of it grows on the way."""
-
-    __slots__ = ("answer", "body", "capture", "connection", "decision", "exchange", "head",
-                 "idle_secs", "inbound", "job", "lines", "link", "log", "provider", "proxy",
-                 "shown", "stall_secs")
 
     def __init__(self, proxy: Proxy, connection: Connection, method: str, path: str) -> None:
         self.proxy, self.log, self.connection = proxy, proxy.log, connection
@@ -14451,7 +14372,7 @@ class Turn:
         except asyncio.CancelledError:
             self.interrupted(connection.take_reason())
         except Interrupted as cut:
-            self.interrupted(cut.reason)
+            self.interrupted(str(cut))
         except FramingError as error:  # in the client's body
             connection.keep = False
             self.fail(malformed(error))
@@ -14487,10 +14408,12 @@ class Turn:
         protocol, key = admit(head, settings)
         exchange.client = key.name if key else ""
         if isinstance(protocol, int):
-            if head.path in HEALTH_PATHS or protocol != 200:
-                self.answer_here(protocol)
-            else:
+            if protocol == 200 and head.path not in HEALTH_PATHS:
                 await self.answer_models(key)
+            elif protocol == 200 and connection.server.leaving and head.path != "/livez":
+                self.answer_here(503, b'{"status":"leaving"}')
+            else:
+                self.answer_here(protocol, b'{"status":"ok"}')
             return
         self.inbound = protocol
         raw = await connection.read_body(settings.max_request_body_bytes)
@@ -14509,7 +14432,6 @@ class Turn:
         if len(ways) == 1:
             self.aim(*next(iter(ways.values())))
             await self.send(request.body, self.prepare(request), self.job and self.job.lines)
-            self.note_head()
         elif (way := await self.try_each(ways, request)) is None:
             return
         del raw, request  # a stream may take hours, and bodies megabytes
@@ -14536,15 +14458,11 @@ class Turn:
                                fix="GET /v1/models lists the models")
         body = dump(RENDER_MODEL[shape](models[wanted]) if wanted
                     else render_models(list(models.values()), shape))
-        self.exchange.status, self.exchange.down = 200, len(body)
-        self.connection.write_head(200, [b"content-type: application/json", date_line()],
-                                   len(body), body)
-        self.proxy.metrics.forget(self.exchange)
-        self.log_end(logging.DEBUG, "end")
+        self.exchange.down = len(body)
+        self.answer_here(200, body)
 
     def check_limits(self, key: ClientKey, model: str) -> None:
-        """RequestError where a client's key is not good for a model, or not now. Counting tokens
-        is no request that counts."""
+        """RequestError where a key is not good for a model, or not now; count_tokens is free."""
         if not key.allows(model):
             raise RequestError(f"the API key `{key.name}` may not use the model {model}",
                                status=403, param="model")
@@ -14558,13 +14476,10 @@ class Turn:
                     f" of a minute", status=429, code="rate_limit_exceeded",
                     fields=[b"retry-after: %d" % math.ceil(wait)])
 
-    def answer_here(self, status: int) -> None:
-        """Health, and the preflight of a browser that may call (Fetch, CORS protocol)."""
-        if status == 200:
-            leaving = self.connection.server.leaving and self.head.path != "/livez"
-            status, body = (503, b'{"status":"leaving"}') if leaving else (200, b'{"status":"ok"}')
-            lines = [b"content-type: application/json", date_line()]
-        else:
+    def answer_here(self, status: int, body: bytes) -> None:
+        """A list, health, or the preflight of a browser that may call (Fetch, CORS protocol)."""
+        lines = [b"content-type: application/json", date_line()]
+        if status == 204:
             body = b""
             wanted = self.head.values.get(b"access-control-request-headers", b"*")
             lines = [b"access-control-allow-methods: POST",
@@ -14576,8 +14491,8 @@ class Turn:
 
     def aim(self, decision: Decision, first: Provider, credential: str = "") -> None:
         """Choose a provider and one of its credentials, its first one if none is named."""
-        exchange, connection = self.exchange, self.connection
-        self.provider = provider = first.using(credential).speaking(self.inbound)
+        exchange = self.exchange
+        self.provider = provider = first.others.get(credential, first).speaking(self.inbound)
         self.decision, self.job = decision, None
         self.idle_secs = provider.settings.read_idle_timeout_secs
         exchange.provider, exchange.provider_protocol = provider.name, provider.protocol
@@ -14585,9 +14500,7 @@ class Turn:
         exchange.route, exchange.upstream_model = decision.route, decision.model
         self.shown = shown_model(exchange.model, decision, provider.settings)
         if exchange.dropped:  # for another provider
-            exchange.dropped, exchange.dropped_paths = 0, []
-            connection.extra = [line for line in connection.extra
-                                if not line.startswith(DROPPED_FIELD)]
+            self.tell_dropped({})
 
     def aim_ready(self, ways: Ways) -> Pair | None:
         """Choose what does not rest, for a request that tells nothing about that; the pair."""
@@ -14603,7 +14516,10 @@ class Turn:
             return self.translate_request(pair, request.body)
         self.exchange.choices = number(request.body.get("n")) or 1
         if self.decision.thinking:
-            return self.think(request.body)
+            ctx = self.context()
+            raw = thinking_request(request.body, self.inbound, ctx)
+            self.tell_dropped(ctx.dropped)
+            return raw
         return pass_through_body(self.inbound, request, self.exchange.upstream_model)
 
     # -- several credentials or providers
@@ -14669,7 +14585,6 @@ class Turn:
         value: Any = None
         try:
             await self.send(request.body, self.prepare(request), self.job and self.job.lines)
-            self.note_head()
             if 200 <= exchange.status < 300:
                 failed = await (self.peek() if exchange.sse else self.check())
             else:
@@ -14694,8 +14609,7 @@ class Turn:
         return classify(failed, self.answer.values, value, time.time()), failed
 
     async def check(self) -> ProxyError | None:
-        """Read an answer in one piece as far as it is held; the error that it is. What was read is
-        read again."""
+        """The error that an answer in one piece is, if any. What was read is read again."""
         raw, complete = await self.read_up_to(CHECKED_RESPONSE_BYTES)
         self.body.held = [raw]
         try:
@@ -14750,7 +14664,6 @@ class Turn:
         if asked is not None:
             await self.send(asked, dump(asked), translated_lines(False, ()) if pair else None,
                             COUNT_TARGETS[provider.protocol.word])
-            self.note_head()
             if not pair and exchange.status not in CANNOT_COUNT:
                 await self.respond()
                 return
@@ -14766,14 +14679,6 @@ class Turn:
         self.connection.write_head(200, lines, len(raw), raw)
         self.log_end(logging.INFO, "end")
 
-    def think(self, body: Json) -> bytes:
-        """The body for a provider of the client's own protocol, with the thinking that the model's
-        name asks for."""
-        ctx = self.context()
-        raw = thinking_request(body, self.inbound, ctx)
-        self.tell_dropped(ctx.dropped)
-        return raw
-
     def context(self) -> Context:
         """What a translation is to know of this request."""
         return context_of(self.inbound, self.provider, self.decision, self.shown,
@@ -14787,14 +14692,13 @@ class Turn:
         return raw
 
     def tell_dropped(self, dropped: Mapping[str, str]) -> None:
-        """Name what the translation has left out so far to the client, and to the log with the
-        reasons."""
+        """Name what was left out so far to the client, and to the log with the reasons."""
         connection, exchange = self.connection, self.exchange
         if len(dropped) == exchange.dropped:
             return
         connection.extra = [line for line in connection.extra if not line.startswith(DROPPED_FIELD)]
         connection.extra += dropped_lines(dropped)
-        if self.log.debug_on:
+        if self.log.debug_on and dropped:
             fresh = list(dropped.items())[exchange.dropped:]
             told = {path[:OBSERVED_CHARS]: reason for path, reason in fresh}
             self.log.event(logging.DEBUG, "dropped",
@@ -14813,43 +14717,29 @@ class Turn:
             raise ConnectionResetError
         connection.exchanging = True
         connection.watch.disarm()
-        tokens, credential = self.proxy.tokens, provider.credential
+        tokens, credential, origin = self.proxy.tokens, provider.credential, provider.origin
         key = await tokens.key(credential) if credential.dynamic else ""
         async with self.proxy.slots:
-            link, rest = await self.exchange_with(key, body, translated, path)
-            if self.answer.status == 401 and key:
+            for again in (True, False):  # once more where a refused key can be renewed
+                head = provider.request_head(self.head, len(body), translated, path, key)
+                if self.capture:
+                    self.capture.provider(f"{origin.scheme}://{origin.authority}", head, body)
+                try:
+                    link, self.answer, rest = await self.proxy.pool.exchange(
+                        origin, head, body, connection.watch,
+                        provider.settings.connect_timeout_secs, self.idle_secs, self.log_sent)
+                except UpstreamError as error:
+                    error.message = f"{error.message} (provider `{provider.name}`)"
+                    raise
+                self.link = link
+                if self.answer.status != 401 or not key or not again:
+                    break
                 connection.watch.disarm()
-                if await tokens.refused(credential, key):
-                    link.abort()  # nobody is to see its answer
-                    key = await tokens.key(credential)
-                    link, rest = await self.exchange_with(key, body, translated, path)
-        exchange.head_at = time.perf_counter()
-        if self.capture:
-            self.capture.upstream(self.answer, milliseconds(exchange.head_at - exchange.started))
-        try:
-            self.body = ResponseBody(link, self.answer, rest)
-            if self.capture and PHASES[2] in self.capture.phases:
-                self.body.tap = self.capture.upstream_part
-        except FramingError as error:  # a coding that we cannot undo
-            raise self.unreadable(error) from None
-
-    async def exchange_with(self, key: str, body: bytes, translated: Sequence[bytes] | None,
-                            path: str) -> tuple[Link, bytes]:
-        """Send the provider request with `key`, where that is not a fixed one, and read the
-        answer's head; the connection, and the bytes behind it."""
-        connection, provider = self.connection, self.provider
-        try:
-            head = provider.request_head(self.head, len(body), translated, path, key)
-            if self.capture:
-                self.capture.provider(f"{provider.origin.scheme}://{provider.origin.authority}",
-                                      head, body)
-            self.link, self.answer, rest = await self.proxy.pool.exchange(
-                provider.origin, head, body, connection.watch,
-                provider.settings.connect_timeout_secs, self.idle_secs, self.log_sent)
-        except UpstreamError as error:
-            error.message = f"{error.message} (provider `{provider.name}`)"
-            raise
-        return self.link, rest
+                if not await tokens.refused(credential, key):
+                    break
+                link.abort()  # nobody is to see its answer
+                key = await tokens.key(credential)
+        self.note_head(link, rest)
 
     def log_sent(self) -> None:
         """The line for a request that is on its way, once, also when it had to be sent again."""
@@ -14869,9 +14759,18 @@ class Turn:
 
     # -- answers
 
-    def note_head(self) -> None:
-        """Take the head of the answer into the story of the exchange."""
-        exchange, answer = self.exchange, self.answer
+    def note_head(self, link: Link, rest: bytes) -> None:
+        """Take the head of the answer into the story of the exchange; its body can be read."""
+        exchange, answer, capture = self.exchange, self.answer, self.capture
+        exchange.head_at = time.perf_counter()
+        if capture:
+            capture.upstream(answer, milliseconds(exchange.head_at - exchange.started))
+        try:
+            self.body = ResponseBody(link, answer, rest)
+        except FramingError as error:  # a coding that we cannot undo
+            raise self.unreadable(error) from None
+        if capture and PHASES[2] in capture.phases:
+            self.body.tap = capture.upstream_part
         content_type = answer.values.get(b"content-type")
         exchange.status, exchange.sse = answer.status, is_event_stream(content_type)
         exchange.content_type, exchange.encoding = (
@@ -14882,12 +14781,11 @@ class Turn:
         """Give the client what the provider answered."""
         exchange, answer, job = self.exchange, self.answer, self.job
         if not 200 <= answer.status < 300:
-            await self.respond_error()
+            self.fail((await self.read_error())[0], "hdr-error")
             return
         if self.log.info_on:
             self.log.event(logging.INFO, "hdr", end_fields(exchange))
-        self.lines = (self.mapped(job) if job
-                      else client_lines(answer, decoded=self.body.decoded))
+        self.lines = self.mapped(job) if job else client_lines(answer, decoded=self.body.decoded)
         if b"date" not in answer.values:
             self.lines.append(date_line())
         if job:
@@ -14900,8 +14798,7 @@ class Turn:
             await self.whole()
 
     async def read_up_to(self, limit: int) -> tuple[bytes, bool]:
-        """The answer's payload, and whether that is all of it:
-        reading stops behind `limit` bytes."""
+        """The answer's payload, and whether it is whole: reading stops behind `limit` bytes."""
         whole = self.body.take_whole()
         if whole is not None:
             return whole, True
@@ -14929,13 +14826,8 @@ class Turn:
         """The header lines of the answer for a client of another protocol."""
         return mapped_lines(self.answer.fields, self.inbound, self.provider.protocol, job.ctx.now)
 
-    async def respond_error(self) -> None:
-        """Give the client a provider's own error."""
-        self.fail((await self.read_error())[0], "hdr-error")
-
     async def read_error(self) -> tuple[ProxyError, bytes]:
-        """A provider's own error, and its body, which the client gets as it is where it knows its
-        shape."""
+        """A provider's own error, and its body, which a client that knows its shape gets."""
         raw, complete = await self.read_up_to(ERROR_BODY_BYTES)
         raw = without_key(raw, self.proxy.tokens.last(self.provider.credential))
         lines = self.mapped(self.job) if self.job else error_lines(self.answer.fields)
@@ -14948,8 +14840,7 @@ class Turn:
         return error, raw
 
     async def whole(self) -> None:
-        """An answer in one piece: held until it is known to be JSON,
-        relayed when it is too large for that."""
+        """An answer in one piece: held until it is known to be JSON, relayed if too large."""
         exchange, provider = self.exchange, self.provider
         raw, complete = await self.read_up_to(CHECKED_RESPONSE_BYTES)
         exchange.down, exchange.phase = len(raw), PHASES[3]
@@ -15044,8 +14935,7 @@ class Turn:
         self.log_end(level, outcome, said)
 
     async def pass_stream(self, observer: StreamObserver) -> None:
-        """Relay a stream to its end. Not reading while the client does not is all the
-        backpressure there is."""
+        """Relay a stream to its end, reading no faster than the client does."""
         connection, body, exchange = self.connection, self.body, self.exchange
         watch, clock, seen = connection.watch, connection.server.loop.time, observer.seen
         idle_secs, edits = self.idle_secs, self.edits
@@ -15090,8 +14980,7 @@ class Turn:
     # -- translated answers
 
     async def translate_whole(self, job: Job) -> None:
-        """An answer in one piece for a client of another protocol, which may have asked for a
-        stream."""
+        """An answer in one piece for another protocol's client, who may have asked for a stream."""
         exchange, provider = self.exchange, self.provider
         raw, complete = await self.read_up_to(self.proxy.config.server.max_sse_event_bytes)
         exchange.down, exchange.phase = len(raw), PHASES[3]
@@ -15157,8 +15046,7 @@ class Turn:
         await self.drain()
 
     async def pull_stream(self, observer: StreamObserver, outlet: Outlet) -> str | None:
-        """Translate a stream until the client's is whole;
-        returns the reason if it was ended from outside."""
+        """Translate a stream until the client's is whole; the reason if something else ended it."""
         connection, body, exchange = self.connection, self.body, self.exchange
         clock, transport = outlet.clock, connection.transport
         seen, chat = observer.seen, self.provider.protocol is CHAT
@@ -15285,8 +15173,7 @@ class Turn:
 
     def stream_outcome(self, observer: StreamObserver,
                        fault: str | None) -> tuple[int, str, str | None]:
-        """Level, event and words for the end of a stream;
-        `fault` is None for a clean end of the bytes."""
+        """Level, event and words for a stream's end; `fault` is None for a clean one."""
         seen = observer.seen
         if fault == "tool_stall":
             return (logging.WARNING, "stream-error",
@@ -15326,8 +15213,7 @@ TIMEOUTS = {
 
 def load_answer(raw: bytes, status: int, decoders: Iterable[json.JSONDecoder] = (
         DECODER, LENIENT_DECODER)) -> tuple[Any, bool]:
-    """The JSON of an answer, and whether it is JSON to the letter:
-    local servers write NaN into log probabilities."""
+    """The JSON of an answer, and whether it is so to the letter: local servers write NaN."""
     for decoder in decoders:
         with contextlib.suppress(ValueError):
             return load(raw, decoder), decoder is DECODER
@@ -15378,10 +15264,9 @@ def explain(config: Config, path: str, lines: Sequence[bytes], raw: bytes,
         block = b"\r\n".join([b"POST %b HTTP/1.1" % path.encode("utf-8", "replace"),
                              b"host: 127.0.0.1", *lines])
         explain_request(report, config, parse_request_head(block, HeadLimits()), raw, environ)
-    except FramingError as error:
-        report["answer"] = malformed(error).payload()
-    except ProxyError as error:
-        report["answer"] = error.payload()
+    except (FramingError, ProxyError) as error:
+        report["answer"] = (malformed(error) if isinstance(error, FramingError)
+                            else error).payload()
     return report
 
 
@@ -15504,10 +15389,9 @@ class Control:
             if methods is None:
                 raise RequestError("there is nothing at this path of the control listener",
                                    status=404, fix="the paths are " + ", ".join(CONTROL_PATHS))
-            handler = methods.get(head.method.decode("ascii"))
-            if handler is None:
-                raise method_error(", ".join(methods).encode())
-            if (value := await handler(self, connection, head)) is not None:
+            check_method(head, *map(str.encode, methods))
+            value = await methods[head.method.decode("ascii")](self, connection, head)
+            if value is not None:
                 write_text(connection, dump(value).decode(), "application/json")
         except ProxyError as error:
             self.refuse(connection, error)
@@ -18472,7 +18356,7 @@ class Examination:
         origin = self.provider.origin
         if origin.scheme == "http":
             return "skip", "plain http"
-        link = await open_link(origin, self.pool.contexts)
+        link = await open_link(origin)
         tls = link.writer.get_extra_info("ssl_object")
         self.pool.give(link)
         ends = ssl.cert_time_to_seconds(tls.getpeercert()["notAfter"])

@@ -20548,7 +20548,7 @@ def test_a_connection_that_says_more_or_means_to_close_is_not_used_again(program
 def test_bytes_that_wait_unread_behind_an_answer_keep_the_connection_out_of_the_pool(upstream):
     async def take_after_give():
         origin = proxai.origin_of(upstream.url, None, None, {})
-        pool, link = proxai.Pool(), await proxai.open_link(origin, {})
+        pool, link = proxai.Pool(), await proxai.open_link(origin)
         link.reader.feed_data(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n[]")  # arrived, and never read
         pool.give(link)
         try:
