@@ -25213,7 +25213,8 @@ def test_what_is_left_out_is_named_to_the_client_and_explained_in_the_log(crossi
         assert (reply.status, reply.headers["x-proxai-dropped"]) == (status, "seed, logit_bias")
         [line] = [line for line in log_of(crossing, reply) if line["event"] == "dropped"]
         assert line["level"] == "debug" and set(line["dropped"]) == {"seed", "logit_bias"}
-        assert "4711" not in json.dumps(line) and "50256" not in json.dumps(line)
+        told = json.dumps({**line, "request_id": "", "ts": ""})
+        assert "4711" not in told and "50256" not in told
     assert "x-proxai-dropped" not in cross(crossing, pair, model).headers
 
 
