@@ -14558,8 +14558,11 @@ class Turn:
             await asyncio.sleep(step.wait_secs)  # ended by a client that goes away
             if step.what == "round":
                 tried.clear()
-            if step.what != "same":
-                way = choose_credential(state, candidates, model, session, time.time(), tried)
+            # another name of the model at the same key comes first: the prompt is warm there
+            names = [c for c in candidates if step.what == "next" and c[:2] == way[:2]]
+            for some in (names, candidates) if step.what != "same" else ():
+                if way := choose_credential(state, some, model, session, time.time(), tried):
+                    break
         told = most_useful([(verdict, error) for _, verdict, error in failures])
         way, verdict = next((way, verdict) for way, verdict, error in failures if error is told)
         self.aim(*ways[way], way.credential)

@@ -26299,6 +26299,18 @@ def test_tries_that_failed_count_for_their_providers():
     assert [tried.credential for tried in proxai.other_tries(exchange)] == ["one", "y"]
 
 
+def test_another_name_of_a_model_is_tried_at_the_same_key_first(programs, upstream, model):
+    config = FLEET.format(url=upstream.url, affinity=0, strategy="fill-first").replace(
+        "credentials = [", f'models = [{{name = "{model}-a", alias = "{model}"}}, {{name = "{model}-b", alias = "{model}"}}]\ncredentials = [')
+    upstream.on(f"{model}-a", refused(500))
+    upstream.on(f"{model}-b", refused(500), said_json("hello"))
+    fleet = programs(config.replace("max_attempts = 3", "max_attempts = 4"))
+    reply = fleet.post("/v1/chat/completions", body_for(CHAT, model))
+    assert reply.status == 200
+    tries = [fwd["model"] + " " + fwd["credential"] for fwd in fleet.events(reply.headers["x-proxai-request-id"]) if fwd["event"] == "fwd"]
+    assert tries == [f"{model}-a one", f"{model}-b one", f"{model}-a two", f"{model}-b two"]
+
+
 def test_a_session_keeps_its_key_and_sessions_are_spread(programs, upstream, model):
     fleet = programs(FLEET.format(url=upstream.url, affinity=3600, strategy="round-robin"))
     upstream.on(model, said_json("hello"))
