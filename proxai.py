@@ -1548,7 +1548,8 @@ class RoutingConfig:
         BOOLEAN, "Providers with a prefix take only requests that name it.", False)
     strategy: str = setting(
         choice("round-robin", "weighted", "fill-first"), "Which of several keys, or of several"
-        " providers of a model, is used next: each in turn, by weight, or the first until it rests.",
+        " providers of a model, is used next: each in turn, by weight, or the first until it"
+        " rests.",
         "round-robin")
     session_affinity_secs: float = setting(
         DELAY, "How long a session without requests keeps its key, so that the provider's prompt"
@@ -12220,7 +12221,7 @@ class Sanitizer:
         return 1 if free and type(value) in (int, float) else value
 
     def members(self, value: Json, key: str, free: bool, place: Any) -> Json:
-        """The members of an object; their names decide nothing where `key` is one of NAMING_KEYS."""
+        """The members of an object; their names decide nothing where `key` is of NAMING_KEYS."""
         if place:
             place += tuple(value[name] for name in ("index", "output_index")
                            if type(value.get(name)) is int)
@@ -13691,7 +13692,8 @@ def admit(head: RequestHead, settings: ServerConfig) -> tuple[Protocol | int, Cl
         return 200, key
     if protocol is None:
         paths = ", ".join((*MODEL_PATHS, *COUNT_PATHS, *MODELS_PATHS))
-        raise RequestError("there is nothing at this path", status=404, fix=f"the paths are {paths}")
+        raise RequestError("there is nothing at this path", status=404,
+                           fix=f"the paths are {paths}")
     check_method(head, b"POST")
     return protocol, key
 
@@ -13744,7 +13746,8 @@ class ClientKey(NamedTuple):
 
 
 @functools.lru_cache(maxsize=16)
-def client_keys(plain_keys: tuple[str, ...], keys: tuple[ClientKeyConfig, ...]) -> tuple[ClientKey, ...]:
+def client_keys(plain_keys: tuple[str, ...],
+                keys: tuple[ClientKeyConfig, ...]) -> tuple[ClientKey, ...]:
     """The configured keys, ready to compare."""
     return (*(ClientKey(key_digest(key)) for key in plain_keys), *(
         ClientKey(key_digest(k.key), k.name, [compile_pattern("glob", glob) for glob in k.models],
@@ -14572,7 +14575,7 @@ class Turn:
         return None
 
     def note_late(self, candidates: Sequence[Candidate], way: Candidate) -> None:
-        """Learn from an error inside of a stream that had begun: the next request goes elsewhere."""
+        """Learn from an error inside a stream that had begun: the next request goes elsewhere."""
         seen, now = self.exchange.observed, time.time()
         if seen and seen.failed:
             error = fault_of({"code": seen.error_code, "message": seen.error_message})
