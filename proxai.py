@@ -10379,6 +10379,7 @@ SIGNS = tuple((re.compile(words, re.I), what) for words, what in (
     (r"(?:408|50[0234]|529) ", "transient"),
     (r"", "unknown"),
 ))
+KEY_FAULTS = ("auth", "billing")  # what is wrong with a key is so for every model
 CAUSE_SIGNS = {CONTEXT_CODE: "request", QUOTA_CODES[0]: "billing"}
 
 
@@ -14561,8 +14562,9 @@ class Turn:
             await asyncio.sleep(step.wait_secs)  # ended by a client that goes away
             if step.what == "round":
                 tried.clear()
-            # another name of the model at the same key comes first: the prompt is warm there
-            names = [c for c in candidates if step.what == "next" and c[:2] == way[:2]]
+            # another name of the model at the same key comes first, unless the key is what failed
+            names = [c for c in candidates if step.what == "next" and verdict.what not in KEY_FAULTS
+                     and (*c[:2], c.tier) == (*way[:2], way.tier)]
             for some in (names, candidates) if step.what != "same" else ():
                 if way := choose_credential(state, some, model, session, time.time(), tried):
                     break

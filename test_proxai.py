@@ -26299,16 +26299,24 @@ def test_tries_that_failed_count_for_their_providers():
     assert [tried.credential for tried in proxai.other_tries(exchange)] == ["one", "y"]
 
 
-def test_another_name_of_a_model_is_tried_at_the_same_key_first(programs, upstream, model):
+@pytest.mark.parametrize("status, tries", [(500, ["a one", "b one", "a two", "b two"]), (401, ["a one", "a two", "b one", "b two"])])
+def test_another_name_of_a_model_is_tried_at_the_same_key_first(programs, upstream, model, status, tries):
     config = FLEET.format(url=upstream.url, affinity=0, strategy="fill-first").replace(
         "credentials = [", f'models = [{{name = "{model}-a", alias = "{model}"}}, {{name = "{model}-b", alias = "{model}"}}]\ncredentials = [')
-    upstream.on(f"{model}-a", refused(500))
-    upstream.on(f"{model}-b", refused(500), said_json("hello"))
+    upstream.on(f"{model}-a", refused(status))
+    upstream.on(f"{model}-b", refused(status), said_json("hello"))
     fleet = programs(config.replace("max_attempts = 3", "max_attempts = 4"))
     reply = fleet.post("/v1/chat/completions", body_for(CHAT, model))
     assert reply.status == 200
-    tries = [fwd["model"] + " " + fwd["credential"] for fwd in fleet.events(reply.headers["x-proxai-request-id"]) if fwd["event"] == "fwd"]
-    assert tries == [f"{model}-a one", f"{model}-b one", f"{model}-a two", f"{model}-b two"]
+    events = fleet.events(reply.headers["x-proxai-request-id"])
+    assert [fwd["model"][-1] + " " + fwd["credential"] for fwd in events if fwd["event"] == "fwd"] == tries
+
+
+def test_a_fallback_at_the_same_provider_waits_for_the_other_keys(programs, upstream, model):
+    config = FLEET.format(url=upstream.url, affinity=0, strategy="fill-first").replace('fallback = ["other"]', 'fallback = [{provider = "pool", upstream_model = "*-small"}]')
+    upstream.on(f"{model}-fall", refused(500), said_json("hello"))
+    assert programs(config).post("/v1/chat/completions", body_for(CHAT, f"{model}-fall")).status == 200
+    assert keys_asked(upstream, f"{model}-fall") == ["one", "two"] and upstream.got("*-small") == []
 
 
 def test_a_session_keeps_its_key_and_sessions_are_spread(programs, upstream, model):
